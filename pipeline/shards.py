@@ -1,0 +1,131 @@
+"""Shard sets: what `tools/make_shards.py` writes and every reader opens.
+
+    shards/
+      train/train-000000.tar, train-000000.idx, ...   WebDataset shards with DALI indexes (wds2idx format v1.2)
+      val/val-000000.tar, ...
+      train/manifest.json, val/manifest.json          what a split consists of
+      classes.json                                    index -> wnid -> words, in the order of the sorted wnids
+
+One sample is `<key>.jpg` and `<key>.cls`, the class index in ASCII decimal. A directory without a manifest, with a shard
+missing or of another size is refused: it is half-written or half-copied, and training on it would silently be on other data.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json, sha256
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+MAX_LABEL_DIGITS = 6
+KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
+
+
+class DataError(RuntimeError):
+    """Data that was sound when it was packed fails while a program runs (exit code 3)."""
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """One class; its index is its position in `classes.json`."""
+
+    wnid: str
+    """WordNet id, as in ILSVRC-2012 ("n01440764"), or a folder's name."""
+    words: str
+    """What a person calls it ("tench, Tinca tinca")."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """One split, checked: every shard of the manifest is there and has its size."""
+
+    split: str
+    """"train" or "val"."""
+    tars: tuple[str, ...]
+    """Paths of the shards, in the manifest's order."""
+    indexes: tuple[str, ...]
+    """Paths of their DALI indexes."""
+    num_samples: int
+    """Samples over all shards."""
+    classes: tuple[ClassName, ...]
+    """Every class; `label` indexes it."""
+    manifest_sha256: str
+    """SHA-256 of the manifest's bytes: names the data set, through the shards' own checksums."""
+
+
+def open_shards(shards: Path, split: str) -> ShardSet:
+    """Open one split of a shard directory.
+
+    Raises `FileNotFoundError` or `ValueError`, each with a remedy, when something is missing or does not fit.
+    """
+    directory = Path(shards) / split
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no manifest.json: it is no finished shard directory; run tools/make_shards.py pack (again)"
+        )
+    content = path.read_bytes()
+    manifest = read_json(path)
+    check_manifest(manifest, path)
+    tars, indexes = [], []
+    for shard in manifest["shards"]:
+        tar = directory / shard["name"]
+        index = tar.with_suffix(".idx")
+        for file in (tar, index):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is listed in {path} but missing; copy it again or pack again")
+        if tar.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{tar} has {tar.stat().st_size} bytes, {path} says {shard['bytes']}; copy it again or pack again")
+        tars.append(str(tar))
+        indexes.append(str(index))
+    classes = read_classes(Path(shards))
+    if len(classes) != manifest["num_classes"]:
+        raise ValueError(f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again")
+    return ShardSet(split, tuple(tars), tuple(indexes), manifest["num_samples"], classes, sha256(content))
+
+
+def check_manifest(manifest: Any, path: Path) -> None:
+    """Raise `ValueError` unless `manifest` has the form that this version reads."""
+    try:
+        version, shards = manifest["format_version"], manifest["shards"]
+        counts = [int(shard["samples"]) for shard in shards]
+        well_formed = (
+            all(re.fullmatch(r"[\w.-]+\.tar", shard["name"]) and int(shard["bytes"]) > 0 for shard in shards)
+            and sum(counts) == manifest["num_samples"] > 0
+            and isinstance(manifest["num_classes"], int)
+        )
+    except (KeyError, TypeError, ValueError):
+        version, well_formed = FORMAT_VERSION, False
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; pack again")
+    if not well_formed:
+        raise ValueError(f"{path} is damaged or not a shard manifest; pack again")
+
+
+def read_classes(shards: Path) -> tuple[ClassName, ...]:
+    """Read `classes.json`. Raises `FileNotFoundError` or `ValueError`."""
+    path = shards / "classes.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy it from where the shards were packed or pack again")
+    try:
+        return tuple(ClassName(str(row["wnid"]), str(row["words"])) for row in read_json(path)["classes"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is damaged or not a class list; pack again") from None
+
+
+def classes_json(classes: tuple[ClassName, ...]) -> dict[str, Any]:
+    """The content of `classes.json`."""
+    rows = [{"index": index, "wnid": name.wnid, "words": name.words} for index, name in enumerate(classes)]
+    return {"format_version": FORMAT_VERSION, "classes": rows}
+
+
+def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
+    """A DALI webdataset index (format v1.2, as `wds2idx` of DALI 2.4 writes it).
+
+    Args:
+        samples: per sample its members as (extension, offset of the data in bytes, size in bytes, member name).
+    """
+    lines = [" ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in members) for members in samples]
+    return "\n".join([f"v1.2 {len(samples)}", *lines]) + "\n"

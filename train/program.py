@@ -1,0 +1,59 @@
+"""The edge of every program here: command line, exit codes, and how errors are told.
+
+Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is wrong, 3 data failed while running,
+4 training diverged. A user's mistake costs one sentence on stderr and no traceback; our own mistakes keep theirs.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+
+from pipeline.shards import DataError
+
+WRONG_INPUT, DATA_FAILED, DIVERGED = 2, 3, 4
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite."""
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser that spells options with dashes and complains in one sentence, without listing every option."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too."""
+        if len(args) == 1 and args[0].startswith("--") and "." not in args[0]:
+            args = tuple(dict.fromkeys((args[0].replace("_", "-"), args[0])))
+        return super().add_argument(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong with the command line and leave with exit code 2."""
+        one_line = " ".join(str(message).split())
+        sys.stderr.write(f"error: {one_line} (--help lists every option)\n")
+        sys.exit(WRONG_INPUT)
+
+
+def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
+    """Run a function, or one of several as subcommands, with arguments from the command line; never returns."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    exit_with(lambda: auto_cli(program, parser_class=Parser))
+
+
+def exit_with(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and leave the process with the exit code that tells how it ended."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        code, message = WRONG_INPUT, str(error)
+    except DataError as error:
+        code, message = DATA_FAILED, str(error)
+    except DivergedError as error:
+        code, message = DIVERGED, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    else:
+        sys.exit(0)
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
