@@ -1,0 +1,153 @@
+"""The RGB eigenbasis of a data set (`pca.json`), from exact integer moments.
+
+Fancy PCA (Krizhevsky et al. 2012, section 4.1) moves an image's colour along the principal axes of the RGB values of the whole
+training set. Sums of uint8 pixels and of their products are integers, so they are kept as such: the result does not depend on
+the order of images, batches, workers or machines, and the file has the same bytes whatever made it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.files import read_json, write_json
+
+FORMAT_VERSION = 1
+GEOMETRY = "shorter side 256, central 256x256"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Exact sums over RGB pixels on the 0..255 scale, in Python's unbounded integers."""
+
+    num_images: int = 0
+    num_pixels: int = 0
+    sum: tuple[int, ...] = (0,) * 3
+    """Sum of R, G and B."""
+    sum_products: tuple[int, ...] = (0,) * 9
+    """Sum of the products, 3x3 row by row."""
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets of pixels together."""
+        return Moments(
+            self.num_images + other.num_images,
+            self.num_pixels + other.num_pixels,
+            tuple(a + b for a, b in zip(self.sum, other.sum, strict=True)),
+            tuple(a + b for a, b in zip(self.sum_products, other.sum_products, strict=True)),
+        )
+
+    @staticmethod
+    def of(images_NHWC: np.ndarray) -> "Moments":
+        """Moments of uint8 RGB images, shape (N, height, width, 3).
+
+        A float64 matrix product is exact here: every partial sum is an integer below 2^53 as long as a call sees fewer than
+        2^53 / 255^2 = 1.4e11 pixels.
+        """
+        assert images_NHWC.dtype == np.uint8 and images_NHWC.shape[-1] == 3
+        num_images, sums, products = len(images_NHWC), np.zeros(3), np.zeros((3, 3))
+        for image in images_NHWC:  # one image at a time stays in the cache
+            pixels = image.reshape(-1, 3).astype(np.float64)
+            sums += pixels.sum(0)
+            products += pixels.T @ pixels
+        return Moments(
+            num_images,
+            images_NHWC.size // 3,
+            tuple(int(value) for value in sums),
+            tuple(int(value) for value in products.ravel()),
+        )
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Mean and principal axes of a data set's RGB values, on the 0..255 scale. Arrays are float64."""
+
+    mean: np.ndarray
+    """Shape (3,): mean of R, G, B."""
+    eigenvalues: np.ndarray
+    """Shape (3,): variances along the axes, descending."""
+    eigenvectors: np.ndarray
+    """Shape (3, 3): the axes are the columns; the largest component of each is positive."""
+
+    @property
+    def axis_stddev(self) -> np.ndarray:
+        """Shape (3,): standard deviations along the axes, in levels."""
+        return np.sqrt(self.eigenvalues)
+
+    @staticmethod
+    def load(path: Path, manifest_sha256: str) -> "Eigenbasis":
+        """Read `pca.json`.
+
+        Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than the
+        manifest with this checksum.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
+        content = read_json(path)
+        try:
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"{path} has another format version; make it again with tools/compute_pca.py")
+            if content["manifest_sha256"] != manifest_sha256:
+                raise ValueError(f"{path} was made from other shards; remove it and run tools/compute_pca.py {path.parent}")
+            return Eigenbasis.from_json(content)
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} is damaged; remove it and run tools/compute_pca.py {path.parent}") from None
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "Eigenbasis":
+        """From the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`."""
+        mean, eigenvalues, eigenvectors = (
+            np.asarray(content[name], np.float64) for name in ("mean", "eigenvalues", "eigenvectors")
+        )
+        if mean.shape != (3,) or eigenvalues.shape != (3,) or eigenvectors.shape != (3, 3) or not (eigenvalues >= 0).all():
+            raise ValueError("mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again")
+        return Eigenbasis(mean, eigenvalues, eigenvectors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that `from_json` reads."""
+        return {"mean": self.mean.tolist(), "eigenvalues": self.eigenvalues.tolist(), "eigenvectors": self.eigenvectors.tolist()}
+
+
+def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder: str) -> dict[str, Any]:
+    """Derive the basis from `moments` and write `pca.json`; returns its content.
+
+    Args:
+        path: File to write.
+        moments: Of at least one pixel.
+        manifest_sha256: Checksum of the shards' manifest.
+        decoder: What decoded the pixels, for example "DALI 2.4.0 cpu".
+    """
+    count, sums = moments.num_pixels, moments.sum
+    # Integers until the one division: count * sum_products - sum * sum cancels exactly, where floats would lose digits.
+    scatter = [count * moments.sum_products[3 * i + j] - sums[i] * sums[j] for i in range(3) for j in range(3)]
+    covariance = np.array([value / count**2 for value in scatter]).reshape(3, 3)
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    eigenvalues, eigenvectors = eigenvalues[::-1].clip(min=0), eigenvectors[:, ::-1]
+    largest = eigenvectors[np.abs(eigenvectors).argmax(0), range(3)]
+    eigenvectors = eigenvectors * np.sign(largest)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "num_images": moments.num_images,
+        "num_pixels": count,
+        "sum": list(sums),
+        "sum_products": [list(moments.sum_products[3 * i : 3 * i + 3]) for i in range(3)],
+        "scale": 255,
+        "channel_order": "RGB",
+        "geometry": GEOMETRY,
+        "decoder": decoder,
+        "manifest_sha256": manifest_sha256,
+        "mean": rounded([value / count for value in sums]),
+        "channel_stddev": rounded(np.sqrt(np.diag(covariance))),
+        "covariance": rounded(covariance),
+        "eigenvalues": rounded(eigenvalues),
+        "axis_stddev": rounded(np.sqrt(eigenvalues)),
+        "eigenvectors": rounded(eigenvectors),
+    }
+    write_json(path, content)
+    return content
+
+
+def rounded(values: Any) -> Any:
+    """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines."""
+    array = np.asarray(values)
+    return [rounded(row) for row in array] if array.ndim else float(f"{float(array):.12g}")

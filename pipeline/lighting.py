@@ -1,0 +1,76 @@
+"""Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy and as DALI operations side by side.
+
+One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and the program behind it
+differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
+
+* `stddev`, what the 2012 program ran: x <- (x - mean + s V (axis_stddev * n)) / (1 + s), n ~ N(0, I);
+* `eigenvalue`, the paper's sentence as later code bases read it: x <- x - mean + 255 V (eigenvalues / 255^2 * a), a ~ N(0, s^2 I).
+
+Both are one shift per image and one constant divisor, so they ride in the `mean` and `std` of `crop_mirror_normalize`: lighting
+costs no pass over the pixels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pipeline.eigenbasis import Eigenbasis
+
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+
+
+@dataclass(frozen=True)
+class Lighting:
+    """How far colours are moved in training."""
+
+    convention: Literal["stddev", "eigenvalue"] = "stddev"
+    """stddev: as the 2012 program did; eigenvalue: as the paper's text is commonly read (2 to 17 times weaker on ImageNet)."""
+    strength: float = 0.1
+    """Standard deviation of the draw on each axis, in units of the convention; 0 turns lighting off."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.strength) and 0 <= self.strength <= 10):
+            raise ValueError(f"lighting.strength must lie in 0..10, not {self.strength}")
+
+    def shift_matrix(self, basis: Eigenbasis) -> np.ndarray:
+        """Float64, shape (3, 3): times a standard normal draw it is the image's shift in levels of R, G, B."""
+        per_axis = basis.axis_stddev if self.convention == "stddev" else basis.eigenvalues / 255
+        return self.strength * basis.eigenvectors * per_axis
+
+    @property
+    def divisor(self) -> float:
+        """What relit images are divided by, so that the added noise does not raise their variance (2012 program)."""
+        return 1 + self.strength if self.convention == "stddev" else 1.0
+
+
+def relight(images_NHWC: np.ndarray, draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0) -> np.ndarray:
+    """Subtract the mean and relight, in float64.
+
+    Args:
+        images_NHWC: RGB on 0..255, shape (N, height, width, 3).
+        draws_N3: standard normal draws, shape (N, 3).
+        basis: Mean and axes.
+        lighting: Convention and strength.
+        std: What pixels are divided by besides.
+    """
+    shifts_N3 = draws_N3 @ lighting.shift_matrix(basis).T
+    return (images_NHWC - basis.mean + shifts_N3[:, None, None, :]) / (std * lighting.divisor)
+
+
+def relight_arguments(draw: "DataNode", basis: Eigenbasis, lighting: Lighting, std: float = 1.0) -> "tuple[DataNode, float]":
+    """The same as arguments of DALI's `crop_mirror_normalize`: a per-sample `mean`, shape (3,), and the constant `std`.
+
+    Args:
+        draw: a standard normal draw per sample, float32, shape (3,), on the CPU.
+        basis: Mean and axes.
+        lighting: Convention and strength.
+        std: What pixels are divided by besides.
+    """
+    from nvidia.dali import fn, types
+
+    matrix = types.Constant(lighting.shift_matrix(basis).astype(np.float32))
+    shift = fn.reductions.sum(matrix * draw, axes=1)
+    return types.Constant(basis.mean.astype(np.float32)) - shift, std * lighting.divisor

@@ -1,0 +1,240 @@
+"""The loader: the one place that wraps DALI for the trainer.
+
+    loader = train_loader(shards, basis, config, batch_size=128, seed=0, rank=0, num_ranks=1, device="cpu")
+    for epoch in range(90):
+        for images, labels in loader.epoch(epoch): ...
+
+`images`: (N, 3, 224, 224), in validation (N, 3, 256, 256), in channels-last memory, float16 on a GPU, float32 on a CPU.
+`labels`: int64 (N,), -1 = padding. The batch shape never varies. Over all ranks a training epoch shows no sample twice; what does
+not fill a batch on every rank is dropped, another tail every epoch. In validation every sample counts exactly once.
+
+`rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A state taken
+after any batch continues with the next one, bit for bit.
+"""
+
+import base64
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import nvidia.dali
+import torch
+from nvidia.dali import Pipeline
+
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.graph import Augmentation, decode_pipeline, train_pipeline, val_pipeline
+from pipeline.shards import DataError, ShardSet
+
+PADDING = -1
+"""Label of a sample that only fills up a batch; it is the `ignore_index` of a loss."""
+
+
+class Batch(NamedTuple):
+    """One batch on the loader's device."""
+
+    images: torch.Tensor
+    """(N, 3, side, side), channels-last memory."""
+    labels: torch.Tensor
+    """int64 (N,), -1 = padding."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Knobs that change how fast batches come, and never what is in them."""
+
+    threads: int | None = None
+    """DALI's CPU threads; by default one per core of this process."""
+    prefetch: int = 2
+    """Batches that DALI prepares ahead."""
+
+    def __post_init__(self) -> None:
+        if (self.threads is not None and self.threads < 1) or self.prefetch < 1:
+            raise ValueError(f"speed.threads ({self.threads}) and speed.prefetch ({self.prefetch}) must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and what happens to them."""
+
+    shards: Path
+    """Folder written by tools/make_shards.py and tools/compute_pca.py."""
+    decode: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where JPEGs are decoded: gpu (nvJPEG), cpu (libjpeg-turbo; augmented on the GPU if there is one), auto: where the network is."""
+    shuffle_buffer: int = 4096
+    """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled besides."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """What happens to a training image."""
+    speed: Speed = field(default_factory=Speed)
+    """How fast it happens."""
+
+    def __post_init__(self) -> None:
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer must be at least 1, not {self.shuffle_buffer}")
+
+
+class Loader:
+    """Batches of one split for one loader rank; made by `train_loader` and `val_loader`."""
+
+    def __init__(
+        self, shards: ShardSet, basis: Eigenbasis, config: DataConfig, *, training: bool, batch_size: int, seed: int,
+        rank: int, num_ranks: int, device: torch.device | str,
+    ) -> None:  # fmt: skip
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+        self._shards, self._basis, self._config, self._training = shards, basis, config, training
+        self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
+        self._device = torch.device(device)
+        self._decode = config.decode if config.decode != "auto" else ("gpu" if self._device.type == "cuda" else "cpu")
+        if self._decode == "gpu" and self._device.type != "cuda":
+            raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
+        self._pipe: Pipeline | None = None
+
+        # DALI cuts the list of N samples at rank * N // num_ranks.
+        first, last = (r * shards.num_samples // num_ranks for r in (rank, rank + 1))
+        largest = -(-shards.num_samples // num_ranks)
+        self._padded_steps = -(-largest // batch_size)
+        self._num_samples = last - first
+        self.steps_per_epoch = shards.num_samples // num_ranks // batch_size if training else self._padded_steps
+        """Batches an epoch, the same on every rank."""
+        self.dropped_per_epoch = shards.num_samples - self.steps_per_epoch * batch_size * num_ranks if training else 0
+        """Training samples, over all ranks, that an epoch leaves out; each epoch leaves out others."""
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{shards.num_samples} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; "
+                "take a smaller batch size"
+            )
+        self.at_epoch, self.at_step = 0, 0
+        """Position: `at_step` batches of epoch `at_epoch` have been handed out."""
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield what is left of an epoch, which must be the present one or, where that is finished, the next."""
+        if epoch == self.at_epoch + 1 and self.at_step == self.steps_per_epoch:
+            for _ in range(self._padded_steps - self.steps_per_epoch):
+                self._run()  # the tail that does not fill a batch on every rank
+            self.at_epoch, self.at_step = epoch, 0
+        if epoch != self.at_epoch:
+            raise ValueError(f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}")
+        while self.at_step < self.steps_per_epoch:
+            images, labels = self._run()
+            self.at_step += 1
+            valid = self._num_samples - (self.at_step - 1) * self._batch_size
+            if valid < self._batch_size:
+                labels = labels.clone()
+                labels[max(valid, 0) :] = PADDING
+            yield Batch(images.permute(0, 3, 1, 2), labels)
+
+    def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
+        if self._pipe is None:
+            self._pipe = self._build(None)
+        try:
+            images, labels = self._pipe.run()
+        except RuntimeError as error:
+            raise DataError(f"reading {self._shards.split} shards failed: {error}") from None
+        return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
+
+    def _build(self, checkpoint: bytes | None) -> Pipeline:
+        """Build the DALI pipeline, at its start or at a checkpoint of its own."""
+        raise_open_files(len(self._shards.tars))
+        on_gpu = self._device.type == "cuda"
+        common = {
+            "batch_size": self._batch_size,
+            "num_threads": self._config.speed.threads or len(os.sched_getaffinity(0)),
+            "device_id": (self._device.index or 0) if on_gpu else None,
+            "prefetch_queue_depth": self._config.speed.prefetch,
+            "seed": self._seed % (2**31 - 1),
+            "shards": self._shards,
+            "basis": self._basis,
+            "augmentation": self._config.augmentation,
+            "rank": self._rank,
+            "num_ranks": self._num_ranks,
+            "decode": self._decode,
+            "device": "gpu" if on_gpu else "cpu",
+        }
+        if self._training:
+            shuffling = {"shuffle_buffer": self._config.shuffle_buffer, "data_seed": self._seed}
+            pipe = train_pipeline(**common, **shuffling, checkpoint=checkpoint)
+        else:
+            pipe = val_pipeline(**common)
+        pipe.build()
+        return pipe
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the sequence of batches; speed knobs and the strength of lighting do not."""
+        augmentation = asdict(self._config.augmentation)
+        del augmentation["lighting"]["strength"]
+        return {
+            "shards": self._shards.manifest_sha256,
+            "seed": self._seed,
+            "rank": self._rank,
+            "num_ranks": self._num_ranks,
+            "batch_size": self._batch_size,
+            "shuffle_buffer": self._config.shuffle_buffer,
+            "augmentation": augmentation,
+            "decode": self._decode,
+            "device": self._device.type,
+            "dali": nvidia.dali.__version__,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was handed out; plain JSON types."""
+        assert self._training, "validation always starts at its beginning"
+        checkpoint = base64.b64encode(self._pipe.checkpoint()).decode() if self._pipe and (self.at_epoch or self.at_step) else None
+        return {"fingerprint": self.fingerprint, "epoch": self.at_epoch, "step": self.at_step, "pipeline": checkpoint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises `ValueError` that names the field when the state belongs to another sequence of batches."""
+        for name, mine in self.fingerprint.items():
+            if (theirs := state["fingerprint"].get(name)) != mine:
+                raise ValueError(f"the saved position in the data does not fit: {name} was {theirs}, now it is {mine}")
+        self.close()
+        self.at_epoch, self.at_step = state["epoch"], state["step"]
+        if state["pipeline"] is not None:
+            self._pipe = self._build(base64.b64decode(state["pipeline"]))
+
+    def close(self) -> None:
+        """Stop DALI's threads and free its memory; the position is kept only in a state."""
+        self._pipe = None
+        self.at_epoch, self.at_step = 0, 0
+
+
+def train_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
+    """A loader of shuffled, augmented windows; `place` holds batch_size, seed, rank, num_ranks and device."""
+    return Loader(shards, basis, config, training=True, **place)
+
+
+def val_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
+    """A loader of whole 256x256 images in stored order; `place` holds batch_size, rank, num_ranks and device."""
+    return Loader(shards, basis, config, training=False, seed=0, **place)
+
+
+def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = None) -> Iterator[np.ndarray]:
+    """Yield every image of a split once as uint8 (n, 256, 256, 3), in stored order, decoded on the CPU; the last batch is shorter."""
+    raise_open_files(len(shards.tars))
+    pipe = decode_pipeline(
+        shards, "cpu", batch_size=batch_size, num_threads=threads or len(os.sched_getaffinity(0)), device_id=None, seed=0
+    )
+    for first in range(0, shards.num_samples, batch_size):
+        try:
+            (images,) = pipe.run()
+        except RuntimeError as error:
+            raise DataError(f"decoding {shards.split} shards failed: {error}") from None
+        yield images.as_array()[: shards.num_samples - first]
+
+
+def raise_open_files(num_shards: int) -> None:
+    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `ValueError`."""
+    needed = num_shards + 256  # besides shards: libraries, pipes, logs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
