@@ -1,0 +1,151 @@
+"""AlexNet with two towers (Krizhevsky, Sutskever, Hinton 2012), on one device.
+
+The two towers are groups: conv2, conv4 and conv5 see the maps of their own tower, conv3 and the fully connected layers see both.
+60,965,224 parameters at 1,000 classes. Shapes, with C for channels-last memory throughout:
+
+    images            (N,   3, 224, 224)   RGB, 0..255 minus the mean
+    conv1  11x11/4    (N,  96,  55,  55)   padded by 3 at right and bottom, as the 2012 program did; then pool -> 27
+    conv2  5x5        (N, 256,  27,  27)   on 48 maps each; then pool -> 13
+    conv3  3x3        (N, 384,  13,  13)   on all 256 maps
+    conv4  3x3        (N, 384,  13,  13)   on 192 maps each
+    conv5  3x3        (N, 256,  13,  13)   on 192 maps each; then pool -> 6
+    fc6, fc7          (N, 4096)
+    fc8               (N, classes)         raw logits
+
+Dropout multiplies by a 0/1 mask in training and by one half in evaluation, as in 2012. (torch's dropout doubles what it keeps:
+with N(0, 0.01) weights that is another network, which does not train at the 2012 rate.)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.lrn import local_response_norm
+
+
+@dataclass(frozen=True)
+class AlexNetConfig:
+    """Architecture. `variant` presets what the paper's text and the program behind it disagree on; other fields win over it."""
+
+    variant: Literal["paper", "original"] = "paper"
+    """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a second
+    normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5."""
+    towers: Literal[1, 2] = 2
+    """Groups of maps that meet only in conv3 and the fully connected layers; 1 lets every layer see every map."""
+    channels: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256)
+    """Maps of conv1-5, counted over both towers."""
+    hidden: int = 4096
+    """Units of fc6 and of fc7, counted over both towers."""
+    num_classes: int = 1000
+    """Outputs of fc8."""
+    activation: Literal["relu", "tanh", "sigmoid", "abs_tanh"] = "relu"
+    """After conv1-5, fc6 and fc7 (section 3.1)."""
+    lrn: Literal["none", "paper", "original"] | None = None
+    """Local response normalization after conv1 and conv2 (section 3.3); by default the variant's."""
+    pooling: Literal["overlapping", "plain"] = "overlapping"
+    """overlapping: 3x3 every 2 (section 3.4); plain: 2x2 every 2."""
+    dropout: float = 0.5
+    """Probability that a unit of fc6 or fc7 is silenced in training (section 4.2)."""
+
+    def __post_init__(self) -> None:
+        if any(maps < 1 or maps % self.towers for maps in self.channels):
+            raise ValueError(f"model.channels must be positive and divide by {self.towers} towers, not {self.channels}")
+        if self.hidden < 1 or self.hidden % self.towers or self.num_classes < 2:
+            raise ValueError(
+                f"model.hidden ({self.hidden}) must divide by {self.towers} towers, model.num_classes ({self.num_classes}) be at least 2"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "abs_tanh": lambda x: torch.tanh(x).abs(),
+}
+
+
+class AlexNet(nn.Module):
+    """`model(images) -> logits`; (N, 3, 224, 224) in any floating dtype to float32 (N, num_classes)."""
+
+    def __init__(self, config: AlexNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        c1, c2, c3, c4, c5 = config.channels
+        towers, hidden = config.towers, config.hidden
+        self.conv1 = nn.Conv2d(3, c1, 11, stride=4)
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=towers)
+        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)
+        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=towers)
+        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=towers)
+        self.fc6 = nn.Linear(c5 * 6 * 6, hidden)
+        self.fc7 = nn.Linear(hidden, hidden)
+        self.fc8 = nn.Linear(hidden, config.num_classes)
+        self.activation = ACTIVATIONS[config.activation]
+        self.lrn = config.lrn or config.variant
+        self.init_weights()
+        self.to(memory_format=torch.channels_last)
+
+    def init_weights(self) -> None:
+        """Weights from N(0, std), biases constant (section 5).
+
+        layer                     std                                            bias
+        conv1, conv2, fc6-8       .01                                            conv2, fc6, fc7: 1; else 0
+        conv3, conv4, conv5       .01 in the paper, .03 in the 2012 program      conv4, conv5: 1; conv3: 0
+
+        A net with fewer maps sums fewer terms: std is divided by sqrt(channels[0] / 96) when it is slimmer than the paper's.
+        """
+        width = min(1.0, self.config.channels[0] / 96)
+        middle = 0.03 if self.config.variant == "original" else 0.01
+        for name, layer in self.named_children():
+            std = middle if name in ("conv3", "conv4", "conv5") else 0.01
+            nn.init.normal_(layer.weight, 0.0, std / math.sqrt(width))
+            nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Raw logits."""
+        x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
+        x = self.conv1(F.pad(x, (0, 3, 0, 3)))  # (224 + 3 - 11) / 4 + 1 = 55
+        if self.config.variant == "original":
+            x = self.activation(self.pool(self.normalize(x)))
+            x = self.pool(normalize_within_maps(self.normalize(self.activation(self.conv2(x)))))
+        else:
+            x = self.pool(self.normalize(self.activation(x)))
+            x = self.pool(self.normalize(self.activation(self.conv2(x))))
+        x = self.activation(self.conv3(x))
+        x = self.activation(self.conv4(x))
+        x = self.pool(self.activation(self.conv5(x)))
+        x = self.drop(self.activation(self.fc6(x.flatten(1))))
+        x = self.drop(self.activation(self.fc7(x)))
+        logits: torch.Tensor = self.fc8(x).float()
+        return logits
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Local response normalization across the maps of each tower."""
+        if self.lrn == "none":
+            return x
+        return local_response_norm(x, self.lrn, self.config.towers)  # type: ignore[arg-type]
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Max pooling; 55 -> 27 -> 13 -> 6 either way."""
+        return F.max_pool2d(x, 3 if self.config.pooling == "overlapping" else 2, 2)
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout without scaling in training; in evaluation each unit's expectation."""
+        if self.training:
+            return x * torch.empty_like(x).bernoulli_(1 - self.config.dropout)
+        return x * (1 - self.config.dropout)
+
+
+def normalize_within_maps(x: torch.Tensor) -> torch.Tensor:
+    """The 2012 program's second normalization of layer 2: each unit by the mean square of its 5x5 surroundings in its own map.
+
+    Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the map counts as zero), power 0.75.
+    """
+    return x * (1 + 1e-3 * F.avg_pool2d(x * x, 5, stride=1, padding=2)).pow(-0.75)
