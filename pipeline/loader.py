@@ -89,9 +89,9 @@ class Loader:
             raise ValueError(f"the batch size must be at least 1, not {batch_size}")
         self._shards, self._basis, self._config, self._training = shards, basis, config, training
         self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
-        self._device = torch.device(device)
-        self._decode = config.decode if config.decode != "auto" else ("gpu" if self._device.type == "cuda" else "cpu")
-        if self._decode == "gpu" and self._device.type != "cuda":
+        self.device = torch.device(device)
+        self._decode = config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
+        if self._decode == "gpu" and self.device.type != "cuda":
             raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
         self._pipe: Pipeline | None = None
 
@@ -129,6 +129,10 @@ class Loader:
                 labels[max(valid, 0) :] = PADDING
             yield Batch(images.permute(0, 3, 1, 2), labels)
 
+    def __iter__(self) -> Iterator[Batch]:
+        """What is left of the present epoch or, where that is finished, the next one."""
+        return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
+
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
         if self._pipe is None:
@@ -142,11 +146,11 @@ class Loader:
     def _build(self, checkpoint: bytes | None) -> Pipeline:
         """Build the DALI pipeline, at its start or at a checkpoint of its own."""
         raise_open_files(len(self._shards.tars))
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         common = {
             "batch_size": self._batch_size,
             "num_threads": self._config.speed.threads or len(os.sched_getaffinity(0)),
-            "device_id": (self._device.index or 0) if on_gpu else None,
+            "device_id": (self.device.index or 0) if on_gpu else None,
             "prefetch_queue_depth": self._config.speed.prefetch,
             "seed": self._seed % (2**31 - 1),
             "shards": self._shards,
@@ -179,7 +183,7 @@ class Loader:
             "shuffle_buffer": self._config.shuffle_buffer,
             "augmentation": augmentation,
             "decode": self._decode,
-            "device": self._device.type,
+            "device": self.device.type,
             "dali": nvidia.dali.__version__,
         }
 

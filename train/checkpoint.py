@@ -1,0 +1,56 @@
+"""Checkpoints: everything that a run needs to go on, and an evaluation to start, in one file.
+
+    RUN/checkpoints/step-00000440.pt    written whole or not at all
+    RUN/checkpoints/LATEST              the name of the newest whole one
+
+Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import atomic_writer, write_bytes
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(run_dir: Path, step: int, content: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint, point LATEST to it, and remove all but the newest `keep`. Returns its path."""
+    directory = run_dir / "checkpoints"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step-{step:08d}.pt"
+    with atomic_writer(path) as file:
+        torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, file)
+    write_bytes(directory / "LATEST", f"{path.name}\n".encode())
+    for old in sorted(directory.glob("step-*.pt"))[:-keep]:
+        if old != path:
+            old.unlink()
+    return path
+
+
+def find_checkpoint(place: Path) -> Path | None:
+    """The checkpoint that LATEST names in a run directory, or None. Raises `FileNotFoundError` when that file is gone."""
+    latest = place / "checkpoints" / "LATEST"
+    if not latest.is_file():
+        return None
+    path = latest.with_name(latest.read_text().strip())
+    if not path.is_file():
+        raise FileNotFoundError(f"{latest} names {path.name}, which is missing; write the name of another step-*.pt into LATEST")
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `ValueError` when it is none or is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; give a checkpoint (RUN/checkpoints/step-*.pt) or a run directory")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["format_version"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged or no checkpoint of this program; use an older step-*.pt") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    return content

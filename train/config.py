@@ -1,0 +1,127 @@
+"""What a run is: one dataclass per part, each beside the code that reads it, put together here.
+
+    python -m train.run --config train/configs/NAME.yaml [--section.key value ...]
+
+Values come from the file, then from the command line; unknown keys and bad values are refused in one sentence.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import set_parsing_settings
+
+from model.alexnet import AlexNetConfig
+from pipeline.loader import DataConfig
+from train.optimizer import OptimizerConfig
+from train.program import Parser
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    batch_size: int
+    """Images per update, over all processes (the paper: 128)."""
+    epochs: int
+    """Passes over the training images, at most (the paper: roughly 90)."""
+    seed: int
+    """Seed of weights, dropout, shuffling, windows, flips and lighting."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: convolutions and matrix products in bfloat16, weights in float32."""
+    compile: bool = True
+    """Compile the local response normalization (on a GPU: the whole network) with torch.compile."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.epochs < 1:
+            raise ValueError(f"train.batch_size ({self.batch_size}) and train.epochs ({self.epochs}) must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"train.seed must lie in 0..2^63-1, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes and how often. Nothing here changes the weights."""
+
+    dir: Path
+    """Run directory; a run that was stopped goes on in it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the first GPU if there is one."""
+    log_every: int = 50
+    """Steps between rows in metrics.jsonl."""
+    save_every: int = 1000
+    """Steps between checkpoints, which are also written at the end of each epoch."""
+    keep: int = 3
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        if min(self.log_every, self.save_every, self.keep) < 1:
+            raise ValueError("run.log_every, run.save_every and run.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    """Images."""
+    train: TrainConfig
+    """Training."""
+    run: RunConfig
+    """Output."""
+    model: AlexNetConfig = field(default_factory=AlexNetConfig)
+    """Network."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Update rule."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
+        return plain(asdict(self))
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    """Read a configuration from the command line (`sys.argv` by default).
+
+    Leaves the process with code 2 and one sentence when an option is unknown or of the wrong type; raises `ValueError` when a
+    value is out of range.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="python -m train.run", usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(Config)
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    return Config(parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer)
+
+
+def plain(value: Any) -> Any:
+    """Paths to text and tuples to lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run under another configuration.
+
+    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie, and more epochs. Raises
+    `ValueError` that names the first other field.
+    """
+    before, after = flatten(saved), flatten(now)
+    for name in sorted(before.keys() | after.keys()):
+        free = name.startswith(("run.", "data.speed.")) or name == "data.shards"
+        longer = name == "train.epochs" and after[name] >= before[name]
+        if before.get(name) != after.get(name) and not (free or longer):
+            raise ValueError(
+                f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "
+                "continue it with the same value or give another --run.dir"
+            )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,145 @@
+"""Evaluation: centre crop and ten views (Krizhevsky et al. 2012, section 4.1).
+
+    python -m train.evaluate CHECKPOINT SHARDS
+
+Ten views are the four corner windows, the central one, and their mirrors; the softmax outputs are averaged. A network that was
+trained without flips gets the five unmirrored windows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from model.alexnet import AlexNet, AlexNetConfig
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.graph import CROP_SIDE, IMAGE_SIDE, Augmentation
+from pipeline.loader import DataConfig, Loader, val_loader
+from pipeline.shards import open_shards
+from train.checkpoint import find_checkpoint, load_checkpoint
+from train.program import run_program
+
+FAR, MIDDLE = IMAGE_SIDE - CROP_SIDE, (IMAGE_SIDE - CROP_SIDE) // 2
+CENTRE = (MIDDLE, MIDDLE)
+WINDOWS = (CENTRE, (0, 0), (0, FAR), (FAR, 0), (FAR, FAR))
+"""(top, left) offsets of the five windows."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of correct answers, 0 to 100 %. Top-5 is top-min(5, classes)."""
+
+    samples: int
+    centre_top1: float
+    centre_top5: float
+    views: str
+    """"ten-view" or "five-view"; empty if only the centre was evaluated."""
+    views_top1: float
+    views_top5: float
+
+    def lines(self) -> list[str]:
+        """One line for each figure."""
+        names = [("centre top-1", self.centre_top1), ("centre top-5", self.centre_top5)]
+        if self.views:
+            names += [(f"{self.views} top-1", self.views_top1), (f"{self.views} top-5", self.views_top5)]
+        return [f"{name} accuracy: {value:.1f} %" for name, value in names]
+
+
+def window(images: torch.Tensor, offsets: tuple[int, int]) -> torch.Tensor:
+    """(N, 3, 256, 256) -> (N, 3, 224, 224), a view."""
+    top, left = offsets
+    return images[:, :, top : top + CROP_SIDE, left : left + CROP_SIDE]
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, images: torch.Tensor, mirrored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class probabilities (N, classes) of the centre crop, and averaged over ten views (five unless `mirrored`)."""
+    views = [window(images, offsets) for offsets in WINDOWS]
+    if mirrored:
+        views += [view.flip(3) for view in views]
+    softmaxes = [model(view).softmax(1) for view in views]
+    return softmaxes[0], torch.stack(softmaxes).mean(0)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Loader, mirrored: bool, *, all_views: bool = True, interrupted: Callable[[], bool] = lambda: False
+) -> Accuracy | None:
+    """Accuracy over a whole validation split, every image counted once.
+
+    Args:
+        model: Images to logits.
+        loader: From `val_loader`.
+        mirrored: Whether views include mirrors.
+        all_views: Also the average over views, which costs ten times the centre crop.
+        interrupted: Asked between batches; once true, None is returned.
+    """
+    model.eval()
+    correct = torch.zeros(4, dtype=torch.int64, device=loader.device)
+    samples = torch.zeros((), dtype=torch.int64, device=loader.device)
+    for images, labels in loader:
+        if interrupted():
+            return None
+        if all_views:
+            centre, average = probabilities(model, images, mirrored)
+        else:
+            centre = average = model(window(images, CENTRE))
+        hits = [top_hits(scores, labels, k) for scores in (centre, average) for k in (1, 5)]
+        correct += torch.stack(hits)
+        samples += (labels >= 0).sum()
+    total = int(samples)
+    shares = [100 * int(count) / total for count in correct]
+    name = ("ten-view" if mirrored else "five-view") if all_views else ""
+    return Accuracy(total, shares[0], shares[1], name, shares[2], shares[3])
+
+
+def top_hits(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
+    """How many labels are among the k highest of their row's scores; padding (-1) never is."""
+    return (scores.topk(min(k, scores.shape[1]), 1).indices == labels[:, None]).any(1).sum()
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, shards: Path, batch_size: int = 64, device: Literal["auto", "cpu", "cuda"] = "auto"
+) -> None:
+    """Evaluate a checkpoint on a validation split: centre crop and ten views, top-1 and top-5.
+
+    Args:
+        checkpoint: A step-*.pt, or a run directory, whose newest one is taken.
+        shards: Folder that holds val/ and classes.json.
+        batch_size: Images at a time.
+        device: auto takes the first GPU if there is one.
+    """
+    path = (find_checkpoint(checkpoint) or checkpoint) if checkpoint.is_dir() else checkpoint
+    content = load_checkpoint(path)
+    val = open_shards(shards, "val")
+    if [name.wnid for name in val.classes] != content["wnids"]:
+        raise ValueError(f"{path} was trained on other classes than those of {shards}/classes.json; give the shards it was trained on")
+    place = pick_device(device)
+    settings = dict(content["config"]["model"])
+    settings["channels"] = tuple(settings["channels"])
+    model = AlexNet(AlexNetConfig(**settings)).to(place)
+    model.load_state_dict(content["model"])
+    augmentation = Augmentation(std=content["config"]["data"]["augmentation"]["std"])
+    flip = content["config"]["data"]["augmentation"]["flip"]
+    loader = val_loader(
+        val, Eigenbasis.from_json(content["eigenbasis"]), DataConfig(shards, augmentation=augmentation),
+        batch_size=batch_size, rank=0, num_ranks=1, device=place,
+    )  # fmt: skip
+    accuracy = evaluate(model, loader, mirrored=flip > 0)
+    assert accuracy is not None
+    print(f"{path}: {accuracy.samples} images")
+    print("\n".join(accuracy.lines()))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device behind "auto", "cpu" or "cuda". Raises `ValueError` when a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda, but PyTorch sees no GPU; install a driver or say cpu")
+    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+if __name__ == "__main__":
+    run_program(evaluate_checkpoint)

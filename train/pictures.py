@@ -1,0 +1,152 @@
+"""Pictures of a finished run: curves, first-layer kernels, augmented images, predictions. PNG files in the run directory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipeline.files import atomic_writer
+from pipeline.graph import CROP_SIDE
+from pipeline.lighting import relight
+from pipeline.loader import decoded_batches, train_loader
+from train.evaluate import MIDDLE, probabilities
+from train.loop import Trainer
+from train.metrics import read_metrics
+
+
+def draw_pictures(trainer: Trainer) -> list[Path]:
+    """Draw every picture; returns their paths."""
+    directory = trainer.config.run.dir
+    paths = [directory / name for name in ("curves.png", "kernels.png", "augmentation.png", "predictions.png")]
+    for path, draw in zip(paths, (draw_curves, draw_kernels, draw_augmentation, draw_predictions), strict=True):
+        with saved_figure(path) as figure:
+            draw(figure, trainer)
+    return paths
+
+
+@contextmanager
+def saved_figure(path: Path) -> Iterator[Figure]:
+    """A figure that is written to `path` when the block ends."""
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure
+    with atomic_writer(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def draw_curves(figure: Figure, trainer: Trainer) -> None:
+    """Training loss, and training and validation error, over epochs."""
+    rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
+    train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    steps = trainer.train_loader.steps_per_epoch
+    figure.set_size_inches(10, 4)
+    loss, error = figure.subplots(1, 2)
+    epochs = [row["step"] / steps for row in train]
+    loss.plot(epochs, [row["loss"] for row in train], label="training, augmented, with dropout")
+    loss.axhline(np.log(trainer.config.model.num_classes), color="grey", linewidth=0.8, linestyle=":", label="chance: ln(classes)")
+    loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
+    error.plot(epochs, [row["top1_error"] for row in train], label="training, augmented, with dropout")
+    error.plot([row["step"] / steps for row in val], [row["centre_top1_error"] for row in val], "o-", label="validation, centre crop")
+    error.set(xlabel="epoch", ylabel="top-1 error, %", title="Error")
+    for axes in (loss, error):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def draw_kernels(figure: Figure, trainer: Trainer) -> None:
+    """The kernels of conv1 as in the paper's figure 3, one block per tower, on one colour scale."""
+    kernels = trainer.model.conv1.weight.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+    blocks = np.split(kernels, trainer.config.model.towers)
+    columns = 16 if len(blocks[0]) % 16 == 0 else 12
+    reach = np.abs(kernels).max()
+    sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]
+    figure.set_size_inches(8, 0.6 + sum(8 * sheet.shape[0] / sheet.shape[1] + 0.3 for sheet in sheets))
+    figure.suptitle(f"conv1: {len(kernels)} kernels of 11x11x3")
+    for number, (axes, sheet) in enumerate(zip(np.atleast_1d(figure.subplots(len(sheets), 1)), sheets, strict=True)):
+        axes.imshow(sheet, interpolation="nearest")
+        axes.set_title(f"tower {number}", fontsize=9)
+        axes.axis("off")
+
+
+def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
+    """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
+    augmentation, basis = trainer.config.data.augmentation, trainer.basis
+    image_NHWC = next(decoded_batches(trainer.train_shards, 1))[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
+    amounts = np.arange(-3, 4)
+    rows = []
+    for axis in range(3):
+        draws_N3 = np.zeros((len(amounts), 3))
+        draws_N3[:, axis] = amounts
+        moved = relight(image_NHWC, draws_N3, basis, augmentation.lighting)
+        rows.append(to_pixels(moved * augmentation.lighting.divisor, basis.mean))
+    loader = train_loader(
+        trainer.train_shards, basis, replace(trainer.config.data, decode="cpu"),
+        batch_size=14, seed=trainer.config.train.seed, rank=0, num_ranks=1, device="cpu",
+    )  # fmt: skip
+    batch = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * augmentation.std * augmentation.lighting.divisor
+    loader.close()
+
+    figure.set_size_inches(10, 8.4)
+    titles = [f"axis {axis + 1} ({basis.axis_stddev[axis]:.0f} levels of standard deviation)" for axis in range(3)]
+    panels = figure.subplots(4, 1, height_ratios=[1, 1, 1, 2])
+    for axes, images, title in zip(panels[:3], rows, titles, strict=True):
+        axes.imshow(tile(images, len(amounts)))
+        axes.set_title(f"the same image moved by {amounts[0]} to +{amounts[-1]} draws along {title}", fontsize=9)
+        axes.axis("off")
+    panels[3].imshow(tile(to_pixels(batch, basis.mean), 7))
+    panels[3].set_title("training images from the pipeline: window, flip, lighting", fontsize=9)
+    panels[3].axis("off")
+
+
+def draw_predictions(figure: Figure, trainer: Trainer) -> None:
+    """Ten validation images with their five most probable classes over all views; mistakes first."""
+    trainer.model.eval()
+    kept: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
+    for images, labels in trainer.val_loader:
+        _, average = probabilities(trainer.network, images, trainer.mirrored)
+        for image, label, scores in zip(images.cpu(), labels.tolist(), average.cpu(), strict=True):
+            if label >= 0:
+                right = int(scores.argmax()) == label
+                kept.append((right, image.permute(1, 2, 0).float().numpy(), label, scores))
+        kept = sorted(kept, key=lambda row: row[0])[:5] + [row for row in kept if row[0]][-5:]
+    names = [name.words.split(",")[0] for name in trainer.val_shards.classes]
+    figure.set_size_inches(12, 7)
+    panels = figure.subplots(4, 5, height_ratios=[2, 1, 2, 1])
+    for axes in panels.flat:
+        axes.axis("off")
+    for place, (right, image, label, scores) in enumerate(kept[:10]):
+        row, column = place // 5 * 2, place % 5
+        picture, bars = panels[row, column], panels[row + 1, column]
+        picture.imshow(to_pixels(image * trainer.config.data.augmentation.std, trainer.basis.mean))
+        picture.set_title(names[label], color="black" if right else "firebrick")
+        best = scores.topk(min(5, len(names)))
+        shares, indices = best.values.tolist()[::-1], best.indices.tolist()[::-1]
+        bars.axis("on")
+        bars.barh([names[index] for index in indices], shares, color=["seagreen" if index == label else "grey" for index in indices])
+        bars.set_xlim(0, 1)
+        bars.tick_params(labelsize=8)
+    figure.suptitle("validation images, their true class and the five most probable ones (red: the first guess is wrong)")
+
+
+def to_pixels(images_HWC: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Mean-free RGB on the 0..255 scale to uint8."""
+    return np.rint(np.clip(images_HWC + mean, 0, 255)).astype(np.uint8)
+
+
+def tile(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
+    """Images side by side, `columns` in a row, with a light border; missing ones stay blank."""
+    count, height, width, _ = images_NHWC.shape
+    blank = 255 if images_NHWC.dtype == np.uint8 else 1
+    rows = -(-count // columns)
+    border = max(1, height // 32)
+    sheet = np.full((rows * (height + border) - border, columns * (width + border) - border, 3), blank, images_NHWC.dtype)
+    for number, image in enumerate(images_NHWC):
+        top, left = number // columns * (height + border), number % columns * (width + border)
+        sheet[top : top + height, left : left + width] = image
+    return sheet

@@ -1,0 +1,97 @@
+"""Train a network.
+
+    python -m train.run --config train/configs/quickstart.yaml --data.shards SHARDS --run.dir DIR [--section.key VALUE ...]
+
+The same command goes on where a run was stopped (Ctrl-C, SIGTERM, or any other end); a finished run is evaluated again.
+"""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+import yaml
+
+from pipeline.files import write_bytes
+from train.checkpoint import find_checkpoint
+from train.config import Config, parse_config
+from train.evaluate import pick_device
+from train.loop import Trainer
+from train.metrics import MetricsLog
+from train.pictures import draw_pictures
+from train.program import exit_with
+from train.report import report
+
+
+def run(config: Config) -> None:
+    """Train, evaluate, draw, report."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("training runs in one process; start it without torchrun")
+    stop = StopSignal()
+    device = pick_device(config.run.device)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; a CPU computes in float32 all the same
+    claim_directory(config.run.dir)
+    trainer = Trainer(config, device)
+    checkpoint = find_checkpoint(config.run.dir)
+    if checkpoint:
+        trainer.resume(checkpoint)
+        print(f"going on from {checkpoint} (epoch {trainer.epoch}, step {trainer.step})")
+    prepare_directory(config)
+    describe(trainer)
+
+    log = MetricsLog(config.run.dir, trainer.step, trainer.epoch)
+    done = trainer.fit(log, stop)
+    if done:
+        accuracy = trainer.evaluate_all_views()
+        pictures = draw_pictures(trainer)
+        report(trainer, accuracy, pictures)
+    else:
+        print(f"stopped and saved at step {trainer.step} (epoch {trainer.epoch}); run the same command again to go on")
+    log.close()
+    trainer.close()
+
+
+class StopSignal:
+    """Turns the first SIGTERM or SIGINT into a wish to stop, asked for between steps; the second one leaves at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self._requested
+
+
+def claim_directory(directory: Path) -> None:
+    """Refuse a run directory that holds something else, before anything is written."""
+    if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.yaml").is_file())):
+        raise ValueError(f"{directory} holds something else; give a --run.dir that is new, empty or an earlier run's")
+
+
+def prepare_directory(config: Config) -> None:
+    """Write the resolved configuration."""
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    write_bytes(config.run.dir / "config.yaml", yaml.safe_dump(config.to_json(), sort_keys=False).encode())
+
+
+def describe(trainer: Trainer) -> None:
+    """Say what is about to happen."""
+    loader = trainer.train_loader
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    print(
+        f"{trainer.train_shards.num_samples} training and {trainer.val_shards.num_samples} validation images, "
+        f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}"
+    )
+    print(f"{loader.steps_per_epoch} steps an epoch ({loader.dropped_per_epoch} images, others every epoch, do not fill a batch)")
+
+
+if __name__ == "__main__":
+    exit_with(lambda: run(parse_config()))
