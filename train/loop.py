@@ -141,11 +141,9 @@ class Trainer:
         """Whether evaluation uses mirrored views."""
         return self.config.data.augmentation.flip > 0
 
-    def evaluate_all_views(self) -> Accuracy:
-        """Centre crop and ten views over the whole validation split."""
-        accuracy = evaluate(self.network, self.val_loader, self.mirrored)
-        assert accuracy is not None
-        return accuracy
+    def evaluate_all_views(self, stop_requested: Callable[[], bool]) -> Accuracy | None:
+        """Centre crop and ten views over the whole validation split; None when it was stopped."""
+        return evaluate(self.network, self.val_loader, self.mirrored, interrupted=stop_requested)
 
     def save(self) -> Path:
         """Write a checkpoint."""

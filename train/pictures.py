@@ -77,7 +77,9 @@ def draw_kernels(figure: Figure, trainer: Trainer) -> None:
 def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
     """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
     augmentation, basis = trainer.config.data.augmentation, trainer.basis
-    image_NHWC = next(decoded_batches(trainer.train_shards, 1))[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
+    images_NHWC = next(decoded_batches(trainer.train_shards, 16))[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
+    most_colourful = np.ptp(images_NHWC.mean((1, 2)), axis=1).argmax()
+    image_NHWC = images_NHWC[most_colourful][None]
     amounts = np.arange(-3, 4)
     rows = []
     for axis in range(3):

@@ -5,7 +5,9 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 """
 
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
@@ -46,6 +48,8 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not raised_by_us(error):
+            raise  # a library refuses what we gave it: our mistake, to be seen in full
         code, message = WRONG_INPUT, str(error)
     except DataError as error:
         code, message = DATA_FAILED, str(error)
@@ -57,3 +61,11 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
         sys.exit(0)
     sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether the `raise` stands in this project, in this process or in a worker."""
+    if error.__cause__ is not None:  # concurrent.futures puts the worker's traceback there
+        return True
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return file.parent in {Path(__file__).resolve().parents[1] / room for room in ("pipeline", "model", "train", "tools")}

@@ -41,11 +41,9 @@ def run(config: Config) -> None:
     describe(trainer)
 
     log = MetricsLog(config.run.dir, trainer.step, trainer.epoch)
-    done = trainer.fit(log, stop)
-    if done:
-        accuracy = trainer.evaluate_all_views()
-        pictures = draw_pictures(trainer)
-        report(trainer, accuracy, pictures)
+    accuracy = trainer.evaluate_all_views(stop) if trainer.fit(log, stop) else None
+    if accuracy:
+        report(trainer, accuracy, draw_pictures(trainer))
     else:
         print(f"stopped and saved at step {trainer.step} (epoch {trainer.epoch}); run the same command again to go on")
     log.close()

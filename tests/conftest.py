@@ -1,0 +1,108 @@
+"""Fixtures: the demo, packed once for all tests, and small shard sets whose labels name each sample."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.files import sha256, write_bytes, write_json
+from pipeline.shards import ShardSet, index_text, open_shards
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(*arguments: str | Path, timeout: float = 240, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` in the repository's root as a user would."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def run_ok(*arguments: str | Path) -> str:
+    """Run `python ARGUMENTS`, which has to succeed; returns its output."""
+    done = run_python(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's raw archives."""
+    path = tmp_path_factory.mktemp("demo") / "raw"
+    run_ok("tools/make_demo.py", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(raw: Path) -> Path:
+    """The demo, packed, with pca.json. Tests must not change it."""
+    path = raw.parent / "shards"
+    run_ok("tools/make_shards.py", "pack", raw, path, "--samples-per-shard", "180")
+    run_ok("tools/compute_pca.py", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def basis(shards: Path) -> Eigenbasis:
+    """The demo's eigenbasis."""
+    return Eigenbasis.load(shards / "pca.json", open_shards(shards, "train").manifest_sha256)
+
+
+def jpeg(pixels: np.ndarray, mode: str = "RGB", **options: object) -> bytes:
+    """Encode uint8 RGB (height, width, 3) with Pillow."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(out, "JPEG", **{"quality": 92, **options})  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def photo(rng: np.random.Generator, height: int = 256, width: int = 256) -> np.ndarray:
+    """A smooth random colour image, uint8 (height, width, 3)."""
+    small = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def numbered_shards(tmp_path: Path) -> Callable[[int, int], ShardSet]:
+    """Make shards of `n` samples whose label is the sample's own number, in `k` shards of both splits."""
+
+    def make(num_samples: int, num_shards: int) -> ShardSet:
+        import tarfile
+
+        rng = np.random.default_rng(0)
+        images = [jpeg(photo(rng)) for _ in range(8)]
+        for split in ("train", "val"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            rows = []
+            for shard in range(num_shards):
+                numbers = range(shard * num_samples // num_shards, (shard + 1) * num_samples // num_shards)
+                path, index = tmp_path / split / f"{split}-{shard:06d}.tar", []
+                with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                    for number in numbers:
+                        members = []
+                        for extension, data in (("jpg", images[number % 8]), ("cls", str(number).encode())):
+                            info = tarfile.TarInfo(f"s{number}.{extension}")
+                            info.size = len(data)
+                            members.append((extension, tar.offset + 512, len(data), info.name))
+                            tar.addfile(info, io.BytesIO(data))
+                        index.append(members)
+                write_bytes(path.with_suffix(".idx"), index_text(index).encode())
+                rows.append({"name": path.name, "samples": len(numbers), "bytes": path.stat().st_size, "sha256": sha256(path.read_bytes())})
+            manifest = {"format_version": 1, "split": split, "num_samples": num_samples, "num_classes": num_samples, "shards": rows}
+            write_json(tmp_path / split / "manifest.json", manifest)
+        names = [{"index": k, "wnid": f"n{k}", "words": str(k)} for k in range(num_samples)]
+        write_json(tmp_path / "classes.json", {"format_version": 1, "classes": names})
+        return open_shards(tmp_path, "train")
+
+    return make
+
+
+@pytest.fixture
+def plain_basis() -> Eigenbasis:
+    """A basis made up by hand: rotated axes, deviations 50, 20 and 10 levels."""
+    vectors, _ = np.linalg.qr(np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 10]]))
+    return Eigenbasis(np.array([120.0, 115.0, 100.0]), np.array([2500.0, 400.0, 100.0]), vectors)

@@ -1,0 +1,208 @@
+"""Packing: every raw image once, with its right label, in an order and with bytes that depend on input, options and seed alone."""
+
+import gzip
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from scipy.io import loadmat
+
+from pipeline.files import read_json
+from tests.conftest import run_ok, run_python
+
+
+def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
+    """Read the raw archives with tarfile alone: stem -> (file, wnid), the validation labels through meta.mat."""
+    found = {}
+    with tarfile.open(raw / "ILSVRC2012_img_train.tar") as outer:
+        for member in outer:
+            with tarfile.open(fileobj=io.BytesIO(outer.extractfile(member).read())) as inner:  # type: ignore[union-attr]
+                for image in inner:
+                    found[image.name.removesuffix(".JPEG")] = (inner.extractfile(image).read(), member.name.removesuffix(".tar"))  # type: ignore[union-attr]
+    with tarfile.open(raw / "ILSVRC2012_devkit_t12.tar.gz") as devkit:
+        folder = "ILSVRC2012_devkit_t12/data"
+        synsets = loadmat(io.BytesIO(devkit.extractfile(f"{folder}/meta.mat").read()), squeeze_me=True)["synsets"]  # type: ignore[union-attr]
+        labels = devkit.extractfile(f"{folder}/ILSVRC2012_validation_ground_truth.txt").read().split()  # type: ignore[union-attr]
+    wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    with tarfile.open(raw / "ILSVRC2012_img_val.tar") as val:
+        for position, image in enumerate(sorted(val, key=lambda member: member.name)):
+            found[image.name.removesuffix(".JPEG")] = (val.extractfile(image).read(), wnid[int(labels[position])])  # type: ignore[union-attr]
+    return found
+
+
+def packed_images(shards: Path) -> list[tuple[str, bytes, int]]:
+    """Read all shards with the webdataset library: (key, jpg, class index)."""
+    tars = [str(path) for path in sorted(shards.glob("*/*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+    return [(sample["__key__"], sample["jpg"], int(sample["cls"])) for sample in samples]
+
+
+def test_every_image_once_with_its_label(raw: Path, shards: Path) -> None:
+    """The webdataset library reads each raw image exactly once; labels index the sorted wnids; pixels are those of the raw file."""
+    expected, packed = raw_images(raw), packed_images(shards)
+    wnids = sorted({wnid for _, wnid in expected.values()})
+    assert Counter(key for key, _, _ in packed) == Counter(expected.keys())
+    assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == wnids
+    assert all(wnids[label] == expected[key][1] for key, _, label in packed)
+    for key, data, _ in packed[::10]:
+        with Image.open(io.BytesIO(expected[key][0])) as image:
+            rgb = image.convert("RGB")
+        short = min(rgb.size)
+        rgb = rgb.resize((round(rgb.width * 256 / short), round(rgb.height * 256 / short)), Image.Resampling.BICUBIC)
+        left, top = (rgb.width - 256) // 2, (rgb.height - 256) // 2
+        square = np.asarray(rgb.crop((left, top, left + 256, top + 256))).astype(int)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - square).mean() < 2.5
+
+
+def test_manifest_and_index(shards: Path, tmp_path: Path) -> None:
+    """The manifest's counts, sizes and notes are true; indexes are those that DALI's own wds2idx writes."""
+    for split in ("train", "val"):
+        manifest = read_json(shards / split / "manifest.json")
+        sizes = [shard["samples"] for shard in manifest["shards"]]
+        assert sum(sizes) == manifest["num_samples"] and max(sizes) - min(sizes) <= 1
+        tars = sorted((shards / split).glob("*.tar"))
+        assert [path.name for path in tars] == [shard["name"] for shard in manifest["shards"]]
+        assert [path.stat().st_size for path in tars] == [shard["bytes"] for shard in manifest["shards"]]
+        assert not list((shards / split).glob("*-*.json")) and not list((shards / split).glob("*.tmp"))
+        wds2idx = Path(sys.executable).with_name("wds2idx")
+        subprocess.run([wds2idx, tars[0], tmp_path / "idx"], check=True, capture_output=True)
+        assert (tmp_path / "idx").read_text() == tars[0].with_suffix(".idx").read_text()
+    found = Counter(row["found"] for row in read_json(shards / "train" / "manifest.json")["repairs"])
+    assert found["RGB PNG file"] == 1 and found["CMYK JPEG file"] > 10 and found["grey JPEG"] > 10
+
+
+def test_classes_are_mixed(shards: Path) -> None:
+    """The order is a permutation of the whole split: no shard lacks a class, and neighbours rarely share one."""
+    labels = [label for key, _, label in packed_images(shards) if not key.startswith("ILSVRC")]
+    assert all(len(set(labels[start : start + 180])) == 10 for start in range(0, 1260, 180))
+    assert np.mean(np.array(labels[1:]) == np.array(labels[:-1])) < 0.2
+
+
+def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp_path: Path) -> None:
+    """One worker writes what two wrote; a pack that lost some shards and its manifest writes just those again; a seed matters."""
+    again = tmp_path / "again"
+    run_ok("-m", "tools.make_shards", "pack", raw, again, "--samples-per-shard", "180", "--workers", "1")
+    files = sorted(path.relative_to(shards) for path in shards.rglob("*") if path.is_file() and path.name != "pca.json")
+    assert len(files) == 23
+    assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
+    assert "nothing to do" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
+    refused = run_python("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180", "--seed", "1")
+    assert refused.returncode == 2 and "other options" in refused.stderr
+    assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
+
+
+def test_a_lost_shard_is_written_again(raw: Path, shards: Path, tmp_path: Path) -> None:
+    """Running the command again on a directory that lost a shard restores its bytes."""
+    again = tmp_path / "again"
+    shutil.copytree(shards, again)
+    (again / "val" / "val-000001.tar").unlink()
+    assert "packed 180 images" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
+    assert (again / "val" / "val-000001.tar").read_bytes() == (shards / "val" / "val-000001.tar").read_bytes()
+    assert not list(again.rglob("*-*.json"))
+
+
+def tar_of(*members: tuple[str, bytes]) -> bytes:
+    """An archive with these members."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def devkit_lacking_a_class(raw: Path) -> bytes:
+    """The demo's devkit with one synset turned into an inner node."""
+    from scipy.io import savemat
+
+    with tarfile.open(raw / "ILSVRC2012_devkit_t12.tar.gz") as devkit:
+        files = {member.name: devkit.extractfile(member).read() for member in devkit}  # type: ignore[union-attr]
+    name = "ILSVRC2012_devkit_t12/data/meta.mat"
+    synsets = loadmat(io.BytesIO(files[name]))["synsets"]
+    out = io.BytesIO()
+    savemat(out, {"synsets": synsets[1:]})
+    truth = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+    files[truth] = files[truth].replace(b"1\n", b"2\n")
+    return gzip.compress(tar_of((name, out.getvalue()), (truth, files[truth])))
+
+
+@pytest.mark.parametrize(
+    ("archive", "content", "message"),
+    [
+        ("ILSVRC2012_img_val.tar", None, "is missing"),
+        ("ILSVRC2012_img_train.tar", b"this is no tar archive" * 100, "not a tar archive"),
+        ("ILSVRC2012_img_train.tar", "cut", "cut short"),
+        ("ILSVRC2012_devkit_t12.tar.gz", b"not gzip either", "is not the devkit"),
+        ("ILSVRC2012_devkit_t12.tar.gz", devkit_lacking_a_class, "does not know class"),
+        ("ILSVRC2012_img_val.tar", tar_of(("holiday.JPEG", b"x")), "which the devkit does not label"),
+        ("ILSVRC2012_img_val.tar", tar_of(), "holds 0 images, the devkit labels"),
+    ],
+)
+def test_wrong_input_is_one_sentence(raw: Path, tmp_path: Path, archive: str, content: object, message: str) -> None:
+    """Exit code 2, one line that names the archive, and nothing written."""
+    broken = tmp_path / "raw"
+    shutil.copytree(raw, broken)
+    if content is None:
+        (broken / archive).unlink()
+    elif content == "cut":
+        (broken / archive).write_bytes((raw / archive).read_bytes()[:1_000_000])
+    else:
+        (broken / archive).write_bytes(content(raw) if callable(content) else content)  # type: ignore[arg-type]
+    done = run_python("tools/make_shards.py", "pack", broken, tmp_path / "shards")
+    assert done.returncode == 2 and message in done.stderr and archive in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "shards").exists()
+
+
+def test_foreign_output_is_refused(raw: Path, tmp_path: Path) -> None:
+    """A directory that holds something else is left alone."""
+    (tmp_path / "holiday.jpg").write_bytes(b"x")
+    done = run_python("tools/make_shards.py", "pack", raw, tmp_path)
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_undecodable_image(tmp_path: Path) -> None:
+    """It stops the pack with archive, name and key; --on-bad skip leaves it out, lists it, and the counts add up."""
+    from tools.make_shards import Options, plan_split, write_manifest, write_shard
+    from tools.raw import RawImage
+
+    good = io.BytesIO()
+    Image.new("RGB", (300, 280), "teal").save(good, "JPEG")
+    (tmp_path / "a.tar").write_bytes(tar_of(("good.JPEG", good.getvalue()), ("bad.JPEG", b"no image")))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        images = [RawImage(m.name, str(tmp_path / "a.tar"), m.offset_data, m.size, 0) for m in tar]
+    (tmp_path / "train").mkdir()
+    for on_bad in ("fail", "skip"):
+        options = Options("crop256", 90, "420", 10, 0, on_bad)
+        (plan,) = plan_split(tmp_path / "train", "train", images, options)
+        if on_bad == "fail":
+            with pytest.raises(ValueError, match=r"bad\.JPEG in .*a\.tar \(key bad\)"):
+                write_shard(plan)
+            assert not list((tmp_path / "train").iterdir())
+        else:
+            write_shard(plan)
+            manifest = write_manifest(tmp_path / "train", [plan], 1, options, "test")
+    assert manifest["num_samples"] == 1 and [row["key"] for row in manifest["skipped"]] == ["bad"]
+
+
+def test_keys() -> None:
+    """Stems are keys where they are unique and safe; every other name becomes <class>_<position>, and the manifest tells."""
+    from tools.make_shards import Options, plan_split
+    from tools.raw import RawImage
+
+    names = ["a.JPEG", "b.c.JPEG", "x/dup.JPEG", "y/dup.JPEG", "sp ace.JPEG", "ü.JPEG", "l" * 80 + ".JPEG"]
+    images = [RawImage(name, "t.tar", 0, 1, 7) for name in names]
+    plans = plan_split(Path("train"), "train", images, Options("crop256", 90, "420", 3, 0, "fail"))
+    keys = {image.name: key for plan in plans for key, image in plan.samples}
+    assert keys == {names[0]: "a", **{name: f"7_{n}" for n, name in enumerate(names) if n}}
+    assert [len(plan.samples) for plan in plans] == [2, 2, 3]

@@ -1,0 +1,163 @@
+"""Benchmarks, one subcommand per question.
+
+    python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
+
+Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are printed,
+and the ratios are what counts. Warm-up is left out.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from pipeline.shards import ShardSet, open_shards
+from train.program import run_program
+
+
+def loader(
+    shards: Path,
+    batch_size: int = 128,
+    threads: int | None = None,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    out: Path | None = None,
+) -> None:
+    """Images per second of the training loader alone, of DALI decoding alone, and of libjpeg-turbo alone on the same files.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        batch_size: Images per batch.
+        threads: DALI's threads, and libjpeg-turbo's processes; one per core by default.
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turn.
+        device: Where batches end up; auto takes the first GPU if there is one.
+        out: JSON-lines file to append one row per contender to.
+    """
+    if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
+        raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
+    from pipeline.eigenbasis import Eigenbasis
+    from pipeline.graph import decode_pipeline
+    from pipeline.loader import DataConfig, Speed, train_loader
+    from train.evaluate import pick_device
+
+    train = open_shards(shards, "train")
+    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
+    threads = threads or len(os.sched_getaffinity(0))
+    place = pick_device(device)
+    batches = train_loader(
+        train, basis, DataConfig(shards, speed=Speed(threads=threads)),
+        batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place,
+    )  # fmt: skip
+    decoder = decode_pipeline(train, "cpu", batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
+    endless = itertools.chain.from_iterable(itertools.repeat(batches))
+
+    with multiprocessing.get_context("spawn").Pool(threads, read_jpegs, (train,)) as pool:
+        contenders: dict[str, Callable[[], float]] = {
+            "libjpeg-turbo alone (simplejpeg)": lambda: sum(pool.map(decode_rate, [seconds] * threads, chunksize=1)),
+            "DALI decode alone (cpu, uint8, whole)": lambda: rate(lambda: decoder.run(), batch_size, seconds),
+            f"loader (train, on {place.type})": lambda: rate(lambda: next(endless), batch_size, seconds),
+        }
+        measured = take_turns(contenders, repeats)
+    batches.close()
+
+    print(f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, {threads} threads, {repeats} repeats")
+    show(measured, unit="images/s", reference="libjpeg-turbo alone (simplejpeg)")
+    if out:
+        record(out, "loader", measured, {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads})
+
+
+def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float:
+    """Images per second of calling `step` for about `seconds`."""
+    steps, started = 0, perf_counter()
+    while (elapsed := perf_counter() - started) < seconds:
+        step()
+        steps += 1
+    return steps * images_per_step / elapsed
+
+
+JPEGS: list[bytes] = []
+"""The files that this worker process decodes."""
+
+
+def read_jpegs(shards: ShardSet) -> None:
+    """Fill JPEGS with the first shard's images, read by the webdataset library."""
+    import webdataset
+
+    JPEGS.extend(sample["jpg"] for sample in webdataset.WebDataset(shards.tars[0], shardshuffle=False))
+
+
+def decode_rate(seconds: float) -> float:
+    """Images per second that one process decodes whole, to uint8 RGB."""
+    import simplejpeg
+
+    endless = itertools.cycle(JPEGS)
+    return rate(lambda: simplejpeg.decode_jpeg(next(endless), "RGB"), 1, seconds)
+
+
+def take_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Measure each contender `repeats` times, in turn, after a first round that is thrown away."""
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, measure in contenders.items():
+            value = measure()
+            if turn > 0:
+                measured[name].append(value)
+    return measured
+
+
+def show(measured: dict[str, list[float]], unit: str, reference: str) -> None:
+    """Print a table of medians, spreads and the ratio to `reference`, turn by turn."""
+    print(f"{'':<40} {'median':>10} {'min':>10} {'max':>10}  ratio   ({unit})")
+    for name, values in measured.items():
+        ratio = statistics.median(a / b for a, b in zip(values, measured[reference], strict=True))
+        print(f"{name:<40} {statistics.median(values):>10.0f} {min(values):>10.0f} {max(values):>10.0f}  {ratio:.2f}")
+
+
+def record(out: Path, subcommand: str, measured: dict[str, list[float]], settings: dict[str, Any]) -> None:
+    """Append one JSON row per contender with what a reader needs to judge and repeat it."""
+    import nvidia.dali
+    import simplejpeg
+    import torch
+
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    about = {
+        "benchmark": subcommand,
+        "commit": git.stdout.strip(),
+        "command": " ".join(["python", "tools/bench.py", *sys.argv[1:]]),
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "dali": nvidia.dali.__version__, "simplejpeg": simplejpeg.__version__,
+        },
+        **settings,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        for name, values in measured.items():
+            row = {"contender": name, "median": statistics.median(values), "values": values, **about}
+            file.write(json.dumps(row) + "\n")
+
+
+def processor() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    run_program({"loader": loader})
