@@ -1,0 +1,143 @@
+"""The DALI graph on its CPU backend equals an independent computation with Pillow and numpy; its windows are even."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+from scipy.stats import chisquare
+
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.graph import Augmentation, decode_graph, draw, label_graph, train_graph, val_graph
+from pipeline.lighting import Lighting
+from tests.conftest import jpeg, photo
+
+KINDS: list[tuple[str, dict[str, object]]] = [
+    ("RGB", {"subsampling": "4:2:0"}), ("RGB", {"subsampling": "4:4:4"}), ("L", {}), ("CMYK", {}),
+    ("RGB", {"progressive": True}), ("RGB", {"subsampling": "4:2:2"}),
+]  # fmt: skip
+
+
+def images_of_every_kind(count: int) -> list[bytes]:
+    """256x256 JPEGs, kinds in turn."""
+    rng = np.random.default_rng(0)
+    return [jpeg(photo(rng), mode, **options) for mode, options in (KINDS[k % len(KINDS)] for k in range(count))]
+
+
+def feed(items: list[bytes]) -> Iterator[list[np.ndarray]]:
+    """One batch for an external source."""
+    yield [np.frombuffer(item, np.uint8) for item in items]
+
+
+@pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
+def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention: str) -> None:
+    """Decoding within one level of Pillow, everything after it within 1e-3, on the draws that the graph itself puts out."""
+    encoded = images_of_every_kind(72)
+    augmentation = Augmentation(lighting=Lighting(convention, 0.1), std=1.0)  # type: ignore[arg-type]
+
+    @pipeline_def(batch_size=len(encoded), num_threads=2, device_id=None, seed=0)
+    def pipeline() -> tuple[object, ...]:
+        files = fn.external_source(feed(encoded))
+        draws = draw(augmentation, 5, 0)
+        return train_graph(files, draws, plain_basis, augmentation, "cpu", "cpu"), decode_graph(files, "cpu"), *draws
+
+    images, decoded, crop_x, crop_y, mirror, light = (output.as_array() for output in pipeline().run())
+    assert images.shape == (72, 224, 224, 3) and images.dtype == np.float32
+    for n, data in enumerate(encoded):
+        pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        assert np.abs(decoded[n] - pillow).max() <= 1
+        left, top = round(float(crop_x[n]) * 32), round(float(crop_y[n]) * 32)
+        window = decoded[n, top : top + 224, left : left + 224].astype(np.float64)
+        if mirror[n]:
+            window = window[:, ::-1]
+        if convention == "stddev":
+            shift = 0.1 * plain_basis.eigenvectors @ (np.sqrt(plain_basis.eigenvalues) * light[n])
+            expected = (window - plain_basis.mean + shift) / 1.1
+        else:
+            shift = plain_basis.eigenvectors @ (plain_basis.eigenvalues / 255 * 0.1 * light[n])
+            expected = window - plain_basis.mean + shift
+        assert np.abs(images[n] - expected).max() < 1e-3
+    # The test would be empty if nothing varied.
+    assert len(np.unique(crop_x)) > 15 and 20 < mirror.sum() < 52 and np.abs(light).max() > 1.5
+    assert np.abs(np.corrcoef([crop_x, crop_y, mirror])[np.triu_indices(3, 1)]).max() < 0.4
+
+
+def test_val_graph(plain_basis: Eigenbasis) -> None:
+    """Whole images minus the mean, divided by std, no lighting."""
+    encoded = images_of_every_kind(12)
+
+    @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
+    def pipeline() -> tuple[object, ...]:
+        files = fn.external_source(feed(encoded))
+        return val_graph(files, plain_basis, Augmentation(std=2.0), "cpu", "cpu"), decode_graph(files, "cpu")
+
+    images, decoded = (output.as_array() for output in pipeline().run())
+    np.testing.assert_allclose(images, (decoded - plain_basis.mean) / 2, atol=1e-3)
+
+
+def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
+    """`crop: center` and `flip: 0` always give the middle window, unmirrored."""
+    augmentation = Augmentation(crop="center", flip=0, lighting=Lighting(strength=0))
+    encoded = images_of_every_kind(12)
+
+    @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
+    def pipeline() -> tuple[object, ...]:
+        files = fn.external_source(feed(encoded))
+        return train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, "cpu", "cpu"), decode_graph(files, "cpu")
+
+    images, decoded = (output.as_array() for output in pipeline().run())
+    np.testing.assert_allclose(images, decoded[:, 16:240, 16:240] - plain_basis.mean, atol=1e-3)
+
+
+def offset_counts(positions: np.ndarray) -> np.ndarray:
+    """How often each of the 33 offsets is hit; DALI rounds position * 32."""
+    return np.bincount(np.floor(positions * 32 + 0.5).astype(int), minlength=33)
+
+
+def test_offsets_are_even() -> None:
+    """Chi-squared over 30,000 draws in each direction, edges included; evenly drawn floats would fail it."""
+
+    @pipeline_def(batch_size=3000, num_threads=1, device_id=None, seed=0)
+    def pipeline() -> tuple[object, ...]:
+        draws = draw(Augmentation(), 11, 0)
+        return draws.crop_x, draws.crop_y, fn.random.uniform(range=[0.0, 1.0], seed=11)
+
+    pipe = pipeline()
+    runs = [[output.as_array() for output in pipe.run()] for _ in range(10)]
+    crop_x, crop_y, floats = (np.concatenate(column) for column in zip(*runs, strict=True))
+    assert len(crop_x) == 30_000
+    for positions in (crop_x, crop_y):
+        assert chisquare(offset_counts(positions)).pvalue > 1e-3
+        np.testing.assert_allclose(positions * 32, np.rint(positions * 32), atol=1e-5)  # no rounding decides
+    assert chisquare(offset_counts(floats)).pvalue < 1e-9
+
+
+@pytest.mark.parametrize("seeds", [((1, 0), (1, 1)), ((1, 0), (2, 0))])
+def test_seeds(seeds: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """Ranks and seeds draw differently; the same ones draw the same."""
+
+    def light(seed: int, rank: int) -> np.ndarray:
+        @pipeline_def(batch_size=64, num_threads=1, device_id=None, seed=0)
+        def pipeline() -> tuple[object, ...]:
+            return (draw(Augmentation(), seed, rank).light,)
+
+        (output,) = pipeline().run()
+        return output.as_array()
+
+    one, two = (light(*pair) for pair in seeds)
+    assert np.abs(one - two).min(1).max() > 0.1
+    np.testing.assert_array_equal(one, light(*seeds[0]))
+
+
+def test_labels() -> None:
+    """ASCII of one to six digits becomes the number."""
+    texts = ["0", "7", "10", "999", "1234", "20480", "999999", "000012"]
+
+    @pipeline_def(batch_size=len(texts), num_threads=1, device_id=None, seed=0)
+    def pipeline() -> tuple[object, ...]:
+        return (label_graph(fn.external_source(feed([text.encode() for text in texts]))),)
+
+    (labels,) = pipeline().run()
+    assert labels.as_array().dtype == np.int64 and labels.as_array().tolist() == [int(text) for text in texts]

@@ -1,0 +1,54 @@
+"""A shard directory that is not whole is refused in one sentence that names the file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import read_json, write_json
+from pipeline.shards import ShardSet, open_shards
+
+Make = Callable[[int, int], ShardSet]
+
+
+def test_open(numbered_shards: Make) -> None:
+    """What the manifest says, in its order."""
+    shards = numbered_shards(10, 3)
+    assert shards.num_samples == 10 and [Path(tar).name for tar in shards.tars] == [f"train-00000{k}.tar" for k in range(3)]
+    assert [name.wnid for name in shards.classes] == [f"n{k}" for k in range(10)]
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    """An empty directory is no data set."""
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json.*make_shards"):
+        open_shards(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda d: (d / "train/train-000001.tar").unlink(), FileNotFoundError, "train-000001.tar is listed"),
+        (lambda d: (d / "train/train-000000.idx").unlink(), FileNotFoundError, "train-000000.idx is listed"),
+        (lambda d: (d / "train/train-000001.tar").write_bytes(b"short"), ValueError, "train-000001.tar has 5 bytes"),
+        (lambda d: (d / "train/manifest.json").write_text("{"), ValueError, "not valid JSON"),
+        (lambda d: (d / "train/manifest.json").write_text("[1]"), ValueError, "not a shard manifest"),
+        (lambda d: (d / "classes.json").unlink(), FileNotFoundError, "classes.json is missing"),
+        (lambda d: (d / "classes.json").write_text("{}"), ValueError, "not a class list"),
+        (lambda d: write_json(d / "classes.json", {"classes": [{"wnid": "a", "words": "b"}]}), ValueError, "lists 1 classes"),
+        (lambda d: edit(d, format_version=9), ValueError, "format version 9"),
+        (lambda d: edit(d, num_samples=11), ValueError, "not a shard manifest"),
+        (lambda d: edit(d, shards=[{"name": "../x.tar", "samples": 10, "bytes": 1}]), ValueError, "not a shard manifest"),
+    ],
+)
+def test_damage(numbered_shards: Make, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str) -> None:
+    """Each kind of damage has its own sentence."""
+    numbered_shards(10, 3)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        open_shards(tmp_path, "train")
+
+
+def edit(directory: Path, **changes: object) -> None:
+    """Change fields of the train manifest."""
+    path = directory / "train" / "manifest.json"
+    write_json(path, {**read_json(path), **changes})
