@@ -1,7 +1,8 @@
-# Everything runs in .venv, made on first use; once made, nothing below needs the network.
+# Everything runs in .venv, made on first use; once it is made, nothing below needs the network.
 PYTHON ?= python3
-BIN := .venv/bin
-DEMO := demo
+BIN ?= .venv/bin
+DEMO ?= demo
+RUN ?= runs/quickstart
 
 .PHONY: install quickstart test check
 
@@ -9,18 +10,19 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch .venv/installed
 
 quickstart: install
-	$(BIN)/python tools/make_demo.py $(DEMO)/raw
-	$(BIN)/python tools/make_shards.py pack $(DEMO)/raw $(DEMO)/shards
-	$(BIN)/python tools/compute_pca.py $(DEMO)/shards
-	$(BIN)/python -m train.run --config train/configs/quickstart.yaml --data.shards $(DEMO)/shards --run.dir runs/quickstart
+	"$(BIN)/python" tools/make_demo.py "$(DEMO)/raw"
+	"$(BIN)/python" tools/make_shards.py pack "$(DEMO)/raw" "$(DEMO)/shards" --samples-per-shard 180
+	"$(BIN)/python" tools/compute_pca.py "$(DEMO)/shards"
+	"$(BIN)/python" -m train.run --config train/configs/quickstart.yaml --data.shards "$(DEMO)/shards" --run.dir "$(RUN)"
 
 test: install
-	$(BIN)/python -m pytest
+	"$(BIN)/python" -m pytest
 
 check: install
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m mypy

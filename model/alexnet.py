@@ -1,7 +1,7 @@
 """AlexNet with two towers (Krizhevsky, Sutskever, Hinton 2012), on one device.
 
-The two towers are groups: conv2, conv4 and conv5 see the maps of their own tower, conv3 and the fully connected layers see both.
-60,965,224 parameters at 1,000 classes. Shapes, with C for channels-last memory throughout:
+The two towers are groups: conv2, conv4 and conv5 see the maps of their own tower, conv3 and the fully connected layers
+see both. 60,965,224 parameters at 1,000 classes. Shapes, with C for channels-last memory throughout:
 
     images            (N,   3, 224, 224)   RGB, 0..255 minus the mean
     conv1  11x11/4    (N,  96,  55,  55)   padded by 3 at right and bottom, as the 2012 program did; then pool -> 27
@@ -12,8 +12,8 @@ The two towers are groups: conv2, conv4 and conv5 see the maps of their own towe
     fc6, fc7          (N, 4096)
     fc8               (N, classes)         raw logits
 
-Dropout multiplies by a 0/1 mask in training and by one half in evaluation, as in 2012. (torch's dropout doubles what it keeps:
-with N(0, 0.01) weights that is another network, which does not train at the 2012 rate.)
+Dropout multiplies by a 0/1 mask in training and by one half in evaluation, as in 2012. (torch's dropout doubles what it
+keeps: with N(0, 0.01) weights that is another network, which does not train at the 2012 rate.)
 """
 
 import math
@@ -30,11 +30,12 @@ from model.lrn import local_response_norm
 
 @dataclass(frozen=True)
 class AlexNetConfig:
-    """Architecture. `variant` presets what the paper's text and the program behind it disagree on; other fields win over it."""
+    """Architecture. `variant` presets what the paper's text and the program behind it disagree on; other fields win
+    over it."""
 
     variant: Literal["paper", "original"] = "paper"
-    """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a second
-    normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5."""
+    """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a
+    second normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5."""
     towers: Literal[1, 2] = 2
     """Groups of maps that meet only in conv3 and the fully connected layers; 1 lets every layer see every map."""
     channels: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256)
@@ -55,10 +56,10 @@ class AlexNetConfig:
     def __post_init__(self) -> None:
         if any(maps < 1 or maps % self.towers for maps in self.channels):
             raise ValueError(f"model.channels must be positive and divide by {self.towers} towers, not {self.channels}")
-        if self.hidden < 1 or self.hidden % self.towers or self.num_classes < 2:
-            raise ValueError(
-                f"model.hidden ({self.hidden}) must divide by {self.towers} towers, model.num_classes ({self.num_classes}) be at least 2"
-            )
+        if self.hidden < 1 or self.hidden % self.towers:
+            raise ValueError(f"model.hidden must be positive and divide by {self.towers} towers, not {self.hidden}")
+        if self.num_classes < 2:
+            raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
 
@@ -90,7 +91,7 @@ class AlexNet(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.lrn = config.lrn or config.variant
         self.init_weights()
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def init_weights(self) -> None:
         """Weights from N(0, std), biases constant (section 5).
@@ -99,11 +100,13 @@ class AlexNet(nn.Module):
         conv1, conv2, fc6-8       .01                                            conv2, fc6, fc7: 1; else 0
         conv3, conv4, conv5       .01 in the paper, .03 in the 2012 program      conv4, conv5: 1; conv3: 0
 
-        A net with fewer maps sums fewer terms: std is divided by sqrt(channels[0] / 96) when it is slimmer than the paper's.
+        A net with fewer maps sums fewer terms: std is divided by sqrt(channels[0] / 96) when it is slimmer than the
+        paper's.
         """
         width = min(1.0, self.config.channels[0] / 96)
         middle = 0.03 if self.config.variant == "original" else 0.01
         for name, layer in self.named_children():
+            assert isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None
             std = middle if name in ("conv3", "conv4", "conv5") else 0.01
             nn.init.normal_(layer.weight, 0.0, std / math.sqrt(width))
             nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
@@ -130,7 +133,7 @@ class AlexNet(nn.Module):
         """Local response normalization across the maps of each tower."""
         if self.lrn == "none":
             return x
-        return local_response_norm(x, self.lrn, self.config.towers)  # type: ignore[arg-type]
+        return local_response_norm(x, self.lrn, self.config.towers)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Max pooling; 55 -> 27 -> 13 -> 6 either way."""
@@ -144,8 +147,10 @@ class AlexNet(nn.Module):
 
 
 def normalize_within_maps(x: torch.Tensor) -> torch.Tensor:
-    """The 2012 program's second normalization of layer 2: each unit by the mean square of its 5x5 surroundings in its own map.
+    """The 2012 program's second normalization of layer 2: each unit by the mean square of its 5x5 surroundings in its
+    own map.
 
-    Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the map counts as zero), power 0.75.
+    Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the map counts as zero), power
+    0.75.
     """
     return x * (1 + 1e-3 * F.avg_pool2d(x * x, 5, stride=1, padding=2)).pow(-0.75)

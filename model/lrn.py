@@ -2,13 +2,14 @@
 
     y_i = x_i / (k + a * sum of x_j^2 over the 5 maps j around i)^0.75,   k = 2
 
-Two conventions: `paper`, a = 1e-4 over the sum; `original`, the 2012 program, which divided alpha by the 5 maps: a = 2e-5, the
-rule of `torch.nn.functional.local_response_norm`. Neighbours never cross from one tower into the other.
+Two conventions: `paper`, a = 1e-4 over the sum; `original`, the 2012 program, which divided alpha by the 5 maps: a =
+2e-5, the rule of `torch.nn.functional.local_response_norm`. Neighbours never cross from one tower into the other.
 
 With d = k + a B(x^2), B the band sum (symmetric in the maps), the gradient is one more band sum:
     dx = g d^-0.75 - 1.5 a x B(g x d^-1.75)
-Five shifted slices are added instead of pooling over a transposed tensor, so memory may be channels-last and a compiler fuses the
-whole into one loop. d^-0.75 is r * sqrt(r) with r = rsqrt(d): `pow` is slow. Half and bfloat16 are computed in float32.
+Five shifted slices are added instead of pooling over a transposed tensor, so memory may be channels-last and a compiler
+fuses the whole into one loop. d^-0.75 is r * sqrt(r) with r = rsqrt(d): `pow` is slow. Half and bfloat16 are computed
+in float32.
 """
 
 from typing import Any, Literal

@@ -1,8 +1,8 @@
 """The RGB eigenbasis of a data set (`pca.json`), from exact integer moments.
 
-Fancy PCA (Krizhevsky et al. 2012, section 4.1) moves an image's colour along the principal axes of the RGB values of the whole
-training set. Sums of uint8 pixels and of their products are integers, so they are kept as such: the result does not depend on
-the order of images, batches, workers or machines, and the file has the same bytes whatever made it.
+Fancy PCA (Krizhevsky et al. 2012, section 4.1) moves an image's colour along the principal axes of the RGB values of
+the whole training set. Sums of uint8 pixels and of their products are integers, so they are kept as such: the result
+does not depend on the order of images, batches, workers or machines, and the file has the same bytes whatever made it.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class Moments:
     def of(images_NHWC: np.ndarray) -> "Moments":
         """Moments of uint8 RGB images, shape (N, height, width, 3).
 
-        A float64 matrix product is exact here: every partial sum is an integer below 2^53 as long as a call sees fewer than
-        2^53 / 255^2 = 1.4e11 pixels.
+        A float64 matrix product is exact here: every partial sum is an integer below 2^53 as long as a call sees fewer
+        than 2^53 / 255^2 = 1.4e11 pixels.
         """
         assert images_NHWC.dtype == np.uint8 and images_NHWC.shape[-1] == 3
         num_images, sums, products = len(images_NHWC), np.zeros(3), np.zeros((3, 3))
@@ -78,8 +78,8 @@ class Eigenbasis:
     def load(path: Path, manifest_sha256: str) -> "Eigenbasis":
         """Read `pca.json`.
 
-        Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than the
-        manifest with this checksum.
+        Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than
+        the manifest with this checksum.
         """
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
@@ -88,7 +88,9 @@ class Eigenbasis:
             if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"{path} has another format version; make it again with tools/compute_pca.py")
             if content["manifest_sha256"] != manifest_sha256:
-                raise ValueError(f"{path} was made from other shards; remove it and run tools/compute_pca.py {path.parent}")
+                raise ValueError(
+                    f"{path} was made from other shards; remove it and run tools/compute_pca.py {path.parent}"
+                )
             return Eigenbasis.from_json(content)
         except (KeyError, TypeError):
             raise ValueError(f"{path} is damaged; remove it and run tools/compute_pca.py {path.parent}") from None
@@ -99,13 +101,22 @@ class Eigenbasis:
         mean, eigenvalues, eigenvectors = (
             np.asarray(content[name], np.float64) for name in ("mean", "eigenvalues", "eigenvectors")
         )
-        if mean.shape != (3,) or eigenvalues.shape != (3,) or eigenvectors.shape != (3, 3) or not (eigenvalues >= 0).all():
+        if (
+            mean.shape != (3,)
+            or eigenvalues.shape != (3,)
+            or eigenvectors.shape != (3, 3)
+            or not (eigenvalues >= 0).all()
+        ):
             raise ValueError("mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again")
         return Eigenbasis(mean, eigenvalues, eigenvectors)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that `from_json` reads."""
-        return {"mean": self.mean.tolist(), "eigenvalues": self.eigenvalues.tolist(), "eigenvectors": self.eigenvectors.tolist()}
+        return {
+            "mean": self.mean.tolist(),
+            "eigenvalues": self.eigenvalues.tolist(),
+            "eigenvectors": self.eigenvectors.tolist(),
+        }
 
 
 def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Files that are either whole or not there.
 
-Every file that another program may read while ours is being killed (shards, indexes, manifests, `pca.json`, checkpoints,
-pictures) is written beside its place, flushed to the disk and renamed. A reader sees the old file or the new one.
+Every file that another program may read while ours is being killed (shards, indexes, manifests, `pca.json`,
+checkpoints, pictures) is written beside its place, flushed to the disk and renamed. A reader sees the old file or the
+new one.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ from typing import Any, BinaryIO
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing in binary; it appears under its name only when the block ends without an exception.
 
-    The temporary name is the same at every try, so a killed process leaves at most one `.tmp` that the next one replaces.
+    The temporary name is the same at every try, so a killed process leaves at most one `.tmp` that the next one
+    replaces.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -3,13 +3,14 @@
     reader -> decode -> 224x224 window -> flip -> relight and normalize        (train_graph)
     reader -> decode the 256x256 image -> normalize                            (val_graph)
 
-One graph serves both backends. `decode="gpu"` is the `mixed` decoder on whole images, `decode="cpu"` decodes on the host, in
-training the window alone, and augments on the GPU if there is one; without a GPU everything runs on the CPU with the same
-semantics. Pixels are RGB on the 0..255 scale minus the mean. Images leave as HWC: channels-last memory for PyTorch.
+One graph serves both backends. `decode="gpu"` is the `mixed` decoder on whole images, `decode="cpu"` decodes on the
+host, in training the window alone, and augments on the GPU if there is one; without a GPU everything runs on the CPU
+with the same semantics. Pixels are RGB on the 0..255 scale minus the mean. Images leave as HWC: channels-last memory
+for PyTorch.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
@@ -26,7 +27,8 @@ IMAGE_SIDE = 256
 CROP_SIDE = 224
 """Side of the windows that the network sees (paper, section 4.1)."""
 OFFSETS = IMAGE_SIDE - CROP_SIDE
-"""A window starts at one of 0..32 in each direction: 33 * 33 * 2 = 2,178 views of an image (the 2012 program; the paper says 2,048)."""
+"""A window starts at one of 0..32 in each direction: 33 * 33 * 2 = 2,178 views of an image (the 2012 program; the
+paper says 2,048)."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,18 @@ def train_graph(
         decode: "gpu" or "cpu".
         device: where images end up, "gpu" or "cpu".
 
-    Returns (224, 224, 3) HWC RGB, float16 on a GPU, float32 on a CPU (half conversion costs more than the decode there).
+    Returns (224, 224, 3) HWC RGB, float16 on a GPU, float32 on a CPU (half conversion costs more than the decode
+    there).
     """
     window = {"crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
     if decode == "cpu":
         images = fn.decoders.image_crop(
-            encoded, device="cpu", output_type=types.RGB, adjust_orientation=False, crop=(CROP_SIDE, CROP_SIDE), **window
+            encoded,
+            device="cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            crop=(CROP_SIDE, CROP_SIDE),
+            **window,
         )
         window = {}
     else:
@@ -120,7 +128,9 @@ def train_graph(
     )
 
 
-def val_graph(encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decode: str, device: str) -> "DataNode":
+def val_graph(
+    encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decode: str, device: str
+) -> "DataNode":
     """Encoded 256x256 JPEGs to normalized whole images, (256, 256, 3) HWC RGB, float16 on a GPU, float32 on a CPU."""
     images = decode_graph(encoded, decode, augmentation.jpeg_fancy_upsampling)
     return fn.crop_mirror_normalize(
@@ -158,20 +168,22 @@ def label_graph(digits: "DataNode") -> "DataNode":
     return fn.reductions.sum((fn.cast(padded, dtype=types.INT64) - ord("0")) * powers, axes=0)
 
 
-def read_graph(shards: ShardSet, training: bool, seed: int, shuffle_buffer: int, rank: int, num_ranks: int) -> "tuple[DataNode, DataNode]":
+def read_graph(
+    shards: ShardSet, training: bool, seed: int, shuffle_buffer: int, rank: int, num_ranks: int
+) -> "tuple[DataNode, DataNode]":
     """Read (encoded image, label digits).
 
-    In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list), and
-    samples are drawn from a buffer. `pad_last_batch` is what makes epochs exact over several ranks: without it the tail of one
-    epoch takes from the head of the next. Without mmap a truncated shard is an error, not a SIGBUS.
+    In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
+    and samples are drawn from a buffer. `pad_last_batch` is what makes epochs exact over several ranks: without it the
+    tail of one epoch takes from the head of the next. Without mmap a truncated shard is an error, not a SIGBUS.
     """
-    shuffling = {
+    shuffling: dict[str, Any] = {
         "random_shuffle": True,
         "initial_fill": shuffle_buffer,
         "shuffle_after_epoch": True,
         "shuffle_after_epoch_seed": op_seed(seed, 0, "shards"),
     }
-    images, digits = fn.readers.webdataset(
+    outputs: Any = fn.readers.webdataset(
         paths=list(shards.tars),
         index_paths=list(shards.indexes),
         ext=["jpg", "cls"],
@@ -184,14 +196,22 @@ def read_graph(shards: ShardSet, training: bool, seed: int, shuffle_buffer: int,
         name="reader",
         **(shuffling if training else {"stick_to_shard": True}),
     )
+    images, digits = outputs
     return images, digits
 
 
 @pipeline_def(enable_checkpointing=True)
 def train_pipeline(
-    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, shuffle_buffer: int, data_seed: int, rank: int, num_ranks: int,
-    decode: str, device: str,
-) -> "tuple[DataNode, DataNode]":  # fmt: skip
+    shards: ShardSet,
+    basis: Eigenbasis,
+    augmentation: Augmentation,
+    shuffle_buffer: int,
+    data_seed: int,
+    rank: int,
+    num_ranks: int,
+    decode: str,
+    device: str,
+) -> "tuple[DataNode, DataNode]":
     """Augmented training windows and int64 labels."""
     encoded, digits = read_graph(shards, True, data_seed, shuffle_buffer, rank, num_ranks)
     images = train_graph(encoded, draw(augmentation, data_seed, rank), basis, augmentation, decode, device)

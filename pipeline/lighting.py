@@ -1,13 +1,15 @@
-"""Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy and as DALI operations side by side.
+"""Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy and as DALI operations side by
+side.
 
-One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and the program behind it
-differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
+One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and the program
+behind it differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
 
 * `stddev`, what the 2012 program ran: x <- (x - mean + s V (axis_stddev * n)) / (1 + s), n ~ N(0, I);
-* `eigenvalue`, the paper's sentence as later code bases read it: x <- x - mean + 255 V (eigenvalues / 255^2 * a), a ~ N(0, s^2 I).
+* `eigenvalue`, the paper's sentence as later code bases read it: x <- x - mean + 255 V (eigenvalues / 255^2 * a), a ~
+  N(0, s^2 I).
 
-Both are one shift per image and one constant divisor, so they ride in the `mean` and `std` of `crop_mirror_normalize`: lighting
-costs no pass over the pixels.
+Both are one shift per image and one constant divisor, so they ride in the `mean` and `std` of `crop_mirror_normalize`:
+lighting costs no pass over the pixels.
 """
 
 import math
@@ -27,7 +29,8 @@ class Lighting:
     """How far colours are moved in training."""
 
     convention: Literal["stddev", "eigenvalue"] = "stddev"
-    """stddev: as the 2012 program did; eigenvalue: as the paper's text is commonly read (2 to 17 times weaker on ImageNet)."""
+    """stddev: as the 2012 program did; eigenvalue: as the paper's text is commonly read (2 to 17 times weaker on
+    ImageNet)."""
     strength: float = 0.1
     """Standard deviation of the draw on each axis, in units of the convention; 0 turns lighting off."""
 
@@ -46,7 +49,9 @@ class Lighting:
         return 1 + self.strength if self.convention == "stddev" else 1.0
 
 
-def relight(images_NHWC: np.ndarray, draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0) -> np.ndarray:
+def relight(
+    images_NHWC: np.ndarray, draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+) -> np.ndarray:
     """Subtract the mean and relight, in float64.
 
     Args:
@@ -60,7 +65,9 @@ def relight(images_NHWC: np.ndarray, draws_N3: np.ndarray, basis: Eigenbasis, li
     return (images_NHWC - basis.mean + shifts_N3[:, None, None, :]) / (std * lighting.divisor)
 
 
-def relight_arguments(draw: "DataNode", basis: Eigenbasis, lighting: Lighting, std: float = 1.0) -> "tuple[DataNode, float]":
+def relight_arguments(
+    draw: "DataNode", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+) -> "tuple[DataNode, float]":
     """The same as arguments of DALI's `crop_mirror_normalize`: a per-sample `mean`, shape (3,), and the constant `std`.
 
     Args:

@@ -5,11 +5,12 @@
         for images, labels in loader.epoch(epoch): ...
 
 `images`: (N, 3, 224, 224), in validation (N, 3, 256, 256), in channels-last memory, float16 on a GPU, float32 on a CPU.
-`labels`: int64 (N,), -1 = padding. The batch shape never varies. Over all ranks a training epoch shows no sample twice; what does
-not fill a batch on every rank is dropped, another tail every epoch. In validation every sample counts exactly once.
+`labels`: int64 (N,), -1 = padding. The batch shape never varies. Over all ranks a training epoch shows no sample twice;
+what does not fill a batch on every rank is dropped, another tail every epoch. In validation every sample counts exactly
+once.
 
-`rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A state taken
-after any batch continues with the next one, bit for bit.
+`rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A
+state taken after any batch continues with the next one, bit for bit.
 """
 
 import base64
@@ -63,9 +64,11 @@ class DataConfig:
     shards: Path
     """Folder written by tools/make_shards.py and tools/compute_pca.py."""
     decode: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where JPEGs are decoded: gpu (nvJPEG), cpu (libjpeg-turbo; augmented on the GPU if there is one), auto: where the network is."""
+    """Where JPEGs are decoded: gpu (nvJPEG), cpu (libjpeg-turbo; augmented on the GPU if there is one), auto: where
+    the network is."""
     shuffle_buffer: int = 4096
-    """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled besides."""
+    """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled
+    besides."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """What happens to a training image."""
     speed: Speed = field(default_factory=Speed)
@@ -80,9 +83,18 @@ class Loader:
     """Batches of one split for one loader rank; made by `train_loader` and `val_loader`."""
 
     def __init__(
-        self, shards: ShardSet, basis: Eigenbasis, config: DataConfig, *, training: bool, batch_size: int, seed: int,
-        rank: int, num_ranks: int, device: torch.device | str,
-    ) -> None:  # fmt: skip
+        self,
+        shards: ShardSet,
+        basis: Eigenbasis,
+        config: DataConfig,
+        *,
+        training: bool,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        device: torch.device | str,
+    ) -> None:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
@@ -119,7 +131,9 @@ class Loader:
                 self._run()  # the tail that does not fill a batch on every rank
             self.at_epoch, self.at_step = epoch, 0
         if epoch != self.at_epoch:
-            raise ValueError(f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}")
+            raise ValueError(
+                f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
+            )
         while self.at_step < self.steps_per_epoch:
             images, labels = self._run()
             self.at_step += 1
@@ -190,11 +204,16 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was handed out; plain JSON types."""
         assert self._training, "validation always starts at its beginning"
-        checkpoint = base64.b64encode(self._pipe.checkpoint()).decode() if self._pipe and (self.at_epoch or self.at_step) else None
+        checkpoint = (
+            base64.b64encode(self._pipe.checkpoint()).decode()
+            if self._pipe and (self.at_epoch or self.at_step)
+            else None
+        )
         return {"fingerprint": self.fingerprint, "epoch": self.at_epoch, "step": self.at_step, "pipeline": checkpoint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises `ValueError` that names the field when the state belongs to another sequence of batches."""
+        """Go to a position. Raises `ValueError` that names the field when the state belongs to another sequence of
+        batches."""
         for name, mine in self.fingerprint.items():
             if (theirs := state["fingerprint"].get(name)) != mine:
                 raise ValueError(f"the saved position in the data does not fit: {name} was {theirs}, now it is {mine}")
@@ -220,10 +239,16 @@ def val_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place:
 
 
 def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = None) -> Iterator[np.ndarray]:
-    """Yield every image of a split once as uint8 (n, 256, 256, 3), in stored order, decoded on the CPU; the last batch is shorter."""
+    """Yield every image of a split once as uint8 (n, 256, 256, 3), in stored order, decoded on the CPU; the last
+    batch is shorter."""
     raise_open_files(len(shards.tars))
     pipe = decode_pipeline(
-        shards, "cpu", batch_size=batch_size, num_threads=threads or len(os.sched_getaffinity(0)), device_id=None, seed=0
+        shards,
+        "cpu",
+        batch_size=batch_size,
+        num_threads=threads or len(os.sched_getaffinity(0)),
+        device_id=None,
+        seed=0,
     )
     for first in range(0, shards.num_samples, batch_size):
         try:

@@ -6,8 +6,9 @@
       train/manifest.json, val/manifest.json          what a split consists of
       classes.json                                    index -> wnid -> words, in the order of the sorted wnids
 
-One sample is `<key>.jpg` and `<key>.cls`, the class index in ASCII decimal. A directory without a manifest, with a shard
-missing or of another size is refused: it is half-written or half-copied, and training on it would silently be on other data.
+One sample is `<key>.jpg` and `<key>.cls`, the class index in ASCII decimal. A directory without a manifest, with a
+shard missing or of another size is refused: it is half-written or half-copied, and training on it would silently be on
+other data.
 """
 
 import re
@@ -64,7 +65,7 @@ def open_shards(shards: Path, split: str) -> ShardSet:
     path = directory / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no manifest.json: it is no finished shard directory; run tools/make_shards.py pack (again)"
+            f"{directory} holds no manifest.json: no pack was finished there; run tools/make_shards.py pack (again)"
         )
     content = path.read_bytes()
     manifest = read_json(path)
@@ -77,12 +78,16 @@ def open_shards(shards: Path, split: str) -> ShardSet:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is listed in {path} but missing; copy it again or pack again")
         if tar.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{tar} has {tar.stat().st_size} bytes, {path} says {shard['bytes']}; copy it again or pack again")
+            raise ValueError(
+                f"{tar} has {tar.stat().st_size} bytes, {path} says {shard['bytes']}; copy it again or pack again"
+            )
         tars.append(str(tar))
         indexes.append(str(index))
     classes = read_classes(Path(shards))
     if len(classes) != manifest["num_classes"]:
-        raise ValueError(f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again")
+        raise ValueError(
+            f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again"
+        )
     return ShardSet(split, tuple(tars), tuple(indexes), manifest["num_samples"], classes, sha256(content))
 
 

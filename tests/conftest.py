@@ -91,8 +91,21 @@ def numbered_shards(tmp_path: Path) -> Callable[[int, int], ShardSet]:
                             tar.addfile(info, io.BytesIO(data))
                         index.append(members)
                 write_bytes(path.with_suffix(".idx"), index_text(index).encode())
-                rows.append({"name": path.name, "samples": len(numbers), "bytes": path.stat().st_size, "sha256": sha256(path.read_bytes())})
-            manifest = {"format_version": 1, "split": split, "num_samples": num_samples, "num_classes": num_samples, "shards": rows}
+                rows.append(
+                    {
+                        "name": path.name,
+                        "samples": len(numbers),
+                        "bytes": path.stat().st_size,
+                        "sha256": sha256(path.read_bytes()),
+                    }
+                )
+            manifest = {
+                "format_version": 1,
+                "split": split,
+                "num_samples": num_samples,
+                "num_classes": num_samples,
+                "shards": rows,
+            }
             write_json(tmp_path / split / "manifest.json", manifest)
         names = [{"index": k, "wnid": f"n{k}", "words": str(k)} for k in range(num_samples)]
         write_json(tmp_path / "classes.json", {"format_version": 1, "classes": names})

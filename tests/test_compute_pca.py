@@ -1,4 +1,5 @@
-"""The tool sees the training images alone, as Pillow decodes them, and its file does not depend on how it went through them."""
+"""The tool sees the training images alone, as Pillow decodes them, and its file does not depend on how it went
+through them."""
 
 import io
 import shutil
@@ -13,7 +14,8 @@ from tests.conftest import run_ok, run_python
 
 
 def test_file(shards: Path, tmp_path: Path) -> None:
-    """Counts are exact, moments those of the pixels that Pillow decodes, bytes the same for another batch size and thread count."""
+    """Counts are exact, moments those of the pixels that Pillow decodes, bytes the same for another batch size and
+    thread count."""
     content = read_json(shards / "pca.json")
     tars = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
     total, products, count = np.zeros(3), np.zeros((3, 3)), 0

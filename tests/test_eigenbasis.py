@@ -44,7 +44,9 @@ def test_any_partition(images: np.ndarray, data: st.DataObject) -> None:
     pixels = [[int(v) for v in pixel] for pixel in images.reshape(-1, 3)]
     assert total.num_images == len(images) and total.num_pixels == len(pixels)
     assert list(total.sum) == [sum(pixel[i] for pixel in pixels) for i in range(3)]
-    assert list(total.sum_products) == [sum(pixel[i] * pixel[j] for pixel in pixels) for i in range(3) for j in range(3)]
+    assert list(total.sum_products) == [
+        sum(pixel[i] * pixel[j] for pixel in pixels) for i in range(3) for j in range(3)
+    ]
 
 
 def test_degenerate_colours(tmp_path: Path) -> None:
@@ -59,9 +61,14 @@ def test_degenerate_colours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"manifest_sha256": "x"}, "other shards"), ({"format_version": 2}, "format version"), ({"mean": [1, 2]}, "no RGB eigenbasis"),
-     ({"eigenvalues": [1, 1, -1]}, "no RGB eigenbasis"), ({"eigenvectors": None}, "damaged|no RGB")],
-)  # fmt: skip
+    [
+        ({"manifest_sha256": "x"}, "other shards"),
+        ({"format_version": 2}, "format version"),
+        ({"mean": [1, 2]}, "no RGB eigenbasis"),
+        ({"eigenvalues": [1, 1, -1]}, "no RGB eigenbasis"),
+        ({"eigenvectors": None}, "damaged|no RGB"),
+    ],
+)
 def test_foreign_file(tmp_path: Path, change: dict[str, object], message: str) -> None:
     """A file of other shards, another version or without sense is refused; so is none."""
     with pytest.raises(FileNotFoundError, match="compute_pca"):

@@ -15,9 +15,13 @@ from pipeline.lighting import Lighting
 from tests.conftest import jpeg, photo
 
 KINDS: list[tuple[str, dict[str, object]]] = [
-    ("RGB", {"subsampling": "4:2:0"}), ("RGB", {"subsampling": "4:4:4"}), ("L", {}), ("CMYK", {}),
-    ("RGB", {"progressive": True}), ("RGB", {"subsampling": "4:2:2"}),
-]  # fmt: skip
+    ("RGB", {"subsampling": "4:2:0"}),
+    ("RGB", {"subsampling": "4:4:4"}),
+    ("L", {}),
+    ("CMYK", {}),
+    ("RGB", {"progressive": True}),
+    ("RGB", {"subsampling": "4:2:2"}),
+]
 
 
 def images_of_every_kind(count: int) -> list[bytes]:
@@ -33,7 +37,8 @@ def feed(items: list[bytes]) -> Iterator[list[np.ndarray]]:
 
 @pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
 def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention: str) -> None:
-    """Decoding within one level of Pillow, everything after it within 1e-3, on the draws that the graph itself puts out."""
+    """Decoding within one level of Pillow, everything after it within 1e-3, on the draws that the graph itself puts
+    out."""
     encoded = images_of_every_kind(72)
     augmentation = Augmentation(lighting=Lighting(convention, 0.1), std=1.0)  # type: ignore[arg-type]
 
@@ -85,7 +90,9 @@ def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        return train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, "cpu", "cpu"), decode_graph(files, "cpu")
+        return train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, "cpu", "cpu"), decode_graph(
+            files, "cpu"
+        )
 
     images, decoded = (output.as_array() for output in pipeline().run())
     np.testing.assert_allclose(images, decoded[:, 16:240, 16:240] - plain_basis.mean, atol=1e-3)

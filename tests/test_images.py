@@ -24,7 +24,9 @@ def test_crop256_geometry(width: int, height: int) -> None:
     x = (np.arange(256) + (new_width - 256) // 2 + 0.5) * width / new_width - 0.5
     y = (np.arange(256) + (new_height - 256) // 2 + 0.5) * height / new_height - 0.5
     expected = np.add.outer(y / height, x / width) * 100 + 20
-    assert np.abs(got - expected)[8:-8, 8:-8].max() < 2.5  # half a level of rounding, and bicubic overshoot at the ramp's steps
+    assert (
+        np.abs(got - expected)[8:-8, 8:-8].max() < 2.5
+    )  # half a level of rounding, and bicubic overshoot at the ramp's steps
     assert np.abs((got - expected)[8:-8, 8:-8].mean()) < 0.2
 
 
@@ -70,7 +72,8 @@ def test_png_named_jpeg_and_alpha() -> None:
 
 
 def test_damage() -> None:
-    """A file that ends early is noted, trailing bytes do not stop it, and what no decoder takes raises with a reason."""
+    """A file that ends early is noted, trailing bytes do not stop it, and what no decoder takes raises with a
+    reason."""
     noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     data = jpeg(noise)
     assert "libjpeg warns" in pack_image(data[: len(data) * 2 // 3], 90).found

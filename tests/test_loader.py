@@ -18,7 +18,9 @@ from pipeline.shards import DataError, ShardSet, open_shards
 Make = Callable[[int, int], ShardSet]
 
 
-def loaders(shards: ShardSet, basis: Eigenbasis, num_ranks: int, training: bool, batch_size: int = 8, **changes: Any) -> list[Loader]:
+def loaders(
+    shards: ShardSet, basis: Eigenbasis, num_ranks: int, training: bool, batch_size: int = 8, **changes: Any
+) -> list[Loader]:
     """One loader per rank."""
     config = DataConfig(Path(shards.tars[0]).parent.parent, shuffle_buffer=16, **changes)
     place = {"batch_size": batch_size, "num_ranks": num_ranks, "device": "cpu"}
@@ -37,7 +39,9 @@ def test_training_epochs_are_exact(numbered_shards: Make, plain_basis: Eigenbasi
     for epoch in range(3):
         batches = [list(loader.epoch(epoch)) for loader in ranks]
         assert {len(rank) for rank in batches} == {131 // num_ranks // 8}
-        assert all(batch.images.shape == (8, 3, 224, 224) and batch.labels.shape == (8,) for rank in batches for batch in rank)
+        assert all(
+            batch.images.shape == (8, 3, 224, 224) and batch.labels.shape == (8,) for rank in batches for batch in rank
+        )
         seen = torch.cat([batch.labels for rank in batches for batch in rank]).tolist()
         assert len(seen) == len(set(seen)) == 131 - ranks[0].dropped_per_epoch and set(seen) <= set(range(131))
         epochs.append(frozenset(seen))
@@ -47,7 +51,9 @@ def test_training_epochs_are_exact(numbered_shards: Make, plain_basis: Eigenbasi
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_validation_counts_every_sample_once(numbered_shards: Make, plain_basis: Eigenbasis, num_ranks: int, tmp_path: Path) -> None:
+def test_validation_counts_every_sample_once(
+    numbered_shards: Make, plain_basis: Eigenbasis, num_ranks: int, tmp_path: Path
+) -> None:
     """Three passes over all ranks show each sample once; the rest of the fixed batch shape is -1."""
     numbered_shards(131, 4)
     ranks = loaders(open_shards(tmp_path, "val"), plain_basis, num_ranks, training=False)
@@ -110,7 +116,9 @@ def test_a_state_that_does_not_fit_is_refused(numbered_shards: Make, plain_basis
         with pytest.raises(ValueError, match=f"{name} was"):
             train_loader(shards, plain_basis, config, **{**place, **changed}).load_state_dict(state)
     with pytest.raises(ValueError, match="augmentation was"):
-        train_loader(shards, plain_basis, replace(config, augmentation=Augmentation(flip=0)), **place).load_state_dict(state)
+        train_loader(shards, plain_basis, replace(config, augmentation=Augmentation(flip=0)), **place).load_state_dict(
+            state
+        )
     with pytest.raises(ValueError, match="shards was"):
         train_loader(replace(shards, manifest_sha256="other"), plain_basis, config, **place).load_state_dict(state)
 

@@ -1,4 +1,5 @@
-"""Packing: every raw image once, with its right label, in an order and with bytes that depend on input, options and seed alone."""
+"""Packing: every raw image once, with its right label, in an order and with bytes that depend on input, options and
+seed alone."""
 
 import gzip
 import io
@@ -26,7 +27,10 @@ def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
         for member in outer:
             with tarfile.open(fileobj=io.BytesIO(outer.extractfile(member).read())) as inner:  # type: ignore[union-attr]
                 for image in inner:
-                    found[image.name.removesuffix(".JPEG")] = (inner.extractfile(image).read(), member.name.removesuffix(".tar"))  # type: ignore[union-attr]
+                    found[image.name.removesuffix(".JPEG")] = (
+                        inner.extractfile(image).read(),
+                        member.name.removesuffix(".tar"),
+                    )  # type: ignore[union-attr]
     with tarfile.open(raw / "ILSVRC2012_devkit_t12.tar.gz") as devkit:
         folder = "ILSVRC2012_devkit_t12/data"
         synsets = loadmat(io.BytesIO(devkit.extractfile(f"{folder}/meta.mat").read()), squeeze_me=True)["synsets"]  # type: ignore[union-attr]
@@ -46,7 +50,8 @@ def packed_images(shards: Path) -> list[tuple[str, bytes, int]]:
 
 
 def test_every_image_once_with_its_label(raw: Path, shards: Path) -> None:
-    """The webdataset library reads each raw image exactly once; labels index the sorted wnids; pixels are those of the raw file."""
+    """The webdataset library reads each raw image exactly once; labels index the sorted wnids; pixels are those of
+    the raw file."""
     expected, packed = raw_images(raw), packed_images(shards)
     wnids = sorted({wnid for _, wnid in expected.values()})
     assert Counter(key for key, _, _ in packed) == Counter(expected.keys())
@@ -87,7 +92,8 @@ def test_classes_are_mixed(shards: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp_path: Path) -> None:
-    """One worker writes what two wrote; a pack that lost some shards and its manifest writes just those again; a seed matters."""
+    """One worker writes what two wrote; a pack that lost some shards and its manifest writes just those again; a
+    seed matters."""
     again = tmp_path / "again"
     run_ok("-m", "tools.make_shards", "pack", raw, again, "--samples-per-shard", "180", "--workers", "1")
     files = sorted(path.relative_to(shards) for path in shards.rglob("*") if path.is_file() and path.name != "pca.json")
@@ -196,7 +202,8 @@ def test_undecodable_image(tmp_path: Path) -> None:
 
 
 def test_keys() -> None:
-    """Stems are keys where they are unique and safe; every other name becomes <class>_<position>, and the manifest tells."""
+    """Stems are keys where they are unique and safe; every other name becomes <class>_<position>, and the manifest
+    tells."""
     from tools.make_shards import Options, plan_split
     from tools.raw import RawImage
 

@@ -14,7 +14,9 @@ Make = Callable[[int, int], ShardSet]
 def test_open(numbered_shards: Make) -> None:
     """What the manifest says, in its order."""
     shards = numbered_shards(10, 3)
-    assert shards.num_samples == 10 and [Path(tar).name for tar in shards.tars] == [f"train-00000{k}.tar" for k in range(3)]
+    assert shards.num_samples == 10 and [Path(tar).name for tar in shards.tars] == [
+        f"train-00000{k}.tar" for k in range(3)
+    ]
     assert [name.wnid for name in shards.classes] == [f"n{k}" for k in range(10)]
 
 
@@ -34,13 +36,23 @@ def test_no_manifest(tmp_path: Path) -> None:
         (lambda d: (d / "train/manifest.json").write_text("[1]"), ValueError, "not a shard manifest"),
         (lambda d: (d / "classes.json").unlink(), FileNotFoundError, "classes.json is missing"),
         (lambda d: (d / "classes.json").write_text("{}"), ValueError, "not a class list"),
-        (lambda d: write_json(d / "classes.json", {"classes": [{"wnid": "a", "words": "b"}]}), ValueError, "lists 1 classes"),
+        (
+            lambda d: write_json(d / "classes.json", {"classes": [{"wnid": "a", "words": "b"}]}),
+            ValueError,
+            "lists 1 classes",
+        ),
         (lambda d: edit(d, format_version=9), ValueError, "format version 9"),
         (lambda d: edit(d, num_samples=11), ValueError, "not a shard manifest"),
-        (lambda d: edit(d, shards=[{"name": "../x.tar", "samples": 10, "bytes": 1}]), ValueError, "not a shard manifest"),
+        (
+            lambda d: edit(d, shards=[{"name": "../x.tar", "samples": 10, "bytes": 1}]),
+            ValueError,
+            "not a shard manifest",
+        ),
     ],
 )
-def test_damage(numbered_shards: Make, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str) -> None:
+def test_damage(
+    numbered_shards: Make, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str
+) -> None:
     """Each kind of damage has its own sentence."""
     numbered_shards(10, 3)
     damage(tmp_path)

@@ -2,8 +2,8 @@
 
     python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
 
-Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are printed,
-and the ratios are what counts. Warm-up is left out.
+Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
+printed, and the ratios are what counts. Warm-up is left out.
 """
 
 import itertools
@@ -32,7 +32,8 @@ def loader(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> None:
-    """Images per second of the training loader alone, of DALI decoding alone, and of libjpeg-turbo alone on the same files.
+    """Images per second of the training loader alone, of DALI decoding alone, and of libjpeg-turbo alone on the same
+    files.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -55,9 +56,15 @@ def loader(
     threads = threads or len(os.sched_getaffinity(0))
     place = pick_device(device)
     batches = train_loader(
-        train, basis, DataConfig(shards, speed=Speed(threads=threads)),
-        batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place,
-    )  # fmt: skip
+        train,
+        basis,
+        DataConfig(shards, speed=Speed(threads=threads)),
+        batch_size=batch_size,
+        seed=0,
+        rank=0,
+        num_ranks=1,
+        device=place,
+    )
     decoder = decode_pipeline(train, "cpu", batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
 
@@ -70,7 +77,10 @@ def loader(
         measured = take_turns(contenders, repeats)
     batches.close()
 
-    print(f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, {threads} threads, {repeats} repeats")
+    print(
+        f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, "
+        f"{threads} threads, {repeats} repeats"
+    )
     show(measured, unit="images/s", reference="libjpeg-turbo alone (simplejpeg)")
     if out:
         record(out, "loader", measured, {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads})
@@ -139,11 +149,13 @@ def record(out: Path, subcommand: str, measured: dict[str, list[float]], setting
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "dali": nvidia.dali.__version__, "simplejpeg": simplejpeg.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "dali": nvidia.dali.__version__,
+            "simplejpeg": simplejpeg.__version__,
         },
         **settings,
-    }  # fmt: skip
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
         for name, values in measured.items():

@@ -2,7 +2,8 @@
 
     python tools/compute_pca.py SHARDS
 
-Pixels come through the pipeline's own decoder, so that statistics and training see the same ones; sums are exact integers.
+Pixels come through the pipeline's own decoder, so that statistics and training see the same ones; sums are exact
+integers.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """What the packer does to one image: decode it strictly, bring it to 256x256 RGB, encode it, and say what was odd.
 
-Geometry (DESIGN of the shards): shorter side to 256 with Pillow's antialiased BICUBIC, longer side `round(long * 256 / short)`,
-central 256x256 from offset `(long - 256) // 2`. EXIF orientation is ignored, as Pillow and torchvision ignore it.
+Geometry (DESIGN of the shards): shorter side to 256 with Pillow's antialiased BICUBIC, longer side `round(long * 256 /
+short)`, central 256x256 from offset `(long - 256) // 2`. EXIF orientation is ignored, as Pillow and torchvision ignore
+it.
 """
 
 import io
@@ -38,7 +39,9 @@ def pack_image(raw: bytes, quality: int) -> Packed:
     pixels, notes = decode(raw)
     square = np.ascontiguousarray(crop256(Image.fromarray(pixels)))
     jpeg = simplejpeg.encode_jpeg(square, quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
-    return Packed(jpeg, NOTE_SEPARATOR.join(found for found, _ in notes), NOTE_SEPARATOR.join(done for _, done in notes))
+    return Packed(
+        jpeg, NOTE_SEPARATOR.join(found for found, _ in notes), NOTE_SEPARATOR.join(done for _, done in notes)
+    )
 
 
 def decode(raw: bytes) -> tuple[np.ndarray, list[tuple[str, str]]]:
@@ -96,8 +99,8 @@ def exif_orientation(raw: bytes) -> int | None:
 def crop256(image: Image.Image) -> Image.Image:
     """Shorter side to 256, then the central 256x256.
 
-    Resampling only what stays (Pillow's `box`) would be faster, but is not the same: on portrait images Pillow then runs its two
-    passes in the other order, and what it clips between them differs by up to 20 levels.
+    Resampling only what stays (Pillow's `box`) would be faster, but is not the same: on portrait images Pillow then
+    runs its two passes in the other order, and what it clips between them differs by up to 20 levels.
     """
     short = min(image.size)
     width, height = (round(side * SIDE / short) for side in image.size)

@@ -1,15 +1,15 @@
 """Write a miniature raw ImageNet: real images in the exact layout of the ILSVRC-2012 archives.
 
 The images are the 1,797 handwritten digits of scikit-learn (8x8, 16 grey levels; E. Alpaydin and C. Kaynak, UCI 1998),
-enlarged and printed in light ink on dark paper, with the oddities that the real archives have: varied sizes, grey, CMYK and
-progressive files, EXIF orientation tags on upright pixels, a PNG named .JPEG. 80 % train, 20 % val, stratified.
+enlarged and printed in light ink on dark paper, with the oddities that the real archives have: varied sizes, grey, CMYK
+and progressive files, EXIF orientation tags on upright pixels, a PNG named .JPEG. 80 % train, 20 % val, stratified.
 
     RAW/ILSVRC2012_img_train.tar       a tar of one <wnid>.tar per class
     RAW/ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ...
     RAW/ILSVRC2012_devkit_t12.tar.gz   meta.mat and the validation labels, counted in ILSVRC2012_ID
 
-As in ImageNet, neither the digits' own order nor ILSVRC2012_ID is the order of the sorted wnids that class indexes follow: a
-reader that mixes them up trains on wrong labels and shows it. The same seed gives the same bytes.
+As in ImageNet, neither the digits' own order nor ILSVRC2012_ID is the order of the sorted wnids that class indexes
+follow: a reader that mixes them up trains on wrong labels and shows it. The same seed gives the same bytes.
 """
 
 import gzip
@@ -29,7 +29,18 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 # Made-up WordNet offsets (real ones start with n0 or n1): their sorted order is 7, 2, 9, 4, 0, 8, 5, 1, 6, 3.
 DIGIT_TO_WNID = dict(
     enumerate(
-        "n90000418 n90000731 n90000127 n90000992 n90000388 n90000602 n90000854 n90000051 n90000517 n90000256".split()
+        [
+            "n90000418",
+            "n90000731",
+            "n90000127",
+            "n90000992",
+            "n90000388",
+            "n90000602",
+            "n90000854",
+            "n90000051",
+            "n90000517",
+            "n90000256",
+        ]
     )
 )
 # ILSVRC2012_ID counts from 1, in a third order; IDs above the number of classes are inner nodes of the hierarchy.
@@ -145,7 +156,16 @@ def devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
     """The devkit's tar: `meta.mat` (struct array `synsets`) and the validation labels in ILSVRC2012_ID, one a line."""
     from scipy.io import savemat
 
-    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images")
+    fields = (
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    )
     rows: list[tuple[Any, ...]] = [
         (DIGIT_TO_ID[digit], wnid, f"{WORDS[digit]}, {digit}", f"the digit {digit}", 0, [], 0, train_counts[wnid])
         for digit, wnid in DIGIT_TO_WNID.items()

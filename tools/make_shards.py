@@ -2,7 +2,8 @@
 
     python tools/make_shards.py pack RAW SHARDS
 
-The unit of work is the shard. Its bytes depend on the raw images, the options and the seed alone, not on the number of workers;
+The unit of work is the shard. Its bytes depend on the raw images, the options and the seed alone, not on the number of
+workers;
 a shard appears under its name only when it is whole, so a pack that was interrupted goes on where it stopped.
 """
 
@@ -109,9 +110,14 @@ def plan_split(directory: Path, split: str, images: list[RawImage], options: Opt
     for stem in stems:
         counts[stem] = counts.get(stem, 0) + 1
     usable = [counts[stem] == 1 and KEY.fullmatch(stem) is not None for stem in stems]
-    keys = [stem if fine else f"{image.label}_{n}" for n, (stem, fine, image) in enumerate(zip(stems, usable, images, strict=True))]
+    keys = [
+        stem if fine else f"{image.label}_{n}"
+        for n, (stem, fine, image) in enumerate(zip(stems, usable, images, strict=True))
+    ]
     if len(set(keys)) != len(keys):
-        raise ValueError(f"two images of {split} would get the same key; rename files that are called <number>_<number>")
+        raise ValueError(
+            f"two images of {split} would get the same key; rename files that are called <number>_<number>"
+        )
     order = sorted(zip(keys, images, strict=True), key=lambda sample: order_hash(options.seed, sample[0]))
     num_shards = -(-len(order) // options.samples_per_shard)
     plans = []
@@ -138,17 +144,23 @@ def claim(shards: Path, classes: dict[str, Any], plans: dict[str, list[ShardPlan
     wanted = {"classes.json", "pca.json", "mean_image.npy", *plans}
     present = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
     if shards.exists() and (not shards.is_dir() or present - wanted or (present and "classes.json" not in present)):
-        raise ValueError(f"{shards} holds something else; give a folder that is new, empty or begun by the same command")
+        raise ValueError(
+            f"{shards} holds something else; give a folder that is new, empty or begun by the same command"
+        )
     if present and read_json(shards / "classes.json") != classes:
         raise ValueError(f"{shards} holds shards of other classes; give another folder")
     for split, split_plans in plans.items():
         planned = {plan.path.stem for plan in split_plans}
         for path in (shards / split).iterdir() if (shards / split).is_dir() else ():
             if path.name != "manifest.json" and path.suffix != ".tmp" and path.stem not in planned:
-                raise ValueError(f"{path} is no part of this pack (another seed or size?); give another folder or remove it")
+                raise ValueError(
+                    f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
+                )
         manifest = shards / split / "manifest.json"
         if manifest.is_file() and read_json(manifest).get("plan") != plan_digest(split_plans):
-            raise ValueError(f"{shards} was packed from other images or with other options; give another folder or remove it")
+            raise ValueError(
+                f"{shards} was packed from other images or with other options; give another folder or remove it"
+            )
         for plan in split_plans:
             if (note := plan.path.with_suffix(".json")).is_file() and read_json(note).get("plan") != plan.digest:
                 raise ValueError(f"{plan.path} was packed from other images or with other options; give another folder")
@@ -163,7 +175,8 @@ def plan_digest(plans: list[ShardPlan]) -> str:
 
 
 def is_done(plan: ShardPlan) -> bool:
-    """Whether this shard is whole: `NAME.json` is written last and goes into the manifest, which then vouches for it."""
+    """Whether this shard is whole: `NAME.json` is written last and goes into the manifest, which then vouches for
+    it."""
     if plan.path.with_suffix(".json").is_file():
         return True
     manifest = plan.path.with_name("manifest.json")
@@ -190,7 +203,8 @@ def write_shards(plans: list[ShardPlan], workers: int) -> None:
 
 
 def write_shard(plan: ShardPlan) -> None:
-    """Write one shard: the tar, then its index, then `NAME.json` with its checksum and what was odd about its images."""
+    """Write one shard: the tar, then its index, then `NAME.json` with its checksum and what was odd about its
+    images."""
     repairs, skipped, index = [], [], []
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -206,8 +220,12 @@ def write_shard(plan: ShardPlan) -> None:
                 continue
             if packed.found:
                 repairs.append({"key": key, "found": packed.found, "done": packed.done})
-            index.append([add_member(tar, f"{key}.{ext}", data) for ext, data in
-                          (("jpg", packed.jpeg), ("cls", str(image.label).encode()))])  # fmt: skip
+            index.append(
+                [
+                    add_member(tar, f"{key}.{ext}", data)
+                    for ext, data in (("jpg", packed.jpeg), ("cls", str(image.label).encode()))
+                ]
+            )
     data = content.getvalue()
     with atomic_writer(plan.path) as file:
         file.write(data)
@@ -246,12 +264,16 @@ def write_manifest(
             "options": options._asdict(),
             "versions": versions(),
             "plan": plan_digest(plans),
-            "renamed": {key: image.name for plan in plans for key, image in plan.samples
-                        if key != Path(image.name).name.rsplit(".", 1)[0]},
+            "renamed": {
+                key: image.name
+                for plan in plans
+                for key, image in plan.samples
+                if key != Path(image.name).name.rsplit(".", 1)[0]
+            },
             "shards": [note["shard"] for note in notes],
             "repairs": [row for note in notes for row in note["repairs"]],
             "skipped": skipped,
-        }  # fmt: skip
+        }
         write_json(path, manifest)
     for plan in plans:
         plan.path.with_suffix(".json").unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Raw ImageNet, listed in place: where each image's bytes lie, and its class index.
 
-Reads the archives of ILSVRC-2012 as they are published. Tars are uncompressed, so headers alone tell every image's offset and
-the bytes are fetched with `pread`; nothing is extracted. Class index = position among the sorted wnids; the devkit's validation
-labels count in ILSVRC2012_ID, another order, and go through its `meta.mat`.
+Reads the archives of ILSVRC-2012 as they are published. Tars are uncompressed, so headers alone tell every image's
+offset and the bytes are fetched with `pread`; nothing is extracted. Class index = position among the sorted wnids; the
+devkit's validation labels count in ILSVRC2012_ID, another order, and go through its `meta.mat`.
 """
 
 import functools
@@ -69,13 +69,17 @@ def open_raw(raw: Path) -> RawImageNet:
     """
     for name in (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE):
         if not (raw / name).is_file():
-            raise FileNotFoundError(f"{raw / name} is missing; {raw} has to hold the archives of ILSVRC-2012 by their own names")
+            raise FileNotFoundError(
+                f"{raw / name} is missing; {raw} has to hold the archives of ILSVRC-2012 by their own names"
+            )
     by_id, ground_truth = read_devkit(raw / DEVKIT_ARCHIVE)
     tars = [(Path(name).stem, offset, size) for name, offset, size in members(raw / TRAIN_ARCHIVE)]
     wnids = sorted(wnid for wnid, _, _ in tars)
     known = {name.wnid: name for name in by_id.values()}
     if unknown := sorted(set(wnids) - set(known)):
-        raise ValueError(f"{raw / DEVKIT_ARCHIVE} does not know class {unknown[0]} of {TRAIN_ARCHIVE}; fetch the devkit again")
+        raise ValueError(
+            f"{raw / DEVKIT_ARCHIVE} does not know class {unknown[0]} of {TRAIN_ARCHIVE}; fetch the devkit again"
+        )
     if absent := sorted(set(known) - set(wnids)):
         raise ValueError(f"{raw / TRAIN_ARCHIVE} lacks class {absent[0]} of the devkit; fetch it again")
     if len(set(wnids)) != len(wnids):
@@ -92,7 +96,9 @@ def open_raw(raw: Path) -> RawImageNet:
         for name, offset, size in members(raw / VAL_ARCHIVE)
     ]
     if len(val) != len(ground_truth):
-        raise ValueError(f"{raw / VAL_ARCHIVE} holds {len(val)} images, the devkit labels {len(ground_truth)}; fetch it again")
+        raise ValueError(
+            f"{raw / VAL_ARCHIVE} holds {len(val)} images, the devkit labels {len(ground_truth)}; fetch it again"
+        )
     if not train or not val:
         raise ValueError(f"{raw} holds no {'train' if not train else 'validation'} image; fetch the archives again")
     splits = {"train": sorted(train), "val": sorted(val)}
@@ -121,7 +127,9 @@ def members(archive: Path, start: int = 0, length: int | None = None) -> Iterato
                         raise ValueError(f"{archive} is cut short inside {member.name}; fetch it again")
                     yield member.name, member.offset_data, member.size
         except tarfile.TarError as error:
-            raise ValueError(f"{archive} is not a tar archive or is damaged at byte {start} ({error}); fetch it again") from None
+            raise ValueError(
+                f"{archive} is not a tar archive or is damaged at byte {start} ({error}); fetch it again"
+            ) from None
 
 
 def val_id(name: str, ground_truth: list[int], raw: Path) -> int:
@@ -156,5 +164,7 @@ def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the devkit of ILSVRC-2012 or is damaged ({error}); fetch it again") from None
     if unknown := sorted(set(ground_truth) - set(by_id)):
-        raise ValueError(f"{path} labels images as class {unknown[0]}, which its meta.mat does not describe; fetch it again")
+        raise ValueError(
+            f"{path} labels images as class {unknown[0]}, which its meta.mat does not describe; fetch it again"
+        )
     return by_id, ground_truth

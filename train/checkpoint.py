@@ -32,13 +32,16 @@ def save_checkpoint(run_dir: Path, step: int, content: dict[str, Any], keep: int
 
 
 def find_checkpoint(place: Path) -> Path | None:
-    """The checkpoint that LATEST names in a run directory, or None. Raises `FileNotFoundError` when that file is gone."""
+    """The checkpoint that LATEST names in a run directory, or None. Raises `FileNotFoundError` when that file is
+    gone."""
     latest = place / "checkpoints" / "LATEST"
     if not latest.is_file():
         return None
     path = latest.with_name(latest.read_text().strip())
     if not path.is_file():
-        raise FileNotFoundError(f"{latest} names {path.name}, which is missing; write the name of another step-*.pt into LATEST")
+        raise FileNotFoundError(
+            f"{latest} names {path.name}, which is missing; write the name of another step-*.pt into LATEST"
+        )
     return path
 
 

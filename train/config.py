@@ -34,7 +34,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.epochs < 1:
-            raise ValueError(f"train.batch_size ({self.batch_size}) and train.epochs ({self.epochs}) must be at least 1")
+            raise ValueError(
+                f"train.batch_size ({self.batch_size}) and train.epochs ({self.epochs}) must be at least 1"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"train.seed must lie in 0..2^63-1, not {self.seed}")
 
@@ -82,11 +84,14 @@ class Config:
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Read a configuration from the command line (`sys.argv` by default).
 
-    Leaves the process with code 2 and one sentence when an option is unknown or of the wrong type; raises `ValueError` when a
-    value is out of range.
+    Leaves the process with code 2 and one sentence when an option is unknown or of the wrong type; raises `ValueError`
+    when a value is out of range.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="python -m train.run", usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]")
+    parser = Parser(
+        prog="python -m train.run",
+        usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]",
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(Config)
     parsed = parser.instantiate(parser.parse_args(arguments))
@@ -105,8 +110,8 @@ def plain(value: Any) -> Any:
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue a run under another configuration.
 
-    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie, and more epochs. Raises
-    `ValueError` that names the first other field.
+    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie, and more epochs.
+    Raises `ValueError` that names the first other field.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):

@@ -2,8 +2,8 @@
 
     python -m train.evaluate CHECKPOINT SHARDS
 
-Ten views are the four corner windows, the central one, and their mirrors; the softmax outputs are averaged. A network that was
-trained without flips gets the five unmirrored windows.
+Ten views are the four corner windows, the central one, and their mirrors; the softmax outputs are averaged. A network
+that was trained without flips gets the five unmirrored windows.
 """
 
 from collections.abc import Callable
@@ -40,12 +40,12 @@ class Accuracy:
     views_top1: float
     views_top5: float
 
-    def lines(self) -> list[str]:
-        """One line for each figure."""
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) of each figure, for people."""
         names = [("centre top-1", self.centre_top1), ("centre top-5", self.centre_top5)]
         if self.views:
             names += [(f"{self.views} top-1", self.views_top1), (f"{self.views} top-5", self.views_top5)]
-        return [f"{name} accuracy: {value:.1f} %" for name, value in names]
+        return [(f"{name} accuracy", f"{value:.1f} %") for name, value in names]
 
 
 def window(images: torch.Tensor, offsets: tuple[int, int]) -> torch.Tensor:
@@ -66,7 +66,12 @@ def probabilities(model: nn.Module, images: torch.Tensor, mirrored: bool) -> tup
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, mirrored: bool, *, all_views: bool = True, interrupted: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    loader: Loader,
+    mirrored: bool,
+    *,
+    all_views: bool = True,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Accuracy | None:
     """Accuracy over a whole validation split, every image counted once.
 
@@ -116,7 +121,9 @@ def evaluate_checkpoint(
     content = load_checkpoint(path)
     val = open_shards(shards, "val")
     if [name.wnid for name in val.classes] != content["wnids"]:
-        raise ValueError(f"{path} was trained on other classes than those of {shards}/classes.json; give the shards it was trained on")
+        raise ValueError(
+            f"{path} was trained on other classes than {shards}/classes.json lists; give the shards it was trained on"
+        )
     place = pick_device(device)
     settings = dict(content["config"]["model"])
     settings["channels"] = tuple(settings["channels"])
@@ -125,13 +132,19 @@ def evaluate_checkpoint(
     augmentation = Augmentation(std=content["config"]["data"]["augmentation"]["std"])
     flip = content["config"]["data"]["augmentation"]["flip"]
     loader = val_loader(
-        val, Eigenbasis.from_json(content["eigenbasis"]), DataConfig(shards, augmentation=augmentation),
-        batch_size=batch_size, rank=0, num_ranks=1, device=place,
-    )  # fmt: skip
+        val,
+        Eigenbasis.from_json(content["eigenbasis"]),
+        DataConfig(shards, augmentation=augmentation),
+        batch_size=batch_size,
+        rank=0,
+        num_ranks=1,
+        device=place,
+    )
     accuracy = evaluate(model, loader, mirrored=flip > 0)
     assert accuracy is not None
     print(f"{path}: {accuracy.samples} images")
-    print("\n".join(accuracy.lines()))
+    for name, value in accuracy.rows():
+        print(f"{name}: {value}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,14 +1,14 @@
 """The training loop: epochs of steps, an evaluation after each, and a state from which the same weights come again.
 
-The position is (finished epochs, updates). A stop falls between two steps; what is saved then continues with the very next batch,
-with the same dropout masks, so that on a CPU the final weights are bitwise those of an undisturbed run.
+The position is (finished epochs, updates). A stop falls between two steps; what is saved then continues with the very
+next batch, with the same dropout masks, so that on a CPU the final weights are bitwise those of an undisturbed run.
 """
 
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,23 @@ class Trainer:
         self.basis = Eigenbasis.load(shards / "pca.json", self.train_shards.manifest_sha256)
         classes = len(self.train_shards.classes)
         if classes != config.model.num_classes:
-            raise ValueError(f"{shards} holds {classes} classes; say --model.num_classes {classes}, not {config.model.num_classes}")
+            raise ValueError(
+                f"{shards} holds {classes} classes; say --model.num_classes {classes}, not {config.model.num_classes}"
+            )
 
         torch.manual_seed(config.train.seed)
         self.model = AlexNet(config.model).to(device)
         self.network = compiled(self.model, device) if config.train.compile else self.model
-        self.optimizer = PaperSGD(self.model.named_parameters(), config.optimizer.momentum, config.optimizer.weight_decay)
+        self.optimizer = PaperSGD(
+            self.model.named_parameters(), config.optimizer.momentum, config.optimizer.weight_decay
+        )
         self.schedule = RateSchedule(config.optimizer)
-        place = {"batch_size": config.train.batch_size, "rank": LOADER_RANK, "num_ranks": NUM_LOADER_RANKS, "device": device}
+        place = {
+            "batch_size": config.train.batch_size,
+            "rank": LOADER_RANK,
+            "num_ranks": NUM_LOADER_RANKS,
+            "device": device,
+        }
         self.train_loader = train_loader(self.train_shards, self.basis, config.data, seed=config.train.seed, **place)
         self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
         self.epoch, self.step = 0, 0
@@ -70,7 +79,12 @@ class Trainer:
             self.model.train()
             steps = self.train_loader.steps_per_epoch
             progress = tqdm(
-                total=steps, initial=self.train_loader.at_step % steps, desc=f"epoch {self.epoch}", unit="step", disable=None, leave=False
+                total=steps,
+                initial=self.train_loader.at_step % steps,
+                desc=f"epoch {self.epoch}",
+                unit="step",
+                disable=None,
+                leave=False,
             )
             for batch in self.train_loader.epoch(self.epoch):
                 clock.start_step()
@@ -90,7 +104,15 @@ class Trainer:
                     if self.step % config.run.log_every == 0:
                         error = 100 - 100 * correct.item() / count
                         timing = clock.read(config.train.batch_size)
-                        log.write("train", self.step, epoch=self.epoch, lr=self.schedule.lr, loss=mean_loss, top1_error=error, **timing)
+                        log.write(
+                            "train",
+                            self.step,
+                            epoch=self.epoch,
+                            lr=self.schedule.lr,
+                            loss=mean_loss,
+                            top1_error=error,
+                            **timing,
+                        )
                         progress.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=f"{timing['images_per_s']:.0f}")
                         loss_sum.zero_()
                         correct.zero_()
@@ -104,16 +126,21 @@ class Trainer:
             progress.close()
 
             self.check_finite(loss_sum.item())
-            accuracy = evaluate(self.network, self.val_loader, self.mirrored, all_views=False, interrupted=stop_requested)
+            accuracy = evaluate(
+                self.network, self.val_loader, self.mirrored, all_views=False, interrupted=stop_requested
+            )
             if accuracy is None:
                 self.save()  # at the epoch's edge: going on begins with this evaluation
                 return False
             self.epoch += 1
             self.schedule.end_epoch(100 - accuracy.centre_top1)
             log.write(
-                "eval", self.step, epoch=self.epoch,
-                centre_top1_error=100 - accuracy.centre_top1, centre_top5_error=100 - accuracy.centre_top5,
-            )  # fmt: skip
+                "eval",
+                self.step,
+                epoch=self.epoch,
+                centre_top1_error=100 - accuracy.centre_top1,
+                centre_top5_error=100 - accuracy.centre_top5,
+            )
             tqdm.write(f"epoch {self.epoch}/{config.train.epochs}: centre top-1 accuracy {accuracy.centre_top1:.1f} %")
             self.save()
             clock.pause()
@@ -189,7 +216,7 @@ def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
     Without a C++ compiler the CPU goes on uncompiled.
     """
     if device.type == "cuda":
-        return torch.compile(model)  # type: ignore[no-any-return]
+        return cast(torch.nn.Module, torch.compile(model))
     if shutil.which("g++") or shutil.which("clang++"):
         torch._dynamo.config.suppress_errors = True  # a compiler without Python's headers: warn, and run uncompiled
         model.normalize = torch.compile(model.normalize)  # type: ignore[method-assign]

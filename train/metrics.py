@@ -13,14 +13,19 @@ from pipeline.files import write_bytes
 
 
 class MetricsLog:
-    """`RUN/metrics.jsonl`, one JSON object a line with `kind` ("train" or "eval") and `step`, and TensorBoard events."""
+    """`RUN/metrics.jsonl`, one JSON object a line with `kind` ("train" or "eval") and `step`, and TensorBoard
+    events."""
 
     def __init__(self, run_dir: Path, step: int, epoch: int) -> None:
         """Go on after `step` updates and `epoch` finished epochs: rows of a future that was lost are cut."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "metrics.jsonl"
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step and (row["kind"] != "eval" or row["epoch"] <= epoch)]
+        rows = [
+            row
+            for row in read_metrics(self.path)
+            if row["step"] <= step and (row["kind"] != "eval" or row["epoch"] <= epoch)
+        ]
         write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -53,8 +58,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class StepClock:
     """Times steps as the device sees them: how long it computed, how long it waited for a batch.
 
-    On a GPU the instants are CUDA events, read at log steps only; on a CPU they are the host's time. The host is held to at most
-    two steps ahead of the device, so that memory is bounded.
+    On a GPU the instants are CUDA events, read at log steps only; on a CPU they are the host's time. The host is held
+    to at most two steps ahead of the device, so that memory is bounded.
     """
 
     AHEAD = 2

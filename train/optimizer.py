@@ -2,8 +2,9 @@
 
     v <- momentum * v - weight_decay * rate * w - rate * gradient;   w <- w + v            (section 5)
 
-The velocity holds the rate that each gradient came with. `torch.optim.SGD` keeps the rate outside of its buffer: the two agree
-only while the rate is constant. A rate of 0 freezes the weights, velocity included, as it did in the 2012 program.
+The velocity holds the rate that each gradient came with. `torch.optim.SGD` keeps the rate outside of its buffer: the
+two agree only while the rate is constant. A rate of 0 freezes the weights, velocity included, as it did in the 2012
+program.
 """
 
 from collections.abc import Iterable
@@ -59,8 +60,10 @@ class PaperSGD:
     def step(self, lr: float) -> None:
         """Update every parameter from its `.grad` and clear it."""
         if lr > 0:
-            weights, velocity = list(self._named.values()), list(self._velocity.values())
-            gradients = [weight.grad for weight in weights]
+            weights: list[torch.Tensor] = list(self._named.values())
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            velocity = list(self._velocity.values())
+            assert len(gradients) == len(weights), "step() comes after backward()"
             torch._foreach_mul_(velocity, self._momentum)
             torch._foreach_add_(velocity, weights, alpha=-self._weight_decay * lr)
             torch._foreach_add_(velocity, gradients, alpha=-lr)
@@ -116,4 +119,6 @@ class RateSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self._epoch, self._drops, self._stale, self._best = (state[name] for name in ("epoch", "drops", "stale", "best"))
+        self._epoch, self._drops, self._stale, self._best = (
+            state[name] for name in ("epoch", "drops", "stale", "best")
+        )

@@ -1,4 +1,5 @@
-"""Pictures of a finished run: curves, first-layer kernels, augmented images, predictions. PNG files in the run directory."""
+"""Pictures of a finished run: curves, first-layer kernels, augmented images, predictions. PNG files in the run
+directory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +49,21 @@ def draw_curves(figure: Figure, trainer: Trainer) -> None:
     loss, error = figure.subplots(1, 2)
     epochs = [row["step"] / steps for row in train]
     loss.plot(epochs, [row["loss"] for row in train], label="training, augmented, with dropout")
-    loss.axhline(np.log(trainer.config.model.num_classes), color="grey", linewidth=0.8, linestyle=":", label="chance: ln(classes)")
+    loss.axhline(
+        np.log(trainer.config.model.num_classes),
+        color="grey",
+        linewidth=0.8,
+        linestyle=":",
+        label="chance: ln(classes)",
+    )
     loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     error.plot(epochs, [row["top1_error"] for row in train], label="training, augmented, with dropout")
-    error.plot([row["step"] / steps for row in val], [row["centre_top1_error"] for row in val], "o-", label="validation, centre crop")
+    error.plot(
+        [row["step"] / steps for row in val],
+        [row["centre_top1_error"] for row in val],
+        "o-",
+        label="validation, centre crop",
+    )
     error.set(xlabel="epoch", ylabel="top-1 error, %", title="Error")
     for axes in (loss, error):
         axes.set_ylim(bottom=0)
@@ -77,7 +89,9 @@ def draw_kernels(figure: Figure, trainer: Trainer) -> None:
 def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
     """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
     augmentation, basis = trainer.config.data.augmentation, trainer.basis
-    images_NHWC = next(decoded_batches(trainer.train_shards, 16))[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
+    images_NHWC = next(decoded_batches(trainer.train_shards, 16))[
+        :, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE
+    ]
     most_colourful = np.ptp(images_NHWC.mean((1, 2)), axis=1).argmax()
     image_NHWC = images_NHWC[most_colourful][None]
     amounts = np.arange(-3, 4)
@@ -88,9 +102,15 @@ def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
         moved = relight(image_NHWC, draws_N3, basis, augmentation.lighting)
         rows.append(to_pixels(moved * augmentation.lighting.divisor, basis.mean))
     loader = train_loader(
-        trainer.train_shards, basis, replace(trainer.config.data, decode="cpu"),
-        batch_size=14, seed=trainer.config.train.seed, rank=0, num_ranks=1, device="cpu",
-    )  # fmt: skip
+        trainer.train_shards,
+        basis,
+        replace(trainer.config.data, decode="cpu"),
+        batch_size=14,
+        seed=trainer.config.train.seed,
+        rank=0,
+        num_ranks=1,
+        device="cpu",
+    )
     batch = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * augmentation.std * augmentation.lighting.divisor
     loader.close()
 
@@ -130,10 +150,16 @@ def draw_predictions(figure: Figure, trainer: Trainer) -> None:
         best = scores.topk(min(5, len(names)))
         shares, indices = best.values.tolist()[::-1], best.indices.tolist()[::-1]
         bars.axis("on")
-        bars.barh([names[index] for index in indices], shares, color=["seagreen" if index == label else "grey" for index in indices])
+        bars.barh(
+            [names[index] for index in indices],
+            shares,
+            color=["seagreen" if index == label else "grey" for index in indices],
+        )
         bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
-    figure.suptitle("validation images, their true class and the five most probable ones (red: the first guess is wrong)")
+    figure.suptitle(
+        "validation images, their true class and the five most probable ones (red: the first guess is wrong)"
+    )
 
 
 def to_pixels(images_HWC: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -147,7 +173,9 @@ def tile(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
     blank = 255 if images_NHWC.dtype == np.uint8 else 1
     rows = -(-count // columns)
     border = max(1, height // 32)
-    sheet = np.full((rows * (height + border) - border, columns * (width + border) - border, 3), blank, images_NHWC.dtype)
+    sheet = np.full(
+        (rows * (height + border) - border, columns * (width + border) - border, 3), blank, images_NHWC.dtype
+    )
     for number, image in enumerate(images_NHWC):
         top, left = number // columns * (height + border), number % columns * (width + border)
         sheet[top : top + height, left : left + width] = image

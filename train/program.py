@@ -22,7 +22,8 @@ class DivergedError(RuntimeError):
 
 
 class Parser(ArgumentParser):
-    """A jsonargparse parser that spells options with dashes and complains in one sentence, without listing every option."""
+    """A jsonargparse parser that spells options with dashes and complains in one sentence, without listing every
+    option."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too."""
@@ -68,4 +69,6 @@ def raised_by_us(error: BaseException) -> bool:
     if error.__cause__ is not None:  # concurrent.futures puts the worker's traceback there
         return True
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return file.parent in {Path(__file__).resolve().parents[1] / room for room in ("pipeline", "model", "train", "tools")}
+    return file.parent in {
+        Path(__file__).resolve().parents[1] / room for room in ("pipeline", "model", "train", "tools")
+    }

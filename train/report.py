@@ -15,7 +15,7 @@ def report(trainer: Trainer, accuracy: Accuracy, pictures: list[Path]) -> None:
         ("images", f"{trainer.train_shards.num_samples} train, {accuracy.samples} validation"),
         ("shards", f"{len(trainer.train_shards.tars)} train, {len(trainer.val_shards.tars)} validation"),
     ]
-    table += [tuple(line.split(": ")) for line in accuracy.lines()]
+    table += accuracy.rows()
     if rows:
         # Medians over the log rows: the first one holds the compilation.
         table += [

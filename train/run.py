@@ -1,6 +1,6 @@
 """Train a network.
 
-    python -m train.run --config train/configs/quickstart.yaml --data.shards SHARDS --run.dir DIR [--section.key VALUE ...]
+    python -m train.run --config FILE --data.shards SHARDS --run.dir DIR [--section.key VALUE ...]
 
 The same command goes on where a run was stopped (Ctrl-C, SIGTERM, or any other end); a finished run is evaluated again.
 """
@@ -70,7 +70,9 @@ class StopSignal:
 
 def claim_directory(directory: Path) -> None:
     """Refuse a run directory that holds something else, before anything is written."""
-    if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.yaml").is_file())):
+    if directory.exists() and (
+        not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.yaml").is_file())
+    ):
         raise ValueError(f"{directory} holds something else; give a --run.dir that is new, empty or an earlier run's")
 
 
@@ -88,7 +90,8 @@ def describe(trainer: Trainer) -> None:
         f"{trainer.train_shards.num_samples} training and {trainer.val_shards.num_samples} validation images, "
         f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}"
     )
-    print(f"{loader.steps_per_epoch} steps an epoch ({loader.dropped_per_epoch} images, others every epoch, do not fill a batch)")
+    left_over = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
+    print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")
 
 
 if __name__ == "__main__":

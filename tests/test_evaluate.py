@@ -1,0 +1,114 @@
+"""Views are the ten windows of 2012, averages those of probabilities, and every sample counts once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.loader import Batch, DataConfig, val_loader
+from pipeline.shards import ShardSet, open_shards
+from tests.conftest import run_python
+from train.evaluate import evaluate, probabilities, top_hits
+
+OFFSETS = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
+
+
+class Corner(nn.Module):
+    """Logits from the first pixels of a view: tells views and mirrors apart."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 224, 224) -> (N, 6)."""
+        assert images.shape[1:] == (3, 224, 224)
+        return torch.cat([images[:, :, 0, 0], images[:, :, 3, 220]], 1)
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_ten_views(mirrored: bool) -> None:
+    """Average softmax over four corners, the centre and their mirrors, with numpy; the centre alone beside it."""
+    images = torch.randn(4, 3, 256, 256)
+    centre, average = probabilities(Corner(), images, mirrored)
+
+    def softmax(logits: np.ndarray) -> np.ndarray:
+        return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+    expected = []
+    for top, left in OFFSETS:
+        view = images.numpy()[:, :, top : top + 224, left : left + 224]
+        for oriented in (view, view[:, :, :, ::-1]) if mirrored else (view,):
+            expected.append(softmax(np.concatenate([oriented[:, :, 0, 0], oriented[:, :, 3, 220]], 1)))
+    assert len(expected) == (10 if mirrored else 5)
+    np.testing.assert_allclose(average.numpy(), np.mean(expected, 0), rtol=1e-5)
+    np.testing.assert_allclose(centre.numpy(), expected[-2 if mirrored else -1], rtol=1e-5)
+
+
+def test_top_hits() -> None:
+    """Labels among the k highest; padding never counts; k is capped by the classes."""
+    scores = torch.tensor([[0.1, 0.5, 0.2, 0.9], [0.4, 0.3, 0.2, 0.1], [9.0, 8, 7, 6]])
+    assert top_hits(scores, torch.tensor([3, 3, -1]), 1) == 1
+    assert top_hits(scores, torch.tensor([1, 1, -1]), 2) == 2
+    assert top_hits(scores, torch.tensor([2, 3, -1]), 5) == 2
+
+
+class Numbers:
+    """A stand-in for a loader: 5 samples in batches of 2, the last one padded, whose correct class is in the pixels."""
+
+    device = torch.device("cpu")
+
+    def __iter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
+        for labels in ([0, 1], [2, 0], [1, -1]):
+            images = torch.zeros(2, 3, 256, 256)
+            for image, label in zip(images, labels, strict=True):
+                image[label] = 1
+            yield Batch(images, torch.tensor(labels))
+
+
+def test_accuracy_ignores_padding() -> None:
+    """Five samples, all right; one class swapped: as many wrong as there are."""
+
+    class Sighted(Corner):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images)[:, :3]
+
+    perfect = evaluate(Sighted(), Numbers(), mirrored=True)  # type: ignore[arg-type]
+    assert perfect is not None and perfect.samples == 5
+    assert (perfect.centre_top1, perfect.centre_top5, perfect.views_top1, perfect.views) == (100, 100, 100, "ten-view")
+
+    class Blind(Corner):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(images)[:, :3].clone()
+            logits[:, 0] = -1
+            return logits
+
+    wrong = evaluate(Blind(), Numbers(), mirrored=False)  # type: ignore[arg-type]
+    assert wrong is not None and wrong.centre_top1 == pytest.approx(60) and wrong.centre_top5 == 100
+    assert wrong.views == "five-view" and ("five-view top-1 accuracy", "60.0 %") in wrong.rows()
+    assert evaluate(Corner(), Numbers(), mirrored=True, interrupted=lambda: True) is None  # type: ignore[arg-type]
+
+
+def test_over_ranks_with_the_real_loader(
+    numbered_shards: Callable[[int, int], ShardSet], plain_basis: Eigenbasis, tmp_path: Path
+) -> None:
+    """Sample counts of 1 and of 3 ranks add up to the split."""
+    numbered_shards(41, 3)
+    val = open_shards(tmp_path, "val")
+    for num_ranks in (1, 3):
+        place = {"batch_size": 4, "num_ranks": num_ranks, "device": "cpu"}
+        ranks = [val_loader(val, plain_basis, DataConfig(tmp_path), rank=rank, **place) for rank in range(num_ranks)]
+        results = [evaluate(Corner(), loader, mirrored=True) for loader in ranks]
+        assert sum(result.samples for result in results if result) == 41
+
+
+def test_wrong_input(tmp_path: Path, shards: Path) -> None:
+    """No checkpoint, or a file that is none: one sentence, code 2."""
+    (tmp_path / "x.pt").write_bytes(b"no checkpoint")
+    for place, message in (
+        (tmp_path / "none.pt", "is no file"),
+        (tmp_path, "is no file"),
+        (tmp_path / "x.pt", "is damaged"),
+    ):
+        done = run_python("-m", "train.evaluate", place, shards)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

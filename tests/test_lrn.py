@@ -1,0 +1,81 @@
+"""Local response normalization equals the written-out formula, forward and backward, for both conventions, per
+tower."""
+
+import pytest
+import torch
+
+from model.lrn import local_response_norm
+
+CASES = [(convention, towers) for convention in ("paper", "original") for towers in (1, 2)]
+
+
+def by_hand(x: torch.Tensor, convention: str, towers: int) -> torch.Tensor:
+    """The paper's formula, map by map; `original` divides alpha by n."""
+    alpha = 1e-4 if convention == "paper" else 1e-4 / 5
+    per_tower = x.shape[1] // towers
+    maps = []
+    for i in range(x.shape[1]):
+        first = i // per_tower * per_tower
+        around = range(max(first, i - 2), min(first + per_tower, i + 3))
+        maps.append(x[:, i] / (2 + alpha * sum(x[:, j] ** 2 for j in around)) ** 0.75)
+    return torch.stack(maps, 1)
+
+
+def activations(*shape: int) -> torch.Tensor:
+    """Float64 of a size at which the sum of squares matters: alpha * 5 * 100^2 = 5 against k = 2."""
+    generator = torch.Generator().manual_seed(0)
+    return 100 * torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize(("convention", "towers"), CASES)
+def test_equals_the_formula(convention: str, towers: int) -> None:
+    """Values and gradients in float64; a gradient through autograd of the formula is the reference."""
+    x, weight = activations(2, 12, 5, 4), torch.randn(2, 12, 5, 4, dtype=torch.float64)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = local_response_norm(one, convention, towers), by_hand(two, convention, towers)  # type: ignore[arg-type]
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_conventions_and_towers_differ() -> None:
+    """The four cases are four functions."""
+    x = activations(1, 12, 3, 3)
+    results = [local_response_norm(x, convention, towers) for convention, towers in CASES]  # type: ignore[arg-type]
+    assert all((a - b).abs().max() > 1 for n, a in enumerate(results) for b in results[:n])
+
+
+@pytest.mark.parametrize(("convention", "towers"), CASES)
+def test_gradcheck(convention: str, towers: int) -> None:
+    """The backward pass is the derivative of the forward pass."""
+    x = activations(1, 10, 2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, convention, towers), (x,))  # type: ignore[arg-type]
+
+
+def test_original_is_torchs_rule() -> None:
+    """Over one tower, `original` is what torch calls local_response_norm with the paper's constants."""
+    x = activations(2, 16, 4, 4)
+    expected = torch.nn.functional.local_response_norm(x, 5, alpha=1e-4, beta=0.75, k=2.0)
+    torch.testing.assert_close(local_response_norm(x, "original"), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_equals_eager() -> None:
+    """Under torch.compile, forward and backward in float32, in channels-last memory, which is kept."""
+    x = activations(2, 16, 7, 7).float().to(memory_format=torch.channels_last)
+    compiled = torch.compile(local_response_norm, fullgraph=True)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, expected = compiled(one, "paper", 2), local_response_norm(two, "paper", 2)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(one.grad, two.grad)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    """bfloat16 differs from float64 by the rounding of its output alone."""
+    x = activations(2, 16, 4, 4).bfloat16()
+    got, expected = local_response_norm(x, "paper"), by_hand(x.double(), "paper", 1)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=0)

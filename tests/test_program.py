@@ -1,0 +1,34 @@
+"""Exit codes tell how a program ended; only a user's mistake hides the traceback."""
+
+from tests.conftest import ROOT, run_python
+
+CASES = {
+    "raise ValueError('give a folder')": (2, "error: give a folder\n"),
+    "raise FileNotFoundError('no such shard')": (2, "error: no such shard\n"),
+    "from pipeline.shards import DataError; raise DataError('shard 3 is cut')": (3, "error: shard 3 is cut\n"),
+    "raise DivergedError('the loss is nan')": (4, "error: the loss is nan\n"),
+    "pass": (0, ""),
+}
+
+
+def test_exit_codes() -> None:
+    """0, 2, 3 and 4, each with one line; a library's ValueError keeps its traceback."""
+    place = ROOT / "tools" / "mistake_for_test.py"  # a ValueError is the user's only if raised in one of our rooms
+    try:
+        for body, (code, message) in CASES.items():
+            place.write_text(f"from train.program import *\ndef main() -> None:\n    {body}\nexit_with(main)\n")
+            done = run_python("-m", "tools.mistake_for_test")
+            assert (done.returncode, done.stderr) == (code, message), body
+    finally:
+        place.unlink()
+    done = run_python("-c", "from train.program import exit_with; import json; exit_with(lambda: json.loads('{'))")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_help_of_every_program() -> None:
+    """Each program explains itself, both as a script and as a module, in plain words and with dashed options."""
+    for name in ("make_demo", "make_shards", "compute_pca", "bench"):
+        for form in ([f"tools/{name}.py"], ["-m", f"tools.{name}"]):
+            done = run_python(*form, "--help")
+            assert done.returncode == 0 and "usage:" in done.stdout
+    assert "--samples-per-shard" in run_python("tools/make_shards.py", "pack", "--help").stdout

@@ -1,0 +1,160 @@
+"""The main job with real processes: stopped in the middle of an epoch and continued, it gives the very same weights."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.files import read_json
+from tests.conftest import ROOT, run_ok, run_python
+from train.checkpoint import find_checkpoint, load_checkpoint
+from train.metrics import read_metrics
+
+EPOCHS, BATCH = 3, 32
+
+
+def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
+    """A small network on the demo: dropout, lighting, flip and shuffling are on."""
+    small = "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
+    small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
+    run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
+    return [
+        "-m",
+        "train.run",
+        "--data.shards",
+        str(shards),
+        "--run.dir",
+        str(directory),
+        *small.split(),
+        *run.split(),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end in one go."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert "ten-view top-1 accuracy" in run_ok(*arguments(shards, directory))
+    return directory
+
+
+def final(directory: Path) -> dict[str, object]:
+    """The newest checkpoint."""
+    path = find_checkpoint(directory)
+    assert path is not None
+    return load_checkpoint(path)
+
+
+def same_weights(one: dict[str, object], two: dict[str, object]) -> bool:
+    """Bitwise, weights and velocities."""
+    pairs = [(one[part][name], two[part][name]) for part in ("model", "optimizer") for name in one[part]]  # type: ignore[attr-defined,index]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_continued_gives_the_same_weights(
+    shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A signal inside the second epoch saves and leaves with 0; the same command goes on to bitwise the same weights
+    and rows."""
+    command = [sys.executable, *arguments(shards, tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    steps_per_epoch = 1438 // BATCH
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= steps_per_epoch + 4 for row in read_metrics(tmp_path / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run the same command again" in output
+
+    stopped = final(tmp_path)
+    assert steps_per_epoch < stopped["step"] < 2 * steps_per_epoch  # type: ignore[operator]
+    assert stopped["epoch"] == 1 and not same_weights(stopped, final(undisturbed))
+    assert "going on from" in run_ok(*arguments(shards, tmp_path))
+    assert final(tmp_path)["step"] == EPOCHS * steps_per_epoch
+    assert same_weights(final(tmp_path), final(undisturbed))
+
+    def losses(directory: Path) -> list[tuple[object, ...]]:
+        return [(row["kind"], row["step"]) for row in read_metrics(directory / "metrics.jsonl")]
+
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_another_seed_gives_other_weights(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """So equality above is no accident."""
+    run_ok(*arguments(shards, tmp_path, "--train.seed", "6", "--train.epochs", "1"))
+    run_ok(*arguments(shards, tmp_path, "--train.seed", "6"))  # more epochs may follow
+    assert final(tmp_path)["step"] == final(undisturbed)["step"]
+    assert not same_weights(final(tmp_path), final(undisturbed))
+
+
+def test_what_a_finished_run_leaves(shards: Path, undisturbed: Path) -> None:
+    """Configuration, metrics, events, checkpoints and pictures; it learned; again, it only evaluates."""
+    names = {path.name for path in undisturbed.iterdir()}
+    pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
+    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", *pictures}
+    assert all((undisturbed / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    rows = read_metrics(undisturbed / "metrics.jsonl")
+    train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    assert [row["step"] for row in evals] == [44, 88, 132] and [row["step"] for row in train] == list(range(4, 133, 4))
+    assert train[-1]["loss"] < train[0]["loss"] and all(
+        row["images_per_s"] > 0 and row["wait_ms_p99"] >= 0 for row in train
+    )
+    before = final(undisturbed)
+    again = run_ok(*arguments(shards, undisturbed))
+    assert "top-1 accuracy" in again and same_weights(before, final(undisturbed))
+
+
+def test_evaluate_agrees(shards: Path, undisturbed: Path) -> None:
+    """`train.evaluate` on the checkpoint, with another batch size, prints what the run printed."""
+    run_lines = [
+        " ".join(line.split()) for line in run_ok(*arguments(shards, undisturbed)).splitlines() if "accuracy" in line
+    ]
+    evaluated = run_ok("-m", "train.evaluate", undisturbed, shards, "--batch-size", "50")
+    assert len(run_lines) == 4 and all(line in evaluated for line in run_lines)
+    assert f"{read_json(shards / 'val' / 'manifest.json')['num_samples']} images" in evaluated
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--optimizer.lr", "0.1"], "started with optimizer.lr = 0.005"),
+        (["--train.epochs", "2"], "started with train.epochs = 3"),
+        (["--model.num_classes", "11"], "holds 10 classes"),
+        (["--data.shards", "nowhere"], "nowhere/train holds no manifest.json"),
+    ],
+)
+def test_refusals(shards: Path, undisturbed: Path, more: list[str], message: str) -> None:
+    """Another configuration than the run's is refused in one sentence, and the run is left as it was."""
+    before = (undisturbed / "config.yaml").read_bytes()
+    done = run_python(*arguments(shards, undisturbed, *more))
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (undisturbed / "config.yaml").read_bytes() == before
+
+
+def test_foreign_directory_and_missing_basis(shards: Path, tmp_path: Path) -> None:
+    """A directory that holds something else, and shards without pca.json."""
+    (tmp_path / "novel.txt").write_text("x")
+    done = run_python(*arguments(shards, tmp_path))
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["novel.txt"]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("train", "val", "classes.json"):
+        (bare / name).symlink_to(shards / name)
+    done = run_python(*arguments(bare, tmp_path / "run"))
+    assert done.returncode == 2 and "compute_pca" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_divergence(shards: Path, tmp_path: Path) -> None:
+    """A rate that is far too high ends with code 4 and says what to do; no checkpoint of the ruin is kept."""
+    done = run_python(*arguments(shards, tmp_path, "--optimizer.lr", "50"))
+    assert done.returncode == 4 and "diverged" in done.stderr and "Traceback" not in done.stderr
+    path = find_checkpoint(tmp_path)
+    assert path is None or all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
