@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
-    """From nothing to at least 94 % ten-view top-1, with the table and the pictures; a second time there is nothing to pack."""
+    """From nothing to at least 94 % ten-view top-1, with table and pictures; again, there is nothing to pack."""
     place = [f"BIN={Path(sys.executable).parent}", f"DEMO={tmp_path / 'a demo'}", f"RUN={tmp_path / 'a run'}"]
     command = ["make", "--assume-old=install", "quickstart", *place]
     for attempt in range(2):

@@ -213,11 +213,14 @@ class Trainer:
 def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
     """What of the network pays to compile: all of it on a GPU, on a CPU the normalization, which is its slow layer.
 
-    Without a C++ compiler the CPU goes on uncompiled.
+    On a CPU, PyTorch calls a C++ compiler, and does so without quoting its own path; where that cannot work the run goes
+    on uncompiled.
     """
     if device.type == "cuda":
-        return cast(torch.nn.Module, torch.compile(model))
-    if shutil.which("g++") or shutil.which("clang++"):
+        return cast(torch.nn.Module, torch.compile(model, dynamic=False))
+    if not (shutil.which("g++") or shutil.which("clang++")) or " " in torch.__file__:
+        print("not compiling: there is no C++ compiler, or PyTorch lies in a folder with a space in its name")
+    else:
         torch._dynamo.config.suppress_errors = True  # a compiler without Python's headers: warn, and run uncompiled
-        model.normalize = torch.compile(model.normalize)  # type: ignore[method-assign]
+        model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model
