@@ -221,6 +221,6 @@ def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
     if not (shutil.which("g++") or shutil.which("clang++")) or " " in torch.__file__:
         print("not compiling: there is no C++ compiler, or PyTorch lies in a folder with a space in its name")
     else:
-        torch._dynamo.config.suppress_errors = True  # a compiler without Python's headers: warn, and run uncompiled
+        torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
         model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model
