@@ -14,6 +14,17 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import sha256, write_bytes, write_json
 from pipeline.shards import ShardSet, index_text, open_shards
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip themselves where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -151,3 +151,19 @@ def test_a_shard_cut_under_a_running_loader(numbered_shards: Make, plain_basis: 
             file.truncate(50_000)
     with pytest.raises(DataError, match="train shards"):
         list(steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode: str) -> None:
+    """The same seeds give the same windows, flips and lights; half precision and another decoder move pixels slightly."""
+    train = open_shards(shards, "train")
+    place = {"batch_size": 32, "seed": 3, "rank": 0, "num_ranks": 1}
+    on_cpu = train_loader(train, basis, DataConfig(shards), device="cpu", **place)
+    on_gpu = train_loader(train, basis, DataConfig(shards, decode=decode), device="cuda", **place)  # type: ignore[arg-type]
+    for (images, labels), (gpu_images, gpu_labels), _ in zip(on_cpu.epoch(0), on_gpu.epoch(0), range(5), strict=False):
+        assert gpu_images.dtype == torch.float16 and gpu_images.is_cuda
+        assert gpu_images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels, gpu_labels.cpu())
+        difference = (images - gpu_images.cpu().float()).abs()
+        assert difference.mean() < 0.5 and difference.max() < (0.1 if decode == "cpu" else 40)

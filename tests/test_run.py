@@ -21,6 +21,7 @@ def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
     """A small network on the demo: dropout, lighting, flip and shuffling are on."""
     small = "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
     small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
+    small += " --run.device cpu"  # bitwise equality is promised there
     run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
     return [
         "-m",
@@ -116,7 +117,7 @@ def test_evaluate_agrees(shards: Path, undisturbed: Path) -> None:
     run_lines = [
         " ".join(line.split()) for line in run_ok(*arguments(shards, undisturbed)).splitlines() if "accuracy" in line
     ]
-    evaluated = run_ok("-m", "train.evaluate", undisturbed, shards, "--batch-size", "50")
+    evaluated = run_ok("-m", "train.evaluate", undisturbed, shards, "--batch-size", "50", "--device", "cpu")
     assert len(run_lines) == 4 and all(line in evaluated for line in run_lines)
     assert f"{read_json(shards / 'val' / 'manifest.json')['num_samples']} images" in evaluated
 
@@ -158,3 +159,12 @@ def test_divergence(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 4 and "diverged" in done.stderr and "Traceback" not in done.stderr
     path = find_checkpoint(tmp_path)
     assert path is None or all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(shards: Path, tmp_path: Path) -> None:
+    """The same run on a GPU, compiled and in bfloat16, learns and reports."""
+    more = ["--run.device", "cuda", "--train.compile", "true", "--train.precision", "bf16"]
+    assert "ten-view top-1 accuracy" in run_ok(*arguments(shards, tmp_path, *more))
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert rows[-1]["loss"] < 1.5 < rows[0]["loss"] and all(row["wait_ms_p99"] >= 0 for row in rows)

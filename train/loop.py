@@ -213,8 +213,8 @@ class Trainer:
 def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
     """What of the network pays to compile: all of it on a GPU, on a CPU the normalization, which is its slow layer.
 
-    On a CPU, PyTorch calls a C++ compiler, and does so without quoting its own path; where that cannot work the run goes
-    on uncompiled.
+    On a CPU, PyTorch calls a C++ compiler, and does so without quoting its own path; where that cannot work the run
+    goes on uncompiled.
     """
     if device.type == "cuda":
         return cast(torch.nn.Module, torch.compile(model, dynamic=False))
