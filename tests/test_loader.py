@@ -156,7 +156,7 @@ def test_a_shard_cut_under_a_running_loader(numbered_shards: Make, plain_basis: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decode", ["cpu", "gpu"])
 def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode: str) -> None:
-    """The same seeds give the same windows, flips and lights; half precision and another decoder move pixels slightly."""
+    """Equal seeds give equal windows, flips and lights; half precision and another decoder move pixels slightly."""
     train = open_shards(shards, "train")
     place = {"batch_size": 32, "seed": 3, "rank": 0, "num_ranks": 1}
     on_cpu = train_loader(train, basis, DataConfig(shards), device="cpu", **place)

@@ -110,8 +110,10 @@ def test_a_lost_shard_is_written_again(raw: Path, shards: Path, tmp_path: Path) 
     again = tmp_path / "again"
     shutil.copytree(shards, again)
     (again / "val" / "val-000001.tar").unlink()
-    assert "packed 180 images" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
-    assert (again / "val" / "val-000001.tar").read_bytes() == (shards / "val" / "val-000001.tar").read_bytes()
+    (again / "train" / "train-000003.tar").write_bytes(b"cut short")
+    assert "packed 360 images" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
+    for name in ("val/val-000001.tar", "train/train-000003.tar"):
+        assert (again / name).read_bytes() == (shards / name).read_bytes()
     assert not list(again.rglob("*-*.json"))
 
 

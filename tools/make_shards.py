@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,7 +85,7 @@ def pack(
     claim(shards, classes_json(data.classes), plans)
 
     workers = workers or len(os.sched_getaffinity(0))
-    left = [plan for split in plans.values() for plan in split if not is_done(plan)]
+    left = [plan for split, split_plans in plans.items() for plan in unfinished(shards / split, split_plans)]
     if left:
         started = time.perf_counter()
         write_shards(left, workers)
@@ -174,13 +175,21 @@ def plan_digest(plans: list[ShardPlan]) -> str:
     return sha256("".join(plan.digest for plan in plans).encode())
 
 
-def is_done(plan: ShardPlan) -> bool:
-    """Whether this shard is whole: `NAME.json` is written last and goes into the manifest, which then vouches for
-    it."""
-    if plan.path.with_suffix(".json").is_file():
-        return True
-    manifest = plan.path.with_name("manifest.json")
-    return manifest.is_file() and plan.path.is_file() and plan.path.with_suffix(".idx").is_file()
+def unfinished(directory: Path, plans: list[ShardPlan]) -> list[ShardPlan]:
+    """The shards that are not there, or not as long as recorded.
+
+    `NAME.json` is written last, so it vouches for its shard; later the manifest does.
+    """
+    manifest = directory / "manifest.json"
+    recorded = {row["name"]: row["bytes"] for row in (read_json(manifest)["shards"] if manifest.is_file() else ())}
+    left = []
+    for plan in plans:
+        note = plan.path.with_suffix(".json")
+        size = read_json(note)["shard"]["bytes"] if note.is_file() else recorded.get(plan.path.name)
+        whole = plan.path.is_file() and plan.path.stat().st_size == size and plan.path.with_suffix(".idx").is_file()
+        if not whole:
+            left.append(plan)
+    return left
 
 
 def write_shards(plans: list[ShardPlan], workers: int) -> None:
@@ -189,7 +198,10 @@ def write_shards(plans: list[ShardPlan], workers: int) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=total, desc="packing", unit="img", disable=None) as progress,
-        ProcessPoolExecutor(min(workers, len(plans)), mp_context=context) as pool,
+        # Ctrl-C reaches every process of the terminal; workers finish their shard and leave the rest to the parent.
+        ProcessPoolExecutor(
+            min(workers, len(plans)), context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+        ) as pool,
     ):
         futures = {pool.submit(write_shard, plan): len(plan.samples) for plan in plans}
         try:
