@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from pipeline.files import read_json
-from tests.conftest import run_ok, run_python
+from tests.conftest import ROOT, run_ok, run_python
 
 
 def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
@@ -115,6 +116,32 @@ def test_a_lost_shard_is_written_again(raw: Path, shards: Path, tmp_path: Path) 
     for name in ("val/val-000001.tar", "train/train-000003.tar"):
         assert (again / name).read_bytes() == (shards / name).read_bytes()
     assert not list(again.rglob("*-*.json"))
+
+
+def test_killed_and_run_again(raw: Path, tmp_path: Path) -> None:
+    """kill -9 while shards are written leaves no worker behind; the same command ends with a clean pack's bytes."""
+    clean, killed = tmp_path / "clean", tmp_path / "killed"
+    options = ("--samples-per-shard", "20")
+    run_ok("tools/make_shards.py", "pack", raw, clean, *options)
+    command = [sys.executable, "tools/make_shards.py", "pack", str(raw), str(killed), *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while len(list(killed.glob("train/*.json"))) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) >= 2 and not (killed / "train" / "manifest.json").exists()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "workers outlive the packer"
+        time.sleep(0.05)
+    written = len(list(killed.glob("*/*.json")))
+    assert 5 <= written < 90
+    assert "packed" in run_ok("tools/make_shards.py", "pack", raw, killed, *options)
+    files = sorted(path.relative_to(clean) for path in clean.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(killed) for path in killed.rglob("*") if path.is_file())
+    assert all((killed / file).read_bytes() == (clean / file).read_bytes() for file in files)
 
 
 def tar_of(*members: tuple[str, bytes]) -> bytes:

@@ -7,6 +7,7 @@ workers;
 a shard appears under its name only when it is whole, so a pack that was interrupted goes on where it stopped.
 """
 
+import ctypes
 import hashlib
 import io
 import json
@@ -198,10 +199,7 @@ def write_shards(plans: list[ShardPlan], workers: int) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=total, desc="packing", unit="img", disable=None) as progress,
-        # Ctrl-C reaches every process of the terminal; workers finish their shard and leave the rest to the parent.
-        ProcessPoolExecutor(
-            min(workers, len(plans)), context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-        ) as pool,
+        ProcessPoolExecutor(min(workers, len(plans)), context, initializer=start_worker) as pool,
     ):
         futures = {pool.submit(write_shard, plan): len(plan.samples) for plan in plans}
         try:
@@ -212,6 +210,13 @@ def write_shards(plans: list[ShardPlan], workers: int) -> None:
             raise RuntimeError("a worker process died; run the same command again, finished shards are kept") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker() -> None:
+    """Ctrl-C reaches every process of a terminal: workers finish their shard and leave the rest to the parent, without
+    whom they end at once (Linux's PR_SET_PDEATHSIG)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def write_shard(plan: ShardPlan) -> None:
