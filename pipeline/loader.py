@@ -149,12 +149,12 @@ class Loader:
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
-        if self._pipe is None:
-            self._pipe = self._build(None)
         try:
+            if self._pipe is None:
+                self._pipe = self._build(None)
             images, labels = self._pipe.run()
         except RuntimeError as error:
-            raise DataError(f"reading {self._shards.split} shards failed: {error}") from None
+            raise data_error(self._shards, error) from None
         return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
 
     def _build(self, checkpoint: bytes | None) -> Pipeline:
@@ -254,8 +254,18 @@ def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = Non
         try:
             (images,) = pipe.run()
         except RuntimeError as error:
-            raise DataError(f"decoding {shards.split} shards failed: {error}") from None
+            raise data_error(shards, error) from None
         yield images.as_array()[: shards.num_samples - first]
+
+
+def data_error(shards: ShardSet, error: RuntimeError) -> DataError:
+    """One sentence from DALI's report, whose reason stands below the word "encountered"."""
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
+    reason = lines[0] if lines else str(error).splitlines()[0]
+    place = Path(shards.tars[0]).parent
+    return DataError(
+        f"reading {place} failed: {reason}; compare the shards with {place}/manifest.json, pack or copy again"
+    )
 
 
 def raise_open_files(num_shards: int) -> None:

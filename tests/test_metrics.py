@@ -1,4 +1,4 @@
-"""Rows survive kills and resumes without a gap or a repeat; the clock tells waiting from computing."""
+"""Rows survive kills and resumes without a gap or a repeat; the meter tells waiting from computing."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.metrics import MetricsLog, StepClock, read_metrics
+from train.metrics import MetricsLog, StepMeter, read_metrics
 
 
 def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
@@ -30,19 +30,20 @@ def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_clock() -> None:
-    """Waits and steps that are slept out are read back; time in a pause is neither."""
-    clock = StepClock(torch.device("cpu"))
+def test_meter() -> None:
+    """Waits and steps that are slept out are read back, time in a pause is neither; loss and error are means."""
+    meter = StepMeter(torch.device("cpu"))
     for step in range(4):
         if step == 2:
-            clock.pause()
+            meter.pause()
             time.sleep(0.2)
         else:
             time.sleep(0.03)
-        clock.start_step()
+        meter.start_step()
         time.sleep(0.01)
-        clock.end_step()
-    figures = clock.read(batch_size=8)
+        meter.end_step(torch.tensor(0.5 * step), torch.tensor(2))
+    figures = meter.read(batch_size=8)
     assert 29 < figures["wait_ms_p50"] < 60 and 29 < figures["wait_ms_p99"] < 60
     assert figures["wait_percent"] == pytest.approx(60, abs=15)
+    assert figures["loss"] == 0.75 and figures["top1_error"] == 75
     assert figures["images_per_s"] == pytest.approx(4 * 8 / 0.1, rel=0.3)

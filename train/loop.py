@@ -21,7 +21,7 @@ from pipeline.shards import open_shards
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import Config, check_same_run
 from train.evaluate import Accuracy, evaluate
-from train.metrics import MetricsLog, StepClock
+from train.metrics import MetricsLog, StepMeter
 from train.optimizer import PaperSGD, RateSchedule
 from train.program import DivergedError
 
@@ -71,80 +71,55 @@ class Trainer:
 
         Raises `DivergedError` when the loss is no longer finite and `DataError` when reading fails.
         """
-        config = self.config
-        clock = StepClock(self.device)
-        loss_sum, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        logged_at = self.step
+        meter = StepMeter(self.device)
         while not self.finished:
-            self.model.train()
-            steps = self.train_loader.steps_per_epoch
-            progress = tqdm(
-                total=steps,
-                initial=self.train_loader.at_step % steps,
-                desc=f"epoch {self.epoch}",
-                unit="step",
-                disable=None,
-                leave=False,
-            )
+            stopped = self.train_epoch(log, meter, stop_requested)
+            accuracy = None if stopped else self.evaluate(all_views=False, interrupted=stop_requested)
+            if accuracy:
+                self.end_epoch(log, accuracy)
+            self.save()  # where evaluation was interrupted, going on begins with it
+            meter.pause()
+            if accuracy is None:
+                return False
+        return True
+
+    def train_epoch(self, log: MetricsLog, meter: StepMeter, stop_requested: Callable[[], bool]) -> bool:
+        """Train what is left of the present epoch. Returns whether it was stopped."""
+        run, batch_size = self.config.run, self.config.train.batch_size
+        self.model.train()
+        steps = self.train_loader.steps_per_epoch
+        with tqdm(desc=f"epoch {self.epoch + 1}", total=steps, unit="step", disable=None, leave=False) as progress:
+            progress.update(self.step - self.epoch * steps)
             for batch in self.train_loader.epoch(self.epoch):
-                clock.start_step()
-                loss, hits = self.train_step(batch)
-                loss_sum += loss
-                correct += hits
-                clock.end_step()
+                meter.start_step()
+                meter.end_step(*self.train_step(batch))
                 self.step += 1
                 progress.update()
-
-                stopping = stop_requested()
-                saving = stopping or self.step % config.run.save_every == 0
-                if self.step % config.run.log_every == 0 or saving:
-                    count = (self.step - logged_at) * config.train.batch_size
-                    mean_loss = loss_sum.item() / max(self.step - logged_at, 1)
-                    self.check_finite(mean_loss)
-                    if self.step % config.run.log_every == 0:
-                        error = 100 - 100 * correct.item() / count
-                        timing = clock.read(config.train.batch_size)
-                        log.write(
-                            "train",
-                            self.step,
-                            epoch=self.epoch,
-                            lr=self.schedule.lr,
-                            loss=mean_loss,
-                            top1_error=error,
-                            **timing,
-                        )
-                        progress.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=f"{timing['images_per_s']:.0f}")
-                        loss_sum.zero_()
-                        correct.zero_()
-                        logged_at = self.step
-                if saving:
+                if self.step % run.log_every == 0:
+                    self.check_finite(meter.loss_sum())
+                    figures = meter.read(batch_size)
+                    log.write("train", self.step, epoch=self.epoch, lr=self.schedule.lr, **figures)
+                    progress.set_postfix(loss=f"{figures['loss']:.3f}", images_per_s=f"{figures['images_per_s']:.0f}")
+                if stop_requested():
+                    return True
+                if self.step % run.save_every == 0:
                     self.save()
-                    clock.pause()
-                if stopping:
-                    progress.close()
-                    return False
-            progress.close()
+                    meter.pause()
+        self.check_finite(meter.loss_sum())
+        return False
 
-            self.check_finite(loss_sum.item())
-            accuracy = evaluate(
-                self.network, self.val_loader, self.mirrored, all_views=False, interrupted=stop_requested
-            )
-            if accuracy is None:
-                self.save()  # at the epoch's edge: going on begins with this evaluation
-                return False
-            self.epoch += 1
-            self.schedule.end_epoch(100 - accuracy.centre_top1)
-            log.write(
-                "eval",
-                self.step,
-                epoch=self.epoch,
-                centre_top1_error=100 - accuracy.centre_top1,
-                centre_top5_error=100 - accuracy.centre_top5,
-            )
-            tqdm.write(f"epoch {self.epoch}/{config.train.epochs}: centre top-1 accuracy {accuracy.centre_top1:.1f} %")
-            self.save()
-            clock.pause()
-        return True
+    def end_epoch(self, log: MetricsLog, accuracy: Accuracy) -> None:
+        """Count the epoch, tell how it went, and let the rate follow."""
+        self.epoch += 1
+        self.schedule.end_epoch(100 - accuracy.centre_top1)
+        errors = {"centre_top1_error": 100 - accuracy.centre_top1, "centre_top5_error": 100 - accuracy.centre_top5}
+        log.write("eval", self.step, epoch=self.epoch, **errors)
+        share = f"{accuracy.centre_top1:.1f} %"
+        tqdm.write(f"epoch {self.epoch}/{self.config.train.epochs}: centre top-1 accuracy {share}")
+
+    def evaluate(self, *, all_views: bool, interrupted: Callable[[], bool]) -> Accuracy | None:
+        """Accuracy over the whole validation split; None when it was interrupted."""
+        return evaluate(self.network, self.val_loader, self.mirrored, all_views=all_views, interrupted=interrupted)
 
     def train_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """One update. Returns the batch's mean loss and number of correct answers, both on the device."""
@@ -159,7 +134,7 @@ class Trainer:
         """Raise `DivergedError` unless the loss is a number; nothing is saved over a good checkpoint then."""
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the loss is {loss} at step {self.step}, training diverged; the last checkpoint is sound: "
+                f"training diverged by step {self.step} (loss or weights are no longer finite); "
                 "start a new run with a lower --optimizer.lr"
             )
 
@@ -168,12 +143,10 @@ class Trainer:
         """Whether evaluation uses mirrored views."""
         return self.config.data.augmentation.flip > 0
 
-    def evaluate_all_views(self, stop_requested: Callable[[], bool]) -> Accuracy | None:
-        """Centre crop and ten views over the whole validation split; None when it was stopped."""
-        return evaluate(self.network, self.val_loader, self.mirrored, interrupted=stop_requested)
-
     def save(self) -> Path:
-        """Write a checkpoint."""
+        """Write a checkpoint. Raises `DivergedError` rather than save weights that are not finite."""
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            self.check_finite(math.nan)
         random_state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: rows in metrics.jsonl, TensorBoard curves, and the clock of its steps."""
+"""What a run tells while it goes: rows in metrics.jsonl, TensorBoard curves, and what its steps cost."""
 
 import json
 from collections import deque
@@ -55,17 +55,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class StepClock:
-    """Times steps as the device sees them: how long it computed, how long it waited for a batch.
+class StepMeter:
+    """What happened since the last log row: loss, errors, and how long the device computed and waited for batches.
 
-    On a GPU the instants are CUDA events, read at log steps only; on a CPU they are the host's time. The host is held
-    to at most two steps ahead of the device, so that memory is bounded.
+    On a GPU the instants are CUDA events, and like loss and errors they are read at log steps only. The host is held to
+    at most two steps ahead of the device, so that memory is bounded.
     """
 
     AHEAD = 2
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        self._loss = torch.zeros((), device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._ends: deque[Any] = deque(maxlen=self.AHEAD + 1)
         self._marks: list[tuple[Any, Any, Any]] = []
         self._start: Any = None
@@ -82,8 +84,10 @@ class StepClock:
         """A batch is there."""
         self._start = self._now()
 
-    def end_step(self) -> None:
-        """The update is done (on a GPU: queued)."""
+    def end_step(self, loss: torch.Tensor, correct: torch.Tensor) -> None:
+        """The update is done (on a GPU: queued); scalars on the device: mean loss, number of correct answers."""
+        self._loss += loss
+        self._correct += correct
         end = self._now()
         self._marks.append((self._last_end, self._start, end))
         self._last_end = end
@@ -95,22 +99,29 @@ class StepClock:
         """What comes until the next step (evaluation, saving) is not the step's time."""
         self._last_end = None
 
+    def loss_sum(self) -> float:
+        """Sum of the losses so far; not finite as soon as one was not. Synchronizes."""
+        return self._loss.item()
+
     def read(self, batch_size: int) -> dict[str, float]:
-        """Figures since the last call: images_per_s, wait_ms_p50, wait_ms_p99, wait_percent. Synchronizes."""
+        """Figures of a row (errors and wait_percent in percent); what follows goes into the next one."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        waits = np.array([self._ms(last, start) if last is not None else 0.0 for last, start, _ in self._marks])
-        computes = np.array([self._ms(start, end) for _, start, end in self._marks])
-        waited = np.array([last is not None for last, _, _ in self._marks])
-        self._marks.clear()
-        measured = waits[waited] if waited.any() else np.zeros(1)
-        total = waits.sum() + computes.sum()
-        return {
-            "images_per_s": len(computes) * batch_size / total * 1e3,
-            "wait_ms_p50": float(np.percentile(measured, 50)),
-            "wait_ms_p99": float(np.percentile(measured, 99)),
-            "wait_percent": float(waits.sum() / total * 100),
+        steps = len(self._marks)
+        waits = np.array([self._ms(last, start) for last, start, _ in self._marks if last is not None] or [0.0])
+        total_ms = waits.sum() + sum(self._ms(start, end) for _, start, end in self._marks)
+        figures = {
+            "loss": self.loss_sum() / steps,
+            "top1_error": 100 - 100 * self._correct.item() / (steps * batch_size),
+            "images_per_s": steps * batch_size / total_ms * 1e3,
+            "wait_ms_p50": float(np.percentile(waits, 50)),
+            "wait_ms_p99": float(np.percentile(waits, 99)),
+            "wait_percent": float(waits.sum() / total_ms * 100),
         }
+        self._marks.clear()
+        self._loss.zero_()
+        self._correct.zero_()
+        return figures
 
     def _ms(self, first: Any, second: Any) -> float:
         """Milliseconds between two instants."""

@@ -41,7 +41,7 @@ def run(config: Config) -> None:
     describe(trainer)
 
     log = MetricsLog(config.run.dir, trainer.step, trainer.epoch)
-    accuracy = trainer.evaluate_all_views(stop) if trainer.fit(log, stop) else None
+    accuracy = trainer.evaluate(all_views=True, interrupted=stop) if trainer.fit(log, stop) else None
     if accuracy:
         report(trainer, accuracy, draw_pictures(trainer))
     else:
