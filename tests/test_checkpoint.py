@@ -46,3 +46,12 @@ def test_damage(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"step-00000007\.pt, which is missing"):
         find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\xff\xfe", b"../../secret", b""])
+def test_latest_is_no_path(tmp_path: Path, content: bytes) -> None:
+    """LATEST holds the name of a checkpoint beside it and nothing else."""
+    path = save_checkpoint(tmp_path, 7, {}, keep=3)
+    path.with_name("LATEST").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match="LATEST names"):
+        find_checkpoint(tmp_path)

@@ -20,7 +20,7 @@ def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
     log.write("train", 30, epoch=1, loss=1.0)
     log.close()
     with log.path.open("a") as file:
-        file.write('{"kind": "tra')
+        file.write('[1]\n{"kind": "tra')
     MetricsLog(tmp_path, 20, 0).close()
     rows = read_metrics(log.path)
     assert [(row["kind"], row["step"]) for row in rows] == [("train", 10), ("train", 20)]

@@ -70,7 +70,16 @@ def test_steps_and_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"lr": -1}, {"momentum": 1}, {"weight_decay": -1}, {"patience": 0}, {"steps": (3, 2)}, {"steps": (0,)}]
+    "bad",
+    [
+        {"lr": -1},
+        {"lr": float("nan")},
+        {"momentum": 1},
+        {"weight_decay": -1},
+        {"patience": 0},
+        {"steps": (3, 2)},
+        {"steps": (0,)},
+    ],
 )
 def test_bad_values(bad: dict[str, object]) -> None:
     """Refused with the field's name."""

@@ -7,6 +7,10 @@ CASES = {
     "raise FileNotFoundError('no such shard')": (2, "error: no such shard\n"),
     "from pipeline.shards import DataError; raise DataError('shard 3 is cut')": (3, "error: shard 3 is cut\n"),
     "raise DivergedError('the loss is nan')": (4, "error: the loss is nan\n"),
+    "open('/proc/none/file')": (
+        2,
+        "error: cannot use /proc/none/file: No such file or directory; give another place or set its permissions\n",
+    ),
     "pass": (0, ""),
 }
 

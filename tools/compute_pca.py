@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.eigenbasis import Moments, write_eigenbasis
-from pipeline.files import read_json
+from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
 from pipeline.shards import open_shards
 from train.program import run_program
 
@@ -29,8 +28,7 @@ def compute_pca(shards: Path, batch_size: int = 64, threads: int | None = None) 
     train = open_shards(shards, "train")
     path = shards / "pca.json"
     if path.is_file():
-        if read_json(path).get("manifest_sha256") != train.manifest_sha256:
-            raise ValueError(f"{path} was made from other shards; remove it and run again")
+        Eigenbasis.load(path, train.manifest_sha256)
         print(f"{path} fits these shards already; nothing to do")
         return
 

@@ -57,6 +57,8 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
     """
     from sklearn.datasets import load_digits
 
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, but is {seed}")
     marker, stamp = raw / MARKER, {"format_version": 1, "seed": seed}
     if marker.is_file() and read_json(marker) == stamp:
         print(f"{raw} holds the demo images already; nothing to do")

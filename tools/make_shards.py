@@ -159,16 +159,22 @@ def claim(shards: Path, classes: dict[str, Any], plans: dict[str, list[ShardPlan
                     f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
                 )
         manifest = shards / split / "manifest.json"
-        if manifest.is_file() and read_json(manifest).get("plan") != plan_digest(split_plans):
+        if manifest.is_file() and recorded_plan(manifest) != plan_digest(split_plans):
             raise ValueError(
                 f"{shards} was packed from other images or with other options; give another folder or remove it"
             )
         for plan in split_plans:
-            if (note := plan.path.with_suffix(".json")).is_file() and read_json(note).get("plan") != plan.digest:
+            if (note := plan.path.with_suffix(".json")).is_file() and recorded_plan(note) != plan.digest:
                 raise ValueError(f"{plan.path} was packed from other images or with other options; give another folder")
     for split in plans:
         (shards / split).mkdir(parents=True, exist_ok=True)
     write_json(shards / "classes.json", classes)
+
+
+def recorded_plan(path: Path) -> str | None:
+    """The digest in a manifest or `NAME.json`."""
+    content = read_json(path)
+    return content.get("plan") if isinstance(content, dict) else None
 
 
 def plan_digest(plans: list[ShardPlan]) -> str:

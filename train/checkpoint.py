@@ -7,6 +7,7 @@ Weights are in the single-device layout. Only tensors and plain Python values ar
 """
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def find_checkpoint(place: Path) -> Path | None:
     latest = place / "checkpoints" / "LATEST"
     if not latest.is_file():
         return None
-    path = latest.with_name(latest.read_text().strip())
-    if not path.is_file():
+    name = latest.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"step-\d{8}\.pt", name) or not (path := latest.with_name(name)).is_file():
         raise FileNotFoundError(
-            f"{latest} names {path.name}, which is missing; write the name of another step-*.pt into LATEST"
+            f"{latest} names {name}, which is missing; write the name of another step-*.pt into LATEST"
         )
     return path
 

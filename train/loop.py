@@ -167,6 +167,8 @@ class Trainer:
         """Go to a checkpoint's position. Raises `ValueError` when it belongs to another run."""
         content = load_checkpoint(path)
         check_same_run(content["config"], self.config.to_json())
+        if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
+            raise ValueError(f"{path} was trained on other classes than {self.config.data.shards}/classes.json lists")
         self.train_loader.load_state_dict(content["loaders"][LOADER_RANK])
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

@@ -45,13 +45,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that was cut off by a kill; empty where there is no file."""
+    """The rows of a metrics.jsonl, up to a line that was cut off by a kill; empty where there is no file."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
             break
+        if not (isinstance(row, dict) and {"kind", "step", "epoch"} <= row.keys()):
+            break
+        rows.append(row)
     return rows
 
 

@@ -7,6 +7,7 @@ two agree only while the rate is constant. A rate of 0 freezes the weights, velo
 program.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,12 +38,12 @@ class OptimizerConfig:
     """steps: epochs, counted from 0, at whose start the rate is divided by 10."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0:
+        if not (0 <= self.lr < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
             raise ValueError(
-                f"optimizer.lr ({self.lr}) and weight_decay ({self.weight_decay}) must not be negative, "
+                f"optimizer.lr ({self.lr}) and weight_decay ({self.weight_decay}) must be finite and not negative, "
                 f"momentum ({self.momentum}) must lie in 0..1, 1 excluded"
             )
-        if self.patience < 1 or self.drops < 0 or self.min_improvement < 0:
+        if self.patience < 1 or self.drops < 0 or not 0 <= self.min_improvement < math.inf:
             raise ValueError("optimizer.patience must be at least 1, drops and min_improvement must not be negative")
         if list(self.steps) != sorted(set(self.steps)) or any(epoch < 1 for epoch in self.steps):
             raise ValueError(f"optimizer.steps must be rising epochs from 1 on, not {self.steps}")

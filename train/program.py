@@ -52,6 +52,8 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
         if isinstance(error, ValueError) and not raised_by_us(error):
             raise  # a library refuses what we gave it: our mistake, to be seen in full
         code, message = WRONG_INPUT, str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"cannot use {error.filename}: {error.strerror}; give another place or set its permissions"
     except DataError as error:
         code, message = DATA_FAILED, str(error)
     except DivergedError as error:
