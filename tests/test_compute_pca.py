@@ -2,6 +2,7 @@
 through them."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def test_wrong_input(shards: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
-    (copy / "pca.json").write_text('{"manifest_sha256": "other"}')
+    other = json.dumps({**read_json(copy / "pca.json"), "manifest_sha256": "other"})
+    (copy / "pca.json").write_text(other)
     foreign = run_python("tools/compute_pca.py", copy)
     assert foreign.returncode == 2 and "other shards" in foreign.stderr
-    assert (copy / "pca.json").read_text() == '{"manifest_sha256": "other"}'
+    assert (copy / "pca.json").read_text() == other
