@@ -59,6 +59,7 @@ class Trainer:
         }
         self.train_loader = train_loader(self.train_shards, self.basis, config.data, seed=config.train.seed, **place)
         self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
+        self.meter = StepMeter(device)
         self.epoch, self.step = 0, 0
 
     @property
@@ -71,21 +72,20 @@ class Trainer:
 
         Raises `DivergedError` when the loss is no longer finite and `DataError` when reading fails.
         """
-        meter = StepMeter(self.device)
         while not self.finished:
-            stopped = self.train_epoch(log, meter, stop_requested)
+            stopped = self.train_epoch(log, stop_requested)
             accuracy = None if stopped else self.evaluate(all_views=False, interrupted=stop_requested)
             if accuracy:
                 self.end_epoch(log, accuracy)
             self.save()  # where evaluation was interrupted, going on begins with it
-            meter.pause()
+            self.meter.pause()
             if accuracy is None:
                 return False
         return True
 
-    def train_epoch(self, log: MetricsLog, meter: StepMeter, stop_requested: Callable[[], bool]) -> bool:
+    def train_epoch(self, log: MetricsLog, stop_requested: Callable[[], bool]) -> bool:
         """Train what is left of the present epoch. Returns whether it was stopped."""
-        run, batch_size = self.config.run, self.config.train.batch_size
+        run, meter = self.config.run, self.meter
         self.model.train()
         steps = self.train_loader.steps_per_epoch
         with tqdm(desc=f"epoch {self.epoch + 1}", total=steps, unit="step", disable=None, leave=False) as progress:
@@ -97,7 +97,7 @@ class Trainer:
                 progress.update()
                 if self.step % run.log_every == 0:
                     self.check_finite(meter.loss_sum())
-                    figures = meter.read(batch_size)
+                    figures = meter.read(self.config.train.batch_size)
                     log.write("train", self.step, epoch=self.epoch, lr=self.schedule.lr, **figures)
                     progress.set_postfix(loss=f"{figures['loss']:.3f}", images_per_s=f"{figures['images_per_s']:.0f}")
                 if stop_requested():
@@ -157,6 +157,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "meter": self.meter.state_dict(),
             "epoch": self.epoch,
             "loaders": [self.train_loader.state_dict()],
             "random": [random_state],
@@ -173,6 +174,7 @@ class Trainer:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
+        self.meter.load_state_dict(content["meter"])
         self.epoch, self.step = content["epoch"], content["step"]
         random_state = content["random"][LOADER_RANK]
         torch.set_rng_state(random_state["cpu"])

@@ -71,6 +71,7 @@ class StepMeter:
         self._on_gpu = device.type == "cuda"
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._steps = 0
         self._ends: deque[Any] = deque(maxlen=self.AHEAD + 1)
         self._marks: list[tuple[Any, Any, Any]] = []
         self._start: Any = None
@@ -91,6 +92,7 @@ class StepMeter:
         """The update is done (on a GPU: queued); scalars on the device: mean loss, number of correct answers."""
         self._loss += loss
         self._correct += correct
+        self._steps += 1
         end = self._now()
         self._marks.append((self._last_end, self._start, end))
         self._last_end = end
@@ -110,13 +112,13 @@ class StepMeter:
         """Figures of a row (errors and wait_percent in percent); what follows goes into the next one."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        steps = len(self._marks)
+        timed = len(self._marks)  # less than the steps where a resume fell into the window
         waits = np.array([self._ms(last, start) for last, start, _ in self._marks if last is not None] or [0.0])
         total_ms = waits.sum() + sum(self._ms(start, end) for _, start, end in self._marks)
         figures = {
-            "loss": self.loss_sum() / steps,
-            "top1_error": 100 - 100 * self._correct.item() / (steps * batch_size),
-            "images_per_s": steps * batch_size / total_ms * 1e3,
+            "loss": self.loss_sum() / self._steps,
+            "top1_error": 100 - 100 * self._correct.item() / (self._steps * batch_size),
+            "images_per_s": timed * batch_size / total_ms * 1e3,
             "wait_ms_p50": float(np.percentile(waits, 50)),
             "wait_ms_p99": float(np.percentile(waits, 99)),
             "wait_percent": float(waits.sum() / total_ms * 100),
@@ -124,7 +126,18 @@ class StepMeter:
         self._marks.clear()
         self._loss.zero_()
         self._correct.zero_()
+        self._steps = 0
         return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loss and errors since the last row, so that a resumed run writes the rows of an undisturbed one."""
+        return {"loss": self._loss, "correct": self._correct, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._loss.copy_(state["loss"])
+        self._correct.copy_(state["correct"])
+        self._steps = state["steps"]
 
     def _ms(self, first: Any, second: Any) -> float:
         """Milliseconds between two instants."""
