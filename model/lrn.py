@@ -66,19 +66,27 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def band_sum(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float = 0.0) -> torch.Tensor:
-    """`offset + scale * sum over the 5 maps around each`, within each tower, as a new tensor.
+    """`offset + scale * sum over the 5 maps around each`, within each tower; a new tensor in the same memory format."""
+    by_device = band_sum_of_slices if x_NCHW.is_cuda else band_sum_by_convolution
+    return by_device(x_NCHW, towers, scale, offset)
 
-    On a CPU one 1x1 convolution with a band matrix, which the library runs fastest. On a GPU shifted slices: a compiler
-    fuses them with what surrounds them, and a convolution would round its input to TF32.
-    """
+
+def band_sum_by_convolution(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float) -> torch.Tensor:
+    """One 1x1 convolution with a band matrix: what a CPU's library runs fastest."""
+    channels = x_NCHW.shape[1] // towers
+    maps = torch.arange(channels, device=x_NCHW.device)
+    band = ((maps[:, None] - maps[None, :]).abs() <= SIZE // 2).to(x_NCHW.dtype) * scale
+    bias = torch.full((channels * towers,), offset, dtype=x_NCHW.dtype, device=x_NCHW.device)
+    return F.conv2d(x_NCHW, band.repeat(towers, 1)[:, :, None, None], bias, groups=towers)
+
+
+def band_sum_of_slices(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float) -> torch.Tensor:
+    """Five shifted slices: on a GPU a compiler fuses them with what surrounds them, and nothing is rounded to TF32."""
     channels, reach = x_NCHW.shape[1] // towers, SIZE // 2
-    if not x_NCHW.is_cuda:
-        maps = torch.arange(channels, device=x_NCHW.device)
-        band = ((maps[:, None] - maps[None, :]).abs() <= reach).to(x_NCHW.dtype) * scale
-        bias = torch.full((len(band) * towers,), offset, dtype=x_NCHW.dtype, device=x_NCHW.device)
-        return F.conv2d(x_NCHW, band.repeat(towers, 1)[:, :, None, None], bias, groups=towers)
-    x = F.pad(x_NCHW.unflatten(1, (towers, channels)), (0, 0, 0, 0, reach, reach))
-    total = x.narrow(2, 0, channels)
+    padded = F.pad(x_NCHW.unflatten(1, (towers, channels)), (0, 0, 0, 0, reach, reach))
+    total = padded.narrow(2, 0, channels)
     for shift in range(1, SIZE):
-        total = total + x.narrow(2, shift, channels)
-    return (offset + scale * total).flatten(1, 2)
+        total = total + padded.narrow(2, shift, channels)
+    channels_last = x_NCHW.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return (offset + scale * total).flatten(1, 2).contiguous(memory_format=memory_format)

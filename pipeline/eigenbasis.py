@@ -84,16 +84,15 @@ class Eigenbasis:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
         content = read_json(path)
+        advice = f"remove it and run tools/compute_pca.py {path.parent}"
+        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{path} is damaged or has another format version; {advice}")
+        if content.get("manifest_sha256") != manifest_sha256:
+            raise ValueError(f"{path} was made from other shards; {advice}")
         try:
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"{path} has another format version; make it again with tools/compute_pca.py")
-            if content["manifest_sha256"] != manifest_sha256:
-                raise ValueError(
-                    f"{path} was made from other shards; remove it and run tools/compute_pca.py {path.parent}"
-                )
             return Eigenbasis.from_json(content)
-        except (KeyError, TypeError):
-            raise ValueError(f"{path} is damaged; remove it and run tools/compute_pca.py {path.parent}") from None
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Eigenbasis":
@@ -101,12 +100,9 @@ class Eigenbasis:
         mean, eigenvalues, eigenvectors = (
             np.asarray(content[name], np.float64) for name in ("mean", "eigenvalues", "eigenvectors")
         )
-        if (
-            mean.shape != (3,)
-            or eigenvalues.shape != (3,)
-            or eigenvectors.shape != (3, 3)
-            or not (eigenvalues >= 0).all()
-        ):
+        shapes = [mean.shape, eigenvalues.shape, eigenvectors.shape]
+        finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
+        if shapes != [(3,), (3,), (3, 3)] or not finite or not (eigenvalues >= 0).all():
             raise ValueError("mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again")
         return Eigenbasis(mean, eigenvalues, eigenvectors)
 

@@ -179,7 +179,7 @@ def read_graph(
     """
     shuffling: dict[str, Any] = {
         "random_shuffle": True,
-        "initial_fill": shuffle_buffer,
+        "initial_fill": min(shuffle_buffer, shards.num_samples),
         "shuffle_after_epoch": True,
         "shuffle_after_epoch_seed": op_seed(seed, 0, "shards"),
     }

@@ -70,6 +70,8 @@ def open_shards(shards: Path, split: str) -> ShardSet:
     content = path.read_bytes()
     manifest = read_json(path)
     check_manifest(manifest, path)
+    if manifest["split"] != split:
+        raise ValueError(f"{path} describes the {manifest['split']} split, not {split}; copy it again or pack again")
     tars, indexes = [], []
     for shard in manifest["shards"]:
         tar = directory / shard["name"]
@@ -99,7 +101,9 @@ def check_manifest(manifest: Any, path: Path) -> None:
         well_formed = (
             all(re.fullmatch(r"[\w.-]+\.tar", shard["name"]) and int(shard["bytes"]) > 0 for shard in shards)
             and sum(counts) == manifest["num_samples"] > 0
+            and len({shard["name"] for shard in shards}) == len(shards)
             and isinstance(manifest["num_classes"], int)
+            and isinstance(manifest["split"], str)
         )
     except (KeyError, TypeError, ValueError):
         version, well_formed = FORMAT_VERSION, False
@@ -115,9 +119,15 @@ def read_classes(shards: Path) -> tuple[ClassName, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy it from where the shards were packed or pack again")
     try:
-        return tuple(ClassName(str(row["wnid"]), str(row["words"])) for row in read_json(path)["classes"])
+        rows = read_json(path)["classes"]
+        classes = tuple(ClassName(str(row["wnid"]), str(row["words"])) for row in rows)
+        in_order = [row["index"] for row in rows] == list(range(len(rows)))
     except (KeyError, TypeError):
-        raise ValueError(f"{path} is damaged or not a class list; pack again") from None
+        in_order, classes = False, ()
+    wnids = [name.wnid for name in classes]
+    if not in_order or wnids != sorted(set(wnids)):
+        raise ValueError(f"{path} is damaged or not a class list in the order of the wnids; pack again")
+    return classes
 
 
 def classes_json(classes: tuple[ClassName, ...]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def numbered_shards(tmp_path: Path) -> Callable[[int, int], ShardSet]:
                 "shards": rows,
             }
             write_json(tmp_path / split / "manifest.json", manifest)
-        names = [{"index": k, "wnid": f"n{k}", "words": str(k)} for k in range(num_samples)]
+        names = [{"index": k, "wnid": f"n{k:08d}", "words": str(k)} for k in range(num_samples)]
         write_json(tmp_path / "classes.json", {"format_version": 1, "classes": names})
         return open_shards(tmp_path, "train")
 

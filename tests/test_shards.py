@@ -17,7 +17,7 @@ def test_open(numbered_shards: Make) -> None:
     assert shards.num_samples == 10 and [Path(tar).name for tar in shards.tars] == [
         f"train-00000{k}.tar" for k in range(3)
     ]
-    assert [name.wnid for name in shards.classes] == [f"n{k}" for k in range(10)]
+    assert [name.wnid for name in shards.classes] == [f"n{k:08d}" for k in range(10)]
 
 
 def test_no_manifest(tmp_path: Path) -> None:
@@ -36,12 +36,15 @@ def test_no_manifest(tmp_path: Path) -> None:
         (lambda d: (d / "train/manifest.json").write_text("[1]"), ValueError, "not a shard manifest"),
         (lambda d: (d / "classes.json").unlink(), FileNotFoundError, "classes.json is missing"),
         (lambda d: (d / "classes.json").write_text("{}"), ValueError, "not a class list"),
+        (lambda d: two_classes(d, ("n1", 0), ("n1", 1)), ValueError, "not a class list"),
+        (lambda d: two_classes(d, ("n1", 0), ("n2", 7)), ValueError, "not a class list"),
         (
-            lambda d: write_json(d / "classes.json", {"classes": [{"wnid": "a", "words": "b"}]}),
+            lambda d: write_json(d / "classes.json", {"classes": [{"index": 0, "wnid": "a", "words": "b"}]}),
             ValueError,
             "lists 1 classes",
         ),
         (lambda d: edit(d, format_version=9), ValueError, "format version 9"),
+        (lambda d: edit(d, split="val"), ValueError, "describes the val split"),
         (lambda d: edit(d, num_samples=11), ValueError, "not a shard manifest"),
         (
             lambda d: edit(d, shards=[{"name": "../x.tar", "samples": 10, "bytes": 1}]),
@@ -58,6 +61,12 @@ def test_damage(
     damage(tmp_path)
     with pytest.raises(error, match=message):
         open_shards(tmp_path, "train")
+
+
+def two_classes(directory: Path, *rows: tuple[str, int]) -> None:
+    """Write a class list of (wnid, index) rows."""
+    classes = [{"index": index, "wnid": wnid, "words": "w"} for wnid, index in rows]
+    write_json(directory / "classes.json", {"format_version": 1, "classes": classes})
 
 
 def edit(directory: Path, **changes: object) -> None:

@@ -14,12 +14,14 @@ import platform
 import statistics
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from pipeline.shards import ShardSet, open_shards
+from pipeline.shards import DataError, ShardSet, open_shards
 from train.program import run_program
 
 
@@ -68,9 +70,10 @@ def loader(
     decoder = decode_pipeline(train, "cpu", batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
 
-    with multiprocessing.get_context("spawn").Pool(threads, read_jpegs, (train,)) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(threads, spawn, initializer=keep_jpegs, initargs=(read_jpegs(train),)) as pool:
         contenders: dict[str, Callable[[], float]] = {
-            "libjpeg-turbo alone (simplejpeg)": lambda: sum(pool.map(decode_rate, [seconds] * threads, chunksize=1)),
+            "libjpeg-turbo alone (simplejpeg)": lambda: sum(pool.map(decode_rate, [seconds] * threads)),
             "DALI decode alone (cpu, uint8, whole)": lambda: rate(lambda: decoder.run(), batch_size, seconds),
             f"loader (train, on {place.type})": lambda: rate(lambda: next(endless), batch_size, seconds),
         }
@@ -96,14 +99,28 @@ def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float
 
 
 JPEGS: list[bytes] = []
-"""The files that this worker process decodes."""
+"""The files that a worker process decodes."""
+MAX_JPEGS = 2000
+"""Enough that no file stays in a core's cache."""
 
 
-def read_jpegs(shards: ShardSet) -> None:
-    """Fill JPEGS with the first shard's images, read by the webdataset library."""
+def read_jpegs(shards: ShardSet) -> list[bytes]:
+    """The first images of a split, read by the webdataset library. Raises `DataError` when there is none."""
     import webdataset
 
-    JPEGS.extend(sample["jpg"] for sample in webdataset.WebDataset(shards.tars[0], shardshuffle=False))
+    samples = webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False)
+    try:
+        jpegs = [sample["jpg"] for sample in itertools.islice(samples, MAX_JPEGS)]
+    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        raise DataError(f"{Path(shards.tars[0]).parent} cannot be read ({error}); pack or copy it again") from None
+    if not jpegs:
+        raise DataError(f"{Path(shards.tars[0]).parent} holds no image; pack or copy it again")
+    return jpegs
+
+
+def keep_jpegs(jpegs: list[bytes]) -> None:
+    """Start a worker."""
+    JPEGS.extend(jpegs)
 
 
 def decode_rate(seconds: float) -> float:

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.files import atomic_writer, read_json, write_json
+from tools.raw import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
 from train.program import run_program
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -52,7 +53,7 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
     """Write the demo's raw archives (1,797 images, about 30 MB) into a folder.
 
     Args:
-        raw: Folder to write into; new, empty, or written by this program.
+        raw: Folder to write into; new, empty, or written by the same command.
         seed: Seed of sizes, colours and oddities.
     """
     from sklearn.datasets import load_digits
@@ -63,7 +64,9 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
     if marker.is_file() and read_json(marker) == stamp:
         print(f"{raw} holds the demo images already; nothing to do")
         return
-    if raw.exists() and (not raw.is_dir() or any(path.suffix != ".tmp" for path in raw.iterdir())):
+    ours = {TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE}  # without a marker: of a run that was interrupted
+    names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
+    if (raw.exists() and not raw.is_dir()) or names - ours:
         raise ValueError(f"{raw} holds something else; give a folder that is new or empty")
     raw.mkdir(parents=True, exist_ok=True)
 
@@ -85,12 +88,12 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
             wnid = DIGIT_TO_WNID[int(digit)]
             train[wnid].append((f"{wnid}_{position}.JPEG", encoded))
 
-    with atomic_writer(raw / "ILSVRC2012_img_train.tar") as file:
+    with atomic_writer(raw / TRAIN_ARCHIVE) as file:
         file.write(tar_bytes([(f"{wnid}.tar", tar_bytes(images)) for wnid, images in sorted(train.items())]))
-    with atomic_writer(raw / "ILSVRC2012_img_val.tar") as file:
+    with atomic_writer(raw / VAL_ARCHIVE) as file:
         file.write(tar_bytes(val))
     counts = {wnid: len(images) for wnid, images in train.items()}
-    with atomic_writer(raw / "ILSVRC2012_devkit_t12.tar.gz") as file:
+    with atomic_writer(raw / DEVKIT_ARCHIVE) as file:
         file.write(gzip.compress(devkit(counts, ground_truth), mtime=0))
     write_json(marker, stamp)
     print(f"{raw}: {sum(counts.values())} train and {len(val)} val images of {len(WORDS)} classes")

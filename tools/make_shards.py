@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import PIL
+import PIL.features
 import simplejpeg
 from tqdm import tqdm
 
@@ -138,13 +138,14 @@ def order_hash(seed: int, key: str) -> bytes:
 
 def versions() -> dict[str, str]:
     """The libraries that decide a shard's bytes."""
-    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+    turbo = PIL.features.version("libjpeg_turbo") or "unknown"
+    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "libjpeg_turbo": turbo}
 
 
 def claim(shards: Path, classes: dict[str, Any], plans: dict[str, list[ShardPlan]]) -> None:
     """Make the output folders ours, or refuse them with `ValueError` before anything is written."""
     wanted = {"classes.json", "pca.json", "mean_image.npy", *plans}
-    present = {path.name for path in shards.iterdir()} if shards.is_dir() else set()
+    present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
     if shards.exists() and (not shards.is_dir() or present - wanted or (present and "classes.json" not in present)):
         raise ValueError(
             f"{shards} holds something else; give a folder that is new, empty or begun by the same command"
@@ -166,9 +167,10 @@ def claim(shards: Path, classes: dict[str, Any], plans: dict[str, list[ShardPlan
         for plan in split_plans:
             if (note := plan.path.with_suffix(".json")).is_file() and recorded_plan(note) != plan.digest:
                 raise ValueError(f"{plan.path} was packed from other images or with other options; give another folder")
-    for split in plans:
-        (shards / split).mkdir(parents=True, exist_ok=True)
+    shards.mkdir(parents=True, exist_ok=True)
     write_json(shards / "classes.json", classes)
+    for split in plans:
+        (shards / split).mkdir(exist_ok=True)
 
 
 def recorded_plan(path: Path) -> str | None:

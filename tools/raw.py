@@ -91,6 +91,8 @@ def open_raw(raw: Path) -> RawImageNet:
         for wnid, start, length in tars
         for name, offset, size in members(raw / TRAIN_ARCHIVE, start, length)
     ]
+    if empty := sorted(set(index.values()) - {image.label for image in train}):
+        raise ValueError(f"{raw / TRAIN_ARCHIVE} holds no image of class {wnids[empty[0]]}; fetch it again")
     val = [
         RawImage(name, str(raw / VAL_ARCHIVE), offset, size, index[by_id[val_id(name, ground_truth, raw)].wnid])
         for name, offset, size in members(raw / VAL_ARCHIVE)
@@ -126,6 +128,10 @@ def members(archive: Path, start: int = 0, length: int | None = None) -> Iterato
                     if member.offset_data + member.size > end:
                         raise ValueError(f"{archive} is cut short inside {member.name}; fetch it again")
                     yield member.name, member.offset_data, member.size
+                # tarfile takes a damaged header for the end of the archive; the end is zeros or the end of the file.
+                file.seek(tar.offset)
+                if tar.offset < end and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise ValueError(f"{archive} has a damaged header at byte {tar.offset}; fetch it again")
         except tarfile.TarError as error:
             raise ValueError(
                 f"{archive} is not a tar archive or is damaged at byte {start} ({error}); fetch it again"
@@ -161,7 +167,7 @@ def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
             if int(row["num_children"]) == 0
         }
         ground_truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
-    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # tarfile, zlib and scipy each have their own for damaged input
         raise ValueError(f"{path} is not the devkit of ILSVRC-2012 or is damaged ({error}); fetch it again") from None
     if unknown := sorted(set(ground_truth) - set(by_id)):
         raise ValueError(

@@ -6,7 +6,6 @@
 Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code.
 """
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ def save_checkpoint(run_dir: Path, step: int, content: dict[str, Any], keep: int
     for old in sorted(directory.glob("step-*.pt"))[:-keep]:
         if old != path:
             old.unlink()
+    for abandoned in directory.glob("step-*.pt.tmp"):  # of a process that was killed while it wrote
+        abandoned.unlink()
     return path
 
 
@@ -53,7 +54,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         version = content["format_version"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+    except Exception:  # what torch raises for damage depends on where it is
         raise ValueError(f"{path} is damaged or no checkpoint of this program; use an older step-*.pt") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")

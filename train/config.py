@@ -43,7 +43,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes and how often. Nothing here changes the weights."""
+    """Where a run computes and writes, and how often."""
 
     dir: Path
     """Run directory; a run that was stopped goes on in it."""
@@ -115,7 +115,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
-        free = name.startswith(("run.", "data.speed.")) or name == "data.shards"
+        free = (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
         longer = name == "train.epochs" and after[name] >= before[name]
         if before.get(name) != after.get(name) and not (free or longer):
             raise ValueError(

@@ -17,6 +17,7 @@ from torch import nn
 from model.alexnet import AlexNet, AlexNetConfig
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import CROP_SIDE, IMAGE_SIDE, Augmentation
+from pipeline.lighting import Lighting
 from pipeline.loader import DataConfig, Loader, val_loader
 from pipeline.shards import open_shards
 from train.checkpoint import find_checkpoint, load_checkpoint
@@ -120,27 +121,30 @@ def evaluate_checkpoint(
     path = (find_checkpoint(checkpoint) or checkpoint) if checkpoint.is_dir() else checkpoint
     content = load_checkpoint(path)
     val = open_shards(shards, "val")
-    if [name.wnid for name in val.classes] != content["wnids"]:
+    try:
+        wnids, saved = content["wnids"], content["config"]
+        model = AlexNet(AlexNetConfig(**{**saved["model"], "channels": tuple(saved["model"]["channels"])}))
+        model.load_state_dict(content["model"])
+        eigenbasis = Eigenbasis.from_json(content["eigenbasis"])
+        augmentation = Augmentation(**{**saved["data"]["augmentation"], "lighting": Lighting(strength=0)})
+        decode = saved["data"]["decode"]
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
+    if [name.wnid for name in val.classes] != wnids:
         raise ValueError(
             f"{path} was trained on other classes than {shards}/classes.json lists; give the shards it was trained on"
         )
     place = pick_device(device)
-    settings = dict(content["config"]["model"])
-    settings["channels"] = tuple(settings["channels"])
-    model = AlexNet(AlexNetConfig(**settings)).to(place)
-    model.load_state_dict(content["model"])
-    augmentation = Augmentation(std=content["config"]["data"]["augmentation"]["std"])
-    flip = content["config"]["data"]["augmentation"]["flip"]
     loader = val_loader(
         val,
-        Eigenbasis.from_json(content["eigenbasis"]),
-        DataConfig(shards, augmentation=augmentation),
+        eigenbasis,
+        DataConfig(shards, decode=decode if place.type == "cuda" else "cpu", augmentation=augmentation),
         batch_size=batch_size,
         rank=0,
         num_ranks=1,
         device=place,
     )
-    accuracy = evaluate(model, loader, mirrored=flip > 0)
+    accuracy = evaluate(model.to(place), loader, mirrored=augmentation.flip > 0)
     assert accuracy is not None
     print(f"{path}: {accuracy.samples} images")
     for name, value in accuracy.rows():
@@ -150,7 +154,7 @@ def evaluate_checkpoint(
 def pick_device(name: str) -> torch.device:
     """The device behind "auto", "cpu" or "cuda". Raises `ValueError` when a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is cuda, but PyTorch sees no GPU; install a driver or say cpu")
+        raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
     return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 

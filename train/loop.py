@@ -92,7 +92,7 @@ class Trainer:
             progress.update(self.step - self.epoch * steps)
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
-                meter.end_step(*self.train_step(batch))
+                meter.end_step(*self.train_step(batch), batch)
                 self.step += 1
                 progress.update()
                 if self.step % run.log_every == 0:
@@ -170,6 +170,8 @@ class Trainer:
         check_same_run(content["config"], self.config.to_json())
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise ValueError(f"{path} was trained on other classes than {self.config.data.shards}/classes.json lists")
+        if content["eigenbasis"] != self.basis.to_json():
+            raise ValueError(f"{path} was trained with another {self.config.data.shards}/pca.json; restore that file")
         self.train_loader.load_state_dict(content["loaders"][LOADER_RANK])
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

@@ -72,7 +72,7 @@ class StepMeter:
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = 0
-        self._ends: deque[Any] = deque(maxlen=self.AHEAD + 1)
+        self._in_flight: deque[tuple[Any, Any]] = deque()
         self._marks: list[tuple[Any, Any, Any]] = []
         self._start: Any = None
         self._last_end: Any = None
@@ -88,17 +88,25 @@ class StepMeter:
         """A batch is there."""
         self._start = self._now()
 
-    def end_step(self, loss: torch.Tensor, correct: torch.Tensor) -> None:
-        """The update is done (on a GPU: queued); scalars on the device: mean loss, number of correct answers."""
+    def end_step(self, loss: torch.Tensor, correct: torch.Tensor, batch: Any = None) -> None:
+        """The update is done (on a GPU: queued).
+
+        Args:
+            loss: mean loss, a scalar on the device.
+            correct: number of correct answers, likewise.
+            batch: kept until the device is done with it: its memory is DALI's, who may use it again once it is let go.
+        """
         self._loss += loss
         self._correct += correct
         self._steps += 1
         end = self._now()
         self._marks.append((self._last_end, self._start, end))
         self._last_end = end
-        self._ends.append(end)
-        if self._on_gpu and len(self._ends) > self.AHEAD:
-            self._ends[0].synchronize()
+        self._in_flight.append((end, batch))
+        if len(self._in_flight) > self.AHEAD:
+            oldest, _ = self._in_flight.popleft()
+            if self._on_gpu:
+                oldest.synchronize()
 
     def pause(self) -> None:
         """What comes until the next step (evaluation, saving) is not the step's time."""

@@ -19,11 +19,12 @@ from train.evaluate import MIDDLE, probabilities
 from train.loop import Trainer
 from train.metrics import read_metrics
 
+PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
+
 
 def draw_pictures(trainer: Trainer) -> list[Path]:
     """Draw every picture; returns their paths."""
-    directory = trainer.config.run.dir
-    paths = [directory / name for name in ("curves.png", "kernels.png", "augmentation.png", "predictions.png")]
+    paths = [trainer.config.run.dir / name for name in PICTURES]
     for path, draw in zip(paths, (draw_curves, draw_kernels, draw_augmentation, draw_predictions), strict=True):
         with saved_figure(path) as figure:
             draw(figure, trainer)
@@ -105,7 +106,7 @@ def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
         trainer.train_shards,
         basis,
         replace(trainer.config.data, decode="cpu"),
-        batch_size=14,
+        batch_size=min(14, trainer.train_shards.num_samples),
         seed=trainer.config.train.seed,
         rank=0,
         num_ranks=1,
@@ -129,24 +130,25 @@ def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
 def draw_predictions(figure: Figure, trainer: Trainer) -> None:
     """Ten validation images with their five most probable classes over all views; mistakes first."""
     trainer.model.eval()
-    kept: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
+    wrong: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
+    right: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
     for images, labels in trainer.val_loader:
         _, average = probabilities(trainer.network, images, trainer.mirrored)
         for image, label, scores in zip(images.cpu(), labels.tolist(), average.cpu(), strict=True):
-            if label >= 0:
-                right = int(scores.argmax()) == label
-                kept.append((right, image.permute(1, 2, 0).float().numpy(), label, scores))
-        kept = sorted(kept, key=lambda row: row[0])[:5] + [row for row in kept if row[0]][-5:]
+            kept = right if int(scores.argmax()) == label else wrong
+            if label >= 0 and len(kept) < 10:
+                kept.append((kept is right, image.permute(1, 2, 0).float().numpy(), label, scores))
+    shown = (wrong[: max(5, 10 - len(right))] + right)[:10]
     names = [name.words.split(",")[0] for name in trainer.val_shards.classes]
     figure.set_size_inches(12, 7)
     panels = figure.subplots(4, 5, height_ratios=[2, 1, 2, 1])
     for axes in panels.flat:
         axes.axis("off")
-    for place, (right, image, label, scores) in enumerate(kept[:10]):
+    for place, (correct, image, label, scores) in enumerate(shown):
         row, column = place // 5 * 2, place % 5
         picture, bars = panels[row, column], panels[row + 1, column]
         picture.imshow(to_pixels(image * trainer.config.data.augmentation.std, trainer.basis.mean))
-        picture.set_title(names[label], color="black" if right else "firebrick")
+        picture.set_title(names[label], color="black" if correct else "firebrick")
         best = scores.topk(min(5, len(names)))
         shares, indices = best.values.tolist()[::-1], best.indices.tolist()[::-1]
         bars.axis("on")

@@ -19,7 +19,7 @@ from train.config import Config, parse_config
 from train.evaluate import pick_device
 from train.loop import Trainer
 from train.metrics import MetricsLog
-from train.pictures import draw_pictures
+from train.pictures import PICTURES, draw_pictures
 from train.program import exit_with
 from train.report import report
 
@@ -68,11 +68,13 @@ class StopSignal:
         return self._requested
 
 
+OURS = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", *PICTURES}
+
+
 def claim_directory(directory: Path) -> None:
     """Refuse a run directory that holds something else, before anything is written."""
-    if directory.exists() and (
-        not directory.is_dir() or (any(directory.iterdir()) and not (directory / "config.yaml").is_file())
-    ):
+    names = {path.name.removesuffix(".tmp") for path in directory.iterdir()} if directory.is_dir() else set()
+    if (directory.exists() and not directory.is_dir()) or names - OURS or (names and "config.yaml" not in names):
         raise ValueError(f"{directory} holds something else; give a --run.dir that is new, empty or an earlier run's")
 
 
