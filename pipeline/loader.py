@@ -153,6 +153,8 @@ class Loader:
             if self._pipe is None:
                 self._pipe = self._build(None)
             images, labels = self._pipe.run()
+        except DataError:
+            raise
         except RuntimeError as error:
             raise data_error(self._shards, error) from None
         return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
@@ -181,6 +183,7 @@ class Loader:
         else:
             pipe = val_pipeline(**common)
         pipe.build()
+        check_index(pipe, self._shards)
         return pipe
 
     @property
@@ -220,7 +223,12 @@ class Loader:
         self.close()
         self.at_epoch, self.at_step = state["epoch"], state["step"]
         if state["pipeline"] is not None:
-            self._pipe = self._build(base64.b64decode(state["pipeline"]))
+            try:
+                self._pipe = self._build(base64.b64decode(state["pipeline"]))
+            except DataError:
+                raise
+            except RuntimeError as error:
+                raise data_error(self._shards, error) from None
 
     def close(self) -> None:
         """Stop DALI's threads and free its memory; the position is kept only in a state."""
@@ -252,10 +260,25 @@ def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = Non
     )
     for first in range(0, shards.num_samples, batch_size):
         try:
+            if first == 0:
+                pipe.build()
+                check_index(pipe, shards)
             (images,) = pipe.run()
+        except DataError:
+            raise
         except RuntimeError as error:
             raise data_error(shards, error) from None
         yield images.as_array()[: shards.num_samples - first]
+
+
+def check_index(pipe: Pipeline, shards: ShardSet) -> None:
+    """Raise `DataError` when the indexes list another number of samples than the manifest: epochs would not be exact."""
+    indexed = pipe.reader_meta()["reader"]["epoch_size"]
+    if indexed != shards.num_samples:
+        place = Path(shards.tars[0]).parent
+        raise DataError(
+            f"the .idx files of {place} list {indexed} samples, its manifest {shards.num_samples}; copy them again"
+        )
 
 
 def data_error(shards: ShardSet, error: RuntimeError) -> DataError:

@@ -46,6 +46,9 @@ def test_damage(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"step-00000007\.pt, which is missing"):
         find_checkpoint(tmp_path)
+    path = save_checkpoint(tmp_path, 8, {}, keep=3)
+    path.with_name("LATEST").unlink()
+    assert find_checkpoint(tmp_path) == path
 
 
 @pytest.mark.parametrize("content", [b"garbage", b"\xff\xfe", b"../../secret", b""])

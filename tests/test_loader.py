@@ -153,6 +153,18 @@ def test_a_shard_cut_under_a_running_loader(numbered_shards: Make, plain_basis: 
         list(steps)
 
 
+def test_an_index_that_was_cut(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Fewer samples in the indexes than in the manifest are refused before the first batch."""
+    shards = numbered_shards(60, 2)
+    index = Path(shards.indexes[1])
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join([f"v1.2 {len(lines) - 6}", *lines[1:-5]]) + "\n")
+    (loader,) = loaders(shards, plain_basis, 1, training=True)
+    for batches in (loader.epoch(0), decoded_batches(shards, 8)):
+        with pytest.raises(DataError, match="list 55 samples, its manifest 60"):
+            next(iter(batches))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("decode", ["cpu", "gpu"])
 def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode: str) -> None:

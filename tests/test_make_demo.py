@@ -74,6 +74,13 @@ def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
     """A second run has nothing to do; a folder with something else in it is refused and left alone."""
     again = run_python("tools/make_demo.py", raw)
     assert again.returncode == 0 and "nothing to do" in again.stdout
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    (interrupted / "ILSVRC2012_img_train.tar").write_bytes(b"half")
+    make_demo.make_demo(interrupted)
+    assert (interrupted / "ILSVRC2012_img_train.tar").read_bytes() == (raw / "ILSVRC2012_img_train.tar").read_bytes()
+    tmp_path = tmp_path / "foreign"
+    tmp_path.mkdir()
     (tmp_path / "thesis.tex").write_text("x")
     refused = run_python("tools/make_demo.py", tmp_path)
     assert refused.returncode == 2 and "holds something else" in refused.stderr and "Traceback" not in refused.stderr

@@ -170,9 +170,21 @@ def devkit_lacking_a_class(raw: Path) -> bytes:
     return gzip.compress(tar_of((name, out.getvalue()), (truth, files[truth])))
 
 
+def damaged_inner_header(raw: Path) -> bytes:
+    """The train archive with one byte of an image's header flipped: tarfile alone would take it for the end."""
+    content = bytearray((raw / "ILSVRC2012_img_train.tar").read_bytes())
+    with tarfile.open(raw / "ILSVRC2012_img_train.tar") as outer:
+        first = outer.getmembers()[0]
+        with tarfile.open(fileobj=io.BytesIO(outer.extractfile(first).read())) as inner:  # type: ignore[union-attr]
+            content[first.offset_data + inner.getmembers()[10].offset] ^= 0xFF
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("archive", "content", "message"),
     [
+        ("ILSVRC2012_img_train.tar", damaged_inner_header, "damaged header"),
+        ("ILSVRC2012_img_train.tar", tar_of(("n90000051.tar", tar_of())), "lacks class"),
         ("ILSVRC2012_img_val.tar", None, "is missing"),
         ("ILSVRC2012_img_train.tar", b"this is no tar archive" * 100, "not a tar archive"),
         ("ILSVRC2012_img_train.tar", "cut", "cut short"),

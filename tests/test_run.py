@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from tests.conftest import ROOT, run_ok, run_python
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.metrics import read_metrics
@@ -147,6 +147,12 @@ def test_foreign_directory_and_missing_basis(shards: Path, tmp_path: Path) -> No
     done = run_python(*arguments(shards, tmp_path))
     assert done.returncode == 2 and "holds something else" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["novel.txt"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text("theme: mine\n")
+    done = run_python(*arguments(shards, foreign))
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert (foreign / "config.yaml").read_text() == "theme: mine\n"
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("train", "val", "classes.json"):
@@ -161,6 +167,16 @@ def test_divergence(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 4 and "diverged" in done.stderr and "Traceback" not in done.stderr
     path = find_checkpoint(tmp_path)
     assert path is None or all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+
+
+def test_another_eigenbasis_is_refused(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A run does not go on under other statistics than it began with."""
+    for name in ("train", "val", "classes.json"):
+        (tmp_path / name).symlink_to(shards / name)
+    content = read_json(shards / "pca.json")
+    write_json(tmp_path / "pca.json", {**content, "mean": [0.0, 0.0, 0.0]})
+    done = run_python(*arguments(tmp_path, undisturbed))
+    assert done.returncode == 2 and "another" in done.stderr and "pca.json" in done.stderr
 
 
 @pytest.mark.gpu

@@ -61,11 +61,14 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
     if seed < 0:
         raise ValueError(f"--seed must not be negative, but is {seed}")
     marker, stamp = raw / MARKER, {"format_version": 1, "seed": seed}
-    if marker.is_file() and read_json(marker) == stamp:
+    archives = [raw / name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE)]
+    whole = all(path.is_file() for path in archives)
+    if marker.is_file() and read_json(marker) == stamp and whole:
         print(f"{raw} holds the demo images already; nothing to do")
         return
     ours = {TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE}  # without a marker: of a run that was interrupted
     names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
+    names -= {MARKER} if not whole else set()
     if (raw.exists() and not raw.is_dir()) or names - ours:
         raise ValueError(f"{raw} holds something else; give a folder that is new or empty")
     raw.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,9 @@ def plan_split(directory: Path, split: str, images: list[RawImage], options: Opt
     for shard in range(num_shards):
         samples = order[shard * len(order) // num_shards : (shard + 1) * len(order) // num_shards]
         described = [[key, image.name, image.offset, image.size, image.label] for key, image in samples]
-        digest = sha256(json.dumps([described, options._asdict(), versions()]).encode())
+        # `on_bad` decides whether a pack goes on, not what a whole shard holds: "skip" may follow on "fail".
+        relevant = options._replace(on_bad="")._asdict()
+        digest = sha256(json.dumps([described, relevant, versions()]).encode())
         plans.append(ShardPlan(directory / f"{split}-{shard:06d}.tar", samples, options, digest))
     return plans
 

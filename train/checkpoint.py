@@ -34,11 +34,12 @@ def save_checkpoint(run_dir: Path, step: int, content: dict[str, Any], keep: int
 
 
 def find_checkpoint(place: Path) -> Path | None:
-    """The checkpoint that LATEST names in a run directory, or None. Raises `FileNotFoundError` when that file is
+    """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None. Raises `FileNotFoundError` when that file is
     gone."""
     latest = place / "checkpoints" / "LATEST"
     if not latest.is_file():
-        return None
+        found = sorted(latest.parent.glob("step-*.pt"))  # whole, each of them: a kill came before LATEST was written
+        return found[-1] if found else None
     name = latest.read_bytes().decode(errors="replace").strip()
     if not re.fullmatch(r"step-\d{8}\.pt", name) or not (path := latest.with_name(name)).is_file():
         raise FileNotFoundError(

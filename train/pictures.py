@@ -80,7 +80,9 @@ def draw_kernels(figure: Figure, trainer: Trainer) -> None:
     reach = np.abs(kernels).max()
     sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]
     figure.set_size_inches(8, 0.6 + sum(8 * sheet.shape[0] / sheet.shape[1] + 0.3 for sheet in sheets))
-    figure.suptitle(f"conv1: {len(kernels)} kernels of 11x11x3")
+    figure.suptitle(
+        f"conv1: {len(kernels)} kernels of 11x11x3 (they begin as noise and take tens of epochs to show edges)"
+    )
     for number, (axes, sheet) in enumerate(zip(np.atleast_1d(figure.subplots(len(sheets), 1)), sheets, strict=True)):
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(f"tower {number}", fontsize=9)
@@ -116,11 +118,14 @@ def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
     loader.close()
 
     figure.set_size_inches(10, 8.4)
-    titles = [f"axis {axis + 1} ({basis.axis_stddev[axis]:.0f} levels of standard deviation)" for axis in range(3)]
+    titles = [f"axis {axis + 1} ({basis.axis_stddev[axis]:.0f} levels in the data)" for axis in range(3)]
     panels = figure.subplots(4, 1, height_ratios=[1, 1, 1, 2])
     for axes, images, title in zip(panels[:3], rows, titles, strict=True):
         axes.imshow(tile(images, len(amounts)))
-        axes.set_title(f"the same image moved by {amounts[0]} to +{amounts[-1]} draws along {title}", fontsize=9)
+        axes.set_title(
+            f"one image moved by {amounts[0]} to +{amounts[-1]} standard deviations of lighting along {title}",
+            fontsize=9,
+        )
         axes.axis("off")
     panels[3].imshow(tile(to_pixels(batch, basis.mean), 7))
     panels[3].set_title("training images from the pipeline: window, flip, lighting", fontsize=9)

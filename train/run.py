@@ -74,7 +74,9 @@ OURS = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", *PICTURES}
 def claim_directory(directory: Path) -> None:
     """Refuse a run directory that holds something else, before anything is written."""
     names = {path.name.removesuffix(".tmp") for path in directory.iterdir()} if directory.is_dir() else set()
-    if (directory.exists() and not directory.is_dir()) or names - OURS or (names and "config.yaml" not in names):
+    config = directory / "config.yaml"
+    begun = config.is_file() and b"\noptimizer:" in config.read_bytes()
+    if (directory.exists() and not directory.is_dir()) or names - OURS or (names and not begun):
         raise ValueError(f"{directory} holds something else; give a --run.dir that is new, empty or an earlier run's")
 
 
