@@ -34,8 +34,10 @@ def save_checkpoint(run_dir: Path, step: int, content: dict[str, Any], keep: int
 
 
 def find_checkpoint(place: Path) -> Path | None:
-    """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None. Raises `FileNotFoundError` when that file is
-    gone."""
+    """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None.
+
+    Raises `FileNotFoundError` when LATEST names none.
+    """
     latest = place / "checkpoints" / "LATEST"
     if not latest.is_file():
         found = sorted(latest.parent.glob("step-*.pt"))  # whole, each of them: a kill came before LATEST was written
