@@ -272,7 +272,7 @@ def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = Non
 
 
 def check_index(pipe: Pipeline, shards: ShardSet) -> None:
-    """Raise `DataError` when the indexes list another number of samples than the manifest: epochs would not be exact."""
+    """Raise `DataError` unless the indexes list as many samples as the manifest: epochs would not be exact."""
     indexed = pipe.reader_meta()["reader"]["epoch_size"]
     if indexed != shards.num_samples:
         place = Path(shards.tars[0]).parent
