@@ -80,9 +80,7 @@ def draw_kernels(figure: Figure, trainer: Trainer) -> None:
     reach = np.abs(kernels).max()
     sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]
     figure.set_size_inches(8, 0.6 + sum(8 * sheet.shape[0] / sheet.shape[1] + 0.3 for sheet in sheets))
-    figure.suptitle(
-        f"conv1: {len(kernels)} kernels of 11x11x3 (they begin as noise and take tens of epochs to show edges)"
-    )
+    figure.suptitle(f"conv1: {len(kernels)} kernels of 11x11x3 (noise at the start of training)")
     for number, (axes, sheet) in enumerate(zip(np.atleast_1d(figure.subplots(len(sheets), 1)), sheets, strict=True)):
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(f"tower {number}", fontsize=9)
