@@ -4,7 +4,6 @@ import json
 import time
 from pathlib import Path
 
-import pytest
 import torch
 
 from train.metrics import MetricsLog, StepMeter, read_metrics
