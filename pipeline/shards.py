@@ -19,7 +19,6 @@ from typing import Any
 from pipeline.files import read_json, sha256
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val")
 MAX_LABEL_DIGITS = 6
 KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
 
