@@ -5,6 +5,8 @@ checkpoints, pictures) is written beside its place, flushed to the disk and rena
 new one.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,27 +17,56 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
     """Open `path` for writing in binary; it appears under its name only when the block ends without an exception.
 
     The temporary name is the same at every try, so a killed process leaves at most one `.tmp` that the next one
-    replaces.
+    replaces. A lock on it, which dies with its process, keeps two programs from writing the same file at a time: the
+    second waits, or with `wait=False` raises `BlockingIOError`. Every `OSError` names the file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        file = open_locked(temporary, wait)
+        try:
+            with file:
+                file.truncate()
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # without this the rename itself may be lost with the power
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # of a write: a full disk, a file size limit
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # without this the rename itself may be lost with the power
-    finally:
-        os.close(directory)
+
+
+def open_locked(path: Path, wait: bool) -> BinaryIO:
+    """Open or create `path` and lock it; a file that its owner renamed while we waited is let go."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        except FileNotFoundError:  # renamed just now
+            pass
+        except BlockingIOError:
+            file.close()
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing it", str(path)) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a network file system without locks
+                return file
+            file.close()
+            raise
+        file.close()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,10 +1,13 @@
 """Files are whole or not there."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.files import atomic_writer, read_json, write_json
+from tests.conftest import ROOT, run_python
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -25,3 +28,46 @@ def test_json_round_trip(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b"\xff{")
     with pytest.raises(ValueError, match=r"b\.json is not valid JSON"):
         read_json(tmp_path / "b.json")
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """While another process writes a file, the second is refused or waits; the lock dies with a killed writer, whose
+    half-written content does not stay."""
+    path = tmp_path / "shard.tar"
+    program = f"""
+import time
+from pathlib import Path
+from pipeline.files import atomic_writer
+with atomic_writer(Path({str(path)!r})) as file:
+    file.write(b"half of a much longer content")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"writing\n"
+    with pytest.raises(BlockingIOError, match="another process is writing it"), atomic_writer(path, wait=False):
+        pass
+    assert path.with_name("shard.tar.tmp").exists() and other.poll() is None
+    other.kill()
+    other.wait()
+    with atomic_writer(path, wait=False) as file:
+        file.write(b"whole")
+    assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A write that fails names the file, keeps the old one and leaves nothing half-written."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    program = f"""
+import resource
+from pathlib import Path
+from pipeline.files import write_bytes
+from train.program import exit_with
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+exit_with(lambda: write_bytes(Path({str(path)!r}), bytes(100_000)))
+"""
+    done = run_python("-c", program)
+    assert done.returncode == 2 and str(path) in done.stderr and "free some space" in done.stderr
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

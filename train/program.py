@@ -4,6 +4,7 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 4 training diverged. A user's mistake costs one sentence on stderr and no traceback; our own mistakes keep theirs.
 """
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -53,7 +54,9 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
             raise  # a library refuses what we gave it: our mistake, to be seen in full
         code, message = WRONG_INPUT, str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            message = f"cannot use {error.filename}: {error.strerror}; give another place or set its permissions"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = "free some space and run it again" if full else "give another place or set its permissions"
+            message = f"cannot use {error.filename}: {error.strerror}; {remedy}"
     except DataError as error:
         code, message = DATA_FAILED, str(error)
     except DivergedError as error:
