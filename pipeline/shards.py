@@ -143,3 +143,19 @@ def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
     """
     lines = [" ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in members) for members in samples]
     return "\n".join([f"v1.2 {len(samples)}", *lines]) + "\n"
+
+
+def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
+    """What `index_text` wrote. Raises `ValueError` when the file is no such index."""
+    try:
+        header, *lines = path.read_bytes().decode().splitlines()
+        rows = [line.split(" ") for line in lines]
+        samples = [
+            [(ext, int(offset), int(size), name) for ext, offset, size, name in zip(*[iter(row)] * 4, strict=True)]
+            for row in rows
+        ]
+    except ValueError:
+        header, samples = "", []
+    if header.split() != ["v1.2", str(len(samples))]:
+        raise ValueError(f"{path} is damaged or not a DALI index of format v1.2; copy it again or pack again")
+    return samples

@@ -1,9 +1,16 @@
 """The benchmark runs every contender on the same files and prints ratios from one run."""
 
+import io
 import json
 from pathlib import Path
 
-from tests.conftest import run_ok
+import pytest
+from PIL import Image
+
+from tests.conftest import run_ok, run_python
+from tools import bench_pack
+from tools.ilsvrc import read_archives
+from tools.make_demo import make_demo
 
 
 def test_loader(shards: Path, tmp_path: Path) -> None:
@@ -23,3 +30,29 @@ def test_loader(shards: Path, tmp_path: Path) -> None:
             and row["contender"] in text
         )
     assert "1.00" in text
+
+
+def test_pack(tmp_path: Path) -> None:
+    """Six rows, positive rates, two tables with a reference each; nothing is left beside the images."""
+    if "--verify" not in run_python("tools/make_shards.py", "pack", "--help").stdout:
+        pytest.skip("this packer has no --store and --verify yet")
+    make_demo(tmp_path / "raw", photos=40)
+    out = tmp_path / "rows.jsonl"
+    text = run_ok("tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--workers", "2", "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({row["contender"] for row in rows}) == len(rows) == 6
+    assert all(row["median"] > 0 and len(row["values"]) == 1 and row["images"] == 40 for row in rows)
+    assert all(f"\n{row['contender']} " in text for row in rows) and text.count(" 1.00\n") >= 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl"]
+
+
+def test_plain_packers(tmp_path: Path) -> None:
+    """The baseline's images are 256x256 and the copy's bytes are the raw ones: they do the work that they stand for."""
+    make_demo(tmp_path / "raw", photos=20)
+    images = list(read_archives(tmp_path / "raw").splits["train"])
+    for image in images:
+        with Image.open(io.BytesIO(bench_pack.crop_with_pillow(image))) as packed:
+            assert (packed.size, packed.mode, packed.format) == ((256, 256), "RGB", "JPEG")
+    assert bench_pack.copy_images(images, tmp_path / "copy") == sum(image.size for image in images)
+    assert (tmp_path / "copy").read_bytes() == b"".join(image.read() for image in images)
+    assert bench_pack.codec_rate(images) > 0

@@ -1,16 +1,27 @@
 """The demo is a faithful miniature of the raw archives, oddities included, and deterministic."""
 
 import io
+import itertools
 import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import loadmat
 
-from tests.conftest import run_python
+from tests.conftest import run_ok, run_python
 from tools import make_demo
+from tools.ilsvrc import read_archives
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives of 40 photograph-like images."""
+    path = tmp_path_factory.mktemp("photos") / "raw"
+    run_ok("tools/make_demo.py", path, "--photos", "40")
+    return path
 
 
 def test_same_seed_same_bytes(raw: Path, tmp_path: Path) -> None:
@@ -85,3 +96,60 @@ def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
     refused = run_python("tools/make_demo.py", tmp_path)
     assert refused.returncode == 2 and "holds something else" in refused.stderr and "Traceback" not in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def amplitude_slope(grey: np.ndarray) -> float:
+    """Exponent of the amplitude over frequency, .02 to .4 cycles a pixel, of the central square under a Hann window."""
+    side = min(grey.shape)
+    top, left = ((length - side) // 2 for length in grey.shape)
+    square = grey[top : top + side, left : left + side].astype(float)
+    window = np.hanning(side)
+    power = np.abs(np.fft.fft2((square - square.mean()) * window * window[:, None])) ** 2
+    frequency = np.hypot(np.fft.fftfreq(side), np.fft.fftfreq(side)[:, None])
+    edges = np.geomspace(0.02, 0.4, 12)
+    rings = [power[(frequency >= low) & (frequency < high)].mean() for low, high in itertools.pairwise(edges)]
+    return float(np.polyfit(np.log(edges[:-1] * edges[1:]) / 2, np.log(rings) / 2, 1)[0])
+
+
+def test_photos_counts_and_labels(photos: Path) -> None:
+    """80/20, ten classes, and the labels of the packer's reader are the classes that the images were drawn for."""
+    data = read_archives(photos)
+    train, val = list(data.splits["train"]), list(data.splits["val"])
+    assert (len(train), len(val), len(data.classes)) == (32, 8, 10)
+    assert {image.label for image in train} == set(range(10))
+    drawn = {make_demo.photo(number, 2012): make_demo.DIGIT_TO_WNID[number % 10] for number in (0, 5, 14, 19)}
+    assert [data.classes[image.label].wnid for image in val[:4]] == [drawn[image.read()] for image in val[:4]]
+
+
+def test_photos_are_like_photographs(photos: Path) -> None:
+    """Bytes a pixel, sizes, spectra and colours are those of photographs; white noise would be told apart."""
+    files = [image.read() for split in read_archives(photos).splits.values() for image in split]
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    pixels = sum(image.width * image.height for image in images)
+    assert 0.35 < sum(map(len, files)) / pixels < 0.75
+    assert sum(max(image.size) == 500 for image in images) > 16 and min(min(image.size) for image in images) >= 96
+    assert [image.format for image in images].count("PNG") == 1
+    slopes = [amplitude_slope(np.asarray(image.convert("L"))) for image in images if min(image.size) > 200]
+    assert np.percentile(slopes, 10) > -1.5 and np.percentile(slopes, 90) < -0.7
+    white = np.random.default_rng(0).normal(size=(300, 400))
+    assert amplitude_slope(white) == pytest.approx(0, abs=0.1)
+    samples = np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3)[::97] for image in images])
+    variances, axes = np.linalg.eigh(np.cov(samples.T))
+    assert np.sqrt(variances[::-1]) == pytest.approx(make_demo.AXIS_STDS, rel=0.35)
+    assert abs(axes[:, -1] @ make_demo.AXES[0]) > 0.98
+
+
+def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
+    """Archives depend on the seed alone; digits and photos do not overwrite each other."""
+    make_demo.make_demo(tmp_path / "again", photos=40)
+    archives = [path.name for path in sorted(photos.glob("ILSVRC*"))]
+    assert len(archives) == 3
+    assert all((photos / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in archives)
+    assert make_demo.photo(3, 2012) == make_demo.photo(3, 2012)
+    assert len({make_demo.photo(3, 2012), make_demo.photo(4, 2012), make_demo.photo(3, 1)}) == 3
+    assert "nothing to do" in run_ok("tools/make_demo.py", photos, "--photos", "40")
+    for other in ((), ("--photos", "41"), ("--photos", "40", "--seed", "1")):
+        refused = run_python("tools/make_demo.py", photos, *other)
+        assert refused.returncode == 2 and "holds something else" in refused.stderr
+    few = run_python("tools/make_demo.py", tmp_path / "few", "--photos", "19")
+    assert few.returncode == 2 and "at least 20" in few.stderr and not (tmp_path / "few").exists()

@@ -1,6 +1,7 @@
 """Benchmarks, one subcommand per question.
 
     python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
+    python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
 printed, and the ratios are what counts. Warm-up is left out.
@@ -89,6 +90,28 @@ def loader(
         record(out, "loader", measured, {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads})
 
 
+def pack(
+    raw: Path,
+    repeats: int = 3,
+    workers: int | None = None,
+    scratch: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Images per second of make_shards beside a pool of Pillow processes with webdataset's ShardWriter, beside decoding
+    and encoding alone, and beside plain copying.
+
+    Args:
+        raw: Folder with the archives of ILSVRC-2012, or with what `tools/make_demo.py --photos` writes.
+        repeats: Measurements of each contender, taken in turn; each packs all of RAW.
+        workers: Processes of each contender; one per core by default.
+        scratch: Folder to write into, as large as RAW; emptied again. Beside RAW by default.
+        out: JSON-lines file to append one row per contender to.
+    """
+    from tools.bench_pack import bench_pack
+
+    bench_pack(raw, repeats, workers, scratch, out)
+
+
 def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float:
     """Images per second of calling `step` for about `seconds`."""
     steps, started = 0, perf_counter()
@@ -144,10 +167,12 @@ def take_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict
 
 def show(measured: dict[str, list[float]], unit: str, reference: str) -> None:
     """Print a table of medians, spreads and the ratio to `reference`, turn by turn."""
-    print(f"{'':<40} {'median':>10} {'min':>10} {'max':>10}  ratio   ({unit})")
+    width = max(40, *map(len, measured))
+    print(f"{'':<{width}} {'median':>10} {'min':>10} {'max':>10}  ratio   ({unit})")
     for name, values in measured.items():
         ratio = statistics.median(a / b for a, b in zip(values, measured[reference], strict=True))
-        print(f"{name:<40} {statistics.median(values):>10.0f} {min(values):>10.0f} {max(values):>10.0f}  {ratio:.2f}")
+        figures = f"{statistics.median(values):>10.0f} {min(values):>10.0f} {max(values):>10.0f}"
+        print(f"{name:<{width}} {figures}  {ratio:.2f}")
 
 
 def record(out: Path, subcommand: str, measured: dict[str, list[float]], settings: dict[str, Any]) -> None:
@@ -189,4 +214,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    run_program({"loader": loader})
+    run_program({"loader": loader, "pack": pack})

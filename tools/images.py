@@ -1,11 +1,16 @@
-"""What the packer does to one image: decode it strictly, bring it to 256x256 RGB, encode it, and say what was odd.
+"""What the packer does to one image: decode it strictly, say what was odd, and make it what the shard is to hold.
 
-Geometry (DESIGN of the shards): shorter side to 256 with Pillow's antialiased BICUBIC, longer side `round(long * 256 /
-short)`, central 256x256 from offset `(long - 256) // 2`. EXIF orientation is ignored, as Pillow and torchvision ignore
-it.
+`crop256`: shorter side to 256 (antialiased bicubic), longer side `round(long * 256 / short)`, central 256x256 from
+offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes, unless a JPEG decoder of the pipeline would
+stumble over them. EXIF orientation is ignored, as Pillow and torchvision ignore it.
+
+Three verdicts: clean (no note), kept with a note, undecodable (`ValueError`). A libjpeg warning is a note: ImageNet has
+such files, and every decoder shows them.
 """
 
 import io
+import re
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -13,58 +18,88 @@ import simplejpeg
 from PIL import Image
 
 SIDE = 256
-NOTE_SEPARATOR = "; "
+MAX_PIXELS = 100_000_000
+"""Above this a file is refused: decoding it would take 0.3 GB and more. ImageNet's largest image has 21 million."""
+SEPARATOR = "; "
+
+
+class Form(NamedTuple):
+    """What images become."""
+
+    store: str
+    """"crop256" or "original"."""
+    quality: int
+    """JPEG quality, 1 to 100, of what is encoded."""
+    subsampling: str
+    """"420" or "444", of what is encoded."""
+    verify: bool
+    """Whether an original JPEG is decoded; if not, its header is looked at alone."""
 
 
 class Packed(NamedTuple):
     """An image as it goes into a shard."""
 
     jpeg: bytes
-    """256x256 baseline JPEG, RGB source."""
+    """A JPEG file, RGB or (original) grey."""
     found: str
-    """What was odd about the raw file; empty for a plain one."""
+    """What was odd about the raw file; empty for a clean one."""
     done: str
     """What was done about it."""
 
 
-def pack_image(raw: bytes, quality: int) -> Packed:
-    """Turn a raw file into a shard's image.
+class Decoded(NamedTuple):
+    """A raw file, decoded."""
 
-    Args:
-        raw: bytes of an image file in any format that Pillow knows, whatever its name says.
-        quality: JPEG quality, 1 to 100; chroma is subsampled 4:2:0.
+    pixels: np.ndarray
+    """uint8 (height, width, 3), RGB."""
+    notes: list[tuple[str, str]]
+    """What was found, and what is done about it in a crop256 shard."""
+    needs_encoding: bool
+    """Whether the file itself cannot go into a shard."""
+
+
+def pack_image(raw: bytes, form: Form) -> Packed:
+    """Turn a raw file, in any format that Pillow knows and whatever its name says, into a shard's image.
 
     Raises `ValueError` with the decoder's reason when the file cannot be decoded.
     """
-    pixels, notes = decode(raw)
-    square = np.ascontiguousarray(crop256(Image.fromarray(pixels)))
-    jpeg = simplejpeg.encode_jpeg(square, quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
-    return Packed(
-        jpeg, NOTE_SEPARATOR.join(found for found, _ in notes), NOTE_SEPARATOR.join(done for _, done in notes)
+    if form.store == "original" and not form.verify and is_plain_jpeg(raw):
+        return Packed(raw, "", "")
+    pixels, notes, needs_encoding = decode(raw)
+    if form.store == "crop256":
+        pixels, file = crop256(pixels), None
+    else:
+        file = raw if not needs_encoding else None
+        if file and any(found == DAMAGED_EXIF for found, _ in notes):
+            file = without_exif(file)
+        notes = [(found, done if file is None or found == DAMAGED_EXIF else "kept as it is") for found, done in notes]
+    jpeg = file or simplejpeg.encode_jpeg(
+        pixels, quality=form.quality, colorspace="RGB", colorsubsampling=form.subsampling, fastdct=False
     )
+    return Packed(jpeg, SEPARATOR.join(found for found, _ in notes), SEPARATOR.join(done for _, done in notes))
 
 
-def decode(raw: bytes) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Decode to uint8 (height, width, 3) RGB, with a list of (what was found, what was done).
+DAMAGED_EXIF = "damaged EXIF block"
 
-    Raises `ValueError` when no decoder takes it.
-    """
-    notes: list[tuple[str, str]] = []
+
+def decode(raw: bytes) -> Decoded:
+    """Decode a file. Raises `ValueError` when no decoder takes it."""
     if not raw.startswith(b"\xff\xd8"):
-        return decode_with_pillow(raw, notes)
-    orientation = exif_orientation(raw)
-    if orientation not in (None, 1):
-        notes.append((f"EXIF orientation {orientation}", "tag stripped, pixels as they were"))
+        return decode_with_pillow(raw)
+    notes = exif_notes(raw)
     try:
-        _, _, colorspace, _ = simplejpeg.decode_jpeg_header(raw)
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(raw, strict=False)
     except ValueError:  # simplejpeg knows the common subsamplings alone
-        return decode_with_pillow(raw, notes)
+        return decode_with_pillow(raw)
     if colorspace in ("CMYK", "YCCK"):
-        return decode_with_pillow(raw, notes)
+        return decode_with_pillow(raw)
+    check_size(width, height)
     if colorspace == "Gray":
         notes.append(("grey JPEG", "converted to RGB"))
+    if trailing := trailing_bytes(raw):
+        notes.append((f"{trailing} bytes after the image's end", "dropped"))
     try:
-        return simplejpeg.decode_jpeg(raw, "RGB", fastdct=False, fastupsample=False, strict=True), notes
+        return Decoded(simplejpeg.decode_jpeg(raw, "RGB", fastdct=False, fastupsample=False), notes, False)
     except ValueError as error:
         warning = str(error)
     try:
@@ -72,38 +107,113 @@ def decode(raw: bytes) -> tuple[np.ndarray, list[tuple[str, str]]]:
     except ValueError as error:
         raise ValueError(f"not decodable: {error}") from None
     notes.append((f"libjpeg warns: {warning}", "decoded as far as it goes"))
-    return pixels, notes
+    # Strict readers, DALI among them, refuse a file that ends too early; other damage they decode as libjpeg does.
+    return Decoded(pixels, notes, "remature end" in warning)
 
 
-def decode_with_pillow(raw: bytes, notes: list[tuple[str, str]]) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """Decode CMYK JPEGs and other formats; appends to `notes`. Raises `ValueError`."""
+def decode_with_pillow(raw: bytes) -> Decoded:
+    """Decode CMYK JPEGs and other formats. Raises `ValueError`."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            notes.append((f"{image.mode} {image.format} file", "converted to RGB"))
-            return np.asarray(image.convert("RGB")), notes
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not decodable: {error}") from None
+            check_size(*image.size)
+            kind = f"{image.mode} {image.format} file"
+            if image.mode.startswith("I;16"):  # Pillow's own conversion cuts off above 255
+                grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
+                pixels = np.repeat(grey[:, :, None], 3, 2)
+            else:
+                pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
+        raise ValueError(f"not decodable: {reason.removeprefix('not decodable: ')}") from None
+    return Decoded(pixels, [(kind, "converted to RGB")], True)
 
 
-def exif_orientation(raw: bytes) -> int | None:
-    """The EXIF orientation (1 to 8) of a JPEG, None where there is none or it cannot be read."""
-    if b"Exif\0\0" not in raw[:4096]:
-        return None
+def check_size(width: int, height: int) -> None:
+    """Raise `ValueError` for an image whose pixels would fill the memory."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"not decodable: {width}x{height} pixels are more than {MAX_PIXELS}")
+
+
+def is_plain_jpeg(raw: bytes) -> bool:
+    """Whether the header is that of a JPEG whose bytes can go into a shard, as far as a header tells."""
     try:
-        with Image.open(io.BytesIO(raw)) as image:
-            return image.getexif().get(0x0112)
-    except Exception:  # EXIF blocks are damaged in many ways, each with its own exception; the tag is stripped anyway
-        return None
+        colorspace = simplejpeg.decode_jpeg_header(raw, strict=False)[2]
+    except ValueError:
+        return False
+    return colorspace not in ("CMYK", "YCCK") and all(found != DAMAGED_EXIF for found, _ in exif_notes(raw))
 
 
-def crop256(image: Image.Image) -> Image.Image:
-    """Shorter side to 256, then the central 256x256.
+def segments(raw: bytes) -> list[tuple[int, int, int]]:
+    """(marker, first byte, end) of a JPEG's segments up to its first scan; ends early where the structure is broken."""
+    found, position = [], 2
+    while position + 4 <= len(raw) and raw[position] == 0xFF:
+        marker = raw[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        end = position + 2 + int.from_bytes(raw[position + 2 : position + 4], "big")
+        found.append((marker, position, end))
+        if marker == 0xDA:
+            break
+        position = end
+    return found
 
-    Resampling only what stays (Pillow's `box`) would be faster, but is not the same: on portrait images Pillow then
-    runs its two passes in the other order, and what it clips between them differs by up to 20 levels.
+
+def exif_segments(raw: bytes) -> list[tuple[int, int]]:
+    """(first byte, end) of each EXIF block."""
+    return [
+        (start, end)
+        for marker, start, end in segments(raw)
+        if marker == 0xE1 and raw[start + 4 : start + 10] == b"Exif\0\0"
+    ]
+
+
+def exif_notes(raw: bytes) -> list[tuple[str, str]]:
+    """What is to be said of the EXIF blocks: damaged, or turning the image for viewers that heed it."""
+    for start, end in exif_segments(raw):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                exif = Image.Exif()
+                exif.load(raw[start + 4 : end])
+                orientation = exif.get(0x0112)
+        except Exception:  # EXIF blocks are damaged in many ways, and Pillow has an exception for each
+            return [(DAMAGED_EXIF, "stripped")]
+        if orientation not in (None, 1):
+            return [(f"EXIF orientation {orientation}", "tag stripped, pixels as they were")]
+    return []
+
+
+def without_exif(raw: bytes) -> bytes:
+    """The same JPEG without its EXIF blocks; not a pixel changes."""
+    for start, end in reversed(exif_segments(raw)):
+        raw = raw[:start] + raw[end:]
+    return raw
+
+
+def trailing_bytes(raw: bytes) -> int:
+    """Number of bytes after the end marker; 0 where there is none."""
+    if raw.endswith(b"\xff\xd9") and raw.count(b"\xff\xd9") == 1:
+        return 0
+    end = raw.find(b"\xff\xd9", segments(raw)[-1][2] if segments(raw) else 0)  # before the scan: of a thumbnail
+    return len(raw) - end - 2 if end >= 0 else 0
+
+
+def crop256(pixels: np.ndarray) -> np.ndarray:
+    """Shorter side to 256, then the central 256x256. uint8 (height, width, 3) to uint8 (256, 256, 3), contiguous.
+
+    Torch's antialiased bicubic filter on bytes is Pillow's with its weights rounded to 16 bits: more than three times
+    as fast, and equal up to 2 levels (one in all but a few pixels).
     """
-    short = min(image.size)
-    width, height = (round(side * SIDE / short) for side in image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + SIDE, top + SIDE))
+    import torch
+    from torch.nn.functional import interpolate
+
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    new_height, new_width = round(height * SIDE / short), round(width * SIDE / short)
+    check_size(new_width, new_height)  # a strip of one pixel in height would grow without bound
+    top, left = (new_height - SIDE) // 2, (new_width - SIDE) // 2
+    images_NCHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels last in memory, as the fast path wants it
+    resized = interpolate(images_NCHW, (new_height, new_width), mode="bicubic", antialias=True)
+    square = resized[0, :, top : top + SIDE, left : left + SIDE].permute(1, 2, 0)
+    return np.ascontiguousarray(square.numpy())

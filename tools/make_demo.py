@@ -10,20 +10,33 @@ and progressive files, EXIF orientation tags on upright pixels, a PNG named .JPE
 
 As in ImageNet, neither the digits' own order nor ILSVRC2012_ID is the order of the sorted wnids that class indexes
 follow: a reader that mixes them up trains on wrong labels and shows it. The same seed gives the same bytes.
+
+    python tools/make_demo.py RAW --photos N
+
+writes N photograph-like images instead: nothing to learn in them, but sizes, spectra, colours and bytes like those of
+ImageNet's files, for measuring speed without it. Each is a page of 1/f noise on which discs of other such noise lie
+("dead leaves", A. B. Lee, D. Mumford and J. Huang, IJCV 41, 2001: occlusion gives edges and a photograph's spectrum).
 """
 
+import functools
 import gzip
 import io
+import multiprocessing
+import os
+import signal
 import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from pipeline.files import atomic_writer, read_json, write_json
-from tools.raw import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
+from tools.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
 from train.program import run_program
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -48,19 +61,29 @@ DIGIT_TO_WNID = dict(
 DIGIT_TO_ID = {digit: identifier for identifier, digit in enumerate((3, 8, 0, 5, 9, 1, 7, 4, 2, 6), start=1)}
 MARKER = "demo.json"
 
+# ImageNet's colours, RGB, 0..255 (cuda-convnet2, make-data/input_meta): channel means, and standard deviations along
+# the axes of the pixels' covariance, one axis a row: light, yellow to blue, green to magenta.
+CHANNEL_MEANS = np.array([127.3, 119.7, 104.9])
+AXIS_STDS = np.array([121.78, 37.09, 19.72])
+AXES = np.array([[-0.5635, -0.5762, -0.5920], [-0.7126, -0.0235, 0.7012], [0.4180, -0.8170, 0.3973]])
+SCENES, SCENE_SIDE, SCENE_CONTRAST = 8, 1024, 0.3
+MIN_PHOTOS = 20  # every class then has an image to train on
 
-def make_demo(raw: Path, seed: int = 2012) -> None:
+
+def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
     """Write the demo's raw archives (1,797 images, about 30 MB) into a folder.
 
     Args:
         raw: Folder to write into; new, empty, or written by the same command.
         seed: Seed of sizes, colours and oddities.
+        photos: Write this many photograph-like images (110 kB each in the mean) instead of the digits, for measuring
+            speed. Every core helps.
     """
-    from sklearn.datasets import load_digits
-
     if seed < 0:
         raise ValueError(f"--seed must not be negative, but is {seed}")
-    marker, stamp = raw / MARKER, {"format_version": 1, "seed": seed}
+    if photos is not None and photos < MIN_PHOTOS:
+        raise ValueError(f"--photos must be at least {MIN_PHOTOS}, but is {photos}")
+    marker, stamp = raw / MARKER, {"format_version": 1, "seed": seed} | ({"photos": photos} if photos else {})
     archives = [raw / name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE)]
     whole = all(path.is_file() for path in archives)
     if marker.is_file() and read_json(marker) == stamp and whole:
@@ -72,6 +95,16 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
     if (raw.exists() and not raw.is_dir()) or names - ours:
         raise ValueError(f"{raw} holds something else; give a folder that is new or empty")
     raw.mkdir(parents=True, exist_ok=True)
+    if photos:
+        write_photos(raw, photos, seed)
+    else:
+        write_digits(raw, seed)
+    write_json(marker, stamp)
+
+
+def write_digits(raw: Path, seed: int) -> None:
+    """Write the archives of the digits."""
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     rng = np.random.default_rng(seed)
@@ -91,15 +124,71 @@ def make_demo(raw: Path, seed: int = 2012) -> None:
             wnid = DIGIT_TO_WNID[int(digit)]
             train[wnid].append((f"{wnid}_{position}.JPEG", encoded))
 
-    with atomic_writer(raw / TRAIN_ARCHIVE) as file:
-        file.write(tar_bytes([(f"{wnid}.tar", tar_bytes(images)) for wnid, images in sorted(train.items())]))
+    write_archives(raw, train, val, ground_truth)
+
+
+def write_photos(raw: Path, count: int, seed: int) -> None:
+    """Write the archives of `count` photograph-like images, a class at a time; every fifth is for validation."""
+    number_to_digit = {number: number % len(WORDS) for number in range(count)}
+    in_val = {number: (number // len(WORDS) + number) % 5 == 0 for number in range(count)}
+    val = [number for number in range(count) if in_val[number]]
+    train: dict[str, list[int]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
+    for number, digit in number_to_digit.items():
+        if not in_val[number]:
+            train[DIGIT_TO_WNID[digit]].append(number)
+
+    cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
+    with (
+        ProcessPoolExecutor(cores, context, initializer=signal.signal, initargs=ignore_interrupt) as pool,
+        tqdm(total=count, desc="photos", unit="img", disable=None) as progress,
+    ):
+
+        def draw(names: Iterable[str], numbers: list[int]) -> Iterator[tuple[str, bytes]]:
+            drawn = pool.map(functools.partial(photo, seed=seed), numbers, chunksize=4)
+            for name, encoded in zip(names, drawn, strict=True):
+                progress.update()
+                yield name, encoded
+
+        write_archives(
+            raw,
+            {wnid: draw([f"{wnid}_{n}.JPEG" for n in numbers], numbers) for wnid, numbers in train.items()},
+            draw([f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, len(val) + 1)], val),
+            [DIGIT_TO_ID[number_to_digit[number]] for number in val],
+        )
+
+
+def write_archives(
+    raw: Path,
+    train: Mapping[str, Iterable[tuple[str, bytes]]],
+    val: Iterable[tuple[str, bytes]],
+    ground_truth: list[int],
+) -> None:
+    """Write the three archives.
+
+    Args:
+        raw: Folder to write into.
+        train: (name, content) of the training images by wnid; a class is asked for when its turn comes.
+        val: (name, content) of the validation images.
+        ground_truth: ILSVRC2012_ID of each validation image.
+    """
+    counts = {}
+    with (
+        atomic_writer(raw / TRAIN_ARCHIVE) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as outer,
+    ):
+        for wnid, images in sorted(train.items()):
+            with tempfile.TemporaryFile(dir=raw) as inner:  # its length stands in the outer tar before it
+                counts[wnid] = write_tar(inner, images)
+                info = tarfile.TarInfo(f"{wnid}.tar")
+                info.size = inner.tell()
+                inner.seek(0)
+                outer.addfile(info, inner)
     with atomic_writer(raw / VAL_ARCHIVE) as file:
-        file.write(tar_bytes(val))
-    counts = {wnid: len(images) for wnid, images in train.items()}
+        num_val = write_tar(file, val)
     with atomic_writer(raw / DEVKIT_ARCHIVE) as file:
         file.write(gzip.compress(devkit(counts, ground_truth), mtime=0))
-    write_json(marker, stamp)
-    print(f"{raw}: {sum(counts.values())} train and {len(val)} val images of {len(WORDS)} classes")
+    print(f"{raw}: {sum(counts.values())} train and {num_val} val images of {len(WORDS)} classes")
 
 
 def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -130,13 +219,79 @@ def render(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.rint(tints * 255).astype(np.uint8)[coverage])
 
 
-def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = None) -> bytes:
+def photo(number: int, seed: int) -> bytes:
+    """One photograph-like image as a file; equal numbers and seeds give equal bytes, in any process."""
+    rng = np.random.default_rng([seed, number])
+    width, height = photo_size(rng)
+    page = texture(rng, width, height, seed)
+    # Radii by the power law under which a picture of leaves looks the same at every scale.
+    largest, smallest = 0.5 * min(width, height), 0.03 * min(width, height)
+    share = rng.uniform(0, 1, int(rng.integers(0, 60)))
+    for radius in np.sort((smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5)[::-1]:
+        side = max(2, round(2 * radius))
+        corner = (int(rng.integers(-side // 2, width - side // 2)), int(rng.integers(-side // 2, height - side // 2)))
+        page.paste(texture(rng, side, side, seed), corner, disc().resize((side, side), Image.Resampling.BILINEAR))
+    # ImageNet has one PNG, 23 CMYK files in 1.3 million, grey ones in a hundred.
+    kind = rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.927, 0.02, 0.003, 0.03, 0.02])
+    return encode(page, rng, "png" if number == 1 else str(kind), quality=int(rng.choice([80, 85, 90, 94])))
+
+
+def photo_size(rng: np.random.Generator) -> tuple[int, int]:
+    """Width and height as in ImageNet: mostly 500 pixels long, many smaller, a few as they came from the camera."""
+    kind = rng.choice(["500", "small", "large"], p=[0.62, 0.345, 0.035])
+    if kind == "500":
+        short = int(rng.choice([375, 333, 332, 400], p=[0.66, 0.2, 0.07, 0.07]))
+        return (500, short) if rng.uniform() < 0.75 else (short, 500)
+    least, most = (130, 600) if kind == "small" else (600, 2500)
+    long = round(float(np.exp(rng.uniform(np.log(least), np.log(most)))))
+    short = max(96, round(long * rng.uniform(0.62, 0.9)))
+    return (long, short) if rng.uniform() < 0.7 else (short, long)
+
+
+def texture(rng: np.random.Generator, width: int, height: int, seed: int) -> Image.Image:
+    """A window of a scene, in a contrast and colour of its own. RGB."""
+    scene = scenes(seed)[rng.integers(SCENES)]
+    top, left = rng.integers(0, SCENE_SIDE, 2)
+    window = scene.take(top + np.arange(height), 0, mode="wrap").take(left + np.arange(width), 1, mode="wrap")
+    contrast = rng.uniform(0.1, 1.0) / SCENE_CONTRAST
+    colour = CHANNEL_MEANS + (rng.normal(0, 0.85, 3) * AXIS_STDS) @ AXES
+    levels = colour[:, None] + contrast * (np.arange(256) - 128)
+    return Image.fromarray(window).point(np.rint(levels.clip(0, 255)).astype(int).ravel().tolist())
+
+
+@functools.cache
+def scenes(seed: int) -> list[np.ndarray]:
+    """Periodic pictures with amplitudes of 1/f, in ImageNet's colours at low contrast around 128.
+
+    Each uint8, (SCENE_SIDE, SCENE_SIDE, 3).
+    """
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(SCENE_SIDE)[:, None], np.fft.rfftfreq(SCENE_SIDE))
+    frequency[0, 0] = np.inf
+    pictures = []
+    for _ in range(SCENES):
+        phases = rng.normal(size=(2, 3, *frequency.shape))
+        fields = np.fft.irfft2((phases[0] + 1j * phases[1]) / frequency, s=(SCENE_SIDE, SCENE_SIDE))
+        fields *= (SCENE_CONTRAST * AXIS_STDS / fields.std((1, 2)))[:, None, None]
+        pictures.append(np.rint(np.moveaxis(fields, 0, 2) @ AXES + 128).clip(0, 255).astype(np.uint8))
+    return pictures
+
+
+@functools.cache
+def disc() -> Image.Image:
+    """A white disc on black, 512x512, to be made smaller: its edge is then a pixel wide. Mode L."""
+    offset = np.arange(512) - 255.5
+    return Image.fromarray(np.where(np.hypot(offset[:, None], offset) < 256, 255, 0).astype(np.uint8))
+
+
+def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92) -> bytes:
     """Encode as one of the kinds of file that ImageNet holds.
 
     Args:
         image: RGB image.
         rng: Draws the kind where `encoding` is None, and the chroma subsampling.
         encoding: "rgb", "grey", "cmyk", "progressive", "exif" or "png".
+        quality: JPEG quality, 1 to 100.
     """
     subsampling = str(rng.choice(["4:2:0", "4:4:4"], p=[0.7, 0.3]))
     drawn = str(rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.71, 0.06, 0.03, 0.1, 0.1]))
@@ -145,9 +300,9 @@ def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = 
     if encoding == "png":
         image.save(out, "PNG")
         return out.getvalue()
-    options: dict[str, Any] = {"quality": 92, "subsampling": subsampling}
+    options: dict[str, Any] = {"quality": quality, "subsampling": subsampling}
     if encoding == "grey":
-        image, options = image.convert("L"), {"quality": 92}
+        image, options = image.convert("L"), {"quality": quality}
     elif encoding == "cmyk":
         image = image.convert("CMYK")
     elif encoding == "progressive":
@@ -156,6 +311,9 @@ def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = 
         exif = Image.Exif()
         exif[0x0112] = 6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
         options["exif"] = exif
+    ImageFile.MAXBLOCK = max(
+        ImageFile.MAXBLOCK, 3 * image.width * image.height
+    )  # a progressive file comes in one piece
     image.save(out, "JPEG", **options)
     return out.getvalue()
 
@@ -190,18 +348,21 @@ def devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
     content = b"MATLAB 5.0 MAT-file, demo devkit".ljust(116) + mat.getvalue()[116:]
     labels = "".join(f"{identifier}\n" for identifier in ground_truth).encode()
     folder = "ILSVRC2012_devkit_t12/data"
-    return tar_bytes([(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)])
-
-
-def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
-    """A USTAR archive of (name, content) pairs, the same bytes for the same input."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+    write_tar(out, [(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)])
+    return out.getvalue()
+
+
+def write_tar(file: IO[bytes], members: Iterable[tuple[str, bytes]]) -> int:
+    """Write a USTAR archive of (name, content) pairs, the same bytes for the same input. Returns their number."""
+    count = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    return out.getvalue()
+            count += 1
+    return count
 
 
 if __name__ == "__main__":

@@ -1,311 +1,217 @@
-"""Pack raw ImageNet into WebDataset shards with DALI indexes.
+"""Pack raw ImageNet into WebDataset shards with DALI indexes; check, describe and adopt shards.
 
     python tools/make_shards.py pack RAW SHARDS
+    python tools/make_shards.py verify SHARDS
+    python tools/make_shards.py stats SHARDS
+    python tools/make_shards.py adopt SRC SHARDS --split train --pattern GLOB
 
-The unit of work is the shard. Its bytes depend on the raw images, the options and the seed alone, not on the number of
-workers;
-a shard appears under its name only when it is whole, so a pack that was interrupted goes on where it stopped.
+Shards depend on the raw images, the options and the seed alone, not on the number of workers, machines or restarts.
 """
 
-import ctypes
-import hashlib
-import io
-import json
-import multiprocessing
 import os
-import signal
-import tarfile
+import random
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import PIL.features
-import simplejpeg
-from tqdm import tqdm
-
-from pipeline.files import atomic_writer, read_json, sha256, write_bytes, write_json
-from pipeline.shards import FORMAT_VERSION, KEY, classes_json, index_text
-from tools.images import pack_image
-from tools.raw import RawImage, open_raw
+from pipeline.shards import classes_json
+from tools.adopt import adopt
+from tools.ilsvrc import check_md5
+from tools.listing import RawImageNet, random_read_rate, save_listing
+from tools.pack import (
+    LISTING,
+    Done,
+    Part,
+    claim,
+    notes,
+    pack_sample,
+    run_units,
+    unfinished,
+    write_manifest,
+    write_shard,
+)
+from tools.plan import Options, Plan, make_plan
+from tools.pool import check_workers
+from tools.raw import cut_validation, open_raw
+from tools.sequential import pack_in_order
+from tools.stats import stats
+from tools.verify import verify
 from train.program import run_program
 
-Sample = tuple[str, RawImage]
-
-
-class Options(NamedTuple):
-    """What a shard's bytes depend on beside the raw images; recorded in the manifest."""
-
-    store: str
-    quality: int
-    subsampling: str
-    samples_per_shard: int
-    seed: int
-    on_bad: str
-
-
-class ShardPlan(NamedTuple):
-    """One shard to be written."""
-
-    path: Path
-    samples: list[Sample]
-    options: Options
-    digest: str
-    """SHA-256 over samples, options and library versions: equal digests mean equal bytes."""
+SLOW_READS_PER_S = 500
+"""Random reads below this keep two cores waiting: they pack about as many images a second."""
 
 
 def pack(
     raw: Path,
     shards: Path,
+    store: Literal["crop256", "original"] = "crop256",
     samples_per_shard: int = 1000,
     workers: int | None = None,
     seed: int = 2012,
     quality: int = 90,
+    subsampling: Literal["420", "444"] = "420",
     on_bad: Literal["fail", "skip"] = "fail",
+    val_fraction: float = 0.0,
+    part: str | None = None,
+    sequential_read: bool = False,
+    verify: bool = True,
+    check_md5: bool = False,
+    dry_run: bool = False,
 ) -> None:
-    """Pack the archives of ILSVRC-2012 into shards of 256x256 JPEGs.
+    """Pack raw images into shards.
 
-    Run again after an interruption, it does what is left.
+    Reads the archives of ILSVRC-2012, Kaggle's tree, class folders, per-class tars or parquet files. Run again after an
+    interruption, it does what is left.
 
     Args:
-        raw: Folder that holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz.
+        raw: Folder that holds the raw images in one of these layouts; nothing is extracted.
         shards: Folder to write into; new, empty, or begun by the same command.
+        store: 256x256 JPEGs, or the files as they are.
         samples_per_shard: Images per shard, at most; shards differ by one image at most.
         workers: Processes; every core by default.
         seed: Seed of the one global order in which images are packed.
-        quality: JPEG quality, 1 to 100.
+        quality: JPEG quality of what is encoded, 1 to 100.
+        subsampling: Chroma subsampling of what is encoded.
         on_bad: What to do with an image that cannot be decoded: stop, or leave it out and list it in the manifest.
+        val_fraction: Part of each class to set aside for validation, where the source has no validation images.
+        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default RANK and WORLD_SIZE or SLURM_PROCID
+            and SLURM_NTASKS tell, or it does everything. All parts write into the same folder.
+        sequential_read: Read each archive once in order (for hard disks); needs the shards' size once more on disk.
+        verify: Decode every image of `store original` strictly; false looks at the headers alone.
+        check_md5: First compare the archives with the published MD5 sums.
+        dry_run: Say what would be written, how big and in what time, and write nothing.
     """
-    if samples_per_shard < 1 or not 1 <= quality <= 100 or (workers is not None and workers < 1):
-        raise ValueError("--samples-per-shard and --workers must be at least 1, --quality 1 to 100")
-    options = Options("crop256", quality, "420", samples_per_shard, seed, on_bad)
-    data = open_raw(raw)
-    print(f"{raw}: {data.layout}, {len(data.classes)} classes")
-    plans = {split: plan_split(shards / split, split, images, options) for split, images in data.splits.items()}
-    claim(shards, classes_json(data.classes), plans)
-
-    workers = workers or len(os.sched_getaffinity(0))
-    left = [plan for split, split_plans in plans.items() for plan in unfinished(shards / split, split_plans)]
-    if left:
-        started = time.perf_counter()
-        write_shards(left, workers)
-        seconds, images = time.perf_counter() - started, sum(len(plan.samples) for plan in left)
-        print(f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers)")
+    options = Options(store, quality, subsampling, samples_per_shard, seed, val_fraction, verify, on_bad)
+    mine = find_part(part, os.environ)
+    workers = check_workers(workers)
+    data, validity = open_raw(raw, shards / LISTING)
+    counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
+    print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}")
+    if check_md5:
+        check_archives(raw, data)
+    listed = data
+    if val_fraction:
+        data = cut_validation(data, val_fraction, seed)
+    elif "val" not in data.splits:
+        print("no validation images: training wants some, --val-fraction .02 sets them aside")
+    plans = [make_plan(shards / split, listing, options) for split, listing in data.splits.items()]
+    if data.sequential or sequential_read:
+        if mine.of > 1:
+            raise ValueError("reading in order cannot be shared out; pack parquet files and hard disks in one part")
     else:
-        print("every shard is there already; nothing to do")
-    for split, split_plans in plans.items():
-        manifest = write_manifest(shards / split, split_plans, len(data.classes), options, data.layout)
+        warn_of_slow_reads(raw, data, workers)
+    if dry_run:
+        estimate(plans, data, workers)
+        return
+    claim(shards, classes_json(data.classes), plans)
+    if validity:
+        save_listing(shards / LISTING, listed, validity)
+
+    started, done = time.perf_counter(), []
+    if mine.of > 1:
+        print(f"part {mine.number + 1} of {mine.of}: every {mine.of}th shard; the other parts have to run as well")
+    left = [(plan, number) for plan in plans for number in unfinished(plan)]
+    own = [(plan, number) for plan, number in left if number % mine.of == mine.number]
+    if data.sequential or sequential_read:
+        for plan in plans:
+            if numbers := [number for owner, number in own if owner is plan]:
+                done += pack_in_order(plan, numbers, workers, data.sequential)
+    elif own:
+        images = sum(last - first for plan, number in own for first, last in [plan.bounds(number)])
+        done = run_units(write_shard, (plan.shard(number) for plan, number in own), images, workers)
+    say_what_was_done(done, time.perf_counter() - started, workers)
+    for plan in plans:
+        if manifest := write_manifest(plan, len(data.classes), data.layout):
+            print(
+                f"{plan.directory}: {manifest['num_samples']} images in {len(manifest['shards'])} shards, "
+                f"{len(manifest['repairs'])} repaired or noted, {len(manifest['skipped'])} skipped"
+            )
+        else:
+            missing = plan.num_shards - len(notes(plan))
+            print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
+
+
+def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]") -> Part:
+    """The share of this process: from i/n, else from torchrun's or Slurm's environment, else everything.
+
+    Counting from 1 or from 0 is the same: only i modulo n matters. Raises `ValueError` for anything else.
+    """
+    if part is None:
+        for number, of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if number in environment and of in environment:
+                part = f"{environment[number]}/{environment[of]}"
+                break
+        else:
+            return Part(0, 1)
+        counts_from = 0
+    else:
+        counts_from = 1
+    fields = part.split("/")
+    if len(fields) != 2 or not all(field.isascii() and field.isdigit() for field in fields):
+        raise ValueError(f"--part has to be i/n, such as 1/4, but is {part}")
+    index, parts = map(int, fields)
+    if parts < 1 or index > parts or (index == parts and not counts_from):
+        raise ValueError(f"--part {part}: there are only {parts} parts")
+    return Part((index - counts_from) % parts, parts)
+
+
+def check_archives(raw: Path, data: RawImageNet) -> None:
+    """Compare MD5 sums. Raises `ValueError` for other layouts, which have none, and for archives that differ."""
+    if "archives" not in data.layout:
+        raise ValueError(
+            f"--check-md5 is for the archives of ILSVRC-2012; there are no published sums of {data.layout}"
+        )
+    check_md5(raw)
+    print("the archives have the published MD5 sums")
+
+
+def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
+    """Measure the source for a second; say what a slow one means, and the remedy."""
+    images = sum(len(listing) for listing in data.splits.values())
+    rate = random_read_rate(data.splits["train"], readers=max(8, workers))
+    if rate < SLOW_READS_PER_S:
         print(
-            f"{shards / split}: {manifest['num_samples']} images in {len(manifest['shards'])} shards, "
-            f"{len(manifest['repairs'])} repaired or noted, {len(manifest['skipped'])} skipped"
+            f"warning: {raw} gives {rate:.0f} images a second when read at random, which is {images / rate / 3600:.1f} "
+            "hours for all; copy it to an SSD first, or use --sequential-read"
         )
 
 
-def plan_split(directory: Path, split: str, images: list[RawImage], options: Options) -> list[ShardPlan]:
-    """Give every image its key, its place in the one seeded order, and its shard.
-
-    The order sorts by a hash of seed and key: the same in every version of every library.
-    """
-    stems = [Path(image.name).name.rsplit(".", 1)[0] for image in images]
-    counts: dict[str, int] = {}
-    for stem in stems:
-        counts[stem] = counts.get(stem, 0) + 1
-    usable = [counts[stem] == 1 and KEY.fullmatch(stem) is not None for stem in stems]
-    keys = [
-        stem if fine else f"{image.label}_{n}"
-        for n, (stem, fine, image) in enumerate(zip(stems, usable, images, strict=True))
-    ]
-    if len(set(keys)) != len(keys):
-        raise ValueError(
-            f"two images of {split} would get the same key; rename files that are called <number>_<number>"
-        )
-    order = sorted(zip(keys, images, strict=True), key=lambda sample: order_hash(options.seed, sample[0]))
-    num_shards = -(-len(order) // options.samples_per_shard)
-    plans = []
-    for shard in range(num_shards):
-        samples = order[shard * len(order) // num_shards : (shard + 1) * len(order) // num_shards]
-        described = [[key, image.name, image.offset, image.size, image.label] for key, image in samples]
-        # `on_bad` decides whether a pack goes on, not what a whole shard holds: "skip" may follow on "fail".
-        relevant = options._replace(on_bad="")._asdict()
-        digest = sha256(json.dumps([described, relevant, versions()]).encode())
-        plans.append(ShardPlan(directory / f"{split}-{shard:06d}.tar", samples, options, digest))
-    return plans
-
-
-def order_hash(seed: int, key: str) -> bytes:
-    """The place of a key in the global order."""
-    return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
-
-
-def versions() -> dict[str, str]:
-    """The libraries that decide a shard's bytes."""
-    turbo = PIL.features.version("libjpeg_turbo") or "unknown"
-    return {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__, "libjpeg_turbo": turbo}
-
-
-def claim(shards: Path, classes: dict[str, Any], plans: dict[str, list[ShardPlan]]) -> None:
-    """Make the output folders ours, or refuse them with `ValueError` before anything is written."""
-    wanted = {"classes.json", "pca.json", "mean_image.npy", *plans}
-    present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
-    if shards.exists() and (not shards.is_dir() or present - wanted or (present and "classes.json" not in present)):
-        raise ValueError(
-            f"{shards} holds something else; give a folder that is new, empty or begun by the same command"
-        )
-    if present and read_json(shards / "classes.json") != classes:
-        raise ValueError(f"{shards} holds shards of other classes; give another folder")
-    for split, split_plans in plans.items():
-        planned = {plan.path.stem for plan in split_plans}
-        for path in (shards / split).iterdir() if (shards / split).is_dir() else ():
-            if path.name != "manifest.json" and path.suffix != ".tmp" and path.stem not in planned:
-                raise ValueError(
-                    f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
-                )
-        manifest = shards / split / "manifest.json"
-        if manifest.is_file() and recorded_plan(manifest) != plan_digest(split_plans):
-            raise ValueError(
-                f"{shards} was packed from other images or with other options; give another folder or remove it"
-            )
-        for plan in split_plans:
-            if (note := plan.path.with_suffix(".json")).is_file() and recorded_plan(note) != plan.digest:
-                raise ValueError(f"{plan.path} was packed from other images or with other options; give another folder")
-    shards.mkdir(parents=True, exist_ok=True)
-    write_json(shards / "classes.json", classes)
-    for split in plans:
-        (shards / split).mkdir(exist_ok=True)
-
-
-def recorded_plan(path: Path) -> str | None:
-    """The digest in a manifest or `NAME.json`."""
-    content = read_json(path)
-    return content.get("plan") if isinstance(content, dict) else None
-
-
-def plan_digest(plans: list[ShardPlan]) -> str:
-    """Names all shards of a split together."""
-    return sha256("".join(plan.digest for plan in plans).encode())
-
-
-def unfinished(directory: Path, plans: list[ShardPlan]) -> list[ShardPlan]:
-    """The shards that are not there, or not as long as recorded.
-
-    `NAME.json` is written last, so it vouches for its shard; later the manifest does.
-    """
-    manifest = directory / "manifest.json"
-    recorded = {row["name"]: row["bytes"] for row in (read_json(manifest)["shards"] if manifest.is_file() else ())}
-    left = []
+def estimate(plans: list[Plan], data: RawImageNet, workers: int, sample: int = 64) -> None:
+    """Print what a pack would write, its size and time, from a few images packed here and now."""
     for plan in plans:
-        note = plan.path.with_suffix(".json")
-        size = read_json(note)["shard"]["bytes"] if note.is_file() else recorded.get(plan.path.name)
-        whole = plan.path.is_file() and plan.path.stat().st_size == size and plan.path.with_suffix(".idx").is_file()
-        if not whole:
-            left.append(plan)
-    return left
+        sizes, started = [], time.perf_counter()
+        rows = random.Random(0).sample(range(len(plan.listing)), min(sample, len(plan.listing)))
+        for row in rows if not data.sequential else ():
+            result, _ = pack_sample((plan.key(row), plan.listing[row]), plan.options)
+            sizes.append(0 if isinstance(result, str) else len(result.jpeg))
+        shards = f"{plan.directory}: {len(plan.listing)} images in {plan.num_shards} shards"
+        if not sizes:
+            print(f"{shards} of unknown size")
+            continue
+        # Two tar headers, the label, and half a block of padding on average.
+        bytes_per_image = sum(sizes) / len(sizes) + 3.5 * 512
+        seconds = (time.perf_counter() - started) / len(sizes) * len(plan.listing) / workers
+        print(
+            f"{shards}, about {bytes_per_image * len(plan.listing) / 1e9:.2f} GB in {seconds / 60:.0f} min with "
+            f"{workers} workers"
+        )
+    print("nothing was written")
 
 
-def write_shards(plans: list[ShardPlan], workers: int) -> None:
-    """Write shards in `workers` processes, with a progress bar. Raises what the first failing worker raised."""
-    total = sum(len(plan.samples) for plan in plans)
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=total, desc="packing", unit="img", disable=None) as progress,
-        ProcessPoolExecutor(min(workers, len(plans)), context, initializer=start_worker) as pool,
-    ):
-        futures = {pool.submit(write_shard, plan): len(plan.samples) for plan in plans}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                progress.update(futures[future])
-        except BrokenProcessPool:
-            raise RuntimeError("a worker process died; run the same command again, finished shards are kept") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def start_worker() -> None:
-    """Ctrl-C reaches every process of a terminal: workers finish their shard and leave the rest to the parent, without
-    whom they end at once (Linux's PR_SET_PDEATHSIG)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def write_shard(plan: ShardPlan) -> None:
-    """Write one shard: the tar, then its index, then `NAME.json` with its checksum and what was odd about its
-    images."""
-    repairs, skipped, index = [], [], []
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, image in plan.samples:
-            try:
-                packed = pack_image(image.read(), plan.options.quality)
-            except ValueError as error:
-                if plan.options.on_bad == "fail":
-                    raise ValueError(
-                        f"{image.name} in {image.archive} (key {key}): {error}; --on-bad skip leaves such images out"
-                    ) from None
-                skipped.append({"key": key, "name": image.name, "reason": str(error)})
-                continue
-            if packed.found:
-                repairs.append({"key": key, "found": packed.found, "done": packed.done})
-            index.append(
-                [
-                    add_member(tar, f"{key}.{ext}", data)
-                    for ext, data in (("jpg", packed.jpeg), ("cls", str(image.label).encode()))
-                ]
-            )
-    data = content.getvalue()
-    with atomic_writer(plan.path) as file:
-        file.write(data)
-    write_bytes(plan.path.with_suffix(".idx"), index_text(index).encode())
-    shard = {"name": plan.path.name, "samples": len(index), "bytes": len(data), "sha256": sha256(data)}
-    note = {"plan": plan.digest, "shard": shard, "repairs": repairs, "skipped": skipped}
-    write_json(plan.path.with_suffix(".json"), note)
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[str, int, int, str]:
-    """Append a plain USTAR member (mtime, uid and gid 0); returns its entry in the index."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(info, io.BytesIO(data))
-    return name.rsplit(".", 1)[1], offset, len(data), name
-
-
-def write_manifest(
-    directory: Path, plans: list[ShardPlan], num_classes: int, options: Options, layout: str
-) -> dict[str, Any]:
-    """Fold the shards' `NAME.json` into `manifest.json`, then remove them. Returns the manifest."""
-    path = directory / "manifest.json"
-    if not path.is_file():
-        notes = [read_json(plan.path.with_suffix(".json")) for plan in plans]
-        skipped = [row for note in notes for row in note["skipped"]]
-        num_samples = sum(note["shard"]["samples"] for note in notes)
-        planned = sum(len(plan.samples) for plan in plans)
-        assert num_samples + len(skipped) == planned, "every image is packed or listed as skipped"
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "split": directory.name,
-            "num_samples": num_samples,
-            "num_classes": num_classes,
-            "source": layout,
-            "options": options._asdict(),
-            "versions": versions(),
-            "plan": plan_digest(plans),
-            "renamed": {
-                key: image.name
-                for plan in plans
-                for key, image in plan.samples
-                if key != Path(image.name).name.rsplit(".", 1)[0]
-            },
-            "shards": [note["shard"] for note in notes],
-            "repairs": [row for note in notes for row in note["repairs"]],
-            "skipped": skipped,
-        }
-        write_json(path, manifest)
-    for plan in plans:
-        plan.path.with_suffix(".json").unlink(missing_ok=True)
-    return read_json(path)
+def say_what_was_done(done: list[Done], seconds: float, workers: int) -> None:
+    """Print the pack's figures."""
+    images, read, written = (sum(getattr(x, n) for x in done) for n in ("images", "bytes_read", "bytes_written"))
+    if images:
+        print(
+            f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
+            f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
+        )
+    elif not done:
+        print("every shard is there already; nothing to do")
+    if busy := sum(result.busy for result in done):
+        print(f"{busy} shards are being written by another process and were left to it")
 
 
 if __name__ == "__main__":
-    run_program({"pack": pack})
+    run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})

@@ -1,176 +1,103 @@
-"""Raw ImageNet, listed in place: where each image's bytes lie, and its class index.
+"""Raw ImageNet in any of the layouts that people have it in: found out by looking, listed in place."""
 
-Reads the archives of ILSVRC-2012 as they are published. Tars are uncompressed, so headers alone tell every image's
-offset and the bytes are fetched with `pread`; nothing is extracted. Class index = position among the sorted wnids; the
-devkit's validation labels count in ILSVRC2012_ID, another order, and go through its `meta.mat`.
-"""
-
-import functools
-import io
-import os
-import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
 
 from pipeline.shards import ClassName
+from tools.folders import kaggle_tree, read_folders, read_kaggle
+from tools.ilsvrc import ARCHIVES, TRAIN_ARCHIVE, VAL_ARCHIVE, members, read_archives
+from tools.listing import Listing, RawImageNet, load_listing, stamp
+from tools.parquet import find_parquet, read_parquet
 
-TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
-VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
-DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
-
-
-class RawImage(NamedTuple):
-    """One image in an archive."""
-
-    name: str
-    """File name in the archive."""
-    archive: str
-    """Path of the tar."""
-    offset: int
-    """First byte in the tar."""
-    size: int
-    """Length in bytes."""
-    label: int
-    """Class index, position among the sorted wnids."""
-
-    def read(self) -> bytes:
-        """Fetch the image's bytes. Raises `ValueError` when the archive ends before them."""
-        content = os.pread(open_archive(self.archive), self.size, self.offset)
-        if len(content) != self.size:
-            raise ValueError(f"{self.archive} ends inside {self.name}; it is cut short, fetch it again")
-        return content
+LAYOUTS = (
+    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class>, one <class>.tar per class "
+    "or parquet files called train-*"
+)
 
 
-@functools.cache
-def open_archive(path: str) -> int:
-    """A file descriptor for `pread`, one per archive and process."""
-    return os.open(path, os.O_RDONLY)
+class Layout(NamedTuple):
+    """A layout that was recognized."""
+
+    sources: list[Path]
+    """Archives whose size and time tell whether a cached listing still holds; empty: it is not cached."""
+    read: Callable[[], RawImageNet]
+    """Lists it."""
 
 
-@dataclass(frozen=True)
-class RawImageNet:
-    """A raw data set, found and listed."""
+def find_layout(raw: Path) -> Layout:
+    """Recognize what a folder holds. Raises `FileNotFoundError` or `ValueError` when it is nothing that we know."""
+    if not raw.is_dir():
+        raise FileNotFoundError(f"{raw} is no folder; it has to hold {LAYOUTS}")
+    if (raw / TRAIN_ARCHIVE).exists() or (raw / VAL_ARCHIVE).exists():
+        return Layout([raw / name for name in ARCHIVES if (raw / name).is_file()], lambda: read_archives(raw))
+    if tree := kaggle_tree(raw):
+        return Layout([], lambda: read_kaggle(raw, tree))
+    if any((files := find_parquet(raw)).values()):
+        return Layout([*files["train"], *files["val"]], lambda: read_parquet(raw, files))
+    if (raw / "train").is_dir():
+        return Layout([], lambda: read_folders(raw))
+    if tars := sorted(path for path in raw.glob("*.tar") if not path.name.startswith(".")):
+        return Layout(tars, lambda: read_class_tars(raw, tars))
+    raise FileNotFoundError(f"{raw} holds nothing that can be packed; it has to hold {LAYOUTS}")
 
-    layout: str
-    """What was found, for the first line of output."""
-    classes: tuple[ClassName, ...]
-    """Sorted by wnid."""
-    splits: dict[str, list[RawImage]]
-    """"train" and "val", each sorted by file name."""
 
+def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | None]:
+    """List a raw data set, or take the listing from `cache` if its archives are as they were.
 
-def open_raw(raw: Path) -> RawImageNet:
-    """List a folder that holds the three archives of ILSVRC-2012.
-
-    Raises `FileNotFoundError` for a missing archive and `ValueError` for one that is not what its name says.
+    Returns the listing, and what `save_listing` needs to cache it (None: it came from the cache, or lists folders,
+    which are as quick to list as a cache is to read). Raises `FileNotFoundError` or `ValueError` with a remedy.
     """
-    for name in (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE):
-        if not (raw / name).is_file():
-            raise FileNotFoundError(
-                f"{raw / name} is missing; {raw} has to hold the archives of ILSVRC-2012 by their own names"
-            )
-    by_id, ground_truth = read_devkit(raw / DEVKIT_ARCHIVE)
-    tars = [(Path(name).stem, offset, size) for name, offset, size in members(raw / TRAIN_ARCHIVE)]
-    wnids = sorted(wnid for wnid, _, _ in tars)
-    known = {name.wnid: name for name in by_id.values()}
-    if unknown := sorted(set(wnids) - set(known)):
-        raise ValueError(
-            f"{raw / DEVKIT_ARCHIVE} does not know class {unknown[0]} of {TRAIN_ARCHIVE}; fetch the devkit again"
-        )
-    if absent := sorted(set(known) - set(wnids)):
-        raise ValueError(f"{raw / TRAIN_ARCHIVE} lacks class {absent[0]} of the devkit; fetch it again")
-    if len(set(wnids)) != len(wnids):
-        raise ValueError(f"{raw / TRAIN_ARCHIVE} holds a class twice; fetch it again")
-    index = {wnid: position for position, wnid in enumerate(wnids)}
-
-    train = [
-        RawImage(name, str(raw / TRAIN_ARCHIVE), offset, size, index[wnid])
-        for wnid, start, length in tars
-        for name, offset, size in members(raw / TRAIN_ARCHIVE, start, length)
-    ]
-    if empty := sorted(set(index.values()) - {image.label for image in train}):
-        raise ValueError(f"{raw / TRAIN_ARCHIVE} holds no image of class {wnids[empty[0]]}; fetch it again")
-    val = [
-        RawImage(name, str(raw / VAL_ARCHIVE), offset, size, index[by_id[val_id(name, ground_truth, raw)].wnid])
-        for name, offset, size in members(raw / VAL_ARCHIVE)
-    ]
-    if len(val) != len(ground_truth):
-        raise ValueError(
-            f"{raw / VAL_ARCHIVE} holds {len(val)} images, the devkit labels {len(ground_truth)}; fetch it again"
-        )
-    if not train or not val:
-        raise ValueError(f"{raw} holds no {'train' if not train else 'validation'} image; fetch the archives again")
-    splits = {"train": sorted(train), "val": sorted(val)}
-    return RawImageNet("ILSVRC-2012 archives", tuple(known[wnid] for wnid in wnids), splits)
+    layout = find_layout(raw)
+    if not layout.sources:
+        return layout.read(), None
+    validity = stamp(raw, layout.sources)
+    if cached := load_listing(cache, raw, validity):
+        return cached, None
+    return layout.read(), validity
 
 
-def members(archive: Path, start: int = 0, length: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of the regular files of a tar, or of a tar that lies inside a tar at `start`.
+def read_class_tars(raw: Path, tars: list[Path]) -> RawImageNet:
+    """List a folder of per-class tars, as ImageNet-21k comes: `<wnid>.tar`, no validation images.
 
-    Raises `ValueError` when it is no tar or is cut short.
+    Raises `ValueError` for shards of WebDataset, which want another command, and tars without images.
     """
-    total = archive.stat().st_size
-    end = total if length is None else start + length
-    if end > total:
-        raise ValueError(f"{archive} is cut short; fetch it again")
-    with archive.open("rb") as file:
-        file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.offset >= end:  # an inner tar without an end mark runs into its neighbour
-                        break
-                    if not member.isfile():
-                        continue
-                    if member.offset_data + member.size > end:
-                        raise ValueError(f"{archive} is cut short inside {member.name}; fetch it again")
-                    yield member.name, member.offset_data, member.size
-                # tarfile takes a damaged header for the end of the archive; the end is zeros or the end of the file.
-                file.seek(tar.offset)
-                if tar.offset < end and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise ValueError(f"{archive} has a damaged header at byte {tar.offset}; fetch it again")
-        except tarfile.TarError as error:
-            raise ValueError(
-                f"{archive} is not a tar archive or is damaged at byte {start} ({error}); fetch it again"
-            ) from None
+    listing = Listing(raw)
+    for label, path in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
+        images = sorted(members(path))
+        if any(name.endswith(".cls") for name, _, _ in images[:10]):
+            raise ValueError(f"{path} is a WebDataset shard; take it over with make_shards.py adopt")
+        if not images:
+            raise ValueError(f"{path} holds no image; fetch it again or remove it")
+        archive = listing.add_file(path)
+        for name, offset, size in images:
+            listing.append(archive, name, offset, size, label)
+    return RawImageNet("per-class tars", tuple(ClassName(path.stem, path.stem) for path in tars), {"train": listing})
 
 
-def val_id(name: str, ground_truth: list[int], raw: Path) -> int:
-    """ILSVRC2012_ID of a validation image; line n of the ground truth belongs to `ILSVRC2012_val_<n>.JPEG`."""
-    match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
-    if not match or not 1 <= int(match[1]) <= len(ground_truth):
-        raise ValueError(f"{raw / VAL_ARCHIVE} holds {name!r}, which the devkit does not label; fetch it again")
-    return ground_truth[int(match[1]) - 1]
+def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
+    """Move `fraction` of each class, rounded, from train to a validation split that the source lacks.
 
-
-def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
-    """Read classes by ILSVRC2012_ID (leaves of the hierarchy alone) and the validation labels, which count in that ID.
-
-    Raises `ValueError` when the devkit is damaged or labels a class that it does not describe.
+    Raises `ValueError` when it has one, or nothing would be left on one side.
     """
-    from scipy.io import loadmat
-
-    folder = "ILSVRC2012_devkit_t12/data"
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            files = {}
-            for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
-                file = tar.extractfile(f"{folder}/{name}")
-                files[name] = file.read() if file else b""
-        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
-        by_id = {
-            int(row["ILSVRC2012_ID"]): ClassName(str(row["WNID"]), str(row["words"]))
-            for row in synsets
-            if int(row["num_children"]) == 0
-        }
-        ground_truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
-    except Exception as error:  # tarfile, zlib and scipy each have their own for damaged input
-        raise ValueError(f"{path} is not the devkit of ILSVRC-2012 or is damaged ({error}); fetch it again") from None
-    if unknown := sorted(set(ground_truth) - set(by_id)):
-        raise ValueError(
-            f"{path} labels images as class {unknown[0]}, which its meta.mat does not describe; fetch it again"
+    if "val" in data.splits:
+        raise ValueError(f"--val-fraction is for data without validation images, but {data.layout} has them; drop it")
+    train = data.splits["train"]
+    labels = np.frombuffer(train.label, np.int32)
+    order = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels[order], np.arange(len(data.classes) + 1))
+    generator = random.Random(seed)
+    in_val = np.zeros(len(train), bool)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        in_val[order[start + np.array(generator.sample(range(end - start), round((end - start) * fraction)), int)]] = (
+            True
         )
-    return by_id, ground_truth
+    if not in_val.any() or len(np.unique(labels[~in_val])) < len(data.classes):
+        raise ValueError(f"--val-fraction {fraction} leaves a split or a class empty; choose another")
+    splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
+    return replace(data, splits=splits)

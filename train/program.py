@@ -27,9 +27,12 @@ class Parser(ArgumentParser):
     option."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too."""
+        """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too. A
+        bool of a function that is off by default is a plain flag: `--fast`."""
         if len(args) == 1 and args[0].startswith("--") and "." not in args[0]:
             args = tuple(dict.fromkeys((args[0].replace("_", "-"), args[0])))
+            if kwargs.get("type") is bool and kwargs.get("default") is False:
+                kwargs = {name: value for name, value in kwargs.items() if name != "type"} | {"action": "store_true"}
         return super().add_argument(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -1,0 +1,285 @@
+"""Adoption: shards that the webdataset library wrote give through DALI what that library reads; what the loader would
+misread is refused with shard and sample, and SRC is never touched."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.files import read_json
+from pipeline.loader import DataConfig, decoded_batches, train_loader, val_loader
+from pipeline.shards import open_shards
+from tests.conftest import jpeg, photo, run_python
+from tools.adopt import adopt
+
+PROGRAM = """
+from train.program import run_program
+from tools.adopt import adopt
+from tools.stats import stats
+from tools.verify import verify
+run_program({"adopt": adopt, "verify": verify, "stats": stats})
+"""
+IMAGE = jpeg(photo(np.random.default_rng(9)))
+Members = list[tuple[str, bytes]]
+
+
+def write_foreign(
+    src: Path, stem: str, labels: list[int], per_shard: int, extension: str = "jpg", newline: bytes = b""
+) -> None:
+    """Shards as timm's: STEM-0000.tar, ..., a json beside image and label; images are 256x256 and of eight kinds."""
+    rng = np.random.default_rng(0)
+    images = [jpeg(photo(rng)) for _ in range(8)]
+    src.mkdir(exist_ok=True)
+    with webdataset.ShardWriter(f"{src}/{stem}-%04d.tar", maxcount=per_shard, verbose=0) as writer:
+        for number, label in enumerate(labels):
+            content = {"cls": str(label).encode() + newline, "json": b'{"a": 1}', extension: images[number % 8]}
+            writer.write({"__key__": f"{stem}_{number:05d}", **content})
+
+
+def read_foreign(src: Path, glob: str, extension: str) -> list[tuple[bytes, int]]:
+    """(image file, label) of every sample in stored order, as the webdataset library reads them."""
+    samples = webdataset.WebDataset([str(path) for path in sorted(src.glob(glob))], shardshuffle=False)
+    return [(sample[extension], int(sample["cls"])) for sample in samples]
+
+
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of everything in a folder."""
+    found = [(path, path.lstat()) for path in sorted(folder.rglob("*"))]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+
+@pytest.mark.parametrize(("extension", "newline"), [("jpg", b""), ("JPEG", b"\n"), ("jpeg", b" \r\n")])
+def test_dali_reads_what_webdataset_reads(
+    tmp_path: Path, plain_basis: Eigenbasis, extension: str, newline: bytes
+) -> None:
+    """Two splits in one read-only folder: the validation loader hands out the library's images and labels in stored
+    order, the training loader the same labels; SRC stays as it was; the names are kept."""
+    src, shards = tmp_path / "src", tmp_path / "shards"
+    labels = [(7 * number) % 13 + 990 * (number % 2) for number in range(60)]
+    write_foreign(src, "imagenet1k-train", labels, 22, extension, newline)
+    write_foreign(src, "imagenet1k-validation", labels[:9], 5, extension, newline)
+    before = listing(src)
+    src.chmod(0o555)
+    adopt(src, shards, split="train", pattern="imagenet1k-train-{0000..0002}.tar", workers=2)
+    adopt(src, shards, split="val", pattern="imagenet1k-validation-*.tar", workers=1)
+    src.chmod(0o755)
+    assert listing(src) == before
+    train, val = open_shards(shards, "train"), open_shards(shards, "val")
+    assert [Path(tar).name for tar in train.tars] == [f"imagenet1k-train-000{n}.tar" for n in range(3)]
+    assert all(Path(tar).is_symlink() and Path(tar).readlink().is_absolute() for tar in train.tars)
+    assert len(train.classes) == max(labels) + 1 and train.classes[7].wnid == "000007"
+
+    config = DataConfig(shards, shuffle_buffer=16)
+    place = {"rank": 0, "num_ranks": 1, "device": "cpu"}
+    expected = read_foreign(src, "imagenet1k-validation-*.tar", extension.lower())
+    assert [label for _, label in expected] == labels[:9]
+    (batch,) = val_loader(val, plain_basis, config, batch_size=9, **place)
+    assert batch.labels.tolist() == labels[:9]
+    for decoded, (content, _) in zip(next(decoded_batches(val, 9)), expected, strict=True):
+        from PIL import Image
+
+        assert np.abs(decoded.astype(int) - np.asarray(Image.open(io.BytesIO(content)))).max() <= 2
+    seen = torch.cat(
+        [batch.labels for batch in train_loader(train, plain_basis, config, batch_size=6, seed=1, **place)]
+    )
+    assert sorted(seen.tolist()) == sorted(labels)
+
+
+def test_again_and_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished adoption has nothing to do, one that was killed is finished with equal bytes, and a folder that
+    holds anything else is left alone."""
+    src, shards = tmp_path / "src", tmp_path / "shards"
+    write_foreign(src, "x", [0, 1, 2, 1, 0], 2)
+    command = {"split": "train", "pattern": "x-*.tar", "workers": 1}
+    adopt(src, shards, **command)  # type: ignore[arg-type]
+    files = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    assert len(files) == 3 + 3 + 2
+    capsys.readouterr()
+    adopt(src, shards, **command)  # type: ignore[arg-type]
+    assert "nothing to do" in capsys.readouterr().out
+    for name in ("manifest.json", "x-0001.tar", "x-0002.idx"):
+        (shards / "train" / name).unlink()
+    adopt(src, shards, **command)  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == files
+
+    with pytest.raises(ValueError, match="packed or adopted from elsewhere"):
+        adopt(src, shards, split="train", pattern="x-000*.tar", workers=1)
+    with pytest.raises(ValueError, match="holds something else"):
+        adopt(src, shards, split="train", pattern="x-{0000..0001}.tar", workers=1)
+    link = shards / "train" / "x-0000.tar"
+    link.unlink()
+    link.write_bytes(b"somebody's own")
+    with pytest.raises(ValueError, match=r"holds something else \(x-0000.tar\)"):
+        adopt(src, shards, **command)  # type: ignore[arg-type]
+    assert link.read_bytes() == b"somebody's own"
+
+
+def test_classes(tmp_path: Path) -> None:
+    """Names come from a sorted list or a classes.json; an existing classes.json is kept, and labels have to fit it."""
+    src, names = tmp_path / "src", tmp_path / "synsets.txt"
+    write_foreign(src, "train", [0, 1, 2], 5)
+    write_foreign(src, "val", [0, 3], 5)
+    names.write_text("n01\nn02 tench, Tinca tinca\nn05  goldfish \n")
+    shards = tmp_path / "named"
+    adopt(src, shards, split="train", pattern="train-*.tar", classes=names, workers=1)
+    classes = open_shards(shards, "train").classes
+    assert [(name.wnid, name.words) for name in classes] == [
+        ("n01", "n01"),
+        ("n02", "tench, Tinca tinca"),
+        ("n05", "goldfish"),
+    ]
+    with pytest.raises(ValueError, match=r"hold label 3, .*classes.json lists 3 classes; adopt the split with all"):
+        adopt(src, shards, split="val", pattern="val-*.tar", workers=1)
+    assert not (shards / "val").exists()
+    adopt(src, tmp_path / "b", split="train", pattern="train-*.tar", classes=shards / "classes.json", workers=1)
+    assert open_shards(tmp_path / "b", "train").classes == classes
+    for content, message in [
+        ("n02\nn01\nn03\n", "in sorted order"),
+        ("n01\nn02\n", "hold label 2"),
+        ("", "in sorted order"),
+    ]:
+        names.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            adopt(src, tmp_path / "c", split="train", pattern="train-*.tar", classes=names, workers=1)
+    names.write_text("n01\nn02\nn03\nn04\n")
+    with pytest.raises(ValueError, match="list other classes"):
+        adopt(src, shards, split="val", pattern="val-*.tar", classes=names, workers=1)
+    assert not (tmp_path / "c").exists()
+
+
+def tar_of(members: Members, format: int = tarfile.GNU_FORMAT, **fields: object) -> bytes:
+    """A tar with these files; `fields` go to the header of every one."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def sample(label: bytes) -> Members:
+    """One image with the given text as its label, behind a good one."""
+    return [("a.jpg", IMAGE), ("a.cls", b"0"), ("b.jpg", IMAGE), ("b.cls", label)]
+
+
+GOOD = tar_of(sample(b"1"))
+
+
+def flipped(content: bytes, position: int) -> bytes:
+    """One byte inverted."""
+    return content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
+
+
+SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar_of(sample(b"-1")), r"sample b at byte \d+: b.cls holds b'-1'"),
+        (tar_of(sample(b"7.0")), r"b'7.0'"),
+        (tar_of(sample(b"")), r"holds b''"),
+        (tar_of(sample(b"\x00\x00\x00\x07")), "not a class index"),
+        (tar_of(sample(b" 7")), "not a class index"),
+        (tar_of(sample(b"7 8")), "not a class index"),
+        (tar_of(sample(b"1234567")), "not a class index"),
+        (tar_of(sample(b"7" + b" " * 5000)), "not a class index"),
+        (tar_of(sample("٧".encode())), "not a class index"),
+        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, not a.cls, a.png"),
+        (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls, not a.jpg, a.txt"),
+        (tar_of([("a.jpg", IMAGE), ("a.jpeg", IMAGE), ("a.cls", b"0")]), "one .jpg or .jpeg, not a.jpg, a.jpeg"),
+        (tar_of([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0"), ("b.cls", b"0")]), "one .cls, not a.jpg"),
+        (tar_of([("a.jpg", b""), ("a.cls", b"0")]), r"\(empty\)"),
+        (tar_of([("notes", b"x")]), "holds no sample"),
+        (tar_of([]), "holds no sample"),
+        (tar_of([("a.jpg", b""), ("a.cls", b"")], type=tarfile.SYMTYPE, linkname="b"), "is a link"),
+        (tar_of([("a.jpg", b"")], type=tarfile.CHRTYPE), "a device"),
+        (GOOD[: len(IMAGE) // 2], "cut short inside a.jpg"),
+        (GOOD[: SECOND_HEADER + 100], "damaged header"),
+        (GOOD[:SECOND_HEADER], "lacks its end mark"),
+        (flipped(GOOD, SECOND_HEADER), f"damaged header at byte {SECOND_HEADER}"),
+        (flipped(GOOD, 0), "is damaged or is none"),
+        (b"no tar at all" * 1000, "is damaged or is none"),
+        (b"", "is damaged or is none"),
+    ],
+)
+def test_bad_shards_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    """One sentence with the shard's path; nothing is written. The undamaged tar alone is taken."""
+    src, shards = tmp_path / "src", tmp_path / "shards"
+    src.mkdir()
+    (src / "a.tar").write_bytes(GOOD)
+    (src / "b.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        adopt(src, shards, split="train", pattern="*.tar", workers=1)
+    assert f"{src}/b.tar: " in str(caught.value) and "\n" not in str(caught.value)
+    assert not shards.exists()
+    adopt(src, shards, split="train", pattern="a.tar", workers=1)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_unusual_names(tmp_path: Path, plain_basis: Eigenbasis, format: int) -> None:
+    """Folders, long names, spaces, other scripts, several dots, notes and directories: DALI reads the right labels."""
+    longs = ["d" * 60 + "/" + "k" * 90, "b/sp ace", "ü" * 20] if format != tarfile.USTAR_FORMAT else ["x/sp ace"]
+    members = [("__meta__", b"x"), ("README", b"x"), (".hidden", b"x")]
+    for number, key in enumerate(longs):
+        members += [(f"{key}.seg.png", b"x"), (f"{key}.cls", b"%d" % (number + 3)), (f"{key}.JPG", IMAGE)]
+    (tmp_path / "a.tar").write_bytes(tar_of(members, format))
+    adopt(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", split="val", pattern="a.tar", workers=1)
+    opened = open_shards(tmp_path.parent / f"{tmp_path.name}-out", "val")
+    place = {"rank": 0, "num_ranks": 1, "device": "cpu", "batch_size": len(longs)}
+    (batch,) = val_loader(opened, plain_basis, DataConfig(Path("x")), **place)
+    assert batch.labels.tolist() == list(range(3, 3 + len(longs)))
+
+
+def rename(name: str) -> Callable[[Path], object]:
+    """Give SRC's second shard another name."""
+    return lambda src: (src / "x-0001.tar").rename(src / name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "message"),
+    [
+        ("x-{0000..0002}.tar", None, "x-0002.tar is missing"),
+        ("y-*.tar", None, "matches no file"),
+        ("x-{0000", None, "close every brace"),
+        ("../*.tar", None, "has to be relative"),
+        ("/x.tar", None, "has to be relative"),
+        ("x-*", rename("x-1.tar.gz"), "is not called NAME.tar"),
+        ("*.tar", rename("a b.tar"), "is not called NAME.tar"),
+    ],
+)
+def test_bad_patterns(tmp_path: Path, pattern: str, change: Callable[[Path], object] | None, message: str) -> None:
+    """A missing shard, a pattern that leads out of SRC, and names that no manifest takes are told."""
+    write_foreign(tmp_path / "src", "x", [0, 1], 1)
+    if change:
+        change(tmp_path / "src")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        adopt(tmp_path / "src", tmp_path / "shards", split="train", pattern=pattern, workers=1)
+    assert not (tmp_path / "shards").exists()
+    with pytest.raises(ValueError, match="which is only read"):
+        adopt(tmp_path / "src", tmp_path / "src" / "out", split="train", pattern="*0000.tar", workers=1)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        adopt(tmp_path / "none", tmp_path / "shards", split="train", pattern="*.tar", workers=1)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """Exit code 0 with a sentence on what was done; 2 with one sentence and no traceback, from a worker too."""
+    src, shards = tmp_path / "src", tmp_path / "shards"
+    write_foreign(src, "x", [0, 1, 2], 2)
+    options = ("--split", "train", "--pattern", "x-*.tar", "--workers", "2")
+    done = run_python("-c", PROGRAM, "adopt", src, shards, *options)
+    assert done.returncode == 0 and "3 images in 2 shards, 3 classes (numbered" in done.stdout, done.stderr
+    assert read_json(shards / "train" / "manifest.json")["options"] == {"store": "adopted"}
+    (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
+    done = run_python("-c", PROGRAM, "adopt", src, tmp_path / "other", *options)
+    assert done.returncode == 2 and "x-0001.tar: sample b at byte" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,309 @@
+"""Layouts of raw ImageNet: each is recognized, and its images come out once, under their class, with their pixels."""
+
+import csv
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pipeline.files import read_json
+from tests.conftest import jpeg, photo, run_python
+from tools.listing import Listing, load_listing, save_listing, stamp
+from tools.make_shards import pack
+from tools.raw import cut_validation, open_raw
+
+WNIDS = ["n00000011", "n00000022", "n00000033"]
+Images = dict[str, tuple[str, str, bytes]]  # stem -> (split, wnid, file)
+
+
+def image_set() -> Images:
+    """24 files with the oddities of the real thing, each of another colour."""
+    rng, images = np.random.default_rng(0), {}
+    for number in range(24):
+        split, wnid = ("val" if number % 4 == 3 else "train"), WNIDS[number % 3]
+        pixels = photo(rng, int(rng.integers(90, 200)), int(rng.integers(90, 200)))
+        stem = f"ILSVRC2012_val_{number:08d}" if split == "val" else f"{wnid}_{number}"
+        data = jpeg(pixels, ["RGB", "L", "CMYK"][number % 3] if number < 6 else "RGB")
+        if number == 7:
+            out = io.BytesIO()
+            Image.fromarray(pixels).save(out, "PNG")
+            data = out.getvalue()
+        images[stem] = (split, wnid, data)
+    return images
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file and its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    """Write a tar."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def kaggle(raw: Path, images: Images) -> None:
+    """Kaggle's download, unzipped."""
+    tree = raw / "ILSVRC/Data/CLS-LOC"
+    for stem, (split, wnid, data) in images.items():
+        write(tree / (f"train/{wnid}" if split == "train" else "val") / f"{stem}.JPEG", data)
+    write(tree / "test/ILSVRC2012_test_00000001.JPEG", b"not used")
+    with (raw / "LOC_val_solution.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["ImageId", "PredictionString"])
+        rows.writerows([stem, f"{wnid} 1 2 3 4 "] for stem, (split, wnid, _) in images.items() if split == "val")
+    (raw / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} thing, {wnid[-1]}\n" for wnid in WNIDS))
+
+
+def folders(raw: Path, images: Images) -> None:
+    """Class folders with extensions in any case, nested and linked, among files that are no images."""
+    for number, (stem, (split, wnid, data)) in enumerate(images.items()):
+        folder = raw / split / wnid / ("deep/er" if number % 5 == 0 else "")
+        write(folder / (stem + [".JPEG", ".jpg", ".Jpg", ".JPG"][number % 4]), data)
+    for name in (".DS_Store", "._n00000011_0.JPEG", "readme.txt"):
+        write(raw / "train" / WNIDS[0] / name, b"no image")
+    elsewhere = raw.parent / "elsewhere"  # one class and one file are links to another disk
+    (raw / "train" / WNIDS[1]).rename(elsewhere)
+    (raw / "train" / WNIDS[1]).symlink_to(elsewhere)
+    one = next(path for path in elsewhere.iterdir() if path.is_file())
+    one.rename(raw.parent / "one")
+    one.symlink_to(raw.parent / "one")
+
+
+def class_tars(raw: Path, images: Images) -> None:
+    """ImageNet-21k's folder of tars; no validation images."""
+    raw.mkdir()
+    for wnid in WNIDS:
+        files = {f"{stem}.JPEG": data for stem, (_, of, data) in images.items() if of == wnid}
+        write_tar(raw / f"{wnid}.tar", files)
+
+
+def parquet(raw: Path, images: Images) -> None:
+    """Hugging Face's files: several a split, several row groups a file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (raw / "data").mkdir(parents=True)
+    for split, name in (("train", "train"), ("val", "validation")):
+        rows = [
+            {"image": {"bytes": data, "path": f"{stem}.JPEG"}, "label": WNIDS.index(wnid)}
+            for stem, (of, wnid, data) in images.items()
+            if of == split
+        ]
+        for part in range(2):
+            table = pyarrow.Table.from_pylist(rows[part::2])
+            path = raw / "data" / f"{name}-{part:05d}-of-00002.parquet"
+            pyarrow.parquet.write_table(table, path, row_group_size=4)
+
+
+def expected_square(data: bytes) -> np.ndarray:
+    """The 256x256 image by Pillow alone."""
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = image.convert("RGB")
+    width, height = (round(side * 256 / min(rgb.size)) for side in rgb.size)
+    left, top = (width - 256) // 2, (height - 256) // 2
+    return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 256, top + 256)))
+
+
+@pytest.mark.parametrize("layout", [kaggle, folders, class_tars, parquet])
+def test_layouts(layout: Callable[[Path, Images], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every image once, in its split, under its class among the sorted wnids, with Pillow's pixels; the first line of
+    output names the layout."""
+    images = image_set()
+    raw, shards = tmp_path / "raw", tmp_path / "shards"
+    layout(raw, images)
+    pack(raw, shards, samples_per_shard=5, workers=1, quality=97, subsampling="444")
+    named = {kaggle: "Kaggle", folders: "class folders", class_tars: "per-class tars", parquet: "parquet"}[layout]
+    assert named in capsys.readouterr().out.splitlines()[0]
+    assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == WNIDS
+    found = {}
+    for split in ("train", "val"):
+        tars = [str(path) for path in sorted((shards / split).glob("*.tar"))]
+        for sample in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False) if tars else ():
+            assert sample["__key__"] not in found
+            found[sample["__key__"]] = (split, WNIDS[int(sample["cls"])], sample["jpg"])
+    assert set(found) == set(images)
+    for key, (split, wnid, data) in images.items():
+        assert found[key][:2] == ("train" if layout is class_tars else split, wnid)
+        pixels = np.asarray(Image.open(io.BytesIO(found[key][2]))).astype(int)
+        assert np.abs(pixels - expected_square(data)).mean() < 1.5, key
+
+
+def test_all_layouts_give_the_same_shards(tmp_path: Path) -> None:
+    """The same images in Kaggle's tree, in folders and in parquet files become the same bytes."""
+    tars = []
+    for layout in (kaggle, folders, parquet):
+        raw, shards = tmp_path / layout.__name__ / "raw", tmp_path / layout.__name__ / "shards"
+        raw.parent.mkdir()
+        layout(raw, image_set())
+        pack(raw, shards, samples_per_shard=5, workers=1)
+        tars.append({path.name: path.read_bytes() for path in shards.rglob("*-*.*")})
+    assert len(tars[0]) == 12 and tars[0] == tars[1] == tars[2]
+
+
+def test_val_fraction(tmp_path: Path) -> None:
+    """The cut is stratified, seeded and exact: every image on one side, the same images each time."""
+    raw = tmp_path / "raw"
+    class_tars(raw, {f"{wnid}_{n}": ("train", wnid, b"x") for wnid in WNIDS for n in range(20)})
+    data, _ = open_raw(raw, tmp_path / "none")
+    cuts = [cut_validation(data, 0.25, seed).splits for seed in (1, 1, 2)]
+    names = [{split: {image.name for image in listing} for split, listing in cut.items()} for cut in cuts]
+    assert names[0] == names[1] != names[2]
+    assert names[0]["train"] | names[0]["val"] == {image.name for image in data.splits["train"]}
+    assert np.bincount(cuts[0]["val"].label).tolist() == [5, 5, 5]
+    assert np.bincount(cuts[0]["train"].label).tolist() == [15, 15, 15]
+    with pytest.raises(ValueError, match=r"--val-fraction 0\.001 leaves"):
+        cut_validation(data, 0.001, 1)
+
+
+def test_the_listing_is_cached(tmp_path: Path) -> None:
+    """A cached listing equals the first; a changed archive, a damaged cache or none list again."""
+    raw, cache = tmp_path / "raw", tmp_path / "listing.jsonl"
+    class_tars(raw, image_set())
+    (raw / f"{WNIDS[0]}.tar").unlink()
+    write_tar(raw / f"{WNIDS[0]}.tar", {os.fsdecode(b"b\xe4d na\nme.JPEG"): b"x" * 700, "é.JPEG": b"yy"})
+    data, validity = open_raw(raw, cache)
+    assert validity is not None
+    save_listing(cache, data, validity)
+    again, nothing = open_raw(raw, cache)
+    assert nothing is None and again.classes == data.classes and again.layout == data.layout
+    assert list(again.splits["train"]) == list(data.splits["train"])
+    assert again.splits["train"].digest() == data.splits["train"].digest()
+    content = cache.read_bytes()
+    for damage in (b"", content[: len(content) // 2], content.replace(b'"offset": [', b'"offset": [7,'), b"\xff{"):
+        cache.write_bytes(damage)
+        assert load_listing(cache, raw, validity) is None
+    cache.write_bytes(content)
+    os.utime(raw / f"{WNIDS[1]}.tar", (1, 1))
+    assert open_raw(raw, cache)[1] is not None
+    assert stamp(raw, [raw / f"{WNIDS[1]}.tar"])[0][0] == f"{WNIDS[1]}.tar"
+
+
+def test_listing_rows(tmp_path: Path) -> None:
+    """`take` gives the chosen rows in the order asked for; a file of its own is read from its path."""
+    listing = Listing(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for number in range(5):
+        (tmp_path / "sub" / f"{number}.jpg").write_bytes(bytes([number]) * (number + 1))
+        listing.append(-1, f"sub/{number}.jpg", 0, number + 1, number)
+    taken = listing.take(np.array([4, 0, 2]))
+    assert [(image.name, image.read(), image.label) for image in taken] == [
+        (f"sub/{number}.jpg", bytes([number]) * (number + 1), number) for number in (4, 0, 2)
+    ]
+
+
+def special(kind: bytes, **fields: object) -> bytes:
+    """A tar with one member that is no plain file, or lies about its size."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo("n00000011_1.JPEG")
+        info.type = kind
+        for name, value in fields.items():
+            setattr(info, name, value)
+        tar.addfile(info)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (special(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
+        (special(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
+        (special(tarfile.CHRTYPE), "a link, a device or a sparse file"),
+        (special(tarfile.REGTYPE, size=10 * 2**30), "cut short inside"),
+        (b"", "is not a tar archive"),
+        (b"\x00" * 10240, "holds no image"),
+        (b"garbage" * 1000, "is not a tar archive"),
+    ],
+)
+def test_hostile_tars_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    """One sentence that names the archive, and nothing written."""
+    raw = tmp_path / "raw"
+    class_tars(raw, image_set())
+    (raw / f"{WNIDS[0]}.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        pack(raw, tmp_path / "shards", workers=1)
+    assert WNIDS[0] in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
+    """Paths that lead out, repeated names, dots, spaces, newlines and bytes that are no UTF-8: every image is packed
+    under a key of its own, the manifest tells which, and nothing is written outside of the output."""
+    raw, shards = tmp_path / "a" / "raw", tmp_path / "a" / "shards"
+    raw.mkdir(parents=True)
+    names = ["../../evil.JPEG", "/abs/olute.JPEG", "x.y.JPEG", "sp ace.JPEG", "new\nline.JPEG", "0_7.JPEG", "1_2.JPEG"]
+    names += [os.fsdecode(b"b\xff\xfe.JPEG"), "a" * 150 + ".JPEG", "plain.JPEG", "d/twice.JPEG", "e/twice.JPEG"]
+    images = [jpeg(np.full((60, 60, 3), 20 * number, np.uint8)) for number in range(len(names) + 1)]
+    write_tar(raw / "n00000011.tar", dict(zip(names, images, strict=False)))
+    write_tar(raw / "n00000022.tar", {"other.JPEG": images[-1]})
+    pack(raw, shards, samples_per_shard=4, workers=1, quality=97)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["raw", "shards"]
+    renamed = read_json(shards / "train" / "manifest.json")["renamed"]
+    tars = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
+    found = {s["__key__"]: s["jpg"] for s in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)}
+    assert len(found) == len(names) + 1 and {"plain", "evil", "olute", "other"} <= set(found)
+    shown = {name: os.fsencode(name).decode("utf-8", "backslashreplace") for name in names}
+    key_of = {name: key for key, name in renamed.items()}
+    for number, name in enumerate(names):
+        key = key_of.get(shown[name], Path(name).stem)
+        colour = np.asarray(Image.open(io.BytesIO(found[key]))).astype(int)
+        assert np.abs(colour - 20 * number).max() <= 3, name
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda raw: None, "holds nothing that can be packed"),
+        (lambda raw: (raw / "train").mkdir(), "holds no class folders"),
+        (lambda raw: (raw / "train" / "cat").mkdir(parents=True), "holds no image"),
+        (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").unlink()), "LOC_val_solution.csv"),
+        (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_text("a,b\n1,2\n")), "Kaggle"),
+        (lambda raw: write_tar(raw / "a.tar", {"1.jpg": b"", "1.cls": b"0"}), "make_shards.py adopt"),
+        (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
+        (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds nothing that can be packed"),
+    ],
+)
+def test_other_folders_are_refused(prepare: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    """One sentence that says what is missing, exit code 2, nothing written."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    prepare(raw)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        pack(raw, tmp_path / "shards", workers=1)
+    assert "\n" not in str(error.value) and not (tmp_path / "shards").exists()
+
+
+def test_a_circle_of_links_ends(tmp_path: Path) -> None:
+    """Links that lead back are found out, not followed for ever."""
+    raw = tmp_path / "raw"
+    folders(raw, image_set())
+    (raw / "train" / WNIDS[0] / "loop").symlink_to(raw / "train")
+    with pytest.raises(ValueError, match="leads in a circle"):
+        pack(raw, tmp_path / "shards", workers=1)
+
+
+def test_md5(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives that are not the published ones are refused by name; those with the right sums pass."""
+    import hashlib
+
+    from tools import ilsvrc
+
+    done = run_python("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--check-md5")
+    assert done.returncode == 2 and "ILSVRC2012_img_train.tar has md5" in done.stderr
+    assert not (tmp_path / "shards").exists()
+    sums = {name: hashlib.md5((raw / name).read_bytes()).hexdigest() for name in ilsvrc.ARCHIVES}
+    monkeypatch.setattr(ilsvrc, "MD5", sums)
+    ilsvrc.check_md5(raw)

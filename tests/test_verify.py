@@ -1,0 +1,298 @@
+"""Verification: sound shards pass, and each kind of damage is told with its place."""
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.files import read_json, sha256, write_json
+from pipeline.shards import DataError, open_shards, read_index
+from tests.conftest import jpeg, photo, run_python
+from tests.test_adopt import PROGRAM, tar_of, write_foreign
+from tools.adopt import adopt
+from tools.check_shard import MAX_TOLD, check_image
+from tools.verify import unmixed_shards, verify
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    """The packed demo, to be damaged."""
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+def faults(shards: Path, capsys: pytest.CaptureFixture[str], fast: bool = False) -> list[str]:
+    """The lines that `verify` prints about shards that it has to refuse."""
+    capsys.readouterr()
+    with pytest.raises(DataError, match=r"problem\(s\), told one a line; "):
+        verify(shards, fast=fast, workers=1)
+    return capsys.readouterr().out.splitlines()
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Replace a file's content."""
+    path.write_bytes(change(path.read_bytes()))
+
+
+def test_sound_shards_pass(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In full and fast, on one process; strays are told and are no fault."""
+    count = sum(read_json(shards / split / "manifest.json")["num_samples"] for split in ("train", "val"))
+    verify(shards, workers=1)
+    assert capsys.readouterr().out.startswith(f"{shards}: {count} images in 10 shards, all sound (")
+    verify(shards, fast=True)
+    assert capsys.readouterr().out == f"{shards}: {count} images in 10 shards, all sound (the images were not read)\n"
+
+
+def test_strays_are_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that no manifest lists, in a split and beside it."""
+    for name in ("train/train-000003.tar.tmp", "val/val-000000.json", "holiday.jpg"):
+        (copy / name).write_bytes(b"x")
+    verify(copy, fast=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train: note: train-000003.tar.tmp is not in the manifest"
+    assert lines[1] == "val: note: val-000000.json is not in the manifest"
+    assert lines[2] == f"{copy}: note: holiday.jpg is no part of the shards" and len(lines) == 4
+
+
+def test_a_flipped_byte(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One byte in an image shows in the checksum, with the shard's name; the full check alone sees it."""
+    tar = copy / "train" / "train-000002.tar"
+    (_, offset, size, _), _ = read_index(tar.with_suffix(".idx"))[5]
+    rewrite(tar, lambda content: content[: offset + size // 2] + b"\0" + content[offset + size // 2 + 1 :])
+    lines = faults(copy, capsys)
+    assert "train/train-000002.tar: its bytes are not those that were written (SHA-256)" in lines
+    assert all(line.startswith("train/train-000002.tar: ") for line in lines)
+    verify(copy, fast=True)
+
+
+def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told with the member's name and offset."""
+    tar = copy / "train" / "train-000002.tar"
+    (_, offset, size, name), _ = read_index(tar.with_suffix(".idx"))[5]
+    start = offset + size // 2
+    rewrite(tar, lambda content: content[:start] + b"\xff\xff\x00" * 100 + content[start + 300 :])
+    (line,) = [line for line in faults(copy, capsys) if "does not decode" in line]
+    assert line.startswith(f"train/train-000002.tar: {name} at byte {offset}: does not decode cleanly (")
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda content: content[:700_000], ["has 700000 bytes, the manifest says", "cut short inside", "SHA-256"]),
+        (lambda content: content[:1000], ["has 1000 bytes", "cut short", "holds 0 readable samples"]),
+        (lambda content: bytes(len(content)), ["holds 0 readable samples, the manifest says 180", "SHA-256"]),
+        (lambda content: b"", ["has 0 bytes", "damaged or is none"]),
+        (lambda content: content[7:] + content[:7], ["damaged or is none", "SHA-256"]),
+        (lambda content: content[:512] + b"x" + content[513:], ["does not decode", "SHA-256"]),
+    ],
+)
+def test_a_damaged_tar(
+    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable[[bytes], bytes], messages: list[str]
+) -> None:
+    """Cut, zeroed, emptied or turned to garbage: told without a crash, and the other shards are not accused."""
+    rewrite(copy / "val" / "val-000001.tar", change)
+    lines = faults(copy, capsys)
+    assert all(line.startswith("val/val-000001.tar: ") for line in lines)
+    assert all(any(message in line for line in lines) for message in messages)
+
+
+def swap_two_lines(content: bytes) -> bytes:
+    """Two samples of an index change places."""
+    header, first, second, *rest = content.splitlines(keepends=True)
+    return b"".join([header, second, first, *rest])
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "fast_too"),
+    [
+        (lambda content: None, "its .idx cannot be read (No such file or directory)", True),
+        (lambda content: b"\xfe\xff garbage \0" * 99, "its .idx is damaged or no DALI index", True),
+        (lambda content: b"hello\nworld 1 2 3\n", "its .idx is damaged or no DALI index", True),
+        (lambda content: content[:-200], "its .idx is damaged or no DALI index", True),
+        (lambda content: b"v1.2 0\n", "its .idx lists 0 samples, the manifest 1", True),
+        (lambda content: content.replace(b"jpg 512 ", b"jpg 51200000 "), "line 2 of its .idx points at no data", True),
+        (lambda content: content.replace(b"jpg 512 ", b"jpg 513 "), "line 2 of its .idx points at no data", True),
+        (swap_two_lines, "line 2 of its .idx does not fit n", False),
+        (lambda content: content.replace(b"jpg 512 ", b"jpg 1024 "), "line 2 of its .idx does not fit n", False),
+    ],
+)
+def test_a_damaged_index(
+    copy: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[bytes], bytes | None],
+    message: str,
+    fast_too: bool,
+) -> None:
+    """What does not parse, count or lie within the tar shows without reading the tar; what lies shows with it."""
+    path = copy / "train" / "train-000004.idx"
+    content = change(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert any(line.startswith(f"train/train-000004.tar: {message}") for line in faults(copy, capsys))
+    if fast_too:
+        assert any(line.startswith(f"train/train-000004.tar: {message}") for line in faults(copy, capsys, fast=True))
+    else:
+        verify(copy, fast=True)
+
+
+def test_a_missing_shard(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gone, or a link that leads nowhere."""
+    (copy / "train" / "train-000004.tar").unlink()
+    (copy / "train" / "train-000005.tar").unlink()
+    (copy / "train" / "train-000005.tar").symlink_to("/nowhere.tar")
+    for fast in (True, False):
+        assert faults(copy, capsys, fast) == [
+            f"train/train-00000{n}.tar: cannot be read (No such file or directory)" for n in (4, 5)
+        ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"garbage",
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"format_version": 2, "shards": []}',
+        b'{"format_version": 1, "shards": 3}',
+    ],
+)
+def test_a_garbage_manifest(copy: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    """A fault of that split; the other is checked all the same."""
+    (copy / "train" / "manifest.json").write_bytes(content)
+    (copy / "val" / "val-000000.tar").unlink()
+    lines = faults(copy, capsys)
+    assert lines[0].startswith("train: ") and "manifest.json" in lines[0]
+    assert lines[1:] == ["val/val-000000.tar: cannot be read (No such file or directory)"]
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Replace fields of a JSON file."""
+    write_json(path, read_json(path) | changes)
+
+
+def test_labels_out_of_range(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards that were wrong from the start: every such image is told, long lists are cut and counted in full."""
+    classes = read_json(copy / "classes.json")
+    change_json(copy / "classes.json", classes=classes["classes"][:-1])
+    assert any("classes.json lists 9, the manifest 10" in line for line in faults(copy, capsys, fast=True))
+    change_json(copy / "train" / "manifest.json", num_classes=9)
+    change_json(copy / "val" / "manifest.json", num_classes=9)
+    lines = [line for line in faults(copy, capsys) if line.startswith("val/val-000000.tar: ")]
+    labels = [int(key.split()[0]) for key in label_texts(copy / "val" / "val-000000.tar")]
+    assert len(lines) == min(labels.count(9), MAX_TOLD + 1)
+    assert "has label 9, there are 9 classes" in lines[0]
+
+
+def label_texts(tar: Path) -> list[str]:
+    """Contents of all `.cls`, read with tarfile."""
+    import tarfile
+
+    with tarfile.open(tar) as opened:
+        return [opened.extractfile(m).read().decode() for m in opened if m.name.endswith(".cls")]  # type: ignore[union-attr]
+
+
+def test_doubled_samples(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard that is there twice under two names: its keys repeat."""
+    manifest = read_json(copy / "train" / "manifest.json")
+    for suffix in (".tar", ".idx"):
+        shutil.copy(copy / "train" / f"train-000003{suffix}", copy / "train" / f"train-000008{suffix}")
+    row = {**manifest["shards"][3], "name": "train-000008.tar"}
+    count = manifest["num_samples"] + row["samples"]
+    change_json(copy / "train" / "manifest.json", shards=[*manifest["shards"], row], num_samples=count)
+    assert faults(copy, capsys) == [
+        f"train: {row['samples']} samples have the key of another, the first is number 1 of train/train-000008.tar"
+    ]
+
+
+def test_class_sorted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards that were written class by class are told as such; the same samples in a random order pass."""
+    labels = [number // 20 for number in range(400)]
+    write_foreign(tmp_path / "sorted", "x", labels, 40)
+    write_foreign(tmp_path / "mixed", "x", np.random.default_rng(1).permutation(labels).tolist(), 40)
+    for name in ("sorted", "mixed"):
+        for split in ("train", "val"):
+            adopt(tmp_path / name, tmp_path / f"{name}-out", split=split, pattern="x-*.tar", workers=1)  # type: ignore[arg-type]
+    lines = faults(tmp_path / "sorted-out", capsys)
+    told = "not shuffled: 10 of 10 shards hold too few classes; {}/x-0000.tar has 2, a random order about 17"
+    assert lines == [f"train: {told.format('train')}", f"val: note: {told.format('val')}"]
+    verify(tmp_path / "mixed-out", workers=1)
+
+
+def test_random_orders_are_not_accused() -> None:
+    """Over 2,000 random orders of balanced, skewed and tiny sets no shard is taken for sorted."""
+    from collections import Counter
+
+    from tools.check_shard import Report
+
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        num_classes, per_shard = int(rng.integers(1, 50)), int(rng.integers(1, 60))
+        shares = rng.dirichlet(np.full(num_classes, rng.choice([0.1, 1, 100])))
+        labels = rng.choice(num_classes, int(rng.integers(1, 12)) * per_shard, p=shares)
+        reports = [Report("x", labels=Counter(part.tolist())) for part in np.split(labels, len(labels) // per_shard)]
+        assert unmixed_shards(Counter(labels.tolist()), reports) == []
+
+
+def test_what_an_image_has_to_be() -> None:
+    """Ours are flawless 256x256 JPEGs; kept originals may be what ImageNet's are, if the manifest says so."""
+    pixels = photo(np.random.default_rng(0))
+    good, small = jpeg(pixels), jpeg(pixels[:100])
+    warns = good[:-2] + bytes(50) + good[-2:]  # "extraneous bytes before marker"
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    assert check_image(good, "crop256", False) == "" and check_image(small, "original", False) == ""
+    for content, store in [(small, "crop256"), (warns, "crop256"), (warns, "original"), (out.getvalue(), "crop256")]:
+        with pytest.raises(ValueError, match=r"256x100|does not decode"):
+            check_image(content, store, False)
+    assert check_image(warns, "original", True) == ""
+    assert check_image(warns, "adopted", False).startswith("libjpeg warns: ")
+    assert all(check_image(jpeg(pixels, mode), "adopted", False) == "" for mode in ("L", "CMYK"))
+    assert check_image(out.getvalue(), "adopted", False) == "RGB PNG file"
+    for store in ("crop256", "original", "adopted"):
+        for content in (b"", b"no image", good[:300], out.getvalue()[:300]):
+            with pytest.raises(ValueError, match="does not decode"):
+                check_image(content, store, True)
+
+
+def test_bad_labels_and_members(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A label of another form, which DALI would misread silently, under a manifest and a checksum that fit."""
+    image = jpeg(photo(np.random.default_rng(0)))
+    content = tar_of([("a.jpg", image), ("a.cls", b"7.0"), ("b.jpg", image), ("b.cls", b"3")])
+    (copy / "val" / "val-000000.tar").write_bytes(content)
+    manifest = read_json(copy / "val" / "manifest.json")
+    row = {"name": "val-000000.tar", "samples": 2, "bytes": len(content), "sha256": sha256(content)}
+    count = 2 + manifest["shards"][1]["samples"]
+    change_json(copy / "val" / "manifest.json", shards=[row, manifest["shards"][1]], num_samples=count)
+    lines = [line for line in faults(copy, capsys) if ".cls" in line]
+    assert lines == [
+        "val/val-000000.tar: sample a at byte 512: a.cls holds b'7.0', not a class index of at most 6 digits"
+    ]
+
+
+def test_command_line(copy: Path, tmp_path: Path) -> None:
+    """Exit codes 0, 3 for damage (and packing again mends it), 2 for a wrong folder; one sentence each on stderr."""
+    done = run_python("-c", PROGRAM, "verify", "--fast", copy)
+    assert done.returncode == 0 and "all sound" in done.stdout, done.stderr
+    rewrite(copy / "train" / "train-000001.tar", lambda content: content[:5000])
+    done = run_python("-c", PROGRAM, "verify", copy, "--workers", "2")
+    assert done.returncode == 3 and "remove train/train-000001.tar and run the pack command again" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "train/train-000001.tar: has 5000 bytes" in done.stdout
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        done = run_python("-c", PROGRAM, "verify", folder)
+        assert done.returncode == 2 and str(folder) in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_index_round_trip(shards: Path) -> None:
+    """`read_index` reads what DALI's index says: as many samples as the manifest, each a JPEG and a label."""
+    for split in ("train", "val"):
+        opened = open_shards(shards, split)
+        samples = [sample for index in opened.indexes for sample in read_index(Path(index))]
+        assert len(samples) == opened.num_samples
+        assert {tuple(entry[0] for entry in sample) for sample in samples} == {("jpg", "cls")}

@@ -1,0 +1,240 @@
+"""Lists of raw images as columns, so that 14 million of them fit in memory, and their cache on disk.
+
+A listing says of each image where its bytes lie: in an archive at an offset, in a file of its own, or in a row of a
+parquet file. Listing 155 GB of tars means one small read per image, so the result is kept beside the output as JSON
+lines and is valid as long as every archive has the size and the time that it had.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import random
+import time
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from pipeline.files import atomic_writer
+from pipeline.shards import ClassName, DataError
+
+CACHE_VERSION = 1
+BLOCK = 50_000
+"""Images per line of the cache: bounds what is parsed at a time."""
+MAX_FILE_BYTES = 256 * 2**20
+"""More than any image of ImageNet (its largest has 15 MB); a larger member is damage or an attack on our memory."""
+
+
+class RawImage(NamedTuple):
+    """One image and where its bytes lie."""
+
+    name: str
+    """What its archive or folder calls it; bytes that are no UTF-8 stand as surrogates."""
+    file: str
+    """Path of the tar, the parquet file, or the image itself."""
+    offset: int
+    """First byte in a tar (row in a parquet file; 0 in a file of its own)."""
+    size: int
+    """Length in bytes (0 in a parquet file, where it is not known beforehand)."""
+    label: int
+    """Class index, position among the sorted wnids."""
+
+    def read(self) -> bytes:
+        """Fetch the image's bytes.
+
+        Raises `ValueError` for a size that no image has, `DataError` when the file ends before them.
+        """
+        if self.size > MAX_FILE_BYTES:
+            raise ValueError(f"not decodable: {self.size} bytes are more than an image has")
+        content = os.pread(open_file(self.file).fileno(), self.size, self.offset)
+        if len(content) != self.size:
+            raise DataError(
+                f"{self.file} ends inside {self.shown_name}; it is cut short or has changed, fetch it again"
+            )
+        return content
+
+    @property
+    def shown_name(self) -> str:
+        """The name as it can be printed and written as JSON."""
+        return os.fsencode(self.name).decode("utf-8", "backslashreplace")
+
+
+@functools.lru_cache(maxsize=256)  # bounded: ImageNet-21k has 21,841 archives, more than a process may hold open
+def open_file(path: str) -> BinaryIO:
+    """A file for `pread`; closed when it falls out of the cache."""
+    return Path(path).open("rb", buffering=0)
+
+
+class Listing:
+    """The images of one split, in the order of their classes and names (of rows, in parquet files)."""
+
+    def __init__(self, root: Path) -> None:
+        """An empty list of images under `root`."""
+        self.root = str(root)
+        self.files: list[str] = []
+        """Archives, relative to `root`."""
+        self.file, self.label = array("i"), array("i")
+        """Per image: index into `files`, or -1 for an image that is a file of its own; class index."""
+        self.offset, self.size, self.ends = array("q"), array("q"), array("q")
+        """Per image: as in `RawImage`; end of its name in `names`."""
+        self.names = bytearray()
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.file)
+
+    def append(self, file: int, name: str, offset: int, size: int, label: int) -> None:
+        """Add one image; `file` as in `Listing.file`."""
+        self.names += os.fsencode(name)
+        for column, value in (
+            (self.file, file),
+            (self.offset, offset),
+            (self.size, size),
+            (self.label, label),
+            (self.ends, len(self.names)),
+        ):
+            column.append(value)
+
+    def add_file(self, file: Path) -> int:
+        """Register an archive; returns its index."""
+        self.files.append(os.path.relpath(file, self.root))
+        return len(self.files) - 1
+
+    def name(self, row: int) -> str:
+        """Name of an image."""
+        return os.fsdecode(bytes(self.names[self.ends[row - 1] if row else 0 : self.ends[row]]))
+
+    def __getitem__(self, row: int) -> RawImage:
+        """One image."""
+        name, file = self.name(row), self.file[row]
+        path = os.path.join(self.root, self.files[file] if file >= 0 else name)  # noqa: PTH118 (a Path normalizes)
+        return RawImage(name, path, self.offset[row], self.size[row], self.label[row])
+
+    def __iter__(self) -> Iterator[RawImage]:
+        """All images."""
+        return (self[row] for row in range(len(self)))
+
+    def take(self, rows: np.ndarray) -> "Listing":
+        """The listing of some of the images; rows: int64, in the order wanted."""
+        taken = Listing(Path(self.root))
+        taken.files = self.files
+        for name in ("file", "offset", "size", "label"):
+            column = getattr(self, name)
+            getattr(taken, name).frombytes(np.frombuffer(column, column.typecode)[rows].tobytes())
+        ends = np.frombuffer(self.ends, np.int64)
+        starts = np.concatenate([[0], ends])[rows]
+        taken.ends.frombytes(np.cumsum(ends[rows] - starts).tobytes())
+        taken.names += b"".join(
+            self.names[start:end] for start, end in zip(starts.tolist(), ends[rows].tolist(), strict=True)
+        )
+        return taken
+
+    def digest(self) -> str:
+        """SHA-256 over everything but `root`: the same data set at another place has the same digest."""
+        digest = hashlib.sha256(json.dumps([self.files, len(self)]).encode())
+        for column in (self.names, self.ends, self.file, self.offset, self.size, self.label):
+            digest.update(memoryview(column))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RawImageNet:
+    """A raw data set, found and listed."""
+
+    layout: str
+    """What was found, for the first line of output."""
+    classes: tuple[ClassName, ...]
+    """Sorted by wnid."""
+    splits: dict[str, Listing]
+    """"train" and, unless the source has none, "val"."""
+    sequential: bool = False
+    """Whether images can only be read in the order of the listing (parquet)."""
+
+
+def stamp(root: Path, sources: list[Path]) -> list[list[Any]]:
+    """What a cached listing is valid for: path, bytes and time of every archive."""
+    return [
+        [os.path.relpath(path, root), status.st_size, status.st_mtime_ns]
+        for path in sources
+        for status in [path.stat()]
+    ]
+
+
+def save_listing(path: Path, data: RawImageNet, validity: list[list[Any]]) -> None:
+    """Write a listing as JSON lines: a header, then blocks of columns."""
+    header = {
+        "format_version": CACHE_VERSION,
+        "layout": data.layout,
+        "sequential": data.sequential,
+        "classes": [[name.wnid, name.words] for name in data.classes],
+        "files": {split: listing.files for split, listing in data.splits.items()},
+        "archives": validity,
+        "images": {split: len(listing) for split, listing in data.splits.items()},
+    }
+    with atomic_writer(path) as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        for split, listing in data.splits.items():
+            for start in range(0, len(listing), BLOCK):
+                rows = range(start, min(start + BLOCK, len(listing)))
+                block = slice(rows.start, rows.stop)
+                columns = {
+                    "split": split,
+                    "names": [listing.name(row) for row in rows],
+                    **{name: getattr(listing, name)[block].tolist() for name in ("file", "offset", "size", "label")},
+                }
+                file.write(json.dumps(columns).encode() + b"\n")
+
+
+def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageNet | None:
+    """Read a cached listing; None where there is none, or it is damaged or of other archives."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline())
+            if header["format_version"] != CACHE_VERSION or header["archives"] != validity:
+                return None
+            splits = {split: Listing(root) for split in header["images"]}
+            for split, files in header["files"].items():
+                splits[split].files = files
+            for line in file:
+                block = json.loads(line)
+                listing = splits[block["split"]]
+                for name in ("file", "offset", "size", "label"):
+                    getattr(listing, name).extend(block[name])
+                encoded = [os.fsencode(name) for name in block["names"]]
+                ends = np.cumsum([len(name) for name in encoded], dtype=np.int64) + len(listing.names)
+                listing.ends.frombytes(ends.tobytes())
+                listing.names += b"".join(encoded)
+            classes = tuple(ClassName(wnid, words) for wnid, words in header["classes"])
+            columns = [(len(x), len(x.ends), len(x.offset), len(x.size), len(x.label)) for x in splits.values()]
+            if columns != [(number,) * 5 for number in header["images"].values()]:
+                return None
+            return RawImageNet(header["layout"], classes, splits, header["sequential"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError):
+        return None
+
+
+def random_read_rate(listing: Listing, readers: int, seconds: float = 1.0, most: int = 256) -> float:
+    """Images per second that `readers` threads fetch at random places, past the system's cache where it lets us.
+
+    Ends after `seconds` or `most` images.
+    """
+    rows = random.Random(0).sample(range(len(listing)), min(most, len(listing)))
+    started = time.perf_counter()
+
+    def fetch(row: int) -> bool:
+        if time.perf_counter() - started > seconds:
+            return False
+        image = listing[row]
+        with Path(image.file).open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), image.offset, image.size, os.POSIX_FADV_DONTNEED)
+            os.pread(file.fileno(), min(image.size, MAX_FILE_BYTES), image.offset)
+        return True
+
+    with ThreadPoolExecutor(readers) as pool:
+        fetched = sum(pool.map(fetch, rows))
+    return fetched / (time.perf_counter() - started)

@@ -1,0 +1,263 @@
+"""Writing shards: many processes, perhaps on many machines, that share nothing but the output folder.
+
+The unit of work is the shard. It is written under a lock that dies with its process and appears under its name only
+when it is whole; then its index, then `NAME.json`, which vouches for both. Whoever finds all `NAME.json` of a split
+there folds them into the manifest. So a killed pack goes on where it stopped, and two packers on the same output share
+the work.
+"""
+
+import contextlib
+import hashlib
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from pipeline.files import atomic_writer, read_json, write_bytes, write_json
+from pipeline.shards import FORMAT_VERSION, index_text
+from tools.images import Packed, pack_image
+from tools.plan import Options, Plan, Sample, ShardPlan, versions
+from tools.pool import as_they_finish
+
+LISTING = "listing.jsonl"
+SPILL = "spill"
+"""Where `tools/sequential.py` keeps what it has packed; in a split's folder."""
+LOG_EVERY_S = 60.0
+"""Seconds between lines of progress where there is no terminal to draw a bar on."""
+
+
+class Part(NamedTuple):
+    """The share of this process in a pack that several share."""
+
+    number: int
+    """0 to `of` - 1."""
+    of: int
+
+
+class Done(NamedTuple):
+    """What came of one unit of work."""
+
+    images: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    busy: bool = False
+    """Another process is at this shard; nothing was done here."""
+
+
+def claim(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
+    """Make the output folders ours, or refuse them with `ValueError` before anything is written."""
+    wanted = {"classes.json", "pca.json", "mean_image.npy", LISTING, *(plan.directory.name for plan in plans)}
+    present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
+    if shards.exists() and (not shards.is_dir() or present - wanted or (present and "classes.json" not in present)):
+        raise ValueError(
+            f"{shards} holds something else; give a folder that is new, empty or begun by the same command"
+        )
+    if present and read_json(shards / "classes.json") != classes:
+        raise ValueError(f"{shards} holds shards of other classes; give another folder")
+    for plan in plans:
+        planned = {plan.path(number).stem for number in range(plan.num_shards)} | {"manifest", SPILL}
+        for path in plan.directory.iterdir() if plan.directory.is_dir() else ():
+            if path.suffix != ".tmp" and path.stem not in planned:
+                raise ValueError(
+                    f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
+                )
+        manifest = plan.directory / "manifest.json"
+        if manifest.is_file() and recorded_plan(manifest) != plan.digest:
+            raise other_pack(shards)
+        for number, note in notes(plan).items():
+            if note.get("plan") != plan.shard_digest(number):
+                raise other_pack(plan.path(number))
+    shards.mkdir(parents=True, exist_ok=True)
+    if not present:
+        write_json(shards / "classes.json", classes)
+    for plan in plans:
+        plan.directory.mkdir(exist_ok=True)
+
+
+def other_pack(path: Path) -> ValueError:
+    """The output is of another pack."""
+    return ValueError(
+        f"{path} was packed from other images, with other options or with other versions of Pillow, simplejpeg or "
+        "torch; give another folder or remove it"
+    )
+
+
+def recorded_plan(path: Path) -> str | None:
+    """The digest in a manifest or `NAME.json`."""
+    content = read_json(path)
+    return content.get("plan") if isinstance(content, dict) else None
+
+
+def notes(plan: Plan) -> dict[int, dict[str, Any]]:
+    """Each `NAME.json` that is there, by the shard's number."""
+    found = {}
+    for number in range(plan.num_shards):
+        with contextlib.suppress(FileNotFoundError):  # not packed yet, or folded into the manifest just now
+            content = read_json(plan.path(number).with_suffix(".json"))
+            found[number] = content if isinstance(content, dict) else {}
+    return found
+
+
+def unfinished(plan: Plan) -> list[int]:
+    """The shards that are not there, or not as long as `NAME.json` (later the manifest) records."""
+    manifest, numbers = plan.directory / "manifest.json", list(range(plan.num_shards))
+    recorded = {note["shard"]["name"]: note["shard"]["bytes"] for note in notes(plan).values()}
+    if manifest.is_file():
+        recorded |= {row["name"]: row["bytes"] for row in read_json(manifest)["shards"]}
+        numbers = [number for number in numbers if plan.path(number).name in recorded]  # without those left empty
+    return [
+        number
+        for number in numbers
+        for path in [plan.path(number)]
+        if not (path.is_file() and path.stat().st_size == recorded.get(path.name))
+        or not path.with_suffix(".idx").is_file()
+    ]
+
+
+def run_units(
+    work: Callable[[Any], Done], units: Iterable[Any], total: int, workers: int, what: str = "packing"
+) -> list[Done]:
+    """Do `work` on each unit in `workers` processes, with a progress bar over `total` images; raises as they do."""
+    started = logged = time.perf_counter()
+    results: list[Done] = []
+    with tqdm(total=total, desc=what, unit="img", disable=None) as progress:
+        for _, done in as_they_finish(work, units, workers):
+            results.append(done)
+            progress.update(done.images)
+            now, images = time.perf_counter(), sum(done.images for done in results)
+            rate, read = images / (now - started), sum(done.bytes_read for done in results) / (now - started)
+            progress.set_postfix_str(f"{read / 1e6:.0f} MB/s read")
+            if now - logged > LOG_EVERY_S and not sys.stderr.isatty():
+                left = (total - images) / rate / 60 if rate else float("inf")
+                print(f"{images} of {total} images, {rate:.0f} images/s, {left:.0f} min left", flush=True)
+                logged = now
+    return results
+
+
+def write_shard(plan: ShardPlan) -> Done:
+    """Read, pack and write the images of one shard."""
+    return write_packed(plan, ((sample, pack_sample(sample, plan.options)) for sample in plan.samples))
+
+
+def pack_sample(sample: Sample, options: Options, raw: bytes | None = None) -> tuple[Packed | str, int]:
+    """Pack one image, whose file is fetched unless given: the image, or why it is skipped; and the file's size.
+
+    Raises `ValueError` with archive, name and key for an image that does not decode and is not to be skipped.
+    """
+    key, image = sample
+    try:
+        raw = image.read() if raw is None else raw
+        return pack_image(raw, options.form()), len(raw)
+    except ValueError as error:
+        if options.on_bad == "fail":
+            raise ValueError(
+                f"{image.shown_name} in {image.file} (key {key}): {error}; --on-bad skip leaves such images out"
+            ) from None
+        return str(error), image.size
+
+
+def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | str, int]]]) -> Done:
+    """Write one shard: the tar, then its index, then `NAME.json` with its checksum and what was odd about its images.
+
+    Leaves it to another process that is writing it just now, or has written it.
+    """
+    note_path = plan.path.with_suffix(".json")
+    try:
+        with atomic_writer(plan.path, wait=False) as file:
+            if note_path.is_file() and recorded_plan(note_path) != plan.digest:
+                raise other_pack(plan.path)
+            tar, index, bytes_read = TarWriter(file), [], 0
+            repairs: list[dict[str, str]] = []
+            skipped: list[dict[str, str]] = []
+            for (key, image), (result, size) in packed:
+                bytes_read += size
+                if isinstance(result, str):
+                    skipped.append({"key": key, "name": image.shown_name, "reason": result})
+                    continue
+                if result.found:
+                    repairs.append({"key": key, "found": result.found, "done": result.done})
+                members = ((f"{key}.jpg", result.jpeg), (f"{key}.cls", str(image.label).encode()))
+                index.append([tar.add(name, data) for name, data in members])
+            tar.close()
+    except BlockingIOError:
+        return Done(busy=True)
+    write_bytes(plan.path.with_suffix(".idx"), index_text(index).encode())
+    shard = {"name": plan.path.name, "samples": len(index), "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
+    write_json(note_path, {"plan": plan.digest, "shard": shard, "repairs": repairs, "skipped": skipped})
+    return Done(len(plan.samples), bytes_read, tar.offset)
+
+
+class TarWriter:
+    """Plain USTAR members (mtime, uid and gid 0), hashed as they are written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Write to `file` from its beginning."""
+        self.file, self.offset, self.digest = file, 0, hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> tuple[str, int, int, str]:
+        """Append a member; returns its entry in the index."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self.write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.offset
+        self.write(data)
+        self.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return name.rsplit(".", 1)[1], offset, len(data), name
+
+    def close(self) -> None:
+        """Write the end mark."""
+        end = 2 * tarfile.BLOCKSIZE
+        self.write(bytes(end + -(self.offset + end) % tarfile.RECORDSIZE))
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.offset += len(data)
+
+
+def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] | None:
+    """Fold the shards' `NAME.json` into `manifest.json`, then remove them; None while shards are missing.
+
+    Any number of packers may come here at the same time: they write the same bytes.
+    """
+    path = plan.directory / "manifest.json"
+    found = notes(plan)
+    if not path.is_file() and len(found) == plan.num_shards:
+        rows = [found[number] for number in range(plan.num_shards)]
+        if any(note.get("plan") != plan.shard_digest(number) for number, note in found.items()):
+            raise other_pack(plan.directory)
+        skipped = [row for note in rows for row in note["skipped"]]
+        num_samples = sum(note["shard"]["samples"] for note in rows)
+        assert num_samples + len(skipped) == len(plan.listing), "every image is packed or listed as skipped"
+        if not num_samples:
+            raise ValueError(f"not one image of {plan.directory.name} could be decoded; is this a folder of images?")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "split": plan.directory.name,
+            "num_samples": num_samples,
+            "num_classes": num_classes,
+            "source": layout,
+            "options": asdict(plan.options),
+            "versions": versions(),
+            "plan": plan.digest,
+            "renamed": dict(plan.renamed_keys()),
+            "shards": [note["shard"] for note in rows if note["shard"]["samples"]],
+            "repairs": [row for note in rows for row in note["repairs"]],
+            "skipped": skipped,
+        }
+        write_json(path, manifest)
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    written = {row["name"] for row in manifest["shards"]}
+    for number in range(plan.num_shards):
+        tar = plan.path(number)
+        for file in (tar.with_suffix(".json"), *(() if tar.name in written else (tar, tar.with_suffix(".idx")))):
+            file.unlink(missing_ok=True)  # a shard all of whose images were skipped is none
+    return manifest
