@@ -4,12 +4,15 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import jpeg, photo
-from tools.images import crop256, decode, pack_image
+from tools.images import Form, crop256, decode, pack_image
+
+CROP, ORIGINAL = Form("crop256", 90, "420", True), Form("original", 90, "420", True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -17,7 +20,7 @@ from tools.images import crop256, decode, pack_image
 def test_crop256_geometry(width: int, height: int) -> None:
     """On a linear ramp, resampling is linear too: each kept pixel has the value of its place in the source."""
     ramp = np.add.outer(np.arange(height) / height, np.arange(width) / width) * 100 + 20
-    got = np.asarray(crop256(Image.fromarray(np.rint(ramp).astype(np.uint8)).convert("RGB"))).astype(float)[:, :, 0]
+    got = crop256(np.repeat(np.rint(ramp).astype(np.uint8)[:, :, None], 3, 2)).astype(float)[:, :, 0]
     assert got.shape == (256, 256)
     scale = 256 / min(width, height)
     new_width, new_height = round(width * scale), round(height * scale)
@@ -28,6 +31,18 @@ def test_crop256_geometry(width: int, height: int) -> None:
         np.abs(got - expected)[8:-8, 8:-8].max() < 2.5
     )  # half a level of rounding, and bicubic overshoot at the ramp's steps
     assert np.abs((got - expected)[8:-8, 8:-8].mean()) < 0.2
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (333, 500), (256, 256), (97, 211), (1600, 1200), (257, 300)])
+def test_crop256_is_pillows(size: tuple[int, int]) -> None:
+    """On a picture of noise, Pillow's BICUBIC gives the same pixels but for a few, and those within two levels."""
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    width, height = (round(side * 256 / min(size)) for side in size)
+    left, top = (width - 256) // 2, (height - 256) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized.crop((left, top, left + 256, top + 256))).astype(int)
+    difference = np.abs(crop256(np.array(image)) - expected)
+    assert difference.max() <= 2 and (difference > 0).mean() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -44,40 +59,158 @@ def test_crop256_geometry(width: int, height: int) -> None:
 def test_decode_equals_pillow(mode: str, options: dict[str, object], found: str) -> None:
     """Every kind decodes as Pillow decodes it, within one level, and is noted where it is odd."""
     data = jpeg(photo(np.random.default_rng(3), 300, 400), mode, **options)
-    pixels, notes = decode(data)
+    pixels, notes, _ = decode(data)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(pixels - expected).max() <= 1
     assert [note[0] for note in notes] == ([found] if found else [])
 
 
+def pixels_of(data: bytes) -> np.ndarray:
+    """int (height, width, 3), by Pillow."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    """A file in any of Pillow's formats."""
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def with_exif(data: bytes, block: bytes) -> bytes:
+    """A JPEG with this EXIF block behind its start marker."""
+    return data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
+
+
 def test_exif_orientation_is_ignored_and_stripped() -> None:
-    """Pixels stay as they are stored; the packed file has no EXIF block."""
+    """Pixels stay as they are stored; a packed file has no EXIF block, an original keeps its bytes."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = photo(np.random.default_rng(4), 256, 256)
-    packed = pack_image(jpeg(image, exif=exif), 95)
-    assert "EXIF orientation 6" in packed.found
+    data = jpeg(image, exif=exif)
+    packed = pack_image(data, CROP._replace(quality=95))
+    assert packed.found == "EXIF orientation 6"
     with Image.open(io.BytesIO(packed.jpeg)) as result:
         assert result.getexif() == {} and result.size == (256, 256)
-        assert np.abs(np.asarray(result).astype(int) - image).mean() < 3
-        assert np.abs(np.asarray(result).astype(int) - np.rot90(image)).mean() > 10
+    assert np.abs(pixels_of(packed.jpeg) - image).mean() < 3
+    assert np.abs(pixels_of(packed.jpeg) - np.rot90(image)).mean() > 10
+    assert pack_image(data, ORIGINAL) == (data, "EXIF orientation 6", "kept as it is")
 
 
-def test_png_named_jpeg_and_alpha() -> None:
-    """Other formats are converted, whatever their name says."""
-    out = io.BytesIO()
-    Image.fromarray(photo(np.random.default_rng(5), 300, 300)).convert("RGBA").save(out, "PNG")
-    packed = pack_image(out.getvalue(), 90)
-    assert packed.found == "RGBA PNG file" and packed.done == "converted to RGB"
+@pytest.mark.parametrize("verify", [True, False])
+def test_damaged_exif_is_cut_out(verify: bool) -> None:
+    """An original loses its damaged block and nothing else."""
+    data = jpeg(photo(np.random.default_rng(4)))
+    for block in (b"Exif\0\0XX*\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\2"):
+        packed = pack_image(with_exif(data, block), ORIGINAL._replace(verify=verify))
+        assert packed == (data, "damaged EXIF block", "stripped")
+
+
+@pytest.mark.parametrize("form", [CROP, ORIGINAL, ORIGINAL._replace(verify=False)])
+def test_other_formats(form: Form) -> None:
+    """PNGs with alpha, palettes or 16 bits, GIFs and CMYK JPEGs become RGB JPEGs of the same look, whatever their name
+    says."""
+    image = Image.fromarray(photo(np.random.default_rng(5), 300, 300))
+    sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    files = {
+        "RGBA PNG file": (saved(image.convert("RGBA"), "PNG"), image),
+        "P PNG file": (saved(image.quantize(200), "PNG"), image.quantize(200).convert("RGB")),
+        "I;16 PNG file": (saved(sixteen, "PNG"), image.convert("L").convert("RGB")),
+        "P GIF file": (saved(image.quantize(200), "GIF"), image.quantize(200).convert("RGB")),
+        "CMYK JPEG file": (jpeg(np.asarray(image), "CMYK"), image),
+    }
+    for found, (data, look) in files.items():
+        packed = pack_image(data, form._replace(quality=98))
+        assert (packed.found, packed.done) == (found, "converted to RGB")
+        side = 256 if form.store == "crop256" else 300
+        expected = np.asarray(look.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+        assert pixels_of(packed.jpeg).shape == (side, side, 3)
+        assert np.abs(pixels_of(packed.jpeg) - expected).mean() < 4, found
+        assert Image.open(io.BytesIO(packed.jpeg)).mode == "RGB"
+
+
+def test_originals_are_untouched() -> None:
+    """Clean and grey JPEGs keep their bytes, progressive ones and those with a thumbnail too; so does a warning."""
+    noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    data = jpeg(noise)
+    thumbnail = with_exif(data, Image.Exif().tobytes() + b"\0" * 20 + jpeg(noise[:32, :32]))
+    for file in (data, jpeg(noise, "L"), jpeg(noise, progressive=True), thumbnail):
+        assert pack_image(file, ORIGINAL).jpeg == file
+    assert (
+        pack_image(thumbnail, ORIGINAL).found == "" and pack_image(jpeg(noise, "L"), ORIGINAL).done == "kept as it is"
+    )
+    middle = data[:20000] + b"\xff\x55\x12" * 9 + data[20027:]
+    packed = pack_image(middle, ORIGINAL)
+    assert packed.jpeg == middle and packed.found.startswith("libjpeg warns") and packed.done == "kept as it is"
 
 
 def test_damage() -> None:
-    """A file that ends early is noted, trailing bytes do not stop it, and what no decoder takes raises with a
-    reason."""
+    """A file that ends early is noted, and as an original written anew so that strict readers take it; trailing bytes
+    are noted; what no decoder takes raises with a reason."""
     noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     data = jpeg(noise)
-    assert "libjpeg warns" in pack_image(data[: len(data) * 2 // 3], 90).found
-    assert pack_image(data + b"trailing", 90).jpeg
-    for garbage in (b"", b"\xff\xd8", b"no image at all", b"\xff\xd8" + bytes(1000)):
-        with pytest.raises(ValueError, match="not decodable"):
-            pack_image(garbage, 90)
+    cut = data[: len(data) * 2 // 3]
+    assert "libjpeg warns" in pack_image(cut, CROP).found
+    repaired = pack_image(cut, ORIGINAL._replace(quality=98))
+    assert simplejpeg.decode_jpeg(repaired.jpeg, strict=True).shape == (300, 300, 3)
+    assert np.abs(pixels_of(repaired.jpeg)[:150] - pixels_of(data)[:150]).mean() < 7  # noise at the two qualities
+    for tail in (b"trailing", b"\0" * 70, data, b"x\xff\xd9y"):
+        packed = pack_image(data + tail, ORIGINAL)
+        assert packed == (data + tail, f"{len(tail)} bytes after the image's end", "kept as it is")
+        assert pack_image(data + tail, CROP).done == "dropped"
+    for garbage in (
+        b"",
+        b"\xff\xd8",
+        b"no image at all",
+        b"\xff\xd8" + bytes(1000),
+        saved(Image.new("L", (9, 9)), "PNG")[:40],
+    ):
+        for form in (CROP, ORIGINAL, ORIGINAL._replace(verify=False)):
+            with pytest.raises(ValueError, match="not decodable") as error:
+                pack_image(garbage, form)
+            assert "BytesIO" not in str(error.value)
+
+
+def test_images_that_would_fill_the_memory() -> None:
+    """Headers that claim a gigantic picture, and strips that would be stretched into one, are refused at once."""
+    big = bytearray(jpeg(np.zeros((16, 16, 3), np.uint8)))
+    frame = big.index(b"\xff\xc0")
+    big[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
+    for data in (bytes(big), jpeg(np.zeros((1, 4000, 3), np.uint8))):
+        with pytest.raises(ValueError, match="pixels are more than"):
+            pack_image(data, CROP)
+
+
+def test_dali_reads_what_is_packed() -> None:
+    """Every odd file, packed as it is or as 256x256, is decoded by DALI to the pixels that Pillow sees."""
+    from nvidia.dali import fn, pipeline_def
+
+    noise = np.random.default_rng(6).integers(0, 256, (300, 320, 3), dtype=np.uint8)
+    smooth = photo(np.random.default_rng(7), 300, 320)
+    data = jpeg(noise)
+    files = [
+        data,
+        jpeg(smooth, "L"),
+        jpeg(smooth, "CMYK"),
+        jpeg(smooth, progressive=True),
+        saved(Image.fromarray(smooth), "PNG"),
+        data[: len(data) * 2 // 3],
+        data[:20000] + b"\xff\x55\x12" * 9 + data[20027:],
+        data + b"trailing",
+        with_exif(data, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\2"),
+    ]
+    for form in (CROP, ORIGINAL):
+        packed = [pack_image(file, form).jpeg for file in files]
+
+        @pipeline_def(batch_size=len(files), num_threads=1, device_id=None)
+        def decoded(jpegs: list[bytes]) -> object:
+            source = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
+            encoded = fn.external_source(source=lambda: source, batch=True)
+            return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)
+
+        pipe = decoded(packed)
+        pipe.build()
+        (images,) = pipe.run()
+        for number, file in enumerate(packed):
+            if number != 6 or form is CROP:  # Pillow refuses what libjpeg warns of
+                assert np.abs(images.at(number).astype(int) - pixels_of(file)).max() <= 2, number

@@ -87,11 +87,8 @@ def decode(raw: bytes) -> Decoded:
     if not raw.startswith(b"\xff\xd8"):
         return decode_with_pillow(raw)
     notes = exif_notes(raw)
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(raw, strict=False)
-    except ValueError:  # simplejpeg knows the common subsamplings alone
-        return decode_with_pillow(raw)
-    if colorspace in ("CMYK", "YCCK"):
+    height, width, colorspace = header(raw)
+    if colorspace in BY_PILLOW:
         return decode_with_pillow(raw)
     check_size(width, height)
     if colorspace == "Gray":
@@ -136,11 +133,19 @@ def check_size(width: int, height: int) -> None:
 
 def is_plain_jpeg(raw: bytes) -> bool:
     """Whether the header is that of a JPEG whose bytes can go into a shard, as far as a header tells."""
+    return header(raw)[2] not in BY_PILLOW and all(found != DAMAGED_EXIF for found, _ in exif_notes(raw))
+
+
+BY_PILLOW = ("CMYK", "YCCK", "unknown")
+
+
+def header(raw: bytes) -> tuple[int, int, str]:
+    """Height, width and colour space of a JPEG; "unknown" where simplejpeg, which knows the common ones, gives up."""
     try:
-        colorspace = simplejpeg.decode_jpeg_header(raw, strict=False)[2]
-    except ValueError:
-        return False
-    return colorspace not in ("CMYK", "YCCK") and all(found != DAMAGED_EXIF for found, _ in exif_notes(raw))
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(raw, strict=False)
+    except (ValueError, KeyError):
+        return 0, 0, "unknown"
+    return height, width, colorspace
 
 
 def segments(raw: bytes) -> list[tuple[int, int, int]]:
@@ -193,9 +198,8 @@ def without_exif(raw: bytes) -> bytes:
 
 def trailing_bytes(raw: bytes) -> int:
     """Number of bytes after the end marker; 0 where there is none."""
-    if raw.endswith(b"\xff\xd9") and raw.count(b"\xff\xd9") == 1:
-        return 0
-    end = raw.find(b"\xff\xd9", segments(raw)[-1][2] if segments(raw) else 0)  # before the scan: of a thumbnail
+    scan = next((end for marker, _, end in segments(raw) if marker == 0xDA), len(raw))
+    end = raw.find(b"\xff\xd9", scan)  # no earlier: a thumbnail has an end as well
     return len(raw) - end - 2 if end >= 0 else 0
 
 
@@ -213,7 +217,8 @@ def crop256(pixels: np.ndarray) -> np.ndarray:
     new_height, new_width = round(height * SIDE / short), round(width * SIDE / short)
     check_size(new_width, new_height)  # a strip of one pixel in height would grow without bound
     top, left = (new_height - SIDE) // 2, (new_width - SIDE) // 2
-    images_NCHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels last in memory, as the fast path wants it
+    # Channels last in memory; permuted after the batch's axis is added, or torch does not see it and copies twice.
+    images_NCHW = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = interpolate(images_NCHW, (new_height, new_width), mode="bicubic", antialias=True)
     square = resized[0, :, top : top + SIDE, left : left + SIDE].permute(1, 2, 0)
     return np.ascontiguousarray(square.numpy())

@@ -1,13 +1,14 @@
 """Writing shards: many processes, perhaps on many machines, that share nothing but the output folder.
 
-The unit of work is the shard. It is written under a lock that dies with its process and appears under its name only
-when it is whole; then its index, then `NAME.json`, which vouches for both. Whoever finds all `NAME.json` of a split
-there folds them into the manifest. So a killed pack goes on where it stopped, and two packers on the same output share
-the work.
+`plan.json` says whose a half-written split is. The unit of work is the shard: it is written under a lock that dies with
+its process and appears under its name only when it is whole; then its index, then `NAME.json`, which vouches for both.
+Whoever finds all `NAME.json` of a split there folds them into the manifest. So a killed pack goes on where it stopped,
+and two packers on the same output share the work.
 """
 
 import contextlib
 import hashlib
+import json
 import sys
 import tarfile
 import time
@@ -60,23 +61,34 @@ def claim(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
     if present and read_json(shards / "classes.json") != classes:
         raise ValueError(f"{shards} holds shards of other classes; give another folder")
     for plan in plans:
-        planned = {plan.path(number).stem for number in range(plan.num_shards)} | {"manifest", SPILL}
+        planned = {plan.path(number).stem for number in range(plan.num_shards)} | {"manifest", "plan", SPILL}
         for path in plan.directory.iterdir() if plan.directory.is_dir() else ():
             if path.suffix != ".tmp" and path.stem not in planned:
                 raise ValueError(
                     f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
                 )
-        manifest = plan.directory / "manifest.json"
-        if manifest.is_file() and recorded_plan(manifest) != plan.digest:
-            raise other_pack(shards)
-        for number, note in notes(plan).items():
-            if note.get("plan") != plan.shard_digest(number):
-                raise other_pack(plan.path(number))
+        for path in (plan.directory / "manifest.json", plan.directory / "plan.json"):
+            if path.is_file() and recorded_plan(path) != plan.digest:
+                raise other_pack(shards)
     shards.mkdir(parents=True, exist_ok=True)
     if not present:
         write_json(shards / "classes.json", classes)
     for plan in plans:
         plan.directory.mkdir(exist_ok=True)
+        if not (plan.directory / "manifest.json").is_file():
+            claim_split(plan)
+
+
+def claim_split(plan: Plan) -> None:
+    """Write `plan.json`, which says whose the half-written split is, unless another packer was first.
+
+    Raises `ValueError` when that one has another plan.
+    """
+    path = plan.directory / "plan.json"
+    with atomic_writer(plan.directory / "plan.json") as file:  # others wait here for the first
+        file.write(json.dumps({"plan": recorded_plan(path) or plan.digest}).encode())
+    if recorded_plan(path) != plan.digest:
+        raise other_pack(plan.directory)
 
 
 def other_pack(path: Path) -> ValueError:
@@ -88,8 +100,8 @@ def other_pack(path: Path) -> ValueError:
 
 
 def recorded_plan(path: Path) -> str | None:
-    """The digest in a manifest or `NAME.json`."""
-    content = read_json(path)
+    """The digest in `manifest.json` or `plan.json`; None where there is none."""
+    content = read_json(path) if path.is_file() else None
     return content.get("plan") if isinstance(content, dict) else None
 
 
@@ -166,11 +178,8 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
 
     Leaves it to another process that is writing it just now, or has written it.
     """
-    note_path = plan.path.with_suffix(".json")
     try:
         with atomic_writer(plan.path, wait=False) as file:
-            if note_path.is_file() and recorded_plan(note_path) != plan.digest:
-                raise other_pack(plan.path)
             tar, index, bytes_read = TarWriter(file), [], 0
             repairs: list[dict[str, str]] = []
             skipped: list[dict[str, str]] = []
@@ -188,7 +197,7 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
         return Done(busy=True)
     write_bytes(plan.path.with_suffix(".idx"), index_text(index).encode())
     shard = {"name": plan.path.name, "samples": len(index), "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
-    write_json(note_path, {"plan": plan.digest, "shard": shard, "repairs": repairs, "skipped": skipped})
+    write_json(plan.path.with_suffix(".json"), {"shard": shard, "repairs": repairs, "skipped": skipped})
     return Done(len(plan.samples), bytes_read, tar.offset)
 
 
@@ -230,8 +239,6 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
     found = notes(plan)
     if not path.is_file() and len(found) == plan.num_shards:
         rows = [found[number] for number in range(plan.num_shards)]
-        if any(note.get("plan") != plan.shard_digest(number) for number, note in found.items()):
-            raise other_pack(plan.directory)
         skipped = [row for note in rows for row in note["skipped"]]
         num_samples = sum(note["shard"]["samples"] for note in rows)
         assert num_samples + len(skipped) == len(plan.listing), "every image is packed or listed as skipped"
@@ -254,6 +261,7 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
         write_json(path, manifest)
     if not path.is_file():
         return None
+    (plan.directory / "plan.json").unlink(missing_ok=True)
     manifest = read_json(path)
     written = {row["name"] for row in manifest["shards"]}
     for number in range(plan.num_shards):

@@ -59,8 +59,6 @@ class ShardPlan(NamedTuple):
     path: Path
     samples: list[Sample]
     options: Options
-    digest: str
-    """Names the shard's content: equal digests mean equal bytes."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Plan:
     renamed: np.ndarray
     """bool (images,), by row: the key is not the stem of the file's name."""
     digest: str
-    """Names the content of all shards together."""
+    """Names the content of all shards: equal digests mean equal bytes."""
 
     @property
     def num_shards(self) -> int:
@@ -95,15 +93,11 @@ class Plan:
         """Where a shard goes."""
         return self.directory / f"{self.directory.name}-{number:06d}.tar"
 
-    def shard_digest(self, number: int) -> str:
-        """Names a shard's content."""
-        return sha256(f"{self.digest}:{number}".encode())
-
     def shard(self, number: int) -> ShardPlan:
         """All that a worker needs to write one shard."""
         rows = self.order[slice(*self.bounds(number))].tolist()
         samples = [(self.key(row), self.listing[row]) for row in rows]
-        return ShardPlan(self.path(number), samples, self.options, self.shard_digest(number))
+        return ShardPlan(self.path(number), samples, self.options)
 
     def renamed_keys(self) -> Iterator[tuple[str, str]]:
         """(key, name) of the images whose key is not their stem."""

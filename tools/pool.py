@@ -41,8 +41,7 @@ def as_they_finish(
     """
     todo = enumerate(jobs)
     if workers == 1:
-        with one_thread():
-            yield from ((number, function(job)) for number, job in todo)
+        yield from ((number, function(job)) for number, job in todo)
         return
     pending: dict[Future[Result], int] = {}
     spawn = multiprocessing.get_context("spawn")
@@ -76,22 +75,9 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on one core."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def start_worker(parent: int) -> None:
-    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), and keep torch on one core."""
+    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), and keep torch, if it is needed, on one core."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone already
         os._exit(1)
-    one_thread().__enter__()

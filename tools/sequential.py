@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import atomic_writer, read_json, write_json
+from pipeline.files import atomic_writer, write_json
 from tools.images import Packed
 from tools.pack import SPILL, Done, pack_sample, run_units, write_packed
 from tools.parquet import row_groups, rows_of
@@ -35,8 +35,6 @@ class Segment(NamedTuple):
     """Places of its images in the order of the shards."""
     samples: list[Sample]
     options: Options
-    digest: str
-    """Of the plan."""
     group: tuple[int, int] | None
     """In a parquet file: row group, and its first row."""
 
@@ -56,13 +54,13 @@ def pack_in_order(plan: Plan, numbers: list[int], workers: int, parquet: bool) -
     spill = plan.directory / SPILL
     spill.mkdir(exist_ok=True)
     stretches = list(segment_rows(plan, parquet))
-    left = [number for number in range(len(stretches)) if not is_spilled(segment_path(spill, number), plan.digest)]
+    paths = [spill / f"segment-{number:06d}" for number in range(len(stretches))]
+    left = [number for number, path in enumerate(paths) if not path.with_suffix(".json").is_file()]
     place_of = np.empty(len(plan.order), np.int64)
     place_of[plan.order] = np.arange(len(plan.order))
-    units = (segment(plan, place_of, segment_path(spill, number), *stretches[number]) for number in left)
+    units = (segment(plan, place_of, paths[number], *stretches[number]) for number in left)
     images = sum(len(stretches[number][0]) for number in left)
     done = run_units(spill_segment, units, images, workers, f"reading {plan.directory.name}")
-    paths = [segment_path(spill, number) for number in range(len(stretches))]
     packed_bytes = sum(path.with_suffix(".bin").stat().st_size for path in paths)
     window = max(1, WINDOW_BYTES * len(plan.order) // max(1, packed_bytes))
     per_unit = max(1, window // plan.options.samples_per_shard)
@@ -75,17 +73,6 @@ def pack_in_order(plan: Plan, numbers: list[int], workers: int, parquet: bool) -
     shutil.rmtree(spill)
     read = [result._replace(images=0, bytes_written=0) for result in done]
     return read + [result._replace(bytes_read=0) for result in written]
-
-
-def segment_path(spill: Path, number: int) -> Path:
-    """Where a segment is spilled to, without suffix."""
-    return spill / f"segment-{number:06d}"
-
-
-def is_spilled(path: Path, digest: str) -> bool:
-    """Whether a segment of this very plan is there."""
-    note = path.with_suffix(".json")
-    return note.is_file() and read_json(note)["plan"] == digest
 
 
 def segment_rows(plan: Plan, parquet: bool) -> Iterator[tuple[np.ndarray, tuple[int, int] | None]]:
@@ -111,7 +98,7 @@ def segment_rows(plan: Plan, parquet: bool) -> Iterator[tuple[np.ndarray, tuple[
 def segment(plan: Plan, place_of: np.ndarray, path: Path, rows: np.ndarray, group: tuple[int, int] | None) -> Segment:
     """All that a worker needs to spill a stretch; `place_of`: int64, place in the order by row."""
     samples = [(plan.key(row), plan.listing[row]) for row in rows.tolist()]
-    return Segment(path, place_of[rows].tolist(), samples, plan.options, plan.digest, group)
+    return Segment(path, place_of[rows].tolist(), samples, plan.options, group)
 
 
 def raw_files(work: Segment) -> Iterator[bytes | None]:
@@ -144,7 +131,7 @@ def spill_segment(work: Segment) -> Done:
             rows.append((place, end, size))
     with atomic_writer(work.path.with_suffix(".npy")) as file:
         np.save(file, np.array(rows, np.int64))
-    write_json(work.path.with_suffix(".json"), {"plan": work.digest, "results": results})
+    write_json(work.path.with_suffix(".json"), {"results": results})
     return Done(len(rows), sum(size for _, _, size in rows), end)
 
 

@@ -50,14 +50,16 @@ def split_table(shards: Path, split: str, manifest: dict[str, Any]) -> list[tupl
         found = list(tqdm(reads, total=len(opened.tars), desc=f"reading {split}", unit="shard", disable=None))
     labels = np.concatenate([labels for labels, _ in found])
     spans = [(tar, *span) for tar, (_, images) in zip(opened.tars, found, strict=True) for span in images.tolist()]
-    if len(labels) != opened.num_samples or labels.max() >= len(opened.classes):
+    if len(labels) != opened.num_samples or not 0 <= labels.min() <= labels.max() < len(opened.classes):
         raise DataError(f"{shards / split} does not hold what its manifest says; run make_shards.py verify {shards}")
     per_class = np.bincount(labels, minlength=len(opened.classes)).tolist()
     samples = [int(row["samples"]) for row in manifest["shards"]]
     sizes = [int(row["bytes"]) for row in manifest["shards"]]
     measured = image_sizes(random.Random(0).sample(spans, min(SAMPLED_IMAGES, len(spans))))
     noted = Counter(
-        re.sub(r"\b\d+\b", "N", kind) for row in manifest.get("repairs", ()) for kind in str(row["found"]).split("; ")
+        re.sub(r"\b\d+\b", "N", kind)
+        for row in manifest.get("repairs", ())
+        for kind in str(row.get("found")).split("; ")
     )
     options = manifest.get("options", {})
     return [

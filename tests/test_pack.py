@@ -1,0 +1,306 @@
+"""Packing by many processes: whatever is killed, shared out or started twice, the result is that of one clean pack."""
+
+import io
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.files import read_json
+from pipeline.shards import open_shards
+from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
+from tools.make_shards import find_part, pack
+
+SMALL = ("--samples-per-shard", "9", "--workers", "2")
+
+
+def write_class_tar(path: Path, members: dict[str, bytes]) -> None:
+    """Write one class as ImageNet-21k has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 images in three class tars."""
+    raw, rng = tmp_path_factory.mktemp("small") / "raw", np.random.default_rng(0)
+    for wnid in ("n00000011", "n00000022", "n00000033"):
+        images = {f"{wnid}_{n}.JPEG": jpeg(photo(rng, *rng.integers(100, 300, 2))) for n in range(30)}
+        if wnid == "n00000033":  # one shard is larger than the others
+            images[f"{wnid}_0.JPEG"] = jpeg(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8))
+        write_class_tar(raw / f"{wnid}.tar", images)
+    return raw
+
+
+def files(shards: Path) -> dict[str, bytes]:
+    """Everything in a shard folder."""
+    return {str(path.relative_to(shards)): path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def clean(small: Path) -> dict[str, bytes]:
+    """What one undisturbed process packs of it."""
+    shards = small.parent / "clean"
+    pack(small, shards, samples_per_shard=9, workers=1)
+    content = files(shards)
+    assert len(content) == 2 * 10 + 3  # tars and indexes, manifest, classes, listing
+    return content
+
+
+def start(small: Path, shards: Path, *options: str) -> "subprocess.Popen[str]":
+    """Start a pack in the background."""
+    command = [sys.executable, "tools/make_shards.py", "pack", str(small), str(shards), *SMALL, *options]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_parts_one_after_the_other(
+    small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each part packs its share; only the last one finds all shards there and writes the manifest."""
+    for number, done in ((3, 3), (1, 7), (2, 10)):
+        pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, part=f"{number}/3")
+        assert len(list((tmp_path / "shards").rglob("*.tar"))) == done
+        assert (tmp_path / "shards" / "train" / "manifest.json").exists() == (done == 10)
+        assert ("shards are left to other parts" in capsys.readouterr().out) == (done < 10)
+    assert files(tmp_path / "shards") == clean
+
+
+def test_parts_at_the_same_time(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """Three processes with torchrun's environment share the work; one of them, or several, write the manifest."""
+    processes = []
+    for rank in range(3):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+        command = [sys.executable, "tools/make_shards.py", "pack", str(small), str(tmp_path / "shards"), *SMALL[:2]]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert files(tmp_path / "shards") == clean
+
+
+@pytest.mark.parametrize(
+    ("part", "environment", "expected"),
+    [
+        (None, {}, (0, 1)),
+        ("1/4", {}, (0, 4)),
+        ("4/4", {}, (3, 4)),
+        ("0/4", {}, (3, 4)),
+        (None, {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2)),
+        (None, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        (None, {"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (5, 6)),
+        ("1/1", {"RANK": "1", "WORLD_SIZE": "2"}, (0, 1)),
+    ],
+)
+def test_parts_come_from_the_option_or_the_environment(
+    part: str | None, environment: dict[str, str], expected: tuple[int, int]
+) -> None:
+    """Counted from 0 or from 1, n parts are n different ones."""
+    assert find_part(part, environment) == expected
+
+
+@pytest.mark.parametrize("part", ["5/4", "1/0", "x", "1/2/3", "-1/4", "a/b", "1/"])
+def test_wrong_parts(part: str) -> None:
+    """They are refused by name."""
+    with pytest.raises(ValueError, match="--part"):
+        find_part(part, {})
+
+
+def test_two_packers_by_mistake(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """The same command twice at the same time: they share, and the result is that of one."""
+    processes = [start(small, tmp_path / "shards") for _ in range(2)]
+    output = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert files(tmp_path / "shards") == clean
+
+
+def test_two_packers_with_other_options(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """Of two that start at the same time on the same new folder, one refuses and the other packs as if alone."""
+    processes = [start(small, tmp_path / "shards", "--seed", str(seed)) for seed in (2012, 1)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2], errors
+    refused = 0 if processes[0].returncode else 1
+    assert "with other options" in errors[refused]
+    assert (files(tmp_path / "shards") == clean) == (refused == 1)
+    assert run_ok("tools/make_shards.py", "verify", tmp_path / "shards")
+
+
+def kill_often(raw: Path, shards: Path, kills: int, options: tuple[str, ...]) -> None:
+    """Start the pack and kill -9 it, so many times, each time after it has finished a shard and before the last one."""
+    generator = random.Random(0)
+    for _ in range(kills):
+        before = len(list(shards.glob("*/*.json")))
+        process = start(raw, shards, *options)
+        while len(list(shards.glob("*/*-*.json"))) <= before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.05))
+        assert process.poll() is None, "the pack ended before the kill: make it longer"
+        process.kill()
+        process.communicate()
+        assert not (shards / "train" / "manifest.json").exists()
+    assert "packed" in run_ok("tools/make_shards.py", "pack", raw, shards, *SMALL, *options)
+
+
+def test_kills(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """Three kills among 90 shards, then a last run: the bytes of a clean pack, nothing else."""
+    options = ("--samples-per-shard", "1")
+    kill_often(small, tmp_path / "shards", 3, options)
+    pack(small, tmp_path / "clean", samples_per_shard=1, workers=1)
+    assert files(tmp_path / "shards") == files(tmp_path / "clean")
+
+
+@pytest.mark.slow
+def test_fifty_kills(raw: Path, tmp_path: Path) -> None:
+    """Fifty kills of the demo's pack in shards of three."""
+    options = ("--samples-per-shard", "3")
+    kill_often(raw, tmp_path / "shards", 50, options)
+    run_ok("tools/make_shards.py", "pack", raw, tmp_path / "clean", *options)
+    assert files(tmp_path / "shards") == files(tmp_path / "clean")
+
+
+def test_a_killed_worker(raw: Path, tmp_path: Path) -> None:
+    """The packer says so in a sentence, exit code 3, and the next run goes on."""
+    process = start(raw, tmp_path / "shards", "--samples-per-shard", "20")
+    while not list(tmp_path.glob("shards/train/*.tar")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    worker = next(pid for pid, command in commands.items() if b"spawn_main" in command)
+    os.kill(int(worker), 9)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3 and "a worker process died" in errors and "Traceback" not in errors
+    assert "packed" in run_ok("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--samples-per-shard", "20")
+
+
+def test_a_full_disk(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """A write that fails is one sentence that names the file, exit code 2; no broken shard; with space it goes on."""
+    sizes = sorted(len(data) for name, data in clean.items() if name.endswith(".tar"))
+    assert sizes[-2] < sizes[-1]
+    program = f"""
+import resource, sys, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, ({sizes[-2]}, {sizes[-2]}))
+sys.argv = ["make_shards.py", "pack", *sys.argv[1:]]
+if __name__ == "__main__":
+    runpy.run_path("tools/make_shards.py", run_name="__main__")
+"""
+    (tmp_path / "limited.py").write_text(program)
+    command = [sys.executable, tmp_path / "limited.py", small, tmp_path / "shards", *SMALL]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2 and "free some space" in done.stderr and ".tar" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list((tmp_path / "shards").rglob("*.tmp"))
+    for tar in (tmp_path / "shards").rglob("*.tar"):
+        assert files(tmp_path / "shards")[str(tar.relative_to(tmp_path / "shards"))] == clean[f"train/{tar.name}"]
+    run_ok("tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL)
+    assert files(tmp_path / "shards") == clean
+
+
+def test_an_output_that_cannot_be_written(small: Path) -> None:
+    """One sentence, exit code 2."""
+    done = run_python("tools/make_shards.py", "pack", small, "/proc/shards", *SMALL)
+    assert done.returncode == 2 and "/proc/shards" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_undecodable_images(tmp_path: Path) -> None:
+    """One stops the pack with archive, name and key; --on-bad skip leaves it out, lists it, and the counts add up, even
+    where nothing is left of a shard."""
+    raw, shards = tmp_path / "raw", tmp_path / "shards"
+    rng = np.random.default_rng(0)
+    good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
+    write_class_tar(raw / "n00000011.tar", {**good, "n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""})
+    with pytest.raises(ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"):
+        pack(raw, shards, samples_per_shard=1, workers=1)
+    assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
+    pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
+    manifest = read_json(shards / "train" / "manifest.json")
+    assert manifest["num_samples"] == 6 == len(manifest["shards"]) == len(list(shards.rglob("*.tar")))
+    assert sorted(row["key"] for row in manifest["skipped"]) == ["n00000011_0b", "n00000011_bad"]
+    assert all("not decodable" in row["reason"] for row in manifest["skipped"])
+    assert open_shards(shards, "train").num_samples == 6
+    before = files(shards)
+    pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
+    assert files(shards) == before
+
+
+def test_nothing_but_undecodable_images(tmp_path: Path) -> None:
+    """There is no such thing as an empty pack."""
+    write_class_tar(tmp_path / "raw" / "n00000011.tar", {"a.JPEG": b"no image"})
+    with pytest.raises(ValueError, match="not one image of train"):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1, on_bad="skip")
+
+
+def test_an_archive_that_changes_while_it_is_packed(small: Path, tmp_path: Path) -> None:
+    """Cut short after it was listed: exit code 3, one sentence; no image of it is skipped as undecodable."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for tar in small.glob("*.tar"):
+        (raw / tar.name).write_bytes(tar.read_bytes())
+    program = """
+import sys
+from pathlib import Path
+import tools.make_shards as make_shards
+from train.program import exit_with
+raw, shards = map(Path, sys.argv[1:])
+real = make_shards.claim
+def claim(*arguments):
+    real(*arguments)
+    (raw / "n00000022.tar").write_bytes((raw / "n00000022.tar").read_bytes()[:20000])
+make_shards.claim = claim
+if __name__ == "__main__":
+    exit_with(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
+"""
+    done = run_python("-c", program, raw, tmp_path / "shards")
+    assert done.returncode == 3 and "n00000022.tar ends inside" in done.stderr
+    assert not (tmp_path / "shards" / "train" / "manifest.json").exists()
+
+
+def test_store_original(small: Path, tmp_path: Path) -> None:
+    """Every file goes in as it is."""
+    pack(small, tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
+    expected = {}
+    for path in small.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            expected |= {m.name.removesuffix(".JPEG"): tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    found = {}
+    for path in (tmp_path / "shards" / "train").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            jpegs = [member for member in tar if member.name.endswith(".jpg")]
+            found |= {m.name.removesuffix(".jpg"): tar.extractfile(m).read() for m in jpegs}  # type: ignore[union-attr]
+    assert found == expected
+
+
+def test_dry_run(small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes nothing, and is right about the number of shards and, to a tenth, about their size."""
+    pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, dry_run=True)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "GB" in line)
+    assert "90 images in 10 shards" in line and not (tmp_path / "shards").exists()
+    size = sum(len(data) for name, data in clean.items() if name.endswith(".tar"))
+    assert float(line.split("about ")[1].split(" GB")[0]) == pytest.approx(size / 1e9, rel=0.1, abs=0.005)
+
+
+def test_a_slow_source_is_told(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below the limit the packer says what it means in hours, and the remedy."""
+    from tools import make_shards
+
+    monkeypatch.setattr(make_shards, "random_read_rate", lambda listing, readers: 0.5)
+    pack(small, tmp_path / "shards", workers=1, dry_run=True)
+    assert "0 images a second when read at random, which is 0.1 hours" in capsys.readouterr().out
