@@ -95,6 +95,7 @@ class Loader:
         num_ranks: int,
         device: torch.device | str,
     ) -> None:
+        shards.check_256()
         if not 0 <= rank < num_ranks:
             raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
@@ -249,6 +250,7 @@ def val_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place:
 def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = None) -> Iterator[np.ndarray]:
     """Yield every image of a split once as uint8 (n, 256, 256, 3), in stored order, decoded on the CPU; the last
     batch is shorter."""
+    shards.check_256()
     raise_open_files(len(shards.tars))
     pipe = decode_pipeline(
         shards,

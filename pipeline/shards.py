@@ -53,6 +53,16 @@ class ShardSet:
     """Every class; `label` indexes it."""
     manifest_sha256: str
     """SHA-256 of the manifest's bytes: names the data set, through the shards' own checksums."""
+    store: str
+    """"crop256" (256x256 images), "original" (of any size), "adopted" (whatever others packed) or "unknown"."""
+
+    def check_256(self) -> None:
+        """Raise `ValueError` when the images are known not to be 256x256."""
+        if self.store == "original":
+            raise ValueError(
+                f"{Path(self.tars[0]).parent} holds original files, but training and statistics take 256x256 images so "
+                "far; pack again with --store crop256"
+            )
 
 
 def open_shards(shards: Path, split: str) -> ShardSet:
@@ -89,7 +99,9 @@ def open_shards(shards: Path, split: str) -> ShardSet:
         raise ValueError(
             f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again"
         )
-    return ShardSet(split, tuple(tars), tuple(indexes), manifest["num_samples"], classes, sha256(content))
+    options = manifest.get("options")
+    store = str(options.get("store", "unknown")) if isinstance(options, dict) else "unknown"
+    return ShardSet(split, tuple(tars), tuple(indexes), manifest["num_samples"], classes, sha256(content), store)
 
 
 def check_manifest(manifest: Any, path: Path) -> None:
@@ -104,7 +116,7 @@ def check_manifest(manifest: Any, path: Path) -> None:
             and isinstance(manifest["num_classes"], int)
             and isinstance(manifest["split"], str)
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         version, well_formed = FORMAT_VERSION, False
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; pack again")

@@ -272,7 +272,7 @@ if __name__ == "__main__":
 
 
 def test_store_original(small: Path, tmp_path: Path) -> None:
-    """Every file goes in as it is."""
+    """Every file goes in as it is; programs that take 256x256 images say so."""
     pack(small, tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
     expected = {}
     for path in small.glob("*.tar"):
@@ -284,6 +284,8 @@ def test_store_original(small: Path, tmp_path: Path) -> None:
             jpegs = [member for member in tar if member.name.endswith(".jpg")]
             found |= {m.name.removesuffix(".jpg"): tar.extractfile(m).read() for m in jpegs}  # type: ignore[union-attr]
     assert found == expected
+    done = run_python("tools/compute_pca.py", tmp_path / "shards")
+    assert done.returncode == 2 and "--store crop256" in done.stderr
 
 
 def test_dry_run(small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
