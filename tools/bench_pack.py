@@ -1,9 +1,9 @@
 """`tools/bench.py pack`: the packer beside the one that everybody writes, and beside what bounds it.
 
 Every contender but `CODEC` works on all images of RAW, both splits, and writes into a folder that is removed again. Its
-time is that of the whole job: reading, working, writing. Pools of processes are started beforehand, except by
-make_shards, which starts its own and is timed by its own clock (that leaves out the start of Python and the listing of
-RAW, as the others' does). The page cache is left as it is: whatever of RAW fits into memory is read from there.
+time is that of the whole job: starting processes, reading, working, writing. make_shards is timed by its own clock,
+which leaves out the start of Python and the listing of RAW, as the others' does. The page cache is left as it is:
+whatever of RAW fits into memory is read from there.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.pool import Pool
 from pathlib import Path
 from time import perf_counter
 
@@ -55,7 +54,6 @@ def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | Non
 
     with (
         tempfile.TemporaryDirectory(prefix="bench-pack-", dir=scratch or raw.resolve().parent) as folder,
-        spawn.Pool(workers) as pool,
         ProcessPoolExecutor(workers, spawn) as executor,
     ):
 
@@ -65,13 +63,14 @@ def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | Non
         def copy(target: Path) -> float:
             started = perf_counter()
             paths = [target / f"{number:06d}" for number in range(len(chunks))]
-            copied = sum(executor.map(copy_images, chunks, paths))
+            with ProcessPoolExecutor(workers, spawn) as pool:
+                copied = sum(pool.map(copy_images, chunks, paths))
             seconds = perf_counter() - started
             assert copied == num_bytes, "every image is copied"
             return len(images) / seconds
 
         contenders: dict[str, Callable[[], float]] = {
-            BASELINE: job(lambda target: baseline(pool, images, target)),
+            BASELINE: job(lambda target: baseline(workers, images, target)),
             CROP256: job(lambda target: pack_once(raw, target, workers, "crop256")),
             CODEC: lambda: sum(executor.map(codec_rate, slices)),
             COPY: job(copy),
@@ -112,13 +111,16 @@ def pack_once(raw: Path, shards: Path, workers: int, store: str, *options: str) 
     return float(said[1])
 
 
-def baseline(pool: Pool, images: list[RawImage], target: Path) -> float:
+def baseline(workers: int, images: list[RawImage], target: Path) -> float:
     """Images per second of the pack that everybody writes: a pool makes the images, the parent writes them down."""
     import webdataset
 
     started = perf_counter()
     pattern = str(target / "%06d.tar")
-    with webdataset.ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, start_shard=0, verbose=0) as writer:
+    with (
+        multiprocessing.get_context("spawn").Pool(workers) as pool,
+        webdataset.ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, start_shard=0, verbose=0) as writer,
+    ):
         jpegs = pool.imap(crop_with_pillow, images, chunksize=16)
         for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
             writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})

@@ -65,7 +65,7 @@ def pack_image(raw: bytes, form: Form) -> Packed:
     """
     if form.store == "original" and not form.verify and is_plain_jpeg(raw):
         return Packed(raw, "", "")
-    pixels, notes, needs_encoding = decode(raw)
+    pixels, notes, needs_encoding = decode(raw, at_an_eighth=form.store == "original")
     if form.store == "crop256":
         pixels, file = crop256(pixels), None
     else:
@@ -82,8 +82,14 @@ def pack_image(raw: bytes, form: Form) -> Packed:
 DAMAGED_EXIF = "damaged EXIF block"
 
 
-def decode(raw: bytes) -> Decoded:
-    """Decode a file. Raises `ValueError` when no decoder takes it."""
+def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
+    """Decode a file. Raises `ValueError` when no decoder takes it.
+
+    Args:
+        raw: bytes of any image file.
+        at_an_eighth: Pixels are wanted only where the file needs encoding. All of the compressed data is read and
+            judged then, but not every pixel computed, which saves a quarter of the time.
+    """
     if not raw.startswith(b"\xff\xd8"):
         return decode_with_pillow(raw)
     notes = exif_notes(raw)
@@ -95,8 +101,9 @@ def decode(raw: bytes) -> Decoded:
         notes.append(("grey JPEG", "converted to RGB"))
     if trailing := trailing_bytes(raw):
         notes.append((f"{trailing} bytes after the image's end", "dropped"))
+    smallest = {"min_height": 1, "min_width": 1, "min_factor": 8.0} if at_an_eighth else {}
     try:
-        return Decoded(simplejpeg.decode_jpeg(raw, "RGB", fastdct=False, fastupsample=False), notes, False)
+        return Decoded(simplejpeg.decode_jpeg(raw, "RGB", fastdct=False, fastupsample=False, **smallest), notes, False)
     except ValueError as error:
         warning = str(error)
     try:
