@@ -14,6 +14,7 @@ from scipy.io import loadmat
 from tests.conftest import run_ok, run_python
 from tools import make_demo
 from tools.ilsvrc import read_archives
+from tools.photos import AXES, AXIS_STDS, photo
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_photos_counts_and_labels(photos: Path) -> None:
     train, val = list(data.splits["train"]), list(data.splits["val"])
     assert (len(train), len(val), len(data.classes)) == (32, 8, 10)
     assert {image.label for image in train} == set(range(10))
-    drawn = {make_demo.photo(number, 2012): make_demo.DIGIT_TO_WNID[number % 10] for number in (0, 5, 14, 19)}
+    drawn = {photo(number, 2012): make_demo.DIGIT_TO_WNID[number % 10] for number in (0, 5, 14, 19)}
     assert [data.classes[image.label].wnid for image in val[:4]] == [drawn[image.read()] for image in val[:4]]
 
 
@@ -135,8 +136,8 @@ def test_photos_are_like_photographs(photos: Path) -> None:
     assert amplitude_slope(white) == pytest.approx(0, abs=0.1)
     samples = np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3)[::97] for image in images])
     variances, axes = np.linalg.eigh(np.cov(samples.T))
-    assert np.sqrt(variances[::-1]) == pytest.approx(make_demo.AXIS_STDS, rel=0.35)
-    assert abs(axes[:, -1] @ make_demo.AXES[0]) > 0.98
+    assert np.sqrt(variances[::-1]) == pytest.approx(AXIS_STDS, rel=0.35)
+    assert abs(axes[:, -1] @ AXES[0]) > 0.98
 
 
 def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
@@ -145,8 +146,8 @@ def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
     archives = [path.name for path in sorted(photos.glob("ILSVRC*"))]
     assert len(archives) == 3
     assert all((photos / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in archives)
-    assert make_demo.photo(3, 2012) == make_demo.photo(3, 2012)
-    assert len({make_demo.photo(3, 2012), make_demo.photo(4, 2012), make_demo.photo(3, 1)}) == 3
+    assert photo(3, 2012) == photo(3, 2012)
+    assert len({photo(3, 2012), photo(4, 2012), photo(3, 1)}) == 3
     assert "nothing to do" in run_ok("tools/make_demo.py", photos, "--photos", "40")
     for other in ((), ("--photos", "41"), ("--photos", "40", "--seed", "1")):
         refused = run_python("tools/make_demo.py", photos, *other)

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -179,6 +180,27 @@ def test_a_killed_worker(raw: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3 and "a worker process died" in errors and "Traceback" not in errors
     assert "packed" in run_ok("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--samples-per-shard", "20")
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.4, 0.8, 1.6, 2.4])
+def test_ctrl_c(raw: Path, tmp_path: Path, delay_s: float) -> None:
+    """Whenever it comes, also while workers start: one line, exit code 130, no process left, and the next run goes
+    on."""
+    command = [sys.executable, "tools/make_shards.py", "pack", str(raw), str(tmp_path / "shards"), *SMALL]
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # the layout is named
+    time.sleep(delay_s)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "error: interrupted\n")
+    deadline = time.monotonic() + 10
+    while os.system(f"pgrep -g {process.pid} > /dev/null") == 0:
+        assert time.monotonic() < deadline, "workers outlive the packer"
+        time.sleep(0.05)
 
 
 def test_a_full_disk(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:

@@ -152,6 +152,41 @@ def test_all_layouts_give_the_same_shards(tmp_path: Path) -> None:
     assert len(tars[0]) == 12 and tars[0] == tars[1] == tars[2]
 
 
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extra is named."""
+    import sys
+
+    (tmp_path / "raw").mkdir()
+    parquet(tmp_path / "raw" / "d", image_set())
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"pip install 'alexnet-dali\[parquet\]'"):
+        pack(tmp_path / "raw" / "d", tmp_path / "shards", workers=1)
+
+
+def test_parquet_classes(tmp_path: Path) -> None:
+    """Names that Hugging Face keeps in the file's metadata become the words; where file names tell no wnid, classes
+    are numbered in the order of the labels."""
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    for names, wnids in (
+        (["n00000044_1.JPEG", "n00000055_1.JPEG"], ["n00000044", "n00000055"]),
+        (["n00000055_1.JPEG", "n00000044_1.JPEG"], ["000000", "000001"]),
+        (["a.JPEG", None], ["000000", "000001"]),
+    ):
+        rows = [{"image": {"bytes": b"x", "path": name}, "label": label} for label, name in enumerate(names)]
+        table = pyarrow.Table.from_pylist(rows)
+        features = {"info": {"features": {"label": {"names": ["tench, Tinca tinca", "goldfish"]}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pyarrow.parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+        data, _ = open_raw(tmp_path, tmp_path / "none")
+        assert [name.wnid for name in data.classes] == wnids
+        assert [name.words for name in data.classes] == ["tench, Tinca tinca", "goldfish"]
+
+
 def test_val_fraction(tmp_path: Path) -> None:
     """The cut is stratified, seeded and exact: every image on one side, the same images each time."""
     raw = tmp_path / "raw"

@@ -78,3 +78,10 @@ if __name__ == "__main__":
     assert not spill.exists()
     run_ok("tools/make_shards.py", "pack", raw, tmp_path / "clean", "--samples-per-shard", "100")
     assert files(tmp_path / "killed") == files(tmp_path / "clean")
+
+
+def test_it_is_one_machines_work(small: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Each part would read the whole source; that is refused."""
+    with pytest.raises(ValueError, match="cannot be shared out"):
+        pack(small, tmp_path / "shards", workers=1, sequential_read=True, part="1/2")
+    assert not (tmp_path / "shards").exists()

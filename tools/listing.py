@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class RawImage(NamedTuple):
         """
         if self.size > MAX_FILE_BYTES:
             raise ValueError(f"not decodable: {self.size} bytes are more than an image has")
-        content = os.pread(open_file(self.file).fileno(), self.size, self.offset)
+        content = os.pread(open_file(self.file).descriptor, self.size, self.offset)
         if len(content) != self.size:
             raise DataError(
                 f"{self.file} ends inside {self.shown_name}; it is cut short or has changed, fetch it again"
@@ -64,10 +64,21 @@ class RawImage(NamedTuple):
         return os.fsencode(self.name).decode("utf-8", "backslashreplace")
 
 
-@functools.lru_cache(maxsize=256)  # bounded: ImageNet-21k has 21,841 archives, more than a process may hold open
-def open_file(path: str) -> BinaryIO:
-    """A file for `pread`; closed when it falls out of the cache."""
-    return Path(path).open("rb", buffering=0)
+class OpenFile:
+    """A file descriptor that is closed when nobody holds it any more."""
+
+    def __init__(self, path: str) -> None:
+        """Open for reading."""
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        """Close."""
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+open_file = functools.lru_cache(maxsize=256)(OpenFile)
+"""Open files by path; few enough for any limit, as ImageNet-21k has 21,841 archives."""
 
 
 class Listing:

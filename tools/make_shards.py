@@ -87,7 +87,7 @@ def pack(
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
-    print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}")
+    print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
     if check_md5:
         check_archives(raw, data)
     listed = data
