@@ -182,13 +182,18 @@ def test_a_killed_worker(raw: Path, tmp_path: Path) -> None:
     assert "packed" in run_ok("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--samples-per-shard", "20")
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.4, 0.8, 1.6, 2.4])
+@pytest.mark.parametrize("delay_s", [0.0, 0.5, 1.0, 2.0])
 def test_ctrl_c(raw: Path, tmp_path: Path, delay_s: float) -> None:
     """Whenever it comes, also while workers start: one line, exit code 130, no process left, and the next run goes
     on."""
-    command = [sys.executable, "tools/make_shards.py", "pack", str(raw), str(tmp_path / "shards"), *SMALL]
+    command = [sys.executable, "tools/make_shards.py", "pack", str(raw), str(tmp_path / "shards")]
     process = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [*command, "--samples-per-shard", "1"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdout is not None
     process.stdout.readline()  # the layout is named
