@@ -106,6 +106,17 @@ def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp
     assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
 
 
+def test_extracted_archives_become_the_same_shards(raw: Path, shards: Path, tmp_path: Path) -> None:
+    """The demo's images in class folders: other place, other layout, same bytes."""
+    for stem, (data, wnid) in raw_images(raw).items():
+        folder = tmp_path / "raw" / ("val" if "_val_" in stem else "train") / wnid
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.jpg").write_bytes(data)
+    run_ok("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", "--samples-per-shard", "180")
+    tars = {path.relative_to(shards): path.read_bytes() for path in shards.rglob("*.tar")}
+    assert {path: (tmp_path / "shards" / path).read_bytes() for path in tars} == tars
+
+
 def test_a_lost_shard_is_written_again(raw: Path, shards: Path, tmp_path: Path) -> None:
     """Running the command again on a directory that lost a shard restores its bytes."""
     again = tmp_path / "again"

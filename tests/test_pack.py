@@ -330,6 +330,6 @@ def test_a_slow_source_is_told(
     """Below the limit the packer says what it means in hours, and the remedy."""
     from tools import make_shards
 
-    monkeypatch.setattr(make_shards, "random_read_rate", lambda listing, readers: 0.5)
+    monkeypatch.setattr(make_shards, "random_read_rate", lambda listing, readers: 0.05)
     pack(small, tmp_path / "shards", workers=1, dry_run=True)
-    assert "0 images a second when read at random, which is 0.1 hours" in capsys.readouterr().out
+    assert "0 images a second when read at random, which is 0.5 hours" in capsys.readouterr().out

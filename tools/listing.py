@@ -27,7 +27,7 @@ CACHE_VERSION = 1
 BLOCK = 50_000
 """Images per line of the cache: bounds what is parsed at a time."""
 MAX_FILE_BYTES = 256 * 2**20
-"""More than any image of ImageNet (its largest has 15 MB); a larger member is damage or an attack on our memory."""
+"""Two thousand times the mean of ImageNet; a larger member is damage or an attack on our memory."""
 
 
 class RawImage(NamedTuple):

@@ -39,7 +39,8 @@ from tools.verify import verify
 from train.program import run_program
 
 SLOW_READS_PER_S = 500
-"""Random reads below this keep two cores waiting: they pack about as many images a second."""
+"""Random reads below this keep one core waiting: it packs about as many images a second."""
+WORTH_A_WARNING_S = 600
 
 
 def pack(
@@ -170,7 +171,7 @@ def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
     """Measure the source for a second; say what a slow one means, and the remedy."""
     images = sum(len(listing) for listing in data.splits.values())
     rate = random_read_rate(data.splits["train"], readers=max(8, workers))
-    if rate < SLOW_READS_PER_S:
+    if rate < SLOW_READS_PER_S and images / rate > WORTH_A_WARNING_S:
         print(
             f"warning: {raw} gives {rate:.0f} images a second when read at random, which is {images / rate / 3600:.1f} "
             "hours for all; copy it to an SSD first, or use --sequential-read"
