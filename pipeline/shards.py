@@ -115,6 +115,9 @@ def check_manifest(manifest: Any, path: Path) -> None:
             and len({shard["name"] for shard in shards}) == len(shards)
             and isinstance(manifest["num_classes"], int)
             and isinstance(manifest["split"], str)
+            and all(type(shard["bytes"]) is int for shard in shards)
+            and all(isinstance(manifest.get(name, {}), dict) for name in ("options", "versions", "renamed"))
+            and all(isinstance(manifest.get(name, []), list) for name in ("repairs", "skipped"))
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         version, well_formed = FORMAT_VERSION, False

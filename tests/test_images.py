@@ -112,10 +112,13 @@ def test_other_formats(form: Form) -> None:
     says."""
     image = Image.fromarray(photo(np.random.default_rng(5), 300, 300))
     sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    unit = Image.fromarray(np.asarray(image.convert("L")) / np.float32(255))
     files = {
         "RGBA PNG file": (saved(image.convert("RGBA"), "PNG"), image),
         "P PNG file": (saved(image.quantize(200), "PNG"), image.quantize(200).convert("RGB")),
         "I;16 PNG file": (saved(sixteen, "PNG"), image.convert("L").convert("RGB")),
+        "I PPM file": (saved(sixteen, "PPM"), image.convert("L").convert("RGB")),
+        "F TIFF file": (saved(unit, "TIFF"), image.convert("L").convert("RGB")),
         "P GIF file": (saved(image.quantize(200), "GIF"), image.quantize(200).convert("RGB")),
         "CMYK JPEG file": (jpeg(np.asarray(image), "CMYK"), image),
     }
@@ -151,9 +154,15 @@ def test_damage() -> None:
     data = jpeg(noise)
     cut = data[: len(data) * 2 // 3]
     assert "libjpeg warns" in pack_image(cut, CROP).found
+    progressive = jpeg(noise, progressive=True)
+    for share in np.linspace(0.3, 0.95, 8):
+        shorter = pack_image(progressive[: int(len(progressive) * share)], ORIGINAL)
+        assert simplejpeg.decode_jpeg(shorter.jpeg, strict=True).shape == (300, 300, 3) and shorter.found
     repaired = pack_image(cut, ORIGINAL._replace(quality=98))
     assert simplejpeg.decode_jpeg(repaired.jpeg, strict=True).shape == (300, 300, 3)
     assert np.abs(pixels_of(repaired.jpeg)[:150] - pixels_of(data)[:150]).mean() < 7  # noise at the two qualities
+    cmyk = jpeg(noise, "CMYK")
+    assert "file ends too early" in pack_image(cmyk[: len(cmyk) // 2], CROP).found
     for tail in (b"trailing", b"\0" * 70, data, b"x\xff\xd9y"):
         packed = pack_image(data + tail, ORIGINAL)
         assert packed == (data + tail, f"{len(tail)} bytes after the image's end", "kept as it is")

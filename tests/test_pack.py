@@ -112,6 +112,9 @@ def test_wrong_parts(part: str) -> None:
     """They are refused by name."""
     with pytest.raises(ValueError, match="--part"):
         find_part(part, {})
+    number, of = (part + "/").split("/")[:2]
+    with pytest.raises(ValueError, match="RANK/WORLD_SIZE"):
+        find_part(None, {"RANK": number, "WORLD_SIZE": of if of != "2" else "x"})
 
 
 def test_two_packers_by_mistake(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
@@ -167,26 +170,55 @@ def test_fifty_kills(raw: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "shards") == files(tmp_path / "clean")
 
 
-def test_a_killed_worker(raw: Path, tmp_path: Path) -> None:
-    """The packer says so in a sentence, exit code 3, and the next run goes on."""
-    process = start(raw, tmp_path / "shards", "--samples-per-shard", "20")
+def children_of(process: "subprocess.Popen[str]") -> list[str]:
+    """Process ids."""
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def test_workers_die_with_the_packer(small: Path, tmp_path: Path) -> None:
+    """kill -9 leaves no process behind."""
+    process = start(small, tmp_path / "shards", "--samples-per-shard", "1")
     while not list(tmp_path.glob("shards/train/*.tar")):
         assert process.poll() is None
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    worker = next(pid for pid, command in commands.items() if b"spawn_main" in command)
-    os.kill(int(worker), 9)
+        time.sleep(0.005)
+    children = children_of(process)
+    process.kill()
+    process.communicate()
+    assert len(children) >= 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "workers outlive the packer"
+        time.sleep(0.05)
+
+
+def test_a_killed_worker(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """The packer says so in a sentence, exit code 3, and the next run goes on."""
+    process = start(small, tmp_path / "shards")
+    while not list(tmp_path.glob("shards/train/plan.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    while len(workers := [pid for pid in children_of(process) if b"spawn_main" in command_of(pid)]) < 2:
+        assert process.poll() is None
+    os.kill(int(workers[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3 and "a worker process died" in errors and "Traceback" not in errors
-    assert "packed" in run_ok("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--samples-per-shard", "20")
+    run_ok("tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL)
+    assert files(tmp_path / "shards") == clean
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.5, 1.0, 2.0])
-def test_ctrl_c(raw: Path, tmp_path: Path, delay_s: float) -> None:
+def command_of(pid: str) -> bytes:
+    """Command line of a process; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.5, 1.0])
+def test_ctrl_c(small: Path, tmp_path: Path, delay_s: float) -> None:
     """Whenever it comes, also while workers start: one line, exit code 130, no process left, and the next run goes
     on."""
-    command = [sys.executable, "tools/make_shards.py", "pack", str(raw), str(tmp_path / "shards")]
+    command = [sys.executable, "tools/make_shards.py", "pack", str(small), str(tmp_path / "shards")]
     process = subprocess.Popen(
         [*command, "--samples-per-shard", "1"],
         cwd=ROOT,
@@ -264,6 +296,74 @@ def test_undecodable_images(tmp_path: Path) -> None:
     before = files(shards)
     pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
     assert files(shards) == before
+
+
+def test_damaged_notes_are_written_again(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """A shard whose NAME.json is empty, cut or lies about its number is packed again."""
+    shards = tmp_path / "shards"
+    pack(small, shards, samples_per_shard=9, workers=1, part="1/2")
+    tars = sorted(shards.rglob("*.tar"))
+    for tar, note in zip(tars, (b"", b"[]", b"{}", None, b"x" * 99), strict=True):
+        path = tar.with_suffix(".json")
+        path.write_bytes(path.read_bytes().replace(b'"samples": 9', b'"samples": 8') if note is None else note)
+    pack(small, shards, samples_per_shard=9, workers=1)
+    assert files(shards) == clean
+
+
+def test_a_split_without_its_plan_is_refused(small: Path, tmp_path: Path) -> None:
+    """Nobody knows of what its shards are; with another seed half of them would be wrong."""
+    shards = tmp_path / "shards"
+    pack(small, shards, samples_per_shard=9, workers=1, part="1/2")
+    (shards / "train" / "plan.json").unlink()
+    before = files(shards)
+    with pytest.raises(ValueError, match=r"no plan\.json or manifest\.json"):
+        pack(small, shards, samples_per_shard=9, workers=1, seed=1)
+    for note in shards.rglob("*-*.json"):  # the same, if somebody writes a plan by hand
+        note.write_bytes(note.read_bytes().replace(b'"plan": "', b'"plan": "0'))
+    (shards / "train" / "plan.json").write_bytes(b'{"plan": "x"}')
+    with pytest.raises(ValueError, match="with other options"):
+        pack(small, shards, samples_per_shard=9, workers=1)
+    assert files(shards).keys() == {*before, "train/plan.json"}
+
+
+def test_packers_share_the_work(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that another packer has written since this one began is not written again."""
+    from tools import make_shards
+
+    shards = tmp_path / "shards"
+    real, written = make_shards.run_units, []
+
+    def run_units(*arguments: object) -> object:
+        monkeypatch.setattr(make_shards, "run_units", real)
+        pack(small, shards, samples_per_shard=9, workers=1, part="1/2")  # the other one
+        written.append({path.name: path.stat().st_mtime_ns for path in shards.rglob("*.tar")})
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(make_shards, "run_units", run_units)
+    pack(small, shards, samples_per_shard=9, workers=1)
+    after = {path.name: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
+    assert len(written[0]) == 5 and len(after) == 10 and written[0].items() <= after.items()
+
+
+def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes second is refused, and classes.json is that of the first."""
+    from tools import make_shards
+
+    other = tmp_path / "other"
+    for tar in small.glob("*.tar"):
+        write_class_tar(other / tar.name.replace("n0", "n1"), {f"{tar.stem}_1.JPEG": b"x"})
+    real = make_shards.claim
+
+    def claim(shards: Path, *arguments: object) -> None:
+        monkeypatch.setattr(make_shards, "claim", real)
+        pack(small, shards, samples_per_shard=9, workers=1)
+        real(shards, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(make_shards, "claim", claim)
+    with pytest.raises(ValueError, match="other classes"):
+        pack(other, tmp_path / "shards", samples_per_shard=9, workers=1)
+    names = [row["wnid"] for row in read_json(tmp_path / "shards" / "classes.json")["classes"]]
+    assert names == ["n00000011", "n00000022", "n00000033"]
 
 
 def test_nothing_but_undecodable_images(tmp_path: Path) -> None:

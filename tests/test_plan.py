@@ -8,9 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.shards import ClassName
 from tools.listing import Listing
 from tools.plan import Options, make_plan
 
+CLASSES = (ClassName("n00000001", "one"), ClassName("n00000002", "two"))
 NAMES = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
     st.from_regex(r"(x/)?[ab0-3_.-]{1,4}\.JPE?G", fullmatch=True),
@@ -31,7 +33,7 @@ def listing_of(names: list[str]) -> Listing:
 @example(["0_1.JPEG", "a b.JPEG", "1_1.JPEG", "a b.JPEG"], 2, 0)
 def test_any_list_of_images(names: list[str], samples_per_shard: int, seed: int) -> None:
     """Each image once; keys unique and safe; shard sizes within one; the order is that of blake2b(seed:key)."""
-    plan = make_plan(Path("train"), listing_of(names), Options(samples_per_shard=samples_per_shard, seed=seed))
+    plan = make_plan(Path("train"), listing_of(names), Options(samples_per_shard=samples_per_shard, seed=seed), CLASSES)
     shards = [plan.shard(number).samples for number in range(plan.num_shards)]
     samples = [sample for shard in shards for sample in shard]
     assert sorted(image.name for _, image in samples) == sorted(names)
@@ -49,7 +51,7 @@ def test_any_list_of_images(names: list[str], samples_per_shard: int, seed: int)
 def test_keys() -> None:
     """Stems are keys where they are unique and safe; every other name becomes <class>_<position>."""
     names = ["a.JPEG", "b.c.JPEG", "x/dup.JPEG", "y/dup.JPEG", "sp ace.JPEG", "ü.JPEG", "l" * 80 + ".JPEG"]
-    plan = make_plan(Path("train"), listing_of(names), Options(samples_per_shard=3))
+    plan = make_plan(Path("train"), listing_of(names), Options(samples_per_shard=3), CLASSES)
     keys = {image.name: key for number in range(3) for key, image in plan.shard(number).samples}
     assert keys == {names[0]: "a", **{name: f"{n % 2}_{n}" for n, name in enumerate(names) if n}}
     assert dict(plan.renamed_keys()) == {f"{n % 2}_{n}": name for n, name in enumerate(names) if n}
@@ -58,17 +60,19 @@ def test_keys() -> None:
 def test_the_digest_names_the_content() -> None:
     """Another image, label, size, option, seed or split gives another digest; where the data lies and on_bad do not."""
     names = ["a.JPEG", "b.JPEG", "c.JPEG"]
-    first = make_plan(Path("train"), listing_of(names), Options()).digest
-    assert make_plan(Path("/other/train"), listing_of(names), Options(on_bad="skip")).digest == first
-    others = {make_plan(Path("val"), listing_of(names), Options()).digest}
+    first = make_plan(Path("train"), listing_of(names), Options(), CLASSES).digest
+    assert make_plan(Path("/other/train"), listing_of(names), Options(on_bad="skip"), CLASSES).digest == first
+    renamed = (CLASSES[0], ClassName("n00000002", "deux"))
+    others = {make_plan(Path("train"), listing_of(names), Options(), renamed).digest}
+    others |= {make_plan(Path("val"), listing_of(names), Options(), CLASSES).digest}
     for options in (Options(quality=91), Options(seed=1), Options(samples_per_shard=2), Options(store="original")):
-        others.add(make_plan(Path("train"), listing_of(names), options).digest)
+        others.add(make_plan(Path("train"), listing_of(names), options, CLASSES).digest)
     for column, value in (("label", 5), ("size", 9), ("offset", 512)):
         listing = listing_of(names)
         getattr(listing, column)[1] = value
-        others.add(make_plan(Path("train"), listing, Options()).digest)
-    others.add(make_plan(Path("train"), listing_of(["a.JPEG", "b.JPEG", "d.JPEG"]), Options()).digest)
-    assert len(others) == 9 and first not in others
+        others.add(make_plan(Path("train"), listing, Options(), CLASSES).digest)
+    others.add(make_plan(Path("train"), listing_of(["a.JPEG", "b.JPEG", "d.JPEG"]), Options(), CLASSES).digest)
+    assert len(others) == 10 and first not in others
 
 
 @pytest.mark.parametrize(

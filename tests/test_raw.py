@@ -116,6 +116,17 @@ def expected_square(data: bytes) -> np.ndarray:
     return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 256, top + 256)))
 
 
+@pytest.mark.parametrize("place", ["", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC", "link"])
+def test_kaggles_tree_from_any_level(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAW may be the download or a folder in it, also by a link or as the present folder."""
+    kaggle(tmp_path / "raw", image_set())
+    (tmp_path / "raw" / "link").symlink_to("ILSVRC/Data/CLS-LOC")
+    data, _ = open_raw(tmp_path / "raw" / place, tmp_path / "none")
+    assert data.layout == "Kaggle's ILSVRC tree" and len(data.splits["val"]) == 6
+    monkeypatch.chdir(tmp_path / "raw" / place)
+    assert open_raw(Path(), tmp_path / "none")[0].classes == data.classes
+
+
 @pytest.mark.parametrize("layout", [kaggle, folders, class_tars, parquet])
 def test_layouts(layout: Callable[[Path, Images], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every image once, in its split, under its class among the sorted wnids, with Pillow's pixels; the first line of
@@ -124,8 +135,10 @@ def test_layouts(layout: Callable[[Path, Images], None], tmp_path: Path, capsys:
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     layout(raw, images)
     pack(raw, shards, samples_per_shard=5, workers=1, quality=97, subsampling="444")
+    output = capsys.readouterr().out
+    assert ("passed over 1 files" in output) == (layout is folders)  # hidden files are not told of
     named = {kaggle: "Kaggle", folders: "class folders", class_tars: "per-class tars", parquet: "parquet"}[layout]
-    assert named in capsys.readouterr().out.splitlines()[0]
+    assert named in output.splitlines()[0]
     assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == WNIDS
     found = {}
     for split in ("train", "val"):
@@ -216,7 +229,9 @@ def test_the_listing_is_cached(tmp_path: Path) -> None:
     assert list(again.splits["train"]) == list(data.splits["train"])
     assert again.splits["train"].digest() == data.splits["train"].digest()
     content = cache.read_bytes()
-    for damage in (b"", content[: len(content) // 2], content.replace(b'"offset": [', b'"offset": [7,'), b"\xff{"):
+    others = [content.replace(b'"offset": [', b'"offset": [7,'), content.replace(b'"label": [0', b'"label": [1')]
+    for damage in (b"", content[: len(content) // 2], b"\xff{", *others):
+        assert damage != content
         cache.write_bytes(damage)
         assert load_listing(cache, raw, validity) is None
     cache.write_bytes(content)
@@ -250,6 +265,34 @@ def special(kind: bytes, **fields: object) -> bytes:
     return out.getvalue()
 
 
+def headers(content: bytes) -> list[tarfile.TarInfo]:
+    """The members of a tar."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return tar.getmembers()
+
+
+def hole(content: bytes, member: int) -> bytes:
+    """A tar with one header zeroed."""
+    offset = headers(content)[member].offset
+    return content[:offset] + bytes(512) + content[offset + 512 :]
+
+
+def backwards(content: bytes) -> bytes:
+    """A tar whose second member has a size of -512: Python's tarfile goes round for ever (CVE-2025-8194)."""
+    offset = headers(content)[1].offset
+    header = bytearray(content[offset : offset + 512])
+    header[124:136] = (256**12 - 512).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return content[:offset] + bytes(header) + content[offset + 512 :]
+
+
+def members_end(content: bytes) -> int:
+    """Where the last member of a tar ends."""
+    last = headers(content)[-1]
+    return last.offset_data + -(-last.size // 512) * 512
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -259,14 +302,20 @@ def special(kind: bytes, **fields: object) -> bytes:
         (special(tarfile.REGTYPE, size=10 * 2**30), "cut short inside"),
         (b"", "is not a tar archive"),
         (b"\x00" * 10240, "holds no image"),
+        (lambda tar: backwards(tar), "is damaged at byte|a negative size"),
+        (lambda tar: hole(tar, 3), "has a damaged header at byte"),
+        (lambda tar: tar[: members_end(tar)], "lacks an end mark"),
+        (lambda tar: tar + tar, "has a damaged header at byte"),
         (b"garbage" * 1000, "is not a tar archive"),
     ],
 )
-def test_hostile_tars_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    """One sentence that names the archive, and nothing written."""
+def test_hostile_tars_are_refused(content: object, message: str, tmp_path: Path) -> None:
+    """Also those that tarfile reads up to a hole, a cut or a second archive: one sentence that names the archive, and
+    nothing written."""
     raw = tmp_path / "raw"
     class_tars(raw, image_set())
-    (raw / f"{WNIDS[0]}.tar").write_bytes(content)
+    tar = raw / f"{WNIDS[0]}.tar"
+    tar.write_bytes(content(tar.read_bytes()) if callable(content) else content)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message) as error:
         pack(raw, tmp_path / "shards", workers=1)
     assert WNIDS[0] in str(error.value) and "\n" not in str(error.value)
@@ -298,6 +347,13 @@ def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
         assert np.abs(colour - 20 * number).max() <= 3, name
 
 
+def twice(raw: Path) -> None:
+    """Replace a validation image by a copy of another."""
+    images = sorted((raw / "ILSVRC/Data/CLS-LOC/val").iterdir())
+    images[0].unlink()
+    write(images[0].parent / "again" / images[1].name, images[1].read_bytes())
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -309,6 +365,17 @@ def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
         (lambda raw: write_tar(raw / "a.tar", {"1.jpg": b"", "1.cls": b"0"}), "make_shards.py adopt"),
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
         (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds nothing that can be packed"),
+        (lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")), "no plain file"),
+        (
+            lambda raw: (folders(raw, image_set()), (raw / "train" / "n00000011" / "x.jpg").symlink_to("no")),
+            "to nothing",
+        ),
+        (lambda raw: write(raw / "train" / os.fsdecode(b"b\xe4r") / "1.jpg", b""), r"b\\xe4r is no UTF-8"),
+        (
+            lambda raw: (parquet(raw, image_set()), next(raw.glob("*/train-*1-of*")).unlink()),
+            "lacks train-00001-of-00002",
+        ),
+        (lambda raw: (kaggle(raw, image_set()), twice(raw)), "or one twice"),
     ],
 )
 def test_other_folders_are_refused(prepare: Callable[[Path], object], message: str, tmp_path: Path) -> None:
@@ -321,6 +388,32 @@ def test_other_folders_are_refused(prepare: Callable[[Path], object], message: s
     assert "\n" not in str(error.value) and not (tmp_path / "shards").exists()
 
 
+def test_class_tars_are_sorted_by_class(tmp_path: Path) -> None:
+    """Not by file name, in which "a-b.tar" comes before "a.tar"."""
+    (tmp_path / "raw").mkdir()
+    for wnid in ("a", "a-b", "b"):
+        write_tar(tmp_path / "raw" / f"{wnid}.tar", {f"{wnid}_1.jpg": b"x"})
+    data, _ = open_raw(tmp_path / "raw", tmp_path / "none")
+    assert [name.wnid for name in data.classes] == ["a", "a-b", "b"]
+    assert [image.name for image in data.splits["train"]] == ["a_1.jpg", "a-b_1.jpg", "b_1.jpg"]
+
+
+def test_a_folder_that_cannot_be_read_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images are not lost silently."""
+    raw = tmp_path / "raw"
+    folders(raw, image_set())
+    real = os.scandir
+
+    def scandir(path: object) -> object:
+        if str(path).endswith("er"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        pack(raw, tmp_path / "shards", workers=1)
+
+
 def test_a_circle_of_links_ends(tmp_path: Path) -> None:
     """Links that lead back are found out, not followed for ever."""
     raw = tmp_path / "raw"
@@ -328,6 +421,14 @@ def test_a_circle_of_links_ends(tmp_path: Path) -> None:
     (raw / "train" / WNIDS[0] / "loop").symlink_to(raw / "train")
     with pytest.raises(ValueError, match="leads in a circle"):
         pack(raw, tmp_path / "shards", workers=1)
+
+
+def test_an_output_among_the_images_is_refused(tmp_path: Path) -> None:
+    """It would be read as images by the next run."""
+    folders(tmp_path / "raw", image_set())
+    with pytest.raises(ValueError, match="lies inside"):
+        pack(tmp_path / "raw", tmp_path / "raw" / "train" / "shards", workers=1)
+    assert not (tmp_path / "raw" / "train" / "shards").exists()
 
 
 def test_md5(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

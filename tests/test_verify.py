@@ -15,7 +15,7 @@ from tests.conftest import jpeg, photo, run_python
 from tests.test_adopt import tar_of, write_foreign
 from tools.adopt import adopt
 from tools.check_shard import MAX_TOLD, check_image
-from tools.verify import unmixed_shards, verify
+from tools.verify import has_runs, unmixed_shards, verify
 
 
 @pytest.fixture
@@ -235,8 +235,19 @@ def test_random_orders_are_not_accused() -> None:
         num_classes, per_shard = int(rng.integers(1, 50)), int(rng.integers(1, 60))
         shares = rng.dirichlet(np.full(num_classes, rng.choice([0.1, 1, 100])))
         labels = rng.choice(num_classes, int(rng.integers(1, 12)) * per_shard, p=shares)
-        reports = [Report("x", labels=Counter(part.tolist())) for part in np.split(labels, len(labels) // per_shard)]
+        parts = np.split(labels, len(labels) // per_shard)
+        reports = [
+            Report("x", labels=Counter(part.tolist()), repeats=int((part[1:] == part[:-1]).sum())) for part in parts
+        ]
         assert unmixed_shards(Counter(labels.tolist()), reports) == []
+        assert not has_runs(Counter(labels.tolist()), reports)
+
+
+def test_few_classes_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two classes one after the other are told too, though every shard holds about as many classes as it should."""
+    write_foreign(tmp_path / "src", "x", [0] * 50 + [1] * 50, 40)
+    adopt(tmp_path / "src", tmp_path / "out", split="train", pattern="x-*.tar", workers=1)
+    assert faults(tmp_path / "out", capsys) == ["train: not shuffled: most images have the class of their neighbour"]
 
 
 def test_what_an_image_has_to_be() -> None:

@@ -12,6 +12,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.shards import read_index
+from tools.images import check_size, header
 from tools.tars import HashedFile, plain, read_samples, sample_entries
 
 SIDE = 256
@@ -47,6 +48,8 @@ class Report:
     """A 64-bit hash of every sample's key, in the tar's order."""
     labels: Counter[int] = field(default_factory=Counter)
     """Images by class."""
+    repeats: int = 0
+    """Images that have the class of the one before."""
 
     def problem(self, kind: str, sentence: str) -> None:
         """Note something wrong."""
@@ -91,6 +94,7 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
     with job.path.open("rb") as file:
         hashed = HashedFile(file)
         try:
+            previous = -1
             for number, (key, members) in enumerate(read_samples(hashed)):
                 report.keys.append(int.from_bytes(blake2b(key.encode(errors="replace"), digest_size=8).digest()))
                 try:
@@ -101,6 +105,8 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
                 place = f"{plain(image.name)} at byte {image.offset}"
                 if index is not None and number < len(index) and sorted(index[number]) != sorted(entries):
                     report.problem("index", f"line {number + 2} of its .idx does not fit {place}")
+                report.repeats += label == previous
+                previous = label
                 if label < job.num_classes:
                     report.labels[label] += 1
                 else:
@@ -124,6 +130,8 @@ def check_image(content: bytes, store: str, warned: bool) -> str:
     What we encoded has to be flawless. Files that are kept as they came may be what ImageNet's own are: JPEGs that
     libjpeg warns of, listed in the manifest if the packer decoded them, and other formats under a JPEG's name.
     """
+    height, width, _ = header(content)
+    check_size(width, height)
     try:
         height, width, _ = simplejpeg.decode_jpeg(content, "RGB", fastdct=True, fastupsample=True, strict=True).shape
     except ValueError as error:
@@ -140,7 +148,7 @@ def check_image(content: bytes, store: str, warned: bool) -> str:
                 with Image.open(io.BytesIO(content)) as image:
                     image.load()
                     return f"{image.mode} {image.format} file"
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            except Exception:  # Pillow's decoders raise about everything
                 pass
         else:
             if warned or store != "original":

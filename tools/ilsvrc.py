@@ -11,6 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -63,9 +64,10 @@ def read_archives(raw: Path) -> RawImageNet:
     index = {wnid: position for position, wnid in enumerate(wnids)}
     for name, offset, size in sorted(members(raw / VAL_ARCHIVE)):
         val.append(archive, name, offset, size, index[by_id[val_id(name, ground_truth, raw)].wnid])
-    if len(val) != len(ground_truth):
+    if len(val) != len(ground_truth) or len({image.name.rsplit("/", 1)[-1] for image in val}) != len(val):
         raise ValueError(
-            f"{raw / VAL_ARCHIVE} holds {len(val)} images, the devkit labels {len(ground_truth)}; fetch it again"
+            f"{raw / VAL_ARCHIVE} holds {len(val)} images, perhaps one of them twice, and the devkit labels "
+            f"{len(ground_truth)}; fetch it again"
         )
     if not train or not val:
         raise ValueError(f"{raw} holds no {'train' if not train else 'validation'} image; fetch the archives again")
@@ -101,28 +103,48 @@ def members(archive: Path, start: int = 0, length: int | None = None) -> Iterato
     with archive.open("rb") as file:
         file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.offset >= end:  # an inner tar without an end mark runs into its neighbour
-                        break
-                    if member.isdir():
-                        continue
-                    if not member.isreg() or member.issparse():
-                        raise ValueError(
-                            f"{archive} holds {member.name!r}, a link, a device or a sparse file where an image is "
-                            "expected; pack the images themselves into it"
-                        )
-                    if member.offset_data + member.size > end:
-                        raise ValueError(f"{archive} is cut short inside {member.name!r}; fetch it again")
-                    yield member.name, member.offset_data, member.size
-                # tarfile takes a damaged header for the end of the archive; the end is zeros or the end of the file.
-                file.seek(tar.offset)
-                if tar.offset < end and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise ValueError(f"{archive} has a damaged header at byte {tar.offset}; fetch it again")
+            tar = tarfile.TarFile(fileobj=file)
         except tarfile.TarError as error:
-            raise ValueError(
-                f"{archive} is not a tar archive or is damaged at byte {start} ({error}); fetch it again"
-            ) from None
+            raise ValueError(f"{archive} is not a tar archive at byte {start} ({error}); fetch it again") from None
+        while member := next_member(tar, archive):
+            if member.offset >= end:
+                raise ValueError(f"{archive} has no end mark at byte {end} of an inner tar; fetch it again")
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                raise ValueError(
+                    f"{archive} holds {member.name!r}, a link, a device or a sparse file where an image is "
+                    "expected; pack the images themselves into it"
+                )
+            if member.size < 0:
+                raise ValueError(f"{archive} gives {member.name!r} a negative size; fetch it again")
+            if member.offset_data + member.size > end:
+                raise ValueError(f"{archive} is cut short inside {member.name!r}; fetch it again")
+            yield member.name, member.offset_data, member.size
+        check_end(file, tar.offset, end, archive)
+
+
+def next_member(tar: tarfile.TarFile, archive: Path) -> tarfile.TarInfo | None:
+    """The next member; None at the end of the archive, or what tarfile takes for it. Raises `ValueError`."""
+    try:
+        return tar.next()
+    except Exception as error:  # headers can be damaged in many ways, for which tarfile raises all sorts
+        raise ValueError(f"{archive} is damaged at byte {tar.offset} ({error}); fetch it again") from None
+
+
+def check_end(file: BinaryIO, offset: int, end: int, archive: Path) -> None:
+    """Raise `ValueError` unless a tar ends at `offset` with zeros up to `end`.
+
+    tarfile takes a damaged header, a hole and a file that was cut between two members for the end of the archive.
+    """
+    file.seek(offset)
+    if offset >= end:
+        raise ValueError(f"{archive} lacks an end mark at byte {offset}: it is cut short, fetch it again")
+    while offset < end:
+        block = file.read(min(2**20, end - offset))
+        if block.strip(b"\0"):
+            raise ValueError(f"{archive} has a damaged header at byte {offset}; fetch it again")
+        offset += len(block)
 
 
 def val_id(name: str, ground_truth: list[int], raw: Path) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageFile
 
 SIDE = 256
 MAX_PIXELS = 50_000_000
@@ -99,7 +99,7 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
     check_size(width, height)
     if colorspace == "Gray":
         notes.append(("grey JPEG", "converted to RGB"))
-    if trailing := trailing_bytes(raw):
+    if (trailing := trailing_bytes(raw)) > 0:
         notes.append((f"{trailing} bytes after the image's end", "dropped"))
     smallest = {"min_height": 1, "min_width": 1, "min_factor": 8.0} if at_an_eighth else {}
     try:
@@ -112,7 +112,7 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
         raise ValueError(f"not decodable: {error}") from None
     notes.append((f"libjpeg warns: {warning}", "decoded as far as it goes"))
     # Strict readers, DALI among them, refuse a file that ends too early; other damage they decode as libjpeg does.
-    return Decoded(pixels, notes, "remature end" in warning)
+    return Decoded(pixels, notes, trailing < 0 or "remature end" in warning)
 
 
 def decode_with_pillow(raw: bytes) -> Decoded:
@@ -124,15 +124,41 @@ def decode_with_pillow(raw: bytes) -> Decoded:
         with image:
             check_size(*image.size)
             kind = f"{image.mode} {image.format} file"
-            if image.mode.startswith("I;16"):  # Pillow's own conversion cuts off above 255
-                grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
-                pixels = np.repeat(grey[:, :, None], 3, 2)
-            else:
-                pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            cut = load(image)
+            deep = image.mode[0] in "IF"
+            pixels = np.repeat(grey(image)[:, :, None], 3, 2) if deep else np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders of damaged files raise about everything
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
         raise ValueError(f"not decodable: {reason.removeprefix('not decodable: ')}") from None
-    return Decoded(pixels, [(kind, "converted to RGB")], True)
+    notes = [(kind, "converted to RGB")]
+    return Decoded(pixels, notes + [("file ends too early", "decoded as far as it goes")] * cut, True)
+
+
+def load(image: Image.Image) -> bool:
+    """Decode an image that Pillow has opened, if need be as far as it goes; returns whether that was needed."""
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            image.load()
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        return True
+    return False
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    """An image of more than 8 bits as uint8 (height, width); Pillow's own conversion cuts off above 255.
+
+    Integers above 255 are taken for 16 bits, floating point numbers up to 1 for 0..1.
+    """
+    levels = np.asarray(image).astype(np.float32)
+    largest = levels.max()
+    scale = 1 / 257 if largest > 255 else 255 if image.mode == "F" and largest <= 1 else 1
+    return np.rint(np.clip(levels * scale, 0, 255)).astype(np.uint8)
 
 
 def check_size(width: int, height: int) -> None:
@@ -207,10 +233,10 @@ def without_exif(raw: bytes) -> bytes:
 
 
 def trailing_bytes(raw: bytes) -> int:
-    """Number of bytes after the end marker; 0 where there is none."""
+    """Number of bytes after the end marker; -1 where there is none."""
     scan = next((end for marker, _, end in segments(raw) if marker == 0xDA), len(raw))
     end = raw.find(b"\xff\xd9", scan)  # no earlier: a thumbnail has an end as well
-    return len(raw) - end - 2 if end >= 0 else 0
+    return len(raw) - end - 2 if end >= 0 else -1
 
 
 def crop256(pixels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +71,10 @@ class OpenFile:
         """Open for reading."""
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the process ends
         """Close."""
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 open_file = functools.lru_cache(maxsize=256)(OpenFile)
@@ -89,6 +89,8 @@ class Listing:
         self.root = str(root)
         self.files: list[str] = []
         """Archives, relative to `root`."""
+        self.file_bytes: list[int] = []
+        """Their sizes."""
         self.file, self.label = array("i"), array("i")
         """Per image: index into `files`, or -1 for an image that is a file of its own; class index."""
         self.offset, self.size, self.ends = array("q"), array("q"), array("q")
@@ -114,6 +116,7 @@ class Listing:
     def add_file(self, file: Path) -> int:
         """Register an archive; returns its index."""
         self.files.append(os.path.relpath(file, self.root))
+        self.file_bytes.append(file.stat().st_size)
         return len(self.files) - 1
 
     def name(self, row: int) -> str:
@@ -133,7 +136,7 @@ class Listing:
     def take(self, rows: np.ndarray) -> "Listing":
         """The listing of some of the images; rows: int64, in the order wanted."""
         taken = Listing(Path(self.root))
-        taken.files = self.files
+        taken.files, taken.file_bytes = self.files, self.file_bytes
         for name in ("file", "offset", "size", "label"):
             column = getattr(self, name)
             getattr(taken, name).frombytes(np.frombuffer(column, column.typecode)[rows].tobytes())
@@ -147,7 +150,7 @@ class Listing:
 
     def digest(self) -> str:
         """SHA-256 over everything but `root`: the same data set at another place has the same digest."""
-        digest = hashlib.sha256(json.dumps([self.files, len(self)]).encode())
+        digest = hashlib.sha256(json.dumps([self.files, self.file_bytes, len(self)]).encode())
         for column in (self.names, self.ends, self.file, self.offset, self.size, self.label):
             digest.update(memoryview(column))
         return digest.hexdigest()
@@ -165,6 +168,16 @@ class RawImageNet:
     """"train" and, unless the source has none, "val"."""
     sequential: bool = False
     """Whether images can only be read in the order of the listing (parquet)."""
+    in_folders: bool = False
+    """Whether images are files of their own."""
+    passed_over: Sequence[Path] = ()
+    """Files among the images that are none by their names."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for class names that no JSON file can hold."""
+        for name in self.classes:
+            if name.wnid != (shown := os.fsencode(name.wnid).decode("utf-8", "backslashreplace")):
+                raise ValueError(f"the class name {shown} is no UTF-8; rename its folder or archive")
 
 
 def stamp(root: Path, sources: list[Path]) -> list[list[Any]]:
@@ -183,9 +196,9 @@ def save_listing(path: Path, data: RawImageNet, validity: list[list[Any]]) -> No
         "layout": data.layout,
         "sequential": data.sequential,
         "classes": [[name.wnid, name.words] for name in data.classes],
-        "files": {split: listing.files for split, listing in data.splits.items()},
+        "files": {split: [listing.files, listing.file_bytes] for split, listing in data.splits.items()},
         "archives": validity,
-        "images": {split: len(listing) for split, listing in data.splits.items()},
+        "digests": {split: listing.digest() for split, listing in data.splits.items()},
     }
     with atomic_writer(path) as file:
         file.write(json.dumps(header).encode() + b"\n")
@@ -208,9 +221,9 @@ def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageN
             header = json.loads(file.readline())
             if header["format_version"] != CACHE_VERSION or header["archives"] != validity:
                 return None
-            splits = {split: Listing(root) for split in header["images"]}
+            splits = {split: Listing(root) for split in header["digests"]}
             for split, files in header["files"].items():
-                splits[split].files = files
+                splits[split].files, splits[split].file_bytes = files
             for line in file:
                 block = json.loads(line)
                 listing = splits[block["split"]]
@@ -221,8 +234,7 @@ def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageN
                 listing.ends.frombytes(ends.tobytes())
                 listing.names += b"".join(encoded)
             classes = tuple(ClassName(wnid, words) for wnid, words in header["classes"])
-            columns = [(len(x), len(x.ends), len(x.offset), len(x.size), len(x.label)) for x in splits.values()]
-            if columns != [(number,) * 5 for number in header["images"].values()]:
+            if {split: listing.digest() for split, listing in splits.items()} != header["digests"]:
                 return None
             return RawImageNet(header["layout"], classes, splits, header["sequential"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError):

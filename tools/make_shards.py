@@ -22,6 +22,7 @@ from tools.pack import (
     LISTING,
     Done,
     Part,
+    check_output,
     claim,
     notes,
     pack_sample,
@@ -87,8 +88,12 @@ def pack(
     mine = find_part(part, os.environ)
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
+    if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
+        raise ValueError(f"{shards} lies inside {raw}, whose folders are read as images; give a folder elsewhere")
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
+    if others := data.passed_over:
+        print(f"passed over {len(others)} files that are no images by their names, such as {others[0]}")
     if check_md5:
         check_archives(raw, data)
     listed = data
@@ -96,13 +101,14 @@ def pack(
         data = cut_validation(data, val_fraction, seed)
     elif "val" not in data.splits:
         print("no validation images: training wants some, --val-fraction .02 sets them aside")
-    plans = [make_plan(shards / split, listing, options) for split, listing in data.splits.items()]
+    plans = [make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()]
     if data.sequential or sequential_read:
         if mine.of > 1:
             raise ValueError("reading in order cannot be shared out; pack parquet files and hard disks in one part")
     else:
         warn_of_slow_reads(raw, data, workers)
     if dry_run:
+        check_output(shards, classes_json(data.classes), plans)
         estimate(plans, data, workers)
         return
     claim(shards, classes_json(data.classes), plans)
@@ -121,6 +127,8 @@ def pack(
     elif own:
         images = sum(last - first for plan, number in own for first, last in [plan.bounds(number)])
         done = run_units(write_shard, (plan.shard(number) for plan, number in own), images, workers)
+    if not left:
+        print("every shard is there already; nothing to do")
     say_what_was_done(done, time.perf_counter() - started, workers)
     for plan in plans:
         if manifest := write_manifest(plan, len(data.classes), data.layout):
@@ -141,19 +149,18 @@ def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]"
     if part is None:
         for number, of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if number in environment and of in environment:
-                part = f"{environment[number]}/{environment[of]}"
+                part, source, counts_from = f"{environment[number]}/{environment[of]}", f"{number}/{of}", 0
                 break
         else:
             return Part(0, 1)
-        counts_from = 0
     else:
-        counts_from = 1
+        source, counts_from = "--part", 1
     fields = part.split("/")
     if len(fields) != 2 or not all(field.isascii() and field.isdigit() for field in fields):
-        raise ValueError(f"--part has to be i/n, such as 1/4, but is {part}")
+        raise ValueError(f"{source} has to be i/n, such as 1/4, but is {part}")
     index, parts = map(int, fields)
     if parts < 1 or index > parts or (index == parts and not counts_from):
-        raise ValueError(f"--part {part}: there are only {parts} parts")
+        raise ValueError(f"{source} is {part}: there are only {parts} parts")
     return Part((index - counts_from) % parts, parts)
 
 
@@ -208,8 +215,6 @@ def say_what_was_done(done: list[Done], seconds: float, workers: int) -> None:
             f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
             f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
         )
-    elif not done:
-        print("every shard is there already; nothing to do")
     if busy := sum(result.busy for result in done):
         print(f"{busy} shards are being written by another process and were left to it")
 

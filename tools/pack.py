@@ -6,9 +6,9 @@ Whoever finds all `NAME.json` of a split there folds them into the manifest. So 
 and two packers on the same output share the work.
 """
 
-import contextlib
 import hashlib
 import json
+import shutil
 import sys
 import tarfile
 import time
@@ -20,13 +20,13 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from pipeline.files import atomic_writer, read_json, write_bytes, write_json
-from pipeline.shards import FORMAT_VERSION, index_text
+from pipeline.shards import FORMAT_VERSION, check_manifest, index_text
 from tools.images import Packed, pack_image
 from tools.plan import Options, Plan, Sample, ShardPlan, versions
 from tools.pool import as_they_finish
 
 LISTING = "listing.jsonl"
-SPILL = "spill"
+SPILL = "spill-*"
 """Where `tools/sequential.py` keeps what it has packed; in a split's folder."""
 LOG_EVERY_S = 60.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
@@ -50,33 +50,44 @@ class Done(NamedTuple):
     """Another process is at this shard; nothing was done here."""
 
 
-def claim(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
-    """Make the output folders ours, or refuse them with `ValueError` before anything is written."""
+def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
+    """Refuse output folders that hold anything but this pack, with `ValueError`."""
     wanted = {"classes.json", "pca.json", "mean_image.npy", LISTING, *(plan.directory.name for plan in plans)}
     present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
-    if shards.exists() and (not shards.is_dir() or present - wanted or (present and "classes.json" not in present)):
+    if (shards.exists() and not shards.is_dir()) or present - wanted:
         raise ValueError(
-            f"{shards} holds something else; give a folder that is new, empty or begun by the same command"
+            f"{shards} holds something else{''.join(f' ({name})' for name in sorted(present - wanted)[:1])}; give a "
+            "folder that is new, empty or begun by the same command"
         )
-    if present and read_json(shards / "classes.json") != classes:
+    if "classes.json" in present and read_json(shards / "classes.json") != classes:
         raise ValueError(f"{shards} holds shards of other classes; give another folder")
     for plan in plans:
-        planned = {plan.path(number).stem for number in range(plan.num_shards)} | {"manifest", "plan", SPILL}
-        for path in plan.directory.iterdir() if plan.directory.is_dir() else ():
-            if path.suffix != ".tmp" and path.stem not in planned:
+        planned = {plan.path(number).stem for number in range(plan.num_shards)} | {"manifest", "plan"}
+        files = [path for path in plan.directory.glob("*") if path.suffix != ".tmp" and not path.match(SPILL)]
+        for path in files:
+            if path.stem not in planned:
                 raise ValueError(
                     f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
                 )
         for path in (plan.directory / "manifest.json", plan.directory / "plan.json"):
             if path.is_file() and recorded_plan(path) != plan.digest:
                 raise other_pack(shards)
-    shards.mkdir(parents=True, exist_ok=True)
-    if not present:
-        write_json(shards / "classes.json", classes)
+        if files and not {"manifest.json", "plan.json"} & {path.name for path in files}:
+            raise ValueError(
+                f"{plan.directory} holds files, but no plan.json or manifest.json that says of what; remove it or give "
+                "another folder"
+            )
+
+
+def claim(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
+    """Make the output folders ours, or refuse them with `ValueError` before anything is written."""
+    check_output(shards, classes, plans)
     for plan in plans:
-        plan.directory.mkdir(exist_ok=True)
+        plan.directory.mkdir(parents=True, exist_ok=True)
         if not (plan.directory / "manifest.json").is_file():
             claim_split(plan)
+    if not (shards / "classes.json").is_file():  # after the claim: another packer that was first may have other classes
+        write_json(shards / "classes.json", classes)
 
 
 def claim_split(plan: Plan) -> None:
@@ -105,30 +116,59 @@ def recorded_plan(path: Path) -> str | None:
     return content.get("plan") if isinstance(content, dict) else None
 
 
+def read_note(path: Path, plan: Plan | ShardPlan, num_samples: int) -> dict[str, Any] | None:
+    """What `NAME.json` says of a shard; None where there is none, or it is damaged: then the shard is written again.
+
+    Raises `ValueError` when it is of another pack.
+    """
+    try:
+        note = json.loads(path.with_suffix(".json").read_bytes())
+        shard, digest = note["shard"], note["plan"]
+        sound = shard["name"] == path.name and shard["samples"] + len(note["skipped"]) == num_samples
+        sound = sound and len(shard["sha256"]) == 64 and min(shard["bytes"], shard["index_bytes"]) > 0
+        sound = sound and isinstance(note["repairs"], list)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    if digest != plan.digest:
+        raise other_pack(path)
+    return note if sound else None
+
+
 def notes(plan: Plan) -> dict[int, dict[str, Any]]:
     """Each `NAME.json` that is there, by the shard's number."""
-    found = {}
-    for number in range(plan.num_shards):
-        with contextlib.suppress(FileNotFoundError):  # not packed yet, or folded into the manifest just now
-            content = read_json(plan.path(number).with_suffix(".json"))
-            found[number] = content if isinstance(content, dict) else {}
-    return found
+    sizes = {number: last - first for number in range(plan.num_shards) for first, last in [plan.bounds(number)]}
+    found = {number: read_note(plan.path(number), plan, size) for number, size in sizes.items()}
+    return {number: note for number, note in found.items() if note is not None}
+
+
+def is_whole(path: Path, row: dict[str, Any]) -> bool:
+    """Whether a shard and its index are there, as long as recorded."""
+    sizes = ((path, row["bytes"]), (path.with_suffix(".idx"), row["index_bytes"]))
+    return all(file.is_file() and file.stat().st_size == size for file, size in sizes)
 
 
 def unfinished(plan: Plan) -> list[int]:
     """The shards that are not there, or not as long as `NAME.json` (later the manifest) records."""
-    manifest, numbers = plan.directory / "manifest.json", list(range(plan.num_shards))
-    recorded = {note["shard"]["name"]: note["shard"]["bytes"] for note in notes(plan).values()}
-    if manifest.is_file():
-        recorded |= {row["name"]: row["bytes"] for row in read_json(manifest)["shards"]}
+    manifest, numbers = read_manifest(plan), list(range(plan.num_shards))
+    recorded = {note["shard"]["name"]: note["shard"] for note in notes(plan).values()}
+    if manifest:
+        recorded = {row["name"]: row for row in manifest["shards"]}
         numbers = [number for number in numbers if plan.path(number).name in recorded]  # without those left empty
-    return [
-        number
-        for number in numbers
-        for path in [plan.path(number)]
-        if not (path.is_file() and path.stat().st_size == recorded.get(path.name))
-        or not path.with_suffix(".idx").is_file()
-    ]
+    names = {number: plan.path(number).name for number in numbers}
+    return [n for n, name in names.items() if name not in recorded or not is_whole(plan.path(n), recorded[name])]
+
+
+def read_manifest(plan: Plan) -> dict[str, Any] | None:
+    """The manifest of the split, if it is finished. Raises `ValueError` when it does not account for every image."""
+    path = plan.directory / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest: dict[str, Any] = read_json(path)
+    check_manifest(manifest, path)
+    complete = all("index_bytes" in row for row in manifest["shards"]) and isinstance(manifest.get("skipped"), list)
+    if not complete or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing):
+        raise ValueError(f"{path} is damaged: it does not account for {len(plan.listing)} images; restore it")
+    return manifest
 
 
 def run_units(
@@ -176,10 +216,13 @@ def pack_sample(sample: Sample, options: Options, raw: bytes | None = None) -> t
 def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | str, int]]]) -> Done:
     """Write one shard: the tar, then its index, then `NAME.json` with its checksum and what was odd about its images.
 
-    Leaves it to another process that is writing it just now, or has written it.
+    Leaves it to another process that is writing it just now, or has written it since this one began.
     """
     try:
         with atomic_writer(plan.path, wait=False) as file:
+            note = read_note(plan.path, plan, len(plan.samples))
+            if note and is_whole(plan.path, note["shard"]):
+                raise PackedElsewhereError
             tar, index, bytes_read = TarWriter(file), [], 0
             repairs: list[dict[str, str]] = []
             skipped: list[dict[str, str]] = []
@@ -195,10 +238,24 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
             tar.close()
     except BlockingIOError:
         return Done(busy=True)
-    write_bytes(plan.path.with_suffix(".idx"), index_text(index).encode())
-    shard = {"name": plan.path.name, "samples": len(index), "bytes": tar.offset, "sha256": tar.digest.hexdigest()}
-    write_json(plan.path.with_suffix(".json"), {"shard": shard, "repairs": repairs, "skipped": skipped})
+    except PackedElsewhereError:
+        return Done()
+    index_bytes = index_text(index).encode()
+    write_bytes(plan.path.with_suffix(".idx"), index_bytes)
+    shard = {
+        "name": plan.path.name,
+        "samples": len(index),
+        "bytes": tar.offset,
+        "sha256": tar.digest.hexdigest(),
+        "index_bytes": len(index_bytes),
+    }
+    note = {"plan": plan.digest, "shard": shard, "repairs": repairs, "skipped": skipped}
+    write_json(plan.path.with_suffix(".json"), note)
     return Done(len(plan.samples), bytes_read, tar.offset)
+
+
+class PackedElsewhereError(Exception):
+    """Another packer has written the shard meanwhile."""
 
 
 class TarWriter:
@@ -244,7 +301,7 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
         assert num_samples + len(skipped) == len(plan.listing), "every image is packed or listed as skipped"
         if not num_samples:
             raise ValueError(f"not one image of {plan.directory.name} could be decoded; is this a folder of images?")
-        manifest = {
+        content = {
             "format_version": FORMAT_VERSION,
             "split": plan.directory.name,
             "num_samples": num_samples,
@@ -258,11 +315,13 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
             "repairs": [row for note in rows for row in note["repairs"]],
             "skipped": skipped,
         }
-        write_json(path, manifest)
-    if not path.is_file():
+        write_json(path, content)
+    manifest = read_manifest(plan)
+    if manifest is None:
         return None
     (plan.directory / "plan.json").unlink(missing_ok=True)
-    manifest = read_json(path)
+    for spill in plan.directory.glob(SPILL):
+        shutil.rmtree(spill, ignore_errors=True)
     written = {row["name"] for row in manifest["shards"]}
     for number in range(plan.num_shards):
         tar = plan.path(number)

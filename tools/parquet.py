@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.shards import ClassName
+from pipeline.shards import MAX_LABEL_DIGITS, ClassName
 from tools.listing import Listing, RawImageNet
 
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)")
@@ -29,7 +29,14 @@ def import_pyarrow() -> ModuleType:
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
     """The parquet files of each split, in `raw` or `raw/data`, by the names that Hugging Face gives; test files have
     no labels and are left aside."""
-    paths = sorted([*raw.glob("*.parquet"), *raw.glob("data/*.parquet")])
+    paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
+    parts: dict[tuple[str, str], set[int]] = {}
+    for path in paths:
+        if match := re.match(r"(.*)-(\d+)-of-(\d{1,6})(?!\d)", path.name):
+            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (name, number), there in parts.items():
+        if missing := sorted(set(range(int(number))) - there):
+            raise FileNotFoundError(f"{raw} lacks {name}-{missing[0]:0{len(number)}}-of-{number}; fetch it as well")
     return {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
 
 
@@ -61,7 +68,7 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
             words = metadata.get("info", {}).get("features", {}).get("label", {}).get("names") or words
             names = table.column("image").combine_chunks().field("path").to_pylist()
             for row, (name, label) in enumerate(zip(names, table.column("label").to_pylist(), strict=True)):
-                if not isinstance(label, int) or label < 0:
+                if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
                     raise ValueError(f"{path} labels row {row} as {label}, which is no class; fetch it again")
                 listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
                 wnids.setdefault(label, set()).update(WNID.findall(name or ""))

@@ -17,7 +17,7 @@ import numpy as np
 import PIL.features
 
 from pipeline.files import sha256
-from pipeline.shards import KEY
+from pipeline.shards import KEY, ClassName
 from tools.images import Form
 from tools.listing import Listing, RawImage
 
@@ -59,6 +59,8 @@ class ShardPlan(NamedTuple):
     path: Path
     samples: list[Sample]
     options: Options
+    digest: str
+    """Of the plan that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Plan:
         """All that a worker needs to write one shard."""
         rows = self.order[slice(*self.bounds(number))].tolist()
         samples = [(self.key(row), self.listing[row]) for row in rows]
-        return ShardPlan(self.path(number), samples, self.options)
+        return ShardPlan(self.path(number), samples, self.options, self.digest)
 
     def renamed_keys(self) -> Iterator[tuple[str, str]]:
         """(key, name) of the images whose key is not their stem."""
@@ -105,7 +107,7 @@ class Plan:
             yield self.key(row), self.listing[row].shown_name
 
 
-def make_plan(directory: Path, listing: Listing, options: Options) -> Plan:
+def make_plan(directory: Path, listing: Listing, options: Options, classes: tuple[ClassName, ...]) -> Plan:
     """Plan one split.
 
     A stem is a key if it is unique in the split and safe; every other image gets <class>_<position>. The order sorts by
@@ -135,7 +137,8 @@ def make_plan(directory: Path, listing: Listing, options: Options) -> Plan:
         places[row] = np.frombuffer(place(options.seed, f"{listing.label[row]}_{row}"), ">u8")
     order = np.lexsort((places[:, 1], places[:, 0]))
     content = asdict(options) | {"on_bad": None}
-    digest = sha256(json.dumps([listing.digest(), directory.name, content, versions()], sort_keys=True).encode())
+    names = [[name.wnid, name.words] for name in classes]
+    digest = sha256(json.dumps([listing.digest(), directory.name, content, versions(), names], sort_keys=True).encode())
     return Plan(directory, listing, options, order, renamed, digest)
 
 

@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 
 def default_workers() -> int:
     """Every core that is ours, shared with the other processes that torchrun starts on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, len(os.sched_getaffinity(0)) // (int(sharing) if sharing.isdecimal() and int(sharing) else 1))
 
 
 def check_workers(workers: int | None) -> int:

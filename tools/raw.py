@@ -42,7 +42,7 @@ def find_layout(raw: Path) -> Layout:
         return Layout([*files["train"], *files["val"]], lambda: read_parquet(raw, files))
     if (raw / "train").is_dir():
         return Layout([], lambda: read_folders(raw))
-    if tars := sorted(path for path in raw.glob("*.tar") if not path.name.startswith(".")):
+    if tars := sorted((path for path in raw.glob("*.tar") if path.name[0] != "."), key=lambda path: path.stem):
         return Layout(tars, lambda: read_class_tars(raw, tars))
     raise FileNotFoundError(f"{raw} holds nothing that can be packed; it has to hold {LAYOUTS}")
 

@@ -8,14 +8,13 @@ segments survive a kill as finished shards do.
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import atomic_writer, write_json
+from pipeline.files import atomic_writer, open_locked, write_json
 from tools.images import Packed
 from tools.pack import SPILL, Done, pack_sample, run_units, write_packed
 from tools.parquet import row_groups, rows_of
@@ -51,11 +50,17 @@ class Merge(NamedTuple):
 
 def pack_in_order(plan: Plan, numbers: list[int], workers: int, parquet: bool) -> list[Done]:
     """Write the shards `numbers` of a split; returns what was done, reading and writing each once."""
-    spill = plan.directory / SPILL
+    spill = plan.directory / SPILL.replace("*", plan.digest[:16])
     spill.mkdir(exist_ok=True)
+    with open_locked(spill / "lock", wait=False):  # two processes would read everything twice
+        return merge_sort(plan, numbers, workers, parquet, spill)
+
+
+def merge_sort(plan: Plan, numbers: list[int], workers: int, parquet: bool, spill: Path) -> list[Done]:
+    """Spill what is not spilled yet, then merge; see `pack_in_order`."""
     stretches = list(segment_rows(plan, parquet))
     paths = [spill / f"segment-{number:06d}" for number in range(len(stretches))]
-    left = [number for number, path in enumerate(paths) if not path.with_suffix(".json").is_file()]
+    left = [number for number, path in enumerate(paths) if not is_spilled(path)]
     place_of = np.empty(len(plan.order), np.int64)
     place_of[plan.order] = np.arange(len(plan.order))
     units = (segment(plan, place_of, paths[number], *stretches[number]) for number in left)
@@ -70,9 +75,17 @@ def pack_in_order(plan: Plan, numbers: list[int], workers: int, parquet: bool) -
     )
     images = sum(last - first for first, last in map(plan.bounds, numbers))
     written = run_units(merge_shards, merges, images, workers, f"writing {plan.directory.name}")
-    shutil.rmtree(spill)
     read = [result._replace(images=0, bytes_written=0) for result in done]
     return read + [result._replace(bytes_read=0) for result in written]
+
+
+def is_spilled(path: Path) -> bool:
+    """Whether a segment is there, as long as its note says."""
+    try:
+        sizes = json.loads(path.with_suffix(".json").read_bytes())["sizes"]
+        return sizes == [path.with_suffix(suffix).stat().st_size for suffix in (".bin", ".npy")]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def segment_rows(plan: Plan, parquet: bool) -> Iterator[tuple[np.ndarray, tuple[int, int] | None]]:
@@ -131,7 +144,8 @@ def spill_segment(work: Segment) -> Done:
             rows.append((place, end, size))
     with atomic_writer(work.path.with_suffix(".npy")) as file:
         np.save(file, np.array(rows, np.int64))
-    write_json(work.path.with_suffix(".json"), {"results": results})
+    sizes = [work.path.with_suffix(suffix).stat().st_size for suffix in (".bin", ".npy")]
+    write_json(work.path.with_suffix(".json"), {"sizes": sizes, "results": results})
     return Done(len(rows), sum(size for _, _, size in rows), end)
 
 

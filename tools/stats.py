@@ -116,6 +116,6 @@ def image_sizes(spans: list[tuple[str, int, int]]) -> list[tuple[int, int]]:
             try:
                 with Image.open(io.BytesIO(file.read(size))) as image:
                     sizes.append(image.size)
-            except (OSError, SyntaxError, ValueError):
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 raise DataError(f"{tar} holds no image at byte {offset}; make_shards.py verify tells more") from None
     return sizes

@@ -51,9 +51,9 @@ class HashedFile:
         self._digest.update(content)
         return content
 
-    def peek(self, offset: int) -> bytes:
-        """One tar block anywhere, without moving."""
-        return os.pread(self._file.fileno(), tarfile.BLOCKSIZE, offset)
+    def peek(self, offset: int, size: int) -> bytes:
+        """Bytes anywhere, without moving."""
+        return os.pread(self._file.fileno(), size, offset)
 
     def finish(self) -> str:
         """Read to the end; SHA-256 of the whole file, in hexadecimal."""
@@ -91,12 +91,12 @@ def read_members(file: HashedFile) -> Iterator[tuple[str, Member]]:
             offset = tar.offset
     except (tarfile.TarError, OverflowError) as error:
         raise ValueError(f"the tar is damaged or is none ({error})") from None
-    # tarfile takes a damaged header, and the end of a file that was cut, for the end of the archive.
-    end = file.peek(offset)
-    if end.strip(b"\0"):
-        raise ValueError(f"the tar has a damaged header at byte {offset}")
-    if len(end) < tarfile.BLOCKSIZE:
+    # tarfile takes a damaged header, a hole, and the end of a file that was cut, for the end of the archive.
+    if offset + tarfile.BLOCKSIZE > file.num_bytes:
         raise ValueError(f"the tar lacks its end mark at byte {offset}: it is cut short")
+    for start in range(offset, file.num_bytes, READ_BYTES):
+        if file.peek(start, READ_BYTES).strip(b"\0"):
+            raise ValueError(f"the tar has a damaged header at byte {offset}, or a hole there")
 
 
 def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, end: int) -> tuple[str, Member] | None:
@@ -105,7 +105,7 @@ def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, end: int) -> tuple[
     place = f"{plain(info.name)} at byte {info.offset}"
     if not info.isreg() or info.issparse():
         raise ValueError(f"{place} is a link, a device or sparse, not a plain file")
-    if info.offset_data + info.size > end:
+    if info.size < 0 or info.offset_data + info.size > end:
         raise ValueError(f"the tar is cut short inside {place}")
     # Both patterns are the webdataset library's: its own notes, and files without a key, are no samples.
     match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", info.name)

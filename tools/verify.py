@@ -34,7 +34,11 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     processes = check_workers(workers)
     started, images, tars = time.perf_counter(), 0, 0
     reports: list[Report] = []
-    for split in present_splits(shards):
+    present = present_splits(shards)
+    for split in SPLITS:
+        if split not in present and (shards / split).is_dir():
+            reports.append(Report(split, {"manifest": ["holds no manifest.json: its pack was not finished"]}))
+    for split in present:
         path = shards / split / "manifest.json"
         try:
             manifest = read_json(path)
@@ -125,12 +129,15 @@ def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], repo
             f"{len(repeats)} samples have the key of another, the first is number {repeats[0][1]} of {repeats[0][0]}"
         )
         whole.notes.append(sentence) if jobs[0].store == "adopted" else whole.problem("keys", sentence)
-    if unmixed := unmixed_shards(whole.labels, reports):
-        place, held, usual = unmixed[0]
-        sentence = (
-            f"not shuffled: {len(unmixed)} of {len(reports)} shards hold too few classes; {place} has {held}, a random "
-            f"order about {usual:.0f}"
-        )
+    unmixed = unmixed_shards(whole.labels, reports)
+    if unmixed or has_runs(whole.labels, reports):
+        sentence = "not shuffled: most images have the class of their neighbour"
+        if unmixed:
+            place, held, usual = unmixed[0]
+            sentence = (
+                f"not shuffled: {len(unmixed)} of {len(reports)} shards hold too few classes; {place} has {held}, a "
+                f"random order about {usual:.0f}"
+            )
         # Order matters where a network learns from it.
         whole.notes.append(sentence) if directory.name == "val" else whole.problem("order", sentence)
     return whole
@@ -161,3 +168,15 @@ def unmixed_shards(total: Counter[int], reports: list[Report]) -> list[tuple[str
         if len(report.labels) < min(expected / 2, expected - 5 * deviation):
             found.append((report.place, len(report.labels), expected))
     return found
+
+
+def has_runs(total: Counter[int], reports: list[Report]) -> bool:
+    """Whether neighbours share their class halfway to always, and by more than six standard deviations of a random
+    order, in which they do with the probability sum of p^2. Tells also where the classes are few."""
+    num_images = total.total()
+    pairs = num_images - len(reports)
+    if pairs < 1:
+        return False
+    chance = sum((number / num_images) ** 2 for number in total.values())
+    excess = sum(report.repeats for report in reports) / pairs - chance
+    return bool(excess > max((1 - chance) / 2, 6 * (chance * (1 - chance) / pairs) ** 0.5))
