@@ -56,3 +56,13 @@ def test_plain_packers(tmp_path: Path) -> None:
     assert bench_pack.copy_images(images, tmp_path / "copy") == sum(image.size for image in images)
     assert (tmp_path / "copy").read_bytes() == b"".join(image.read() for image in images)
     assert bench_pack.codec_rate(images) > 0
+
+
+def test_plan(tmp_path: Path) -> None:
+    """Planning a hundred thousand images is told in seconds and memory, which stays far below that of a Python object
+    each."""
+    output = run_ok("tools/bench.py", "plan", "--images", "100000", "--out", tmp_path / "plan.jsonl")
+    assert "100000 images in 21841 archives" in output
+    rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
+    assert {row["contender"] for row in rows} == {"read the listing, s", "plan, s", "peak memory, GB"}
+    assert all(row["median"] > 0 for row in rows)

@@ -2,6 +2,7 @@
 
     python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
+    python tools/bench.py plan              what a pack costs before the first image is read
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
 printed, and the ratios are what counts. Warm-up is left out.
@@ -112,6 +113,18 @@ def pack(
     bench_pack(raw, repeats, workers, scratch, out)
 
 
+def plan(images: int = 14_197_122, out: Path | None = None) -> None:
+    """Seconds and memory that make_shards takes to plan a pack, on a generated listing (by default of ImageNet-21k).
+
+    Args:
+        images: Number of images.
+        out: JSON-lines file to append the figures to.
+    """
+    from tools.bench_plan import bench_plan
+
+    bench_plan(images, out)
+
+
 def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float:
     """Images per second of calling `step` for about `seconds`."""
     steps, started = 0, perf_counter()
@@ -214,4 +227,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    run_program({"loader": loader, "pack": pack})
+    run_program({"loader": loader, "pack": pack, "plan": plan})

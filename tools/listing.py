@@ -58,6 +58,10 @@ class RawImage(NamedTuple):
             )
         return content
 
+    def ask_for(self) -> None:
+        """Let the system fetch the image in the background: `read` will be asked for it soon."""
+        os.posix_fadvise(open_file(self.file).descriptor, self.offset, self.size, os.POSIX_FADV_WILLNEED)
+
     @property
     def shown_name(self) -> str:
         """The name as it can be printed and written as JSON."""

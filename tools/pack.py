@@ -7,12 +7,13 @@ and two packers on the same output share the work.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +29,8 @@ from tools.pool import as_they_finish
 LISTING = "listing.jsonl"
 SPILL = "spill-*"
 """Where `tools/sequential.py` keeps what it has packed; in a split's folder."""
+READ_AHEAD = 16
+"""Images that the system fetches while one is worked on: a disk is never asked for one thing at a time."""
 LOG_EVERY_S = 60.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
 
@@ -193,7 +196,16 @@ def run_units(
 
 def write_shard(plan: ShardPlan) -> Done:
     """Read, pack and write the images of one shard."""
-    return write_packed(plan, ((sample, pack_sample(sample, plan.options)) for sample in plan.samples))
+
+    def packed() -> Iterator[tuple[Sample, tuple[Packed | str, int]]]:
+        for _, image in plan.samples[:READ_AHEAD]:
+            image.ask_for()
+        for sample, ahead in itertools.zip_longest(plan.samples, plan.samples[READ_AHEAD:]):
+            if ahead:
+                ahead[1].ask_for()
+            yield sample, pack_sample(sample, plan.options)
+
+    return write_packed(plan, packed())
 
 
 def pack_sample(sample: Sample, options: Options, raw: bytes | None = None) -> tuple[Packed | str, int]:
