@@ -26,9 +26,9 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
-from tools.bench import record, show, take_turns
 from tools.ilsvrc import read_archives
 from tools.listing import RawImage
+from tools.measure import record, show, take_turns
 
 BASELINE, COPY, CODEC = "Pool + Pillow + ShardWriter", "plain copy", "decode + encode alone (simplejpeg)"
 CROP256, ORIGINAL = "make_shards --store crop256", "make_shards --store original"

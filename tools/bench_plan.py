@@ -8,8 +8,8 @@ from pathlib import Path
 from time import perf_counter
 
 from pipeline.shards import ClassName
-from tools.bench import record
 from tools.listing import Listing, RawImageNet, load_listing, save_listing
+from tools.measure import record
 from tools.plan import Options, make_plan
 
 CLASSES = 21_841

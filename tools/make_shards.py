@@ -12,25 +12,14 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.shards import classes_json
 from tools.adopt import adopt
 from tools.ilsvrc import check_md5
 from tools.listing import RawImageNet, random_read_rate, save_listing
-from tools.pack import (
-    LISTING,
-    Done,
-    Part,
-    check_output,
-    claim,
-    notes,
-    pack_sample,
-    run_units,
-    unfinished,
-    write_manifest,
-    write_shard,
-)
+from tools.manifest import LISTING, check_output, claim, notes, unfinished, write_manifest
+from tools.pack import Done, pack_sample, run_units, write_shard
 from tools.plan import Options, Plan, make_plan
 from tools.pool import check_workers
 from tools.raw import cut_validation, open_raw
@@ -42,6 +31,14 @@ from train.program import run_program
 SLOW_READS_PER_S = 500
 """Random reads below this keep one core waiting: it packs about as many images a second."""
 WORTH_A_WARNING_S = 600
+
+
+class Part(NamedTuple):
+    """The share of this process in a pack that several share."""
+
+    number: int
+    """0 to `of` - 1."""
+    of: int
 
 
 def pack(

@@ -16,7 +16,8 @@ import numpy as np
 
 from pipeline.files import atomic_writer, open_locked, write_json
 from tools.images import Packed
-from tools.pack import SPILL, Done, pack_sample, run_units, write_packed
+from tools.manifest import SPILL
+from tools.pack import Done, pack_sample, run_units, write_packed
 from tools.parquet import row_groups, rows_of
 from tools.plan import Options, Plan, Sample, ShardPlan
 
