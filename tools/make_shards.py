@@ -85,12 +85,7 @@ def pack(
     mine = find_part(part, os.environ)
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
-    if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
-        raise ValueError(f"{shards} lies inside {raw}, whose folders are read as images; give a folder elsewhere")
-    counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
-    print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
-    if others := data.passed_over:
-        print(f"passed over {len(others)} files that are no images by their names, such as {others[0]}")
+    announce(raw, shards, data)
     if check_md5:
         check_archives(raw, data)
     listed = data
@@ -128,14 +123,29 @@ def pack(
         print("every shard is there already; nothing to do")
     say_what_was_done(done, time.perf_counter() - started, workers)
     for plan in plans:
-        if manifest := write_manifest(plan, len(data.classes), data.layout):
-            print(
-                f"{plan.directory}: {manifest['num_samples']} images in {len(manifest['shards'])} shards, "
-                f"{len(manifest['repairs'])} repaired or noted, {len(manifest['skipped'])} skipped"
-            )
-        else:
-            missing = plan.num_shards - len(notes(plan))
-            print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
+        finish(plan, data)
+
+
+def announce(raw: Path, shards: Path, data: RawImageNet) -> None:
+    """Say what was found. Raises `ValueError` when the output would lie among the images."""
+    if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
+        raise ValueError(f"{shards} lies inside {raw}, whose folders are read as images; give a folder elsewhere")
+    counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
+    print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
+    if others := data.passed_over:
+        print(f"passed over {len(others)} files that are no images by their names, such as {others[0]}")
+
+
+def finish(plan: Plan, data: RawImageNet) -> None:
+    """Write the manifest if this split is whole, and say how it stands."""
+    if manifest := write_manifest(plan, len(data.classes), data.layout):
+        print(
+            f"{plan.directory}: {manifest['num_samples']} images in {len(manifest['shards'])} shards, "
+            f"{len(manifest['repairs'])} repaired or noted, {len(manifest['skipped'])} skipped"
+        )
+    else:
+        missing = plan.num_shards - len(notes(plan))
+        print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
 
 
 def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]") -> Part:
@@ -185,18 +195,20 @@ def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
 def estimate(plans: list[Plan], data: RawImageNet, workers: int, sample: int = 64) -> None:
     """Print what a pack would write, its size and time, from a few images packed here and now."""
     for plan in plans:
-        sizes, started = [], time.perf_counter()
-        rows = random.Random(0).sample(range(len(plan.listing)), min(sample, len(plan.listing)))
-        for row in rows if not data.sequential else ():
-            result, _ = pack_sample((plan.key(row), plan.listing[row]), plan.options)
-            sizes.append(0 if isinstance(result, str) else len(result.jpeg))
         shards = f"{plan.directory}: {len(plan.listing)} images in {plan.num_shards} shards"
-        if not sizes:
+        if data.sequential:
             print(f"{shards} of unknown size")
             continue
+        sizes, times = [], []
+        for row in random.Random(0).sample(range(len(plan.listing)), min(sample, len(plan.listing))):
+            started = time.perf_counter()
+            result, _ = pack_sample((plan.key(row), plan.listing[row]), plan.options)
+            sizes.append(0 if isinstance(result, str) else len(result.jpeg))
+            times.append(time.perf_counter() - started)
         # Two tar headers, the label, and half a block of padding on average.
         bytes_per_image = sum(sizes) / len(sizes) + 3.5 * 512
-        seconds = (time.perf_counter() - started) / len(sizes) * len(plan.listing) / workers
+        usual = sum(times[1:]) / len(times[1:]) if len(times) > 1 else times[0]  # libraries load with the first image
+        seconds = usual * len(plan.listing) / workers
         print(
             f"{shards}, about {bytes_per_image * len(plan.listing) / 1e9:.2f} GB in {seconds / 60:.0f} min with "
             f"{workers} workers"

@@ -120,9 +120,10 @@ def is_whole(path: Path, row: dict[str, Any]) -> bool:
 
 def unfinished(plan: Plan) -> list[int]:
     """The shards that are not there, or not as long as `NAME.json` (later the manifest) records."""
-    manifest, numbers = read_manifest(plan), list(range(plan.num_shards))
+    # Notes first: another packer that finishes now writes the manifest before it removes them.
     recorded = {note["shard"]["name"]: note["shard"] for note in notes(plan).values()}
-    if manifest:
+    numbers = list(range(plan.num_shards))
+    if manifest := read_manifest(plan):
         recorded = {row["name"]: row for row in manifest["shards"]}
         numbers = [number for number in numbers if plan.path(number).name in recorded]  # without those left empty
     names = {number: plan.path(number).name for number in numbers}
