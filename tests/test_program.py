@@ -1,5 +1,9 @@
 """Exit codes tell how a program ended; only a user's mistake hides the traceback."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 from tests.conftest import ROOT, run_python
 
 CASES = {
@@ -36,3 +40,10 @@ def test_help_of_every_program() -> None:
             done = run_python(*form, "--help")
             assert done.returncode == 0 and "usage:" in done.stdout
     assert "--samples-per-shard" in run_python("tools/make_shards.py", "pack", "--help").stdout
+
+
+def test_a_reader_that_leaves(shards: Path) -> None:
+    """`| head -1` ends the program without a word."""
+    command = f"'{sys.executable}' -u tools/make_shards.py stats '{shards}' | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ""

@@ -5,6 +5,7 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 """
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from pipeline.shards import DataError
 
 WRONG_INPUT, DATA_FAILED, DIVERGED = 2, 3, 4
+BROKEN_PIPE = 141
+"""As a shell tells of a program that SIGPIPE ended."""
 
 
 class DivergedError(RuntimeError):
@@ -52,6 +55,9 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and leave the process with the exit code that tells how it ended."""
     try:
         main()
+    except BrokenPipeError:  # the reader of our output has seen enough: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not raised_by_us(error):
             raise  # a library refuses what we gave it: our mistake, to be seen in full
