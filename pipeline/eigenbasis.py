@@ -14,6 +14,8 @@ import numpy as np
 from pipeline.files import read_json, write_json
 
 FORMAT_VERSION = 1
+CENTRE, BLOCK = 128, 1024
+"""See `Moments.of`."""
 GEOMETRY = "shorter side 256, central 256x256"
 
 
@@ -41,20 +43,35 @@ class Moments:
     def of(images_NHWC: np.ndarray) -> "Moments":
         """Moments of uint8 RGB images, shape (N, height, width, 3).
 
-        A float64 matrix product is exact here: every partial sum is an integer below 2^53 as long as a call sees fewer
-        than 2^53 / 255^2 = 1.4e11 pixels.
+        Summed in float32, yet exact: pixels are moved to -128..127, so that the products of a block of 1024 pixels add
+        up to 1024 * 128^2 = 2^24 at most, and float32 holds every integer up to there, in whatever order they are
+        added. Blocks are added as int64, which a call of fewer than 2^63 / 128^2 = 5.6e14 pixels cannot overflow,
+        batches as Python integers.
         """
         assert images_NHWC.dtype == np.uint8 and images_NHWC.shape[-1] == 3
-        num_images, sums, products = len(images_NHWC), np.zeros(3), np.zeros((3, 3))
-        for image in images_NHWC:  # one image at a time stays in the cache
-            pixels = image.reshape(-1, 3).astype(np.float64)
-            sums += pixels.sum(0)
-            products += pixels.T @ pixels
+        if not images_NHWC.size:
+            return Moments(len(images_NHWC))
+        import torch
+
+        num_pixels, image_pixels = images_NHWC.size // 3, images_NHWC[0].size // 3
+        sums, products = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
+        planes_3P = torch.zeros(3, -(-image_pixels // BLOCK) * BLOCK)  # what an image does not fill stays zero
+        blocks_B3P = planes_3P.view(3, -1, BLOCK).permute(1, 0, 2)
+        for image_P3 in torch.from_numpy(images_NHWC).view(-1, image_pixels, 3):  # one at a time stays in the cache
+            planes_3P[:, :image_pixels].copy_(image_P3.t()).sub_(CENTRE)
+            sums += blocks_B3P.sum(2).long().sum(0)
+            products += torch.bmm(blocks_B3P, blocks_B3P.transpose(1, 2)).long().sum(0)
+        # Back from -128..127: sum of (x + c)(y + c) = sum of xy + c (sum of x + sum of y) + n c^2.
+        moved, crossed = sums.tolist(), products.tolist()
         return Moments(
-            num_images,
-            images_NHWC.size // 3,
-            tuple(int(value) for value in sums),
-            tuple(int(value) for value in products.ravel()),
+            len(images_NHWC),
+            num_pixels,
+            tuple(value + CENTRE * num_pixels for value in moved),
+            tuple(
+                crossed[i][j] + CENTRE * (moved[i] + moved[j]) + CENTRE**2 * num_pixels
+                for i in range(3)
+                for j in range(3)
+            ),
         )
 
 

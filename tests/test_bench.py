@@ -66,3 +66,9 @@ def test_plan(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {row["contender"] for row in rows} == {"read the listing, s", "plan, s", "peak memory, GB"}
     assert all(row["median"] > 0 for row in rows)
+
+
+def test_pca(shards: Path) -> None:
+    """Decoding alone and with the sums, and how many times as long that takes."""
+    output = run_ok("tools/bench.py", "pca", shards, "--repeats", "1")
+    assert "decode + exact moments" in output and float(output.rsplit("takes ", 1)[1].split(" times")[0]) > 0

@@ -49,6 +49,18 @@ def test_any_partition(images: np.ndarray, data: st.DataObject) -> None:
     ]
 
 
+@pytest.mark.parametrize("levels", [[0], [255], [0, 255], [0, 127, 128, 129, 255]])
+def test_extreme_levels_are_exact(levels: list[int]) -> None:
+    """Whole blocks of the darkest and brightest pixels, where the sums in floating point are largest, and sizes that do
+    not fill a block: equal to int64."""
+    rng = np.random.default_rng(0)
+    for height, width in ((64, 64), (256, 256), (31, 37), (1, 1025)):
+        images = rng.choice(np.array(levels, np.uint8), (3, height, width, 3))
+        moments, pixels = Moments.of(images), images.reshape(-1, 3).astype(np.int64)
+        assert moments.sum == tuple(pixels.sum(0).tolist())
+        assert moments.sum_products == tuple((pixels.T @ pixels).ravel().tolist())
+
+
 def test_degenerate_colours(tmp_path: Path) -> None:
     """Grey images have one axis, a constant image none; no eigenvalue is negative or not a number."""
     grey = np.repeat(np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8), 3, axis=3)

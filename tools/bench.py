@@ -2,6 +2,7 @@
 
     python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
+    python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
     python tools/bench.py plan              what a pack costs before the first image is read
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
@@ -11,10 +12,12 @@ printed, and the ratios are what counts. Warm-up is left out.
 import itertools
 import multiprocessing
 import os
+import statistics
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 from pipeline.shards import DataError, ShardSet, open_shards
@@ -108,6 +111,46 @@ def pack(
     bench_pack(raw, repeats, workers, scratch, out)
 
 
+def pca(
+    shards: Path, batch_size: int = 64, threads: int | None = None, repeats: int = 5, out: Path | None = None
+) -> None:
+    """Images per second of computing the eigenbasis' sums, beside decoding the same shards alone.
+
+    Args:
+        shards: Folder written by make_shards.
+        batch_size: Images decoded at a time.
+        threads: Decoding threads; one per core by default.
+        repeats: Passes over the training shards by each contender, taken in turn.
+        out: JSON-lines file to append one row per contender to.
+    """
+    if batch_size < 1 or repeats < 1 or (threads is not None and threads < 1):
+        raise ValueError("--batch-size, --repeats and --threads must be at least 1")
+    from pipeline.loader import decoded_batches
+    from tools.compute_pca import batch_moments
+
+    train = open_shards(shards, "train")
+
+    def of_pass(counts: Iterator[int]) -> float:
+        next(counts)  # the pipeline starts
+        started = perf_counter()
+        return sum(counts) / (perf_counter() - started)
+
+    def decoding() -> float:
+        return of_pass(len(batch) for batch in decoded_batches(train, batch_size, threads))
+
+    def summing() -> float:
+        return of_pass(moments.num_images for moments in batch_moments(train, batch_size, threads))
+
+    decode, whole = "DALI decode alone (cpu)", "decode + exact moments (cpu)"
+    measured = take_turns({decode: decoding, whole: summing}, repeats)
+    print(f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, {repeats} repeats")
+    show(measured, unit="images/s", reference=decode)
+    slower = statistics.median(a / b for a, b in zip(measured[decode], measured[whole], strict=True))
+    print(f"the eigenbasis takes {slower:.2f} times as long as decoding alone")
+    if out:
+        record(out, "pca", measured, {"shards": train.manifest_sha256, "batch_size": batch_size})
+
+
 def plan(images: int = 14_197_122, out: Path | None = None) -> None:
     """Seconds and memory that make_shards takes to plan a pack, on a generated listing (by default of ImageNet-21k).
 
@@ -154,4 +197,4 @@ def decode_rate(seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    run_program({"loader": loader, "pack": pack, "plan": plan})
+    run_program({"loader": loader, "pack": pack, "plan": plan, "pca": pca})
