@@ -17,7 +17,7 @@ import base64
 import os
 import resource
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ from nvidia.dali import Pipeline
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Augmentation, decode_pipeline, train_pipeline, val_pipeline
+from pipeline.lighting import Lighting
 from pipeline.shards import DataError, ShardSet
 
 PADDING = -1
@@ -131,6 +132,9 @@ class Loader:
             for _ in range(self._padded_steps - self.steps_per_epoch):
                 self._run()  # the tail that does not fill a batch on every rank
             self.at_epoch, self.at_step = epoch, 0
+            ended = self._lighting() != self._config.augmentation.lighting.at_epoch(epoch - 1)
+            if self._training and self._pipe and ended:  # the same graph with other constants, from the same state
+                self._pipe = self._build(self._pipe.checkpoint())
         if epoch != self.at_epoch:
             raise ValueError(
                 f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
@@ -160,6 +164,10 @@ class Loader:
             raise data_error(self._shards, error) from None
         return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
 
+    def _lighting(self) -> Lighting:
+        """The lighting of the present epoch."""
+        return self._config.augmentation.lighting.at_epoch(self.at_epoch)
+
     def _build(self, checkpoint: bytes | None) -> Pipeline:
         """Build the DALI pipeline, at its start or at a checkpoint of its own."""
         raise_open_files(len(self._shards.tars))
@@ -172,7 +180,7 @@ class Loader:
             "seed": self._seed % (2**31 - 1),
             "shards": self._shards,
             "basis": self._basis,
-            "augmentation": self._config.augmentation,
+            "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
             "rank": self._rank,
             "num_ranks": self._num_ranks,
             "decode": self._decode,
@@ -189,9 +197,9 @@ class Loader:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the sequence of batches; speed knobs and the strength of lighting do not."""
+        """What decides the sequence of batches; speed knobs, the strength and the end of lighting do not."""
         augmentation = asdict(self._config.augmentation)
-        del augmentation["lighting"]["strength"]
+        del augmentation["lighting"]["strength"], augmentation["lighting"]["until_epoch"]
         return {
             "shards": self._shards.manifest_sha256,
             "seed": self._seed,

@@ -65,6 +65,38 @@ def test_validation_counts_every_sample_once(
         assert (labels == -1).sum() == len(batches) * 8 - 131
 
 
+def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Before `until_epoch` batches are those of a loader whose lighting never ends, from it on those of one that has
+    none, bit for bit, labels, windows and flips included; also when resumed before, at and after the edge."""
+    shards = numbered_shards(60, 3)
+
+    def epochs(lighting: Lighting, state: Any = None, first: int = 0) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        (loader,) = loaders(shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=lighting))
+        if state:
+            loader.load_state_dict(state)
+        return [[(batch.images.clone(), batch.labels.clone()) for batch in loader.epoch(e)] for e in range(first, 4)]
+
+    def same(mine: list[Any], theirs: list[Any]) -> bool:
+        pairs = zip(mine, theirs, strict=True)
+        return all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in pairs)
+
+    ending = Lighting(strength=0.5, until_epoch=2)
+    lit, dark, both = epochs(Lighting(strength=0.5)), epochs(Lighting(strength=0.0)), epochs(ending)
+    assert [same(both[e], lit[e]) for e in range(4)] == [True, True, False, False]
+    assert [same(both[e], dark[e]) for e in range(4)] == [False, False, True, True]
+
+    (loader,) = loaders(shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=ending))
+    states = []
+    for epoch in range(3):
+        for step, _ in enumerate(loader.epoch(epoch), 1):
+            if step in (2, loader.steps_per_epoch):
+                states.append((epoch, step, loader.state_dict()))
+    for epoch, step, state in states:
+        resumed = epochs(ending, state, epoch)
+        assert same(resumed[0], both[epoch][step:])
+        assert all(same(mine, theirs) for mine, theirs in zip(resumed[1:], both[epoch + 1 :], strict=True))
+
+
 def test_images_belong_to_labels(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
     """Validation hands out the stored image minus the mean beside its own label, in channels-last memory, float32."""
     numbered_shards(20, 2)
