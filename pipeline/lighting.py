@@ -34,7 +34,7 @@ class Lighting:
     strength: float = 0.1
     """Standard deviation of the draw on each axis, in units of the convention; 0 turns lighting off."""
     until_epoch: int | None = None
-    """First epoch, counted from 0, without lighting (the 2012 program turned it off at 67); by default there is none."""
+    """First epoch, counted from 0, without lighting (the 2012 program turned it off at 67); None: never."""
 
     def __post_init__(self) -> None:
         if self.until_epoch is not None and self.until_epoch < 0:

@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import webdataset
 from PIL import Image
 
 from pipeline.files import read_json
-from tests.conftest import run_ok, run_python
+from pipeline.loader import decoded_batches
+from pipeline.shards import open_shards
+from tests.conftest import photo, run_ok, run_python
+from tools.compute_pca import compute_pca
+from tools.make_shards import pack
 
 
 def test_file(shards: Path, tmp_path: Path) -> None:
@@ -33,6 +38,45 @@ def test_file(shards: Path, tmp_path: Path) -> None:
     (copy / "pca.json").unlink()
     run_ok("-m", "tools.compute_pca", copy, "--batch-size", "7", "--threads", "1")
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
+
+
+def test_mean_image(shards: Path, tmp_path: Path) -> None:
+    """The mean of every pixel of the decoded training images, exact up to float32; pca.json stays the same, packing and
+    verifying know both files."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    assert "nothing to do" not in run_ok("tools/compute_pca.py", copy, "--mean-image", "--batch-size", "50")
+    stored = np.concatenate(list(decoded_batches(open_shards(copy, "train"), 32)))
+    mean = np.load(copy / "mean_image.npy")
+    assert mean.dtype == np.float32
+    np.testing.assert_array_equal(mean, stored.mean(0, dtype=np.float64).astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(Image.open(copy / "mean_image.png")), np.rint(stored.mean(0)))
+    assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
+    assert "nothing to do" in run_ok("tools/compute_pca.py", copy, "--mean-image")
+    assert "note:" not in run_ok("tools/make_shards.py", "verify", copy, "--fast")
+
+
+def test_degenerate_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Grey images, one colour and a single image work, with a warning; a sound set has none."""
+    rng = np.random.default_rng(0)
+    grey = [np.repeat(photo(rng, 300, 300)[:, :, :1], 3, 2) for _ in range(3)]
+    for name, images, told in (
+        ("grey", grey, "one axis of colour"),
+        ("flat", [np.full((300, 300, 3), 90, np.uint8)] * 2, "the same colour"),
+        ("one", [photo(rng, 300, 300)], "one image is no data set"),
+        ("sound", [photo(rng, 300, 300) for _ in range(3)], ""),
+    ):
+        for number, image in enumerate(images):
+            path = tmp_path / name / "raw" / "train" / "a" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+        pack(tmp_path / name / "raw", tmp_path / name / "shards", workers=1, subsampling="444")
+        capsys.readouterr()
+        compute_pca(tmp_path / name / "shards")
+        output = capsys.readouterr().out
+        assert told in output and ("warning" in output) == bool(told), name
+        content = read_json(tmp_path / name / "shards" / "pca.json")
+        assert np.isfinite(content["eigenvectors"]).all() and min(content["eigenvalues"]) >= 0
 
 
 def test_wrong_input(shards: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def pca(
         return of_pass(len(batch) for batch in decoded_batches(train, batch_size, threads))
 
     def summing() -> float:
-        return of_pass(moments.num_images for moments in batch_moments(train, batch_size, threads))
+        return of_pass(moments.num_images for moments, _ in batch_moments(train, batch_size, threads))
 
     decode, whole = "DALI decode alone (cpu)", "decode + exact moments (cpu)"
     measured = take_turns({decode: decoding, whole: summing}, repeats)

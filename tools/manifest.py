@@ -23,7 +23,14 @@ SPILL = "spill-*"
 
 def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
     """Refuse output folders that hold anything but this pack, with `ValueError`."""
-    wanted = {"classes.json", "pca.json", "mean_image.npy", LISTING, *(plan.directory.name for plan in plans)}
+    wanted = {
+        "classes.json",
+        "pca.json",
+        "mean_image.npy",
+        "mean_image.png",
+        LISTING,
+        *(plan.directory.name for plan in plans),
+    }
     present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
     if (shards.exists() and not shards.is_dir()) or present - wanted:
         raise ValueError(

@@ -20,7 +20,7 @@ from tools.pool import check_workers
 from tools.tars import over_shards
 
 SPLITS = ("train", "val")
-TOP_FILES = {"classes.json", "pca.json", "mean_image.npy", "listing.jsonl", *SPLITS}
+TOP_FILES = {"classes.json", "pca.json", "mean_image.npy", "mean_image.png", "listing.jsonl", *SPLITS}
 
 
 def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None:
