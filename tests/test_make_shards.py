@@ -57,7 +57,7 @@ def test_every_image_once_with_its_label(raw: Path, shards: Path) -> None:
     assert Counter(key for key, _, _ in packed) == Counter(expected.keys())
     assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == wnids
     assert all(wnids[label] == expected[key][1] for key, _, label in packed)
-    for key, data, _ in packed[::10]:
+    for key, data, _ in packed:
         with Image.open(io.BytesIO(expected[key][0])) as image:
             rgb = image.convert("RGB")
         short = min(rgb.size)

@@ -12,10 +12,9 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.shards import read_index
-from tools.images import check_size, header
+from tools.images import SIDE, check_size, header
 from tools.tars import HashedFile, plain, read_samples, sample_entries
 
-SIDE = 256
 MAX_TOLD = 20
 """Problems of one kind in one shard that are told; the rest are counted."""
 

@@ -67,19 +67,24 @@ def class_folders(split: Path, others: list[Path]) -> list[str]:
     return wnids
 
 
+def list_train(raw: Path, folder: Path, others: list[Path]) -> tuple[list[str], Listing]:
+    """The classes of a train folder and its images. Raises `ValueError` for a class without images."""
+    wnids, train = class_folders(folder, others), Listing(raw)
+    for label, wnid in enumerate(wnids):
+        if not append_folder(train, folder / wnid, label, others):
+            raise ValueError(f"{folder / wnid} holds no image; fill it, fetch it again or remove the folder")
+    return wnids, train
+
+
 def read_folders(raw: Path) -> RawImageNet:
     """List `train/<class>/**/*.jpg` and, if it is there, `val/<class>/**/*.jpg` (also called `validation`).
 
     Raises `ValueError` for a class without images in train, or one that only the validation images have.
     """
     others: list[Path] = []
-    wnids = class_folders(raw / "train", others)
+    wnids, train = list_train(raw, raw / "train", others)
     index = {wnid: position for position, wnid in enumerate(wnids)}
-    train, val = Listing(raw), Listing(raw)
-    for wnid in wnids:
-        if not append_folder(train, raw / "train" / wnid, index[wnid], others):
-            raise ValueError(f"{raw / 'train' / wnid} holds no image; remove the folder or fill it")
-    splits = {"train": train}
+    splits, val = {"train": train}, Listing(raw)
     folder = next((raw / name for name in ("val", "validation") if (raw / name).is_dir()), None)
     if folder:
         for wnid in class_folders(folder, others):
@@ -119,12 +124,9 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
     lines = words.read_text(errors="replace").splitlines() if words.is_file() else []
     named = dict(line.split(" ", 1) for line in lines if " " in line)
     others: list[Path] = []
-    wnids = class_folders(tree / "train", others)
+    wnids, train = list_train(raw, tree / "train", others)
     index = {wnid: position for position, wnid in enumerate(wnids)}
-    train, val = Listing(raw), Listing(raw)
-    for wnid in wnids:
-        if not append_folder(train, tree / "train" / wnid, index[wnid], others):
-            raise ValueError(f"{tree / 'train' / wnid} holds no image; fetch it again or remove the folder")
+    val = Listing(raw)
     for path in image_files(tree / "val", others):
         wnid = wnid_of.get(path.stem, "")
         if wnid not in index:
@@ -132,8 +134,8 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
         val.append(-1, os.path.relpath(path, raw), 0, file_size(path), index[wnid])
     if len(val) != len(wnid_of) or len({Path(image.name).stem for image in val}) != len(val):
         raise ValueError(f"{tree / 'val'} holds {len(val)} images, or one twice; {solution} labels {len(wnid_of)}")
-    if not train or not val:
-        raise ValueError(f"{tree} holds no {'train' if not train else 'validation'} image; fetch it again")
+    if not val:
+        raise ValueError(f"{tree / 'val'} holds no image; fetch it again")
     classes = tuple(ClassName(wnid, named.get(wnid, wnid)) for wnid in wnids)
     return RawImageNet(
         "Kaggle's ILSVRC tree", classes, {"train": train, "val": val}, in_folders=True, passed_over=others

@@ -22,7 +22,7 @@ def import_pyarrow() -> ModuleType:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("parquet files need pyarrow; run pip install 'alexnet-dali[parquet]'") from None
+        raise ValueError("parquet files need pyarrow, which is not installed here; run pip install pyarrow") from None
     return pyarrow.parquet
 
 

@@ -90,12 +90,11 @@ def present_splits(shards: Path) -> list[str]:
 
 def list_jobs(directory: Path, manifest: dict[str, Any], fast: bool) -> list[Job]:
     """One job a shard, from a manifest that may lack all that `check_manifest` does not ask for."""
-    options, repairs = manifest.get("options"), manifest.get("repairs")
-    options = options if isinstance(options, dict) else {}
+    options = manifest.get("options", {})
     store = str(options.get("store", "")) if options.get("verify", True) else "unverified"
     warned = frozenset(
         str(row.get("key"))
-        for row in (repairs if isinstance(repairs, list) else ())
+        for row in manifest.get("repairs", [])
         if isinstance(row, dict) and "libjpeg" in str(row.get("found"))
     )
     classes = manifest["num_classes"]
