@@ -7,15 +7,20 @@ does not depend on the order of images, batches, workers or machines, and the fi
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.files import read_json, write_json
 
+if TYPE_CHECKING:
+    import torch
+
 FORMAT_VERSION = 1
 CENTRE, BLOCK = 128, 1024
 """See `Moments.of`."""
+ROUNDING = 1e-12
+"""Variances below this share of the largest are zero: eigh is exact to a few 1e-16 of it."""
 GEOMETRY = "shorter side 256, central 256x256"
 
 
@@ -39,28 +44,42 @@ class Moments:
             tuple(a + b for a, b in zip(self.sum_products, other.sum_products, strict=True)),
         )
 
+    @property
+    def covariance(self) -> np.ndarray:
+        """Over N, float64 (3, 3). Integers until the one division: count * sum_products - sum * sum cancels exactly,
+        where floats would lose digits."""
+        count, sums, products = self.num_pixels, self.sum, self.sum_products
+        scatter = [count * products[3 * i + j] - sums[i] * sums[j] for i in range(3) for j in range(3)]
+        return np.array([value / count**2 for value in scatter]).reshape(3, 3)
+
     @staticmethod
-    def of(images_NHWC: np.ndarray) -> "Moments":
-        """Moments of uint8 RGB images, shape (N, height, width, 3).
+    def of(images_NHWC: "np.ndarray | torch.Tensor", at_a_time: int = 1) -> "Moments":
+        """Moments of uint8 RGB images, shape (N, height, width, 3), summed where they lie, `at_a_time` at once: one
+        stays in a core's cache, a GPU wants many.
 
         Summed in float32, yet exact: pixels are moved to -128..127, so that the products of a block of 1024 pixels add
         up to 1024 * 128^2 = 2^24 at most, and float32 holds every integer up to there, in whatever order they are
-        added. Blocks are added as int64, which a call of fewer than 2^63 / 128^2 = 5.6e14 pixels cannot overflow,
-        batches as Python integers.
+        added; TF32 and bfloat16, where a GPU rounds factors to them, hold -128..127 as well. Blocks are added as int64,
+        which a call of fewer than 2^63 / 128^2 = 5.6e14 pixels cannot overflow, batches as Python integers. Back on
+        0..255, sums of up to 2.1e9 images of 256x256 fit int64: 2^63 / (256^2 * 255^2).
         """
-        assert images_NHWC.dtype == np.uint8 and images_NHWC.shape[-1] == 3
-        if not images_NHWC.size:
-            return Moments(len(images_NHWC))
         import torch
 
-        num_pixels, image_pixels = images_NHWC.size // 3, images_NHWC[0].size // 3
-        sums, products = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
-        planes_3P = torch.zeros(3, -(-image_pixels // BLOCK) * BLOCK)  # what an image does not fill stays zero
-        blocks_B3P = planes_3P.view(3, -1, BLOCK).permute(1, 0, 2)
-        for image_P3 in torch.from_numpy(images_NHWC).view(-1, image_pixels, 3):  # one at a time stays in the cache
-            planes_3P[:, :image_pixels].copy_(image_P3.t()).sub_(CENTRE)
-            sums += blocks_B3P.sum(2).long().sum(0)
-            products += torch.bmm(blocks_B3P, blocks_B3P.transpose(1, 2)).long().sum(0)
+        images_NHWC = torch.as_tensor(images_NHWC)
+        assert images_NHWC.dtype == torch.uint8 and images_NHWC.shape[-1] == 3
+        if not images_NHWC.numel():
+            return Moments(len(images_NHWC))
+        device, image_pixels = images_NHWC.device, images_NHWC[0].numel() // 3
+        num_pixels = len(images_NHWC) * image_pixels
+        sums, products = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((3,), (3, 3)))
+        # What an image does not fill of the last block stays zero.
+        planes_N3P = torch.zeros(at_a_time, 3, -(-image_pixels // BLOCK) * BLOCK, device=device)
+        for images_NP3 in images_NHWC.reshape(-1, image_pixels, 3).split(at_a_time):
+            planes_N3P = planes_N3P[: len(images_NP3)]
+            planes_N3P[:, :, :image_pixels].copy_(images_NP3.transpose(1, 2)).sub_(CENTRE)
+            blocks_B3P = planes_N3P.unflatten(2, (-1, BLOCK)).transpose(1, 2)
+            sums += blocks_B3P.sum(3).long().sum((0, 1))
+            products += (blocks_B3P @ blocks_B3P.mT).long().sum((0, 1))
         # Back from -128..127: sum of (x + c)(y + c) = sum of xy + c (sum of x + sum of y) + n c^2.
         moved, crossed = sums.tolist(), products.tolist()
         return Moments(
@@ -92,24 +111,20 @@ class Eigenbasis:
         return np.sqrt(self.eigenvalues)
 
     @staticmethod
-    def load(path: Path, manifest_sha256: str) -> "Eigenbasis":
-        """Read `pca.json`.
+    def of(moments: Moments) -> "Eigenbasis":
+        """Of at least one pixel."""
+        eigenvalues, eigenvectors = np.linalg.eigh(moments.covariance)
+        eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
+        # What eigh gives for an axis without variance is its rounding error, negative as often as not.
+        eigenvalues = np.where(eigenvalues < ROUNDING * eigenvalues[0], 0, eigenvalues)
+        largest = eigenvectors[np.abs(eigenvectors).argmax(0), range(3)]
+        mean = np.array([value / moments.num_pixels for value in moments.sum])
+        return Eigenbasis(mean, eigenvalues, eigenvectors * np.sign(largest))
 
-        Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than
-        the manifest with this checksum.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
-        content = read_json(path)
-        advice = f"remove it and run tools/compute_pca.py {path.parent}"
-        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path} is damaged or has another format version; {advice}")
-        if content.get("manifest_sha256") != manifest_sha256:
-            raise ValueError(f"{path} was made from other shards; {advice}")
-        try:
-            return Eigenbasis.from_json(content)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
+    @staticmethod
+    def load(path: Path, manifest_sha256: str) -> "Eigenbasis":
+        """Read `pca.json`; raises as `read_eigenbasis`."""
+        return Eigenbasis.from_json(read_eigenbasis(path, manifest_sha256))
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Eigenbasis":
@@ -119,7 +134,8 @@ class Eigenbasis:
         )
         shapes = [mean.shape, eigenvalues.shape, eigenvectors.shape]
         finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
-        if shapes != [(3,), (3,), (3, 3)] or not finite or not (eigenvalues >= 0).all():
+        sound = shapes == [(3,), (3,), (3, 3)] and finite and (eigenvalues >= 0).all()
+        if not sound or not np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-6):
             raise ValueError("mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again")
         return Eigenbasis(mean, eigenvalues, eigenvectors)
 
@@ -132,7 +148,32 @@ class Eigenbasis:
         }
 
 
-def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder: str) -> dict[str, Any]:
+def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
+    """The content of a sound `pca.json`.
+
+    Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than the
+    manifest with this checksum.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
+    content = read_json(path)
+    advice = f"remove it and run tools/compute_pca.py {path.parent}"
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} is damaged or has another format version; {advice}")
+    if content.get("manifest_sha256") != manifest_sha256:
+        raise ValueError(f"{path} was made from other shards; {advice}")
+    if (content.get("scale"), content.get("channel_order"), content.get("geometry")) != (255, "RGB", GEOMETRY):
+        raise ValueError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
+    try:
+        Eigenbasis.from_json(content)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
+    return content
+
+
+def write_eigenbasis(
+    path: Path, moments: Moments, manifest_sha256: str, decoder: str, sample_seed: int | None = None
+) -> dict[str, Any]:
     """Derive the basis from `moments` and write `pca.json`; returns its content.
 
     Args:
@@ -140,32 +181,27 @@ def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder
         moments: Of at least one pixel.
         manifest_sha256: Checksum of the shards' manifest.
         decoder: What decoded the pixels, for example "DALI 2.4.0 cpu".
+        sample_seed: With what seed `moments.num_images` images were drawn; None for all of them.
     """
-    count, sums = moments.num_pixels, moments.sum
-    # Integers until the one division: count * sum_products - sum * sum cancels exactly, where floats would lose digits.
-    scatter = [count * moments.sum_products[3 * i + j] - sums[i] * sums[j] for i in range(3) for j in range(3)]
-    covariance = np.array([value / count**2 for value in scatter]).reshape(3, 3)
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    eigenvalues, eigenvectors = eigenvalues[::-1].clip(min=0), eigenvectors[:, ::-1]
-    largest = eigenvectors[np.abs(eigenvectors).argmax(0), range(3)]
-    eigenvectors = eigenvectors * np.sign(largest)
+    basis, covariance = Eigenbasis.of(moments), moments.covariance
     content = {
         "format_version": FORMAT_VERSION,
         "num_images": moments.num_images,
-        "num_pixels": count,
-        "sum": list(sums),
+        "num_pixels": moments.num_pixels,
+        "sum": list(moments.sum),
         "sum_products": [list(moments.sum_products[3 * i : 3 * i + 3]) for i in range(3)],
         "scale": 255,
         "channel_order": "RGB",
         "geometry": GEOMETRY,
         "decoder": decoder,
         "manifest_sha256": manifest_sha256,
-        "mean": rounded([value / count for value in sums]),
+        **({} if sample_seed is None else {"sample": {"images": moments.num_images, "seed": sample_seed}}),
+        "mean": rounded(basis.mean),
         "channel_stddev": rounded(np.sqrt(np.diag(covariance))),
         "covariance": rounded(covariance),
-        "eigenvalues": rounded(eigenvalues),
-        "axis_stddev": rounded(np.sqrt(eigenvalues)),
-        "eigenvectors": rounded(eigenvectors),
+        "eigenvalues": rounded(basis.eigenvalues),
+        "axis_stddev": rounded(basis.axis_stddev),
+        "eigenvectors": rounded(basis.eigenvectors),
     }
     write_json(path, content)
     return content

@@ -62,8 +62,8 @@ class Draws(NamedTuple):
     """Top offset / 32, likewise."""
     mirror: "DataNode"
     """int32, 1 where the image is flipped."""
-    light: "DataNode"
-    """float32 (3,): standard normal, one per RGB axis."""
+    light: "DataNode | None"
+    """float32 (3,): standard normal, one per RGB axis. None: a graph without lighting."""
 
 
 def op_seed(seed: int, loader_rank: int, operator: str) -> int:
@@ -211,10 +211,13 @@ def train_pipeline(
     num_ranks: int,
     decode: str,
     device: str,
+    lit: bool = True,
 ) -> "tuple[DataNode, DataNode]":
-    """Augmented training windows and int64 labels."""
+    """Augmented training windows and int64 labels; `lit=False` leaves lighting out, to measure what it costs."""
     encoded, digits = read_graph(shards, True, data_seed, shuffle_buffer, rank, num_ranks)
-    images = train_graph(encoded, draw(augmentation, data_seed, rank), basis, augmentation, decode, device)
+    draws = draw(augmentation, data_seed, rank)
+    draws = draws if lit else draws._replace(light=None)
+    images = train_graph(encoded, draws, basis, augmentation, decode, device)
     labels = label_graph(digits)
     return images, labels.gpu() if device == "gpu" else labels
 

@@ -75,18 +75,20 @@ def relight(
 
 
 def relight_arguments(
-    draw: "DataNode", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
-) -> "tuple[DataNode, float]":
+    draw: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+) -> "tuple[DataNode | list[float], float]":
     """The same as arguments of DALI's `crop_mirror_normalize`: a per-sample `mean`, shape (3,), and the constant `std`.
 
     Args:
-        draw: a standard normal draw per sample, float32, shape (3,), on the CPU.
+        draw: a standard normal draw per sample, float32, shape (3,), on the CPU; None: no lighting, one `mean` for all.
         basis: Mean and axes.
         lighting: Convention and strength.
         std: What pixels are divided by besides.
     """
     from nvidia.dali import fn, types
 
+    if draw is None:
+        return basis.mean.astype(np.float32).tolist(), std
     matrix = types.Constant(lighting.shift_matrix(basis).astype(np.float32))
     shift = fn.reductions.sum(matrix * draw, axes=1)
     return types.Constant(basis.mean.astype(np.float32)) - shift, std * lighting.divisor

@@ -15,20 +15,19 @@ state taken after any batch continues with the next one, bit for bit.
 
 import base64
 import os
-import resource
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import nvidia.dali
 import torch
 from nvidia.dali import Pipeline
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Augmentation, decode_pipeline, train_pipeline, val_pipeline
+from pipeline.graph import Augmentation, train_pipeline, val_pipeline
 from pipeline.lighting import Lighting
+from pipeline.reader import check_index, data_error, raise_open_files
 from pipeline.shards import DataError, ShardSet
 
 PADDING = -1
@@ -253,60 +252,3 @@ def train_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **plac
 def val_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
     """A loader of whole 256x256 images in stored order; `place` holds batch_size, rank, num_ranks and device."""
     return Loader(shards, basis, config, training=False, seed=0, **place)
-
-
-def decoded_batches(shards: ShardSet, batch_size: int, threads: int | None = None) -> Iterator[np.ndarray]:
-    """Yield every image of a split once as uint8 (n, 256, 256, 3), in stored order, decoded on the CPU; the last
-    batch is shorter."""
-    shards.check_256()
-    raise_open_files(len(shards.tars))
-    pipe = decode_pipeline(
-        shards,
-        "cpu",
-        batch_size=batch_size,
-        num_threads=threads or len(os.sched_getaffinity(0)),
-        device_id=None,
-        seed=0,
-    )
-    for first in range(0, shards.num_samples, batch_size):
-        try:
-            if first == 0:
-                pipe.build()
-                check_index(pipe, shards)
-            (images,) = pipe.run()
-        except DataError:
-            raise
-        except RuntimeError as error:
-            raise data_error(shards, error) from None
-        yield images.as_array()[: shards.num_samples - first]
-
-
-def check_index(pipe: Pipeline, shards: ShardSet) -> None:
-    """Raise `DataError` unless the indexes list as many samples as the manifest: epochs would not be exact."""
-    indexed = pipe.reader_meta()["reader"]["epoch_size"]
-    if indexed != shards.num_samples:
-        place = Path(shards.tars[0]).parent
-        raise DataError(
-            f"the .idx files of {place} list {indexed} samples, its manifest {shards.num_samples}; copy them again"
-        )
-
-
-def data_error(shards: ShardSet, error: RuntimeError) -> DataError:
-    """One sentence from DALI's report, whose reason stands below the word "encountered"."""
-    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
-    reason = lines[0] if lines else str(error).splitlines()[0]
-    place = Path(shards.tars[0]).parent
-    return DataError(
-        f"reading {place} failed: {reason}; compare the shards with {place}/manifest.json, pack or copy again"
-    )
-
-
-def raise_open_files(num_shards: int) -> None:
-    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `ValueError`."""
-    needed = num_shards + 256  # besides shards: libraries, pipes, logs
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -12,7 +12,8 @@ other data.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,28 @@ class ShardSet:
     """Paths of the shards, in the manifest's order."""
     indexes: tuple[str, ...]
     """Paths of their DALI indexes."""
-    num_samples: int
-    """Samples over all shards."""
+    samples: tuple[int, ...]
+    """Samples of each."""
     classes: tuple[ClassName, ...]
     """Every class; `label` indexes it."""
     manifest_sha256: str
     """SHA-256 of the manifest's bytes: names the data set, through the shards' own checksums."""
     store: str
     """"crop256" (256x256 images), "original" (of any size), "adopted" (whatever others packed) or "unknown"."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(self.samples)
+
+    def only(self, numbers: Sequence[int]) -> "ShardSet":
+        """These shards alone, by their numbers, in this order."""
+        return replace(
+            self,
+            tars=tuple(self.tars[k] for k in numbers),
+            indexes=tuple(self.indexes[k] for k in numbers),
+            samples=tuple(self.samples[k] for k in numbers),
+        )
 
     def check_256(self) -> None:
         """Raise `ValueError` when the images are known not to be 256x256."""
@@ -101,7 +116,8 @@ def open_shards(shards: Path, split: str) -> ShardSet:
         )
     options = manifest.get("options")
     store = str(options.get("store", "unknown")) if isinstance(options, dict) else "unknown"
-    return ShardSet(split, tuple(tars), tuple(indexes), manifest["num_samples"], classes, sha256(content), store)
+    samples = tuple(shard["samples"] for shard in manifest["shards"])
+    return ShardSet(split, tuple(tars), tuple(indexes), samples, classes, sha256(content), store)
 
 
 def check_manifest(manifest: Any, path: Path) -> None:
@@ -115,7 +131,7 @@ def check_manifest(manifest: Any, path: Path) -> None:
             and len({shard["name"] for shard in shards}) == len(shards)
             and isinstance(manifest["num_classes"], int)
             and isinstance(manifest["split"], str)
-            and all(type(shard["bytes"]) is int for shard in shards)
+            and all(type(shard[name]) is int for shard in shards for name in ("bytes", "samples"))
             and all(isinstance(manifest.get(name, {}), dict) for name in ("options", "versions", "renamed"))
             and all(isinstance(manifest.get(name, []), list) for name in ("repairs", "skipped"))
         )

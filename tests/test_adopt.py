@@ -13,7 +13,8 @@ import webdataset
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json
-from pipeline.loader import DataConfig, decoded_batches, train_loader, val_loader
+from pipeline.loader import DataConfig, train_loader, val_loader
+from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards
 from tests.conftest import jpeg, photo, run_python
 from tools.adopt import adopt
@@ -74,7 +75,7 @@ def test_dali_reads_what_webdataset_reads(
     assert [label for _, label in expected] == labels[:9]
     (batch,) = val_loader(val, plain_basis, config, batch_size=9, **place)
     assert batch.labels.tolist() == labels[:9]
-    for decoded, (content, _) in zip(next(decoded_batches(val, 9)), expected, strict=True):
+    for decoded, (content, _) in zip(next(decoded_batches(val, 9)).numpy(), expected, strict=True):
         from PIL import Image
 
         assert np.abs(decoded.astype(int) - np.asarray(Image.open(io.BytesIO(content)))).max() <= 2

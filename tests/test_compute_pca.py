@@ -3,7 +3,13 @@ through them."""
 
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +17,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.files import read_json
-from pipeline.loader import decoded_batches
-from pipeline.shards import open_shards
-from tests.conftest import photo, run_ok, run_python
-from tools.compute_pca import compute_pca
+from pipeline.files import read_json, write_json
+from pipeline.reader import decoded_batches
+from pipeline.shards import ShardSet, open_shards
+from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
+from tools.adopt import adopt
+from tools.compute_pca import compute_pca, draw_sample
 from tools.make_shards import pack
 
 
@@ -40,13 +47,82 @@ def test_file(shards: Path, tmp_path: Path) -> None:
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
 
 
+def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
+    """Three parts, one of them killed (-9) in its midst and started again, in any order and from torchrun's or Slurm's
+    environment, leave the bytes of one run; what was counted is not counted again; the last one writes and cleans up.
+    """
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    (copy / "pca.json").unlink()
+    before = {path.name for path in copy.iterdir()}
+    assert "left to other parts" in run_ok("tools/compute_pca.py", copy, "--part", "3/3", "--batch-size", "7")
+
+    slow = [sys.executable, "tools/compute_pca.py", str(copy), "--batch-size", "1", "--threads", "1"]
+    killed = subprocess.Popen(slow, cwd=ROOT, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
+    first = copy / "pca.part-00"
+    while not first.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -9, "the part was through before it could be killed"
+    stamp = first.stat().st_mtime_ns
+    again = run_python("tools/compute_pca.py", copy, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
+    assert again.returncode == 0 and "left to other parts" in again.stdout
+    counted = int(re.search(r"counted (\d+) images", again.stdout)[1])  # type: ignore[index]
+    ours = sum(open_shards(copy, "train").samples[0::3])
+    assert 0 < counted < ours and first.stat().st_mtime_ns == stamp
+
+    last = run_python("tools/compute_pca.py", copy, env={**os.environ, "SLURM_PROCID": "1", "SLURM_NTASKS": "3"})
+    assert last.returncode == 0 and "stddev along the axes" in last.stdout
+    assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
+    assert {path.name for path in copy.iterdir()} == before | {"pca.json"}
+
+
+def test_sample(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An estimate from a few images says so in the file, is the same for the same seed, gives way to the basis of all
+    images, and does not replace it."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    path, exact = copy / "pca.json", (shards / "pca.json").read_bytes()
+    assert "nothing to do" in run_ok("tools/compute_pca.py", copy, "--sample", "10")
+    contents = []
+    for seed in (2012, 2012, 7):
+        path.unlink()
+        compute_pca(copy, sample=10, seed=seed)
+        assert "an estimate" in capsys.readouterr().out
+        contents.append(read_json(path))
+    assert contents[0] == contents[1] and contents[0]["sum"] != contents[2]["sum"]
+    assert contents[2]["sample"] == {"images": 10, "seed": 7} and contents[2]["num_images"] == 10
+    compute_pca(copy)
+    assert path.read_bytes() == exact
+    for wrong in (0, 100000):
+        with pytest.raises(ValueError, match="--sample"):
+            compute_pca(copy, sample=wrong)
+
+
+def test_sample_takes_what_it_says(numbered_shards: Callable[[int, int], ShardSet], tmp_path: Path) -> None:
+    """A sample of one is one of the images, over the seeds several of them; a sample of all is all of them."""
+    train = numbered_shards(30, 4)
+    stored = np.concatenate([batch.numpy().copy() for batch in decoded_batches(train, 64)])
+    sums = [tuple(row) for row in stored.sum((1, 2), dtype=np.int64).tolist()]
+    found = set()
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (image_1HWC,) = decoded_batches(draw_sample(train, 1, seed, folder), 4)
+        found.add(sums.index(tuple(image_1HWC[0].numpy().sum((0, 1), dtype=np.int64).tolist())))
+    assert len(found) > 1
+    everything = draw_sample(train, train.num_samples, 0, tmp_path)
+    assert everything.samples == train.samples
+    np.testing.assert_array_equal(np.concatenate([b.numpy() for b in decoded_batches(everything, 64)]), stored)
+
+
 def test_mean_image(shards: Path, tmp_path: Path) -> None:
     """The mean of every pixel of the decoded training images, exact up to float32; pca.json stays the same, packing and
     verifying know both files."""
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
     assert "nothing to do" not in run_ok("tools/compute_pca.py", copy, "--mean-image", "--batch-size", "50")
-    stored = np.concatenate(list(decoded_batches(open_shards(copy, "train"), 32)))
+    stored = np.concatenate([batch.numpy() for batch in decoded_batches(open_shards(copy, "train"), 32)])
     mean = np.load(copy / "mean_image.npy")
     assert mean.dtype == np.float32
     np.testing.assert_array_equal(mean, stored.mean(0, dtype=np.float64).astype(np.float32))
@@ -54,6 +130,17 @@ def test_mean_image(shards: Path, tmp_path: Path) -> None:
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
     assert "nothing to do" in run_ok("tools/compute_pca.py", copy, "--mean-image")
     assert "note:" not in run_ok("tools/make_shards.py", "verify", copy, "--fast")
+
+    # One that is of other images, or damaged, is made again; pca.json, here another decoder's, stays.
+    write_json(copy / "pca.json", {**read_json(copy / "pca.json"), "decoder": "another"})
+    kept, sound = (copy / "pca.json").read_bytes(), (copy / "mean_image.npy").read_bytes()
+    np.save(copy / "mean_image.npy", mean + 1)
+    for _ in range(2):
+        compute_pca(copy, mean_image=True)
+        assert (copy / "mean_image.npy").read_bytes() == sound and (copy / "pca.json").read_bytes() == kept
+        (copy / "mean_image.npy").write_bytes(sound[:1000])
+    with pytest.raises(ValueError, match="--sample"):
+        compute_pca(copy, sample=3, mean_image=True)
 
 
 def test_degenerate_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,3 +178,37 @@ def test_wrong_input(shards: Path, tmp_path: Path) -> None:
     foreign = run_python("tools/compute_pca.py", copy)
     assert foreign.returncode == 2 and "other shards" in foreign.stderr
     assert (copy / "pca.json").read_text() == other
+
+
+def test_images_of_another_size(tmp_path: Path) -> None:
+    """Adopted shards whose images are not 256x256, all alike or not, are refused, and nothing is left behind."""
+    rng = np.random.default_rng(0)
+    for name, sizes in (("alike", [(224, 224)] * 3), ("mixed", [(256, 256), (300, 256)])):
+        source = tmp_path / name / "source"
+        source.mkdir(parents=True)
+        with webdataset.TarWriter(str(source / "a.tar")) as tar:
+            for number, size in enumerate(sizes):
+                tar.write({"__key__": f"s{number}", "jpg": jpeg(photo(rng, *size)), "cls": b"0"})
+        adopted = tmp_path / name / "shards"
+        adopt(source, adopted, split="train", pattern="*.tar", workers=1)
+        before = sorted(adopted.iterdir())
+        with pytest.raises(ValueError, match="not 256x256"):
+            compute_pca(adopted)
+        assert sorted(adopted.iterdir()) == before
+
+
+@pytest.mark.gpu
+def test_gpu(shards: Path, tmp_path: Path) -> None:
+    """A GPU counts the same images, names its decoder, and its eigenvalues are those of the CPU within a per cent; its
+    own runs agree to the byte."""
+    files = []
+    for batch_size in (64, 50):
+        copy = tmp_path / str(batch_size)
+        shutil.copytree(shards, copy)
+        (copy / "pca.json").unlink()
+        run_ok("tools/compute_pca.py", copy, "--device", "cuda", "--batch-size", str(batch_size))
+        files.append((copy / "pca.json").read_bytes())
+    assert files[0] == files[1]
+    ours, cpu = json.loads(files[0]), read_json(shards / "pca.json")
+    assert ours["num_images"] == cpu["num_images"] and ours["decoder"].endswith("gpu")
+    np.testing.assert_allclose(ours["eigenvalues"], cpu["eigenvalues"], rtol=0.01)

@@ -12,7 +12,8 @@ import torch
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Augmentation
 from pipeline.lighting import Lighting
-from pipeline.loader import DataConfig, Loader, Speed, decoded_batches, train_loader, val_loader
+from pipeline.loader import DataConfig, Loader, Speed, train_loader, val_loader
+from pipeline.reader import decoded_batches
 from pipeline.shards import DataError, ShardSet, open_shards
 
 Make = Callable[[int, int], ShardSet]

@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.shards import DataError, ShardSet, open_shards
 from tools.measure import rate, record, show, take_turns
 from train.program import run_program
+
+if TYPE_CHECKING:
+    import torch
 
 
 def loader(
@@ -34,8 +37,8 @@ def loader(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> None:
-    """Images per second of the training loader alone, of DALI decoding alone, and of libjpeg-turbo alone on the same
-    files.
+    """Images per second of the training loader alone, of its graph with and without lighting, of DALI decoding alone,
+    and of libjpeg-turbo alone on the same files.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -48,8 +51,10 @@ def loader(
     """
     if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
+    import torch
+
     from pipeline.eigenbasis import Eigenbasis
-    from pipeline.graph import decode_pipeline
+    from pipeline.graph import decode_pipeline, train_pipeline
     from pipeline.loader import DataConfig, Speed, train_loader
     from train.evaluate import pick_device
 
@@ -57,18 +62,33 @@ def loader(
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     threads = threads or len(os.sched_getaffinity(0))
     place = pick_device(device)
-    batches = train_loader(
-        train,
-        basis,
-        DataConfig(shards, speed=Speed(threads=threads)),
-        batch_size=batch_size,
-        seed=0,
-        rank=0,
-        num_ranks=1,
-        device=place,
-    )
+    config = DataConfig(shards, speed=Speed(threads=threads))
+    batches = train_loader(train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place)
     decoder = decode_pipeline(train, "cpu", batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
+
+    def graph_step(lit: bool) -> Callable[[], object]:
+        """The loader's graph and its hand-over to torch, without its epochs: two that differ in lighting alone."""
+        pipe = train_pipeline(
+            train,
+            basis,
+            config.augmentation,
+            config.shuffle_buffer,
+            data_seed=0,
+            rank=0,
+            num_ranks=1,
+            decode="gpu" if place.type == "cuda" else "cpu",
+            device="gpu" if place.type == "cuda" else "cpu",
+            lit=lit,
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=(place.index or 0) if place.type == "cuda" else None,
+            prefetch_queue_depth=config.speed.prefetch,
+            seed=0,
+        )
+        return lambda: [torch.from_dlpack(output.as_tensor()) for output in pipe.run()]
+
+    lit_step, unlit_step = graph_step(lit=True), graph_step(lit=False)
 
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(threads, spawn, initializer=keep_jpegs, initargs=(read_jpegs(train),)) as pool:
@@ -76,6 +96,8 @@ def loader(
             "libjpeg-turbo alone (simplejpeg)": lambda: sum(pool.map(decode_rate, [seconds] * threads)),
             "DALI decode alone (cpu, uint8, whole)": lambda: rate(lambda: decoder.run(), batch_size, seconds),
             f"loader (train, on {place.type})": lambda: rate(lambda: next(endless), batch_size, seconds),
+            "its graph with lighting": lambda: rate(lit_step, batch_size, seconds),
+            "the same graph without lighting": lambda: rate(unlit_step, batch_size, seconds),
         }
         measured = take_turns(contenders, repeats)
     batches.close()
@@ -85,6 +107,9 @@ def loader(
         f"{threads} threads, {repeats} repeats"
     )
     show(measured, unit="images/s", reference="libjpeg-turbo alone (simplejpeg)")
+    lit, unlit = measured["its graph with lighting"], measured["the same graph without lighting"]
+    ratio = statistics.median(a / b for a, b in zip(lit, unlit, strict=True))
+    print(f"with lighting: {ratio:.2f} of the speed without")
     if out:
         record(out, "loader", measured, {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads})
 
@@ -112,23 +137,33 @@ def pack(
 
 
 def pca(
-    shards: Path, batch_size: int = 64, threads: int | None = None, repeats: int = 5, out: Path | None = None
+    shards: Path,
+    batch_size: int = 64,
+    threads: int | None = None,
+    repeats: int = 5,
+    device: Literal["cpu", "cuda"] = "cpu",
+    out: Path | None = None,
 ) -> None:
-    """Images per second of computing the eigenbasis' sums, beside decoding the same shards alone.
+    """Images per second of computing the eigenbasis' sums, beside decoding the same shards alone; on a GPU also how far
+    its decoder moves the eigenvalues.
 
     Args:
         shards: Folder written by make_shards.
         batch_size: Images decoded at a time.
         threads: Decoding threads; one per core by default.
         repeats: Passes over the training shards by each contender, taken in turn.
+        device: Where images are decoded and summed.
         out: JSON-lines file to append one row per contender to.
     """
     if batch_size < 1 or repeats < 1 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1")
-    from pipeline.loader import decoded_batches
-    from tools.compute_pca import batch_moments
+    from pipeline.eigenbasis import Eigenbasis, Moments
+    from pipeline.reader import decoded_batches
+    from tools.compute_pca import cuda_device
+    from tools.moments import batch_sums
 
-    train = open_shards(shards, "train")
+    train, place = open_shards(shards, "train"), cuda_device() if device == "cuda" else "cpu"
+    threads = threads or len(os.sched_getaffinity(0))
 
     def of_pass(counts: Iterator[int]) -> float:
         next(counts)  # the pipeline starts
@@ -136,17 +171,25 @@ def pca(
         return sum(counts) / (perf_counter() - started)
 
     def decoding() -> float:
-        return of_pass(len(batch) for batch in decoded_batches(train, batch_size, threads))
+        return of_pass(len(batch) for batch in decoded_batches(train, batch_size, threads, place))
 
     def summing() -> float:
-        return of_pass(moments.num_images for moments, _ in batch_moments(train, batch_size, threads))
+        return of_pass(sums.moments.num_images for sums in batch_sums(train, batch_size, threads, place))
 
-    decode, whole = "DALI decode alone (cpu)", "decode + exact moments (cpu)"
+    def eigenvalues(where: "torch.device | str") -> list[float]:
+        moments = sum((sums.moments for sums in batch_sums(train, batch_size, threads, where)), Moments())
+        return Eigenbasis.of(moments).eigenvalues.tolist()
+
+    decode, whole = f"DALI decode alone ({device})", f"decode + exact moments ({device})"
     measured = take_turns({decode: decoding, whole: summing}, repeats)
     print(f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, {repeats} repeats")
     show(measured, unit="images/s", reference=decode)
     slower = statistics.median(a / b for a, b in zip(measured[decode], measured[whole], strict=True))
     print(f"the eigenbasis takes {slower:.2f} times as long as decoding alone")
+    if device == "cuda":
+        pairs = zip(eigenvalues(place), eigenvalues("cpu"), strict=True)
+        moved = ", ".join(f"{100 * (of_gpu / of_cpu - 1):+.4f} %" for of_gpu, of_cpu in pairs)
+        print(f"the GPU's decoder moves the eigenvalues by {moved}")
     if out:
         record(out, "pca", measured, {"shards": train.manifest_sha256, "batch_size": batch_size})
 

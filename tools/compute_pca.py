@@ -7,58 +7,182 @@ integers.
 """
 
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import random
+import tempfile
+from bisect import bisect_right
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.eigenbasis import read_eigenbasis, write_eigenbasis
 from pipeline.files import atomic_writer
-from pipeline.shards import ShardSet, open_shards
+from pipeline.shards import DataError, ShardSet, index_text, open_shards, read_index
+from tools.parts import Part, find_part
+from tools.pool import default_workers
+from tools.show_pca import draw, table
 from train.program import run_program
 
+if TYPE_CHECKING:
+    import torch
 
-def compute_pca(shards: Path, batch_size: int = 64, threads: int | None = None, mean_image: bool = False) -> None:
+    from tools.moments import Sums
+
+
+def compute_pca(
+    shards: Path,
+    batch_size: int = 64,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    sample: int | None = None,
+    seed: int = 2012,
+    part: str | None = None,
+    mean_image: bool = False,
+    show: bool = False,
+) -> None:
     """Compute mean and eigenbasis of all training images and write SHARDS/pca.json.
+
+    Run again after an interruption, it does what is left.
 
     Args:
         shards: Folder written by make_shards.
         batch_size: Images decoded at a time; the result does not depend on it.
         threads: Decoding threads; one per core by default.
+        device: Where images are decoded and summed. A GPU's decoder may differ by a level in some pixels; pca.json says
+            which one it was.
+        sample: Take so many images, drawn at random, for a quick estimate; pca.json says so, and a run without it
+            replaces it.
+        seed: Seed of that draw.
+        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default RANK and WORLD_SIZE or SLURM_PROCID
+            and SLURM_NTASKS tell, or it does everything. Whoever is last writes pca.json.
         mean_image: Write the mean of each pixel as well: mean_image.npy (float32, 256x256x3, RGB, 0..255) and
             mean_image.png to look at.
+        show: Print the basis beside ImageNet's and draw pca.png: the axes as colours, and images moved along them.
     """
     if batch_size < 1 or (threads is not None and threads < 1):
         raise ValueError("--batch-size and --threads must be at least 1")
-    train = open_shards(shards, "train")
-    path, picture = shards / "pca.json", shards / "mean_image.npy"
-    if path.is_file():
-        Eigenbasis.load(path, train.manifest_sha256)
-        if picture.is_file() or not mean_image:
-            print(f"{path} fits these shards already; nothing to do")
-            return
+    train, mine = open_shards(shards, "train"), find_part(part, os.environ)
+    if sample is not None and not 1 <= sample <= train.num_samples:
+        raise ValueError(f"--sample {sample} has to lie in 1..{train.num_samples}, the number of training images")
+    if sample is not None and mean_image:
+        raise ValueError("--mean-image takes every image, --sample a few; give one of them")
+    wanted = None if sample is None else {"images": sample, "seed": seed}
 
-    import nvidia.dali  # takes a second, which the errors above need not wait for
+    if is_done(shards, train, wanted, mean_image):
+        print(f"{shards / 'pca.json'} fits these shards already; nothing to do")
+    elif not count(shards, train, wanted, mean_image, mine, batch_size, threads or default_workers(), device):
+        print(f"{shards / 'pca.json'} is left to other parts, at work or to be started")
+        return
+    if show:
+        content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
+        print(table(content))
+        draw(shards / "pca.png", train, content)
+        print(f"picture: {shards / 'pca.png'}")
 
-    moments = Moments()
-    sums = np.zeros((256, 256, 3), np.int64) if mean_image else None
-    with tqdm(total=train.num_samples, desc="eigenbasis", unit="img", disable=None) as progress:
-        for of_batch, batch_sums in batch_moments(train, batch_size, threads, mean_image):
-            moments += of_batch
-            if sums is not None and batch_sums is not None:
-                sums += batch_sums
-            progress.update(of_batch.num_images)
-    if sums is not None:
-        write_mean_image(picture, sums, moments.num_images)
-    basis = write_eigenbasis(path, moments, train.manifest_sha256, f"DALI {nvidia.dali.__version__} cpu")
-    print(f"{path}: {moments.num_images} images")
-    print(f"mean (R, G, B)          {basis['mean']}")
-    print(f"stddev along the axes   {basis['axis_stddev']}")
-    if warning := degenerate(basis["eigenvalues"], moments.num_images):
+
+def is_done(shards: Path, train: ShardSet, wanted: dict[str, int] | None, mean_image: bool) -> bool:
+    """Whether what is wanted is there; the basis of all images is better than any estimate.
+
+    Raises `ValueError` when pca.json is damaged or of other shards.
+    """
+    if not (shards / "pca.json").is_file():
+        return False
+    content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
+    if mean_image and not mean_image_fits(shards / "mean_image.npy", content["mean"]):
+        return False
+    return content.get("sample") in (None, wanted)
+
+
+def count(
+    shards: Path,
+    train: ShardSet,
+    wanted: dict[str, int] | None,
+    mean_image: bool,
+    mine: Part,
+    batch_size: int,
+    threads: int,
+    device: Literal["cpu", "cuda"],
+) -> bool:
+    """Count our part of the images; when all parts are counted, write and print the results and return True."""
+    import nvidia.dali  # it and torch take seconds, which errors in the input need not wait for
+
+    from tools.moments import Tally
+
+    place = cuda_device() if device == "cuda" else "cpu"
+    decoder = f"DALI {nvidia.dali.__version__} {'gpu' if device == 'cuda' else 'cpu'}"
+    with tempfile.TemporaryDirectory(prefix="compute_pca-") as folder:
+        chosen = draw_sample(train, wanted["images"], wanted["seed"], Path(folder)) if wanted else train
+        tally = Tally(
+            shards, chosen, {"manifest": train.manifest_sha256, "decoder": decoder, "sample": wanted}, mean_image
+        )
+        ours = range(mine.number, len(tally.groups), mine.of)
+        started = perf_counter()
+        images = tally.count([k for k in ours if tally.read(k) is None], batch_size, threads, place)
+    seconds = perf_counter() - started
+    if images:
+        print(f"counted {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s)")
+
+    total = tally.total()
+    if total is None and not is_done(shards, train, wanted, mean_image):  # else another part was faster
+        return False
+    if total is not None:
+        write_results(shards, train, wanted, total, decoder)
+    tally.forget()
+    content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
+    estimate = ", an estimate" if "sample" in content else ""
+    print(f"{shards / 'pca.json'}: {content['num_images']} images, decoder {content['decoder']}{estimate}")
+    print(f"mean (R, G, B)          {content['mean']}")
+    print(f"stddev along the axes   {content['axis_stddev']}")
+    if warning := degenerate(content["eigenvalues"], content["num_images"]):
         print(f"warning: {warning}")
+    return True
+
+
+def write_results(shards: Path, train: ShardSet, wanted: dict[str, int] | None, total: "Sums", decoder: str) -> None:
+    """Write mean_image.npy, if its sums are there, and pca.json. One of all images is left as it is: runs that began
+    with it go on with no other, and another decoder's may differ in the last digits."""
+    if total.image is not None:
+        write_mean_image(shards / "mean_image.npy", total.image, total.moments.num_images)
+    if not is_done(shards, train, wanted, mean_image=False):
+        seed = wanted["seed"] if wanted else None
+        write_eigenbasis(shards / "pca.json", total.moments, train.manifest_sha256, decoder, seed)
+
+
+def draw_sample(shards: ShardSet, images: int, seed: int, folder: Path) -> ShardSet:
+    """So many random images of a split: the same shards with shorter indexes, which are written to `folder`."""
+    ends = list(accumulate(shards.samples))
+    rows: dict[int, list[int]] = {}
+    for row in sorted(random.Random(seed).sample(range(ends[-1]), images)):
+        shard = bisect_right(ends, row)
+        rows.setdefault(shard, []).append(row - (ends[shard] - shards.samples[shard]))
+    indexes = []
+    for shard, chosen in rows.items():
+        samples = read_index(Path(shards.indexes[shard]))
+        if len(samples) != shards.samples[shard]:
+            raise DataError(
+                f"{shards.indexes[shard]} lists {len(samples)} samples, the manifest {shards.samples[shard]}; copy it "
+                "again or pack again"
+            )
+        path = folder / f"{shard}.idx"
+        path.write_text(index_text([samples[k] for k in chosen]))
+        indexes.append(str(path))
+    return replace(
+        shards.only(list(rows)), indexes=tuple(indexes), samples=tuple(len(chosen) for chosen in rows.values())
+    )
+
+
+def cuda_device() -> "torch.device":
+    """The GPU of this process among those of its machine. Raises `ValueError` where there is none."""
+    import torch
+
+    from train.evaluate import pick_device
+
+    pick_device("cuda")
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(local) % torch.cuda.device_count())
 
 
 def degenerate(eigenvalues: list[float], num_images: int) -> str:
@@ -83,29 +207,13 @@ def write_mean_image(path: Path, sums: np.ndarray, num_images: int) -> None:
         np.save(file, mean.astype(np.float32))
 
 
-def batch_moments(
-    shards: ShardSet, batch_size: int, threads: int | None = None, image_sums: bool = False
-) -> Iterator[tuple[Moments, np.ndarray | None]]:
-    """Sum every batch of a split, in threads beside DALI's own; yields in order the moments and, if asked for, the sum
-    over the images, int64 (256, 256, 3)."""
-    import torch
-
-    from pipeline.loader import decoded_batches
-
-    def work(images_NHWC: np.ndarray) -> tuple[Moments, np.ndarray | None]:
-        sums = torch.from_numpy(images_NHWC).sum(0, dtype=torch.int64).numpy() if image_sums else None
-        return Moments.of(images_NHWC), sums
-
-    # Summing takes a quarter of the time of decoding; threads of torch's own would only wait for each other.
-    torch.set_num_threads(1)
-    summing = max(1, (threads or len(os.sched_getaffinity(0))) // 4)
-    pending: deque[Future[tuple[Moments, np.ndarray | None]]] = deque()
-    with ThreadPoolExecutor(summing) as pool:
-        for images_NHWC in decoded_batches(shards, batch_size, threads):
-            pending.append(pool.submit(work, images_NHWC))
-            if len(pending) > summing:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+def mean_image_fits(path: Path, mean: list[float]) -> bool:
+    """Whether there is a mean image whose mean is that of the pixels, to the digits of float32."""
+    try:
+        image = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return image.shape == (256, 256, 3) and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
 
 
 if __name__ == "__main__":

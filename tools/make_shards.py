@@ -12,7 +12,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pipeline.shards import classes_json
 from tools.adopt import adopt
@@ -20,6 +20,7 @@ from tools.ilsvrc import check_md5
 from tools.listing import RawImageNet, random_read_rate, save_listing
 from tools.manifest import LISTING, check_output, claim, notes, unfinished, write_manifest
 from tools.pack import Done, pack_sample, run_units, write_shard
+from tools.parts import find_part
 from tools.plan import Options, Plan, make_plan
 from tools.pool import check_workers
 from tools.raw import cut_validation, open_raw
@@ -31,14 +32,6 @@ from train.program import run_program
 SLOW_READS_PER_S = 500
 """Random reads below this keep one core waiting: it packs about as many images a second."""
 WORTH_A_WARNING_S = 600
-
-
-class Part(NamedTuple):
-    """The share of this process in a pack that several share."""
-
-    number: int
-    """0 to `of` - 1."""
-    of: int
 
 
 def pack(
@@ -146,29 +139,6 @@ def finish(plan: Plan, data: RawImageNet) -> None:
     else:
         missing = plan.num_shards - len(notes(plan))
         print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
-
-
-def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]") -> Part:
-    """The share of this process: from i/n, else from torchrun's or Slurm's environment, else everything.
-
-    Counting from 1 or from 0 is the same: only i modulo n matters. Raises `ValueError` for anything else.
-    """
-    if part is None:
-        for number, of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if number in environment and of in environment:
-                part, source, counts_from = f"{environment[number]}/{environment[of]}", f"{number}/{of}", 0
-                break
-        else:
-            return Part(0, 1)
-    else:
-        source, counts_from = "--part", 1
-    fields = part.split("/")
-    if len(fields) != 2 or not all(field.isascii() and field.isdigit() for field in fields):
-        raise ValueError(f"{source} has to be i/n, such as 1/4, but is {part}")
-    index, parts = map(int, fields)
-    if parts < 1 or index > parts or (index == parts and not counts_from):
-        raise ValueError(f"{source} is {part}: there are only {parts} parts")
-    return Part((index - counts_from) % parts, parts)
 
 
 def check_archives(raw: Path, data: RawImageNet) -> None:

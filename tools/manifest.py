@@ -5,6 +5,7 @@
 same bytes.
 """
 
+import fnmatch
 import json
 import shutil
 from dataclasses import asdict
@@ -17,24 +18,25 @@ from tools.plan import Plan, ShardPlan, versions
 
 LISTING = "listing.jsonl"
 """The cached listing of the raw images, beside the splits."""
+TOP_FILES = ("classes.json", LISTING, "pca.json", "pca.png", "pca.part-*", "mean_image.npy", "mean_image.png")
+"""What stands beside the splits, as patterns."""
 SPILL = "spill-*"
 """Where `tools/sequential.py` keeps what it has packed; in a split's folder."""
 
 
+def is_top_file(name: str) -> bool:
+    """Whether our programs write a file of this name beside the splits."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in TOP_FILES)
+
+
 def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
     """Refuse output folders that hold anything but this pack, with `ValueError`."""
-    wanted = {
-        "classes.json",
-        "pca.json",
-        "mean_image.npy",
-        "mean_image.png",
-        LISTING,
-        *(plan.directory.name for plan in plans),
-    }
+    splits = {plan.directory.name for plan in plans}
     present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
-    if (shards.exists() and not shards.is_dir()) or present - wanted:
+    foreign = sorted(name for name in present - splits if not is_top_file(name))
+    if (shards.exists() and not shards.is_dir()) or foreign:
         raise ValueError(
-            f"{shards} holds something else{''.join(f' ({name})' for name in sorted(present - wanted)[:1])}; give a "
+            f"{shards} holds something else{''.join(f' ({name})' for name in foreign[:1])}; give a "
             "folder that is new, empty or begun by the same command"
         )
     if "classes.json" in present and read_json(shards / "classes.json") != classes:

@@ -16,11 +16,11 @@ import numpy as np
 from pipeline.files import read_json
 from pipeline.shards import DataError, check_manifest, read_classes
 from tools.check_shard import Job, Report, check_shard
+from tools.manifest import is_top_file
 from tools.pool import check_workers
 from tools.tars import over_shards
 
 SPLITS = ("train", "val")
-TOP_FILES = {"classes.json", "pca.json", "mean_image.npy", "mean_image.png", "listing.jsonl", *SPLITS}
 
 
 def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None:
@@ -54,7 +54,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
                 of_shards = over_shards(check_shard, jobs, sizes, processes, f"checking {split}")
             reports += [*of_shards, check_split(path.parent, manifest, jobs, of_shards)]
             images, tars = images + manifest["num_samples"], tars + len(jobs)
-    strays = sorted(path.name for path in shards.iterdir() if path.name not in TOP_FILES)
+    strays = sorted(path.name for path in shards.iterdir() if path.name not in SPLITS and not is_top_file(path.name))
     reports.append(Report(str(shards), notes=[f"{name} is no part of the shards" for name in strays]))
 
     for line in (line for report in reports for line in report.lines()):

@@ -1,7 +1,7 @@
 """Pictures of a finished run: curves, first-layer kernels, augmented images, predictions. PNG files in the run
 directory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import atomic_writer
 from pipeline.graph import CROP_SIDE
-from pipeline.lighting import relight
-from pipeline.loader import decoded_batches, train_loader
+from pipeline.lighting import Lighting, relight
+from pipeline.loader import train_loader
+from pipeline.reader import decoded_batches
 from train.evaluate import MIDDLE, probabilities
 from train.loop import Trainer
 from train.metrics import read_metrics
@@ -90,18 +92,10 @@ def draw_kernels(figure: Figure, trainer: Trainer) -> None:
 def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
     """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
     augmentation, basis = trainer.config.data.augmentation, trainer.basis
-    images_NHWC = next(decoded_batches(trainer.train_shards, 16))[
-        :, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE
-    ]
-    most_colourful = np.ptp(images_NHWC.mean((1, 2)), axis=1).argmax()
-    image_NHWC = images_NHWC[most_colourful][None]
-    amounts = np.arange(-3, 4)
-    rows = []
-    for axis in range(3):
-        draws_N3 = np.zeros((len(amounts), 3))
-        draws_N3[:, axis] = amounts
-        moved = relight(image_NHWC, draws_N3, basis, augmentation.lighting)
-        rows.append(to_pixels(moved * augmentation.lighting.divisor, basis.mean))
+    images_NHWC = next(decoded_batches(trainer.train_shards, 16)).numpy()
+    (image_HWC,) = most_colourful(images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE], 1)
+    amounts = range(-3, 4)
+    rows = [moved_along(image_HWC, axis, amounts, basis, augmentation.lighting) for axis in range(3)]
     loader = train_loader(
         trainer.train_shards,
         basis,
@@ -165,6 +159,20 @@ def draw_predictions(figure: Figure, trainer: Trainer) -> None:
     figure.suptitle(
         "validation images, their true class and the five most probable ones (red: the first guess is wrong)"
     )
+
+
+def most_colourful(images_NHWC: np.ndarray, count: int) -> np.ndarray:
+    """The `count` images whose mean colour is farthest from grey."""
+    return images_NHWC[np.ptp(images_NHWC.mean((1, 2)), axis=1).argsort()[::-1][:count]]
+
+
+def moved_along(
+    image_HWC: np.ndarray, axis: int, amounts: Sequence[int], basis: Eigenbasis, lighting: Lighting
+) -> np.ndarray:
+    """An image as lighting moves it along one axis, uint8 (len(amounts), height, width, 3); amounts are draws."""
+    draws_N3 = np.zeros((len(amounts), 3))
+    draws_N3[:, axis] = amounts
+    return to_pixels(relight(image_HWC[None], draws_N3, basis, lighting) * lighting.divisor, basis.mean)
 
 
 def to_pixels(images_HWC: np.ndarray, mean: np.ndarray) -> np.ndarray:

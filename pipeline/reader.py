@@ -1,0 +1,87 @@
+"""What stands around every DALI pipeline that reads shards: enough file handles, an index that fits, errors in one
+sentence. And the plain reader, which decodes each image once."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from nvidia.dali import Pipeline
+
+from pipeline.graph import IMAGE_SIDE, decode_pipeline
+from pipeline.shards import DataError, ShardSet
+
+
+def decoded_batches(
+    shards: ShardSet, batch_size: int, threads: int | None = None, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """Yield every image of a split once as uint8 (n, 256, 256, 3) RGB, in stored order; the last batch is shorter.
+
+    Args:
+        shards: What to read.
+        batch_size: Images at a time.
+        threads: DALI's CPU threads; one per core by default.
+        device: Where images are decoded and stay.
+
+    Raises `ValueError` for images of another size, `DataError` when DALI fails.
+    """
+    shards.check_256()
+    raise_open_files(len(shards.tars))
+    device = torch.device(device)
+    pipe = decode_pipeline(
+        shards,
+        "gpu" if device.type == "cuda" else "cpu",
+        batch_size=batch_size,
+        num_threads=threads or len(os.sched_getaffinity(0)),
+        device_id=(device.index or 0) if device.type == "cuda" else None,
+        seed=0,
+    )
+    for first in range(0, shards.num_samples, batch_size):
+        try:
+            if first == 0:
+                pipe.build()
+                check_index(pipe, shards)
+            (images,) = pipe.run()
+            if not images.is_dense_tensor() or images[0].shape() != [IMAGE_SIDE, IMAGE_SIDE, 3]:
+                raise ValueError(
+                    f"{Path(shards.tars[0]).parent} holds images that are not {IMAGE_SIDE}x{IMAGE_SIDE}; pack the raw "
+                    "images with tools/make_shards.py pack"
+                )
+            batch_NHWC = torch.from_dlpack(images.as_tensor())
+        except DataError:
+            raise
+        except RuntimeError as error:
+            raise data_error(shards, error) from None
+        yield batch_NHWC[: shards.num_samples - first]
+
+
+def check_index(pipe: Pipeline, shards: ShardSet) -> None:
+    """Raise `DataError` unless the indexes list as many samples as the manifest: epochs would not be exact."""
+    indexed = pipe.reader_meta()["reader"]["epoch_size"]
+    if indexed != shards.num_samples:
+        place = Path(shards.tars[0]).parent
+        raise DataError(
+            f"the .idx files of {place} list {indexed} samples, its manifest {shards.num_samples}; copy them again"
+        )
+
+
+def data_error(shards: ShardSet, error: RuntimeError) -> DataError:
+    """One sentence from DALI's report, whose reason stands below the word "encountered"."""
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
+    reason = lines[0] if lines else str(error).splitlines()[0]
+    place = Path(shards.tars[0]).parent
+    return DataError(
+        f"reading {place} failed: {reason}; compare the shards with {place}/manifest.json, pack or copy again"
+    )
+
+
+def raise_open_files(num_shards: int) -> None:
+    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `ValueError`."""
+    needed = num_shards + 256  # besides shards: libraries, pipes, logs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
