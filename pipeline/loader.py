@@ -34,6 +34,10 @@ PADDING = -1
 """Label of a sample that only fills up a batch; it is the `ignore_index` of a loss."""
 
 
+GRAPH_VERSION = 2
+"""Counts up whenever the operations of the training graph change: DALI's checkpoints fit one list of them."""
+
+
 class Batch(NamedTuple):
     """One batch on the loader's device."""
 
@@ -210,6 +214,7 @@ class Loader:
             "decode": self._decode,
             "device": self.device.type,
             "dali": nvidia.dali.__version__,
+            "graph": GRAPH_VERSION,
         }
 
     def state_dict(self) -> dict[str, Any]:

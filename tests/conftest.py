@@ -78,14 +78,15 @@ def photo(rng: np.random.Generator, height: int = 256, width: int = 256) -> np.n
 
 
 @pytest.fixture
-def numbered_shards(tmp_path: Path) -> Callable[[int, int], ShardSet]:
-    """Make shards of `n` samples whose label is the sample's own number, in `k` shards of both splits."""
+def numbered_shards(tmp_path: Path) -> Callable[..., ShardSet]:
+    """Make shards of `n` samples whose label is the sample's own number, in `k` shards of both splits; of photos, or of
+    one given JPEG."""
 
-    def make(num_samples: int, num_shards: int) -> ShardSet:
+    def make(num_samples: int, num_shards: int, image: bytes | None = None) -> ShardSet:
         import tarfile
 
         rng = np.random.default_rng(0)
-        images = [jpeg(photo(rng)) for _ in range(8)]
+        images = [image or jpeg(photo(rng)) for _ in range(8)]
         for split in ("train", "val"):
             (tmp_path / split).mkdir(exist_ok=True)
             rows = []

@@ -3,6 +3,7 @@
     python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
     python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
+    python tools/bench.py lighting SHARDS   what lighting costs
     python tools/bench.py plan              what a pack costs before the first image is read
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
@@ -37,8 +38,8 @@ def loader(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> None:
-    """Images per second of the training loader alone, of its graph with and without lighting, of DALI decoding alone,
-    and of libjpeg-turbo alone on the same files.
+    """Images per second of the training loader alone, of DALI decoding alone, and of libjpeg-turbo alone on the same
+    files.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -51,10 +52,8 @@ def loader(
     """
     if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
-    import torch
-
     from pipeline.eigenbasis import Eigenbasis
-    from pipeline.graph import decode_pipeline, train_pipeline
+    from pipeline.graph import decode_pipeline
     from pipeline.loader import DataConfig, Speed, train_loader
     from train.evaluate import pick_device
 
@@ -62,33 +61,18 @@ def loader(
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     threads = threads or len(os.sched_getaffinity(0))
     place = pick_device(device)
-    config = DataConfig(shards, speed=Speed(threads=threads))
-    batches = train_loader(train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place)
+    batches = train_loader(
+        train,
+        basis,
+        DataConfig(shards, speed=Speed(threads=threads)),
+        batch_size=batch_size,
+        seed=0,
+        rank=0,
+        num_ranks=1,
+        device=place,
+    )
     decoder = decode_pipeline(train, "cpu", batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
-
-    def graph_step(lit: bool) -> Callable[[], object]:
-        """The loader's graph and its hand-over to torch, without its epochs: two that differ in lighting alone."""
-        pipe = train_pipeline(
-            train,
-            basis,
-            config.augmentation,
-            config.shuffle_buffer,
-            data_seed=0,
-            rank=0,
-            num_ranks=1,
-            decode="gpu" if place.type == "cuda" else "cpu",
-            device="gpu" if place.type == "cuda" else "cpu",
-            lit=lit,
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=(place.index or 0) if place.type == "cuda" else None,
-            prefetch_queue_depth=config.speed.prefetch,
-            seed=0,
-        )
-        return lambda: [torch.from_dlpack(output.as_tensor()) for output in pipe.run()]
-
-    lit_step, unlit_step = graph_step(lit=True), graph_step(lit=False)
 
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(threads, spawn, initializer=keep_jpegs, initargs=(read_jpegs(train),)) as pool:
@@ -96,8 +80,6 @@ def loader(
             "libjpeg-turbo alone (simplejpeg)": lambda: sum(pool.map(decode_rate, [seconds] * threads)),
             "DALI decode alone (cpu, uint8, whole)": lambda: rate(lambda: decoder.run(), batch_size, seconds),
             f"loader (train, on {place.type})": lambda: rate(lambda: next(endless), batch_size, seconds),
-            "its graph with lighting": lambda: rate(lit_step, batch_size, seconds),
-            "the same graph without lighting": lambda: rate(unlit_step, batch_size, seconds),
         }
         measured = take_turns(contenders, repeats)
     batches.close()
@@ -107,9 +89,6 @@ def loader(
         f"{threads} threads, {repeats} repeats"
     )
     show(measured, unit="images/s", reference="libjpeg-turbo alone (simplejpeg)")
-    lit, unlit = measured["its graph with lighting"], measured["the same graph without lighting"]
-    ratio = statistics.median(a / b for a, b in zip(lit, unlit, strict=True))
-    print(f"with lighting: {ratio:.2f} of the speed without")
     if out:
         record(out, "loader", measured, {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads})
 
@@ -194,6 +173,31 @@ def pca(
         record(out, "pca", measured, {"shards": train.manifest_sha256, "batch_size": batch_size})
 
 
+def lighting(
+    shards: Path,
+    batch_size: int = 128,
+    threads: int | None = None,
+    batches: int = 15,
+    repeats: int = 30,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    out: Path | None = None,
+) -> None:
+    """Images per second of the loader's graph, with lighting and without.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        batch_size: Images per batch.
+        threads: DALI's threads; one per core by default.
+        batches: Length of one measurement.
+        repeats: Measurements of each contender, taken in turn.
+        device: Where batches end up; auto takes the first GPU if there is one.
+        out: JSON-lines file to append one row per contender to.
+    """
+    from tools.bench_lighting import bench_lighting
+
+    bench_lighting(shards, batch_size, threads, batches, repeats, device, out)
+
+
 def plan(images: int = 14_197_122, out: Path | None = None) -> None:
     """Seconds and memory that make_shards takes to plan a pack, on a generated listing (by default of ImageNet-21k).
 
@@ -240,4 +244,4 @@ def decode_rate(seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    run_program({"loader": loader, "pack": pack, "plan": plan, "pca": pca})
+    run_program({"loader": loader, "pack": pack, "pca": pca, "lighting": lighting, "plan": plan})
