@@ -5,13 +5,14 @@ the whole training set. Sums of uint8 pixels and of their products are integers,
 does not depend on the order of images, batches, workers or machines, and the file has the same bytes whatever made it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.files import read_json, write_json
+from pipeline.shards import IMAGE_SIDE
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,8 @@ class Eigenbasis:
     """Shape (3,): variances along the axes, descending."""
     eigenvectors: np.ndarray
     """Shape (3, 3): the axes are the columns; the largest component of each is positive."""
+    mean_image: np.ndarray | None = None
+    """float32 (256, 256, 3): mean of every pixel, where it was asked for."""
 
     @property
     def axis_stddev(self) -> np.ndarray:
@@ -122,9 +125,21 @@ class Eigenbasis:
         return Eigenbasis(mean, eigenvalues, eigenvectors * np.sign(largest))
 
     @staticmethod
-    def load(path: Path, manifest_sha256: str) -> "Eigenbasis":
-        """Read `pca.json`; raises as `read_eigenbasis`."""
-        return Eigenbasis.from_json(read_eigenbasis(path, manifest_sha256))
+    def load(path: Path, manifest_sha256: str, *, with_mean_image: bool = False) -> "Eigenbasis":
+        """Read `pca.json`, and if asked for `mean_image.npy` beside it.
+
+        Raises as `read_eigenbasis`, and `ValueError` for a mean image that is missing or of other images.
+        """
+        basis = Eigenbasis.from_json(read_eigenbasis(path, manifest_sha256))
+        if not with_mean_image:
+            return basis
+        image = read_mean_image(path.with_name("mean_image.npy"), basis.mean)
+        if image is None:
+            raise ValueError(
+                f"{path.with_name('mean_image.npy')} is missing, damaged or of other images; make it with "
+                f"tools/compute_pca.py {path.parent} --mean-image"
+            )
+        return replace(basis, mean_image=image)
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Eigenbasis":
@@ -135,7 +150,7 @@ class Eigenbasis:
         shapes = [mean.shape, eigenvalues.shape, eigenvectors.shape]
         finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
         sound = shapes == [(3,), (3,), (3, 3)] and finite and (eigenvalues >= 0).all()
-        if not sound or not np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-6):
+        if not sound or not np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-3):
             raise ValueError("mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again")
         return Eigenbasis(mean, eigenvalues, eigenvectors)
 
@@ -154,6 +169,8 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
     Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than the
     manifest with this checksum.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; remove it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
     content = read_json(path)
@@ -169,6 +186,16 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
     return content
+
+
+def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:
+    """The mean image, float32 (256, 256, 3); None unless it is there and its mean is that of the pixels."""
+    try:
+        image = np.load(path, allow_pickle=False)
+    except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
+        return None
+    fits = isinstance(image, np.ndarray) and image.dtype == np.float32 and image.shape == (IMAGE_SIDE, IMAGE_SIDE, 3)
+    return image if fits and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5) else None
 
 
 def write_eigenbasis(
@@ -208,6 +235,7 @@ def write_eigenbasis(
 
 
 def rounded(values: Any) -> Any:
-    """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines."""
+    """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines. (So it does in the
+    directions of axes of equal variance, which only made-up images have.)"""
     array = np.asarray(values)
     return [rounded(row) for row in array] if array.ndim else float(f"{float(array):.12g}")

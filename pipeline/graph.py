@@ -3,122 +3,80 @@
     reader -> decode -> 224x224 window -> flip -> relight and normalize        (train_graph)
     reader -> decode the 256x256 image -> normalize                            (val_graph)
 
+Images of any other size (`any_size`) are brought to the geometry of packed ones in one resampling of the window alone:
+shorter side to 256, antialiased bicubic, central 256x256, and of that the window.
+
 One graph serves both backends. `decode="gpu"` is the `mixed` decoder on whole images, `decode="cpu"` decodes on the
 host, in training the window alone, and augments on the GPU if there is one; without a GPU everything runs on the CPU
 with the same semantics. Pixels are RGB on the 0..255 scale minus the mean. Images leave as HWC: channels-last memory
 for PyTorch.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 
+from pipeline.draws import CROP_SIDE, OFFSETS, Draws, draw, op_seed
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight_arguments
-from pipeline.shards import MAX_LABEL_DIGITS, ShardSet
+from pipeline.lighting import relight_arguments
+from pipeline.settings import Augmentation
+from pipeline.shards import IMAGE_SIDE, MAX_LABEL_DIGITS, ShardSet
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
-IMAGE_SIDE = 256
-"""Side of a stored image (paper, section 2)."""
-CROP_SIDE = 224
-"""Side of the windows that the network sees (paper, section 4.1)."""
-OFFSETS = IMAGE_SIDE - CROP_SIDE
-"""A window starts at one of 0..32 in each direction: 33 * 33 * 2 = 2,178 views of an image (the 2012 program; the
-paper says 2,048)."""
 
+class Decoder(NamedTuple):
+    """Where and how images are decoded."""
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to a training image between its file and the network."""
-
-    crop: Literal["random", "center"] = "random"
-    """random: a 224x224 window at offsets drawn evenly from 0..32; center: always the middle one."""
-    flip: float = 0.5
-    """Probability of a horizontal flip. With 0, evaluation leaves the mirrored views out."""
-    lighting: Lighting = field(default_factory=Lighting)
-    """Colour shifts along the principal RGB axes."""
-    std: float = 1.0
-    """What pixels are divided by after the mean is subtracted; the 2012 initialization is made for 1."""
-    jpeg_fancy_upsampling: bool = True
-    """Interpolate chroma as libjpeg and Pillow do. The CPU decoder always does; off is faster on a GPU."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"augmentation.flip is a probability, 0 to 1, not {self.flip}")
-        if not 0 < self.std < float("inf"):
-            raise ValueError(f"augmentation.std must be positive, not {self.std}")
-
-
-class Draws(NamedTuple):
-    """The random numbers behind a batch of training images, one row per image."""
-
-    crop_x: "DataNode"
-    """Left offset / 32, float32, one of k/32 for k in 0..32."""
-    crop_y: "DataNode"
-    """Top offset / 32, likewise."""
-    mirror: "DataNode"
-    """int32, 1 where the image is flipped."""
-    light: "DataNode | None"
-    """float32 (3,): standard normal, one per RGB axis. None: a graph without lighting."""
-
-
-def op_seed(seed: int, loader_rank: int, operator: str) -> int:
-    """The seed of one random operator: independent between operators and loader ranks, the same in every run."""
-    words = np.frombuffer(operator.encode().ljust(16)[:16], np.uint32).tolist()
-    return int(np.random.SeedSequence([seed, loader_rank, *words]).generate_state(1, np.uint32)[0]) % (2**31 - 1)
-
-
-def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:
-    """Random numbers for one batch.
-
-    Offsets come from a list: `uniform(range=(0, 1))` rounds, and the edges 0 and 32 would get half their share.
-    """
-    positions = [k / OFFSETS for k in range(OFFSETS + 1)] if augmentation.crop == "random" else [0.5]
-    return Draws(
-        fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_x")),
-        fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_y")),
-        fn.random.coin_flip(probability=augmentation.flip, seed=op_seed(seed, loader_rank, "mirror")),
-        fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")),
-    )
+    where: str = "cpu"
+    """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
+    any_size: bool = False
+    """Whether images are of any size; else they are 256x256."""
+    fancy_upsampling: bool = True
+    """See `Augmentation`."""
+    hw_load: float = 0.65
+    """See `Speed.hw_decoder_load`."""
+    cache_mb: int = 0
+    """GPU memory for decoded images, in 10^6 bytes."""
 
 
 def train_graph(
-    encoded: "DataNode", draws: Draws, basis: Eigenbasis, augmentation: Augmentation, decode: str, device: str
+    encoded: "DataNode", draws: Draws, basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
 ) -> "DataNode":
-    """Encoded 256x256 JPEGs to augmented windows.
+    """Encoded images to augmented windows.
 
     Args:
         encoded: the file's bytes, on the CPU.
         draws: from `draw`.
         basis: Mean and RGB axes.
         augmentation: What to do.
-        decode: "gpu" or "cpu".
+        decoder: How to decode.
         device: where images end up, "gpu" or "cpu".
 
     Returns (224, 224, 3) HWC RGB, float16 on a GPU, float32 on a CPU (half conversion costs more than the decode
     there).
     """
-    window = {"crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
-    if decode == "cpu":
+    window: dict[str, Any] = {}
+    if decoder.any_size:
+        images = resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
+    elif decoder.where == "cpu":
         images = fn.decoders.image_crop(
             encoded,
             device="cpu",
             output_type=types.RGB,
             adjust_orientation=False,
             crop=(CROP_SIDE, CROP_SIDE),
-            **window,
+            crop_pos_x=draws.crop_x,
+            crop_pos_y=draws.crop_y,
         )
-        window = {}
     else:
-        images = decode_graph(encoded, decode, augmentation.jpeg_fancy_upsampling)
+        images = decode_graph(encoded, decoder)
+        window = {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
     mean, std = relight_arguments(draws.light, basis, augmentation.lighting, augmentation.std)
     return fn.crop_mirror_normalize(
         images.gpu() if device == "gpu" else images,
-        crop=(CROP_SIDE, CROP_SIDE),
         mirror=draws.mirror,
         mean=mean,
         std=[std] * 3,
@@ -129,10 +87,10 @@ def train_graph(
 
 
 def val_graph(
-    encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decode: str, device: str
+    encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
 ) -> "DataNode":
-    """Encoded 256x256 JPEGs to normalized whole images, (256, 256, 3) HWC RGB, float16 on a GPU, float32 on a CPU."""
-    images = decode_graph(encoded, decode, augmentation.jpeg_fancy_upsampling)
+    """Encoded images to normalized 256x256 ones, HWC RGB, float16 on a GPU, float32 on a CPU."""
+    images = square_graph(encoded, decoder)
     return fn.crop_mirror_normalize(
         images.gpu() if device == "gpu" else images,
         mean=basis.mean.astype(np.float32).tolist(),
@@ -142,17 +100,91 @@ def val_graph(
     )
 
 
-def decode_graph(encoded: "DataNode", decode: str, jpeg_fancy_upsampling: bool = True) -> "DataNode":
-    """Encoded JPEGs to uint8 HWC RGB, on the GPU with `decode="gpu"`, else on the CPU. EXIF orientation is ignored."""
-    if decode == "cpu":
+def square_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
+    """Encoded images to uint8 (256, 256, 3) HWC RGB, where they are decoded."""
+    return (
+        resampled_graph(encoded, decoder, IMAGE_SIDE, 0.0, 0.0) if decoder.any_size else decode_graph(encoded, decoder)
+    )
+
+
+def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
+    """Encoded images to uint8 HWC RGB of their own size, where they are decoded. EXIF orientation is ignored."""
+    if decoder.where == "cpu":
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    cache: dict[str, Any] = {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
     return fn.decoders.image(
         encoded,
         device="mixed",
         output_type=types.RGB,
         adjust_orientation=False,
-        jpeg_fancy_upsampling=jpeg_fancy_upsampling,
+        jpeg_fancy_upsampling=decoder.fancy_upsampling,
+        hw_decoder_load=decoder.hw_load,
+        **cache,
     )
+
+
+class Extent(NamedTuple):
+    """What a window is made of in one direction of the stored image, in its pixels; float32."""
+
+    start: "DataNode"
+    end: "DataNode"
+    """Edges of the window."""
+    first: "DataNode"
+    last: "DataNode"
+    """Whole pixels that it is made of."""
+
+
+def resampled_graph(
+    encoded: "DataNode", decoder: Decoder, side: int, left: "DataNode | float", top: "DataNode | float"
+) -> "DataNode":
+    """A window of side x side at (left, top) of the central 256x256 of an image of any size, uint8 HWC RGB.
+
+    What `tools/make_shards.py pack` does, seen from its end: the window is traced back to the stored image, and only
+    what its pixels are made of is decoded (on a CPU) and resampled.
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
+    shorter = math.min(shape[0], shape[1])
+    extents = [extent(shape[0], shorter, top, side), extent(shape[1], shorter, left, side)]
+    if decoder.where == "cpu":
+        images = fn.decoders.image_slice(
+            encoded,
+            device="cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            start=fn.cast(fn.stack(*(each.first for each in extents)), dtype=types.INT32),
+            end=fn.cast(fn.stack(*(each.last for each in extents)), dtype=types.INT32),
+            axes=[0, 1],
+        )
+        corner = [each.first for each in extents]
+    else:
+        images, corner = decode_graph(encoded, decoder), [0.0, 0.0]
+    return fn.resize(
+        images,
+        size=[side, side],
+        roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(extents, corner, strict=True))),
+        roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(extents, corner, strict=True))),
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
+
+
+def extent(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Extent:
+    """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
+    scaled = rounded_quotient(size * IMAGE_SIDE, shorter)
+    pixels = fn.cast(size, dtype=types.FLOAT)  # whose thousandths float32 has to spare up to ten thousand
+    scale = pixels / scaled
+    start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
+    end = start + side * scale
+    reach = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider where an image is reduced
+    return Extent(start, end, math.max(math.floor(start - reach), 0.0), math.min(math.ceil(end + reach), pixels))
+
+
+def rounded_quotient(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
+    """`round(dividend / divisor)` of positive int64, a half to the even neighbour as Python does."""
+    doubled = 2 * dividend + divisor
+    quotient = doubled // (2 * divisor)
+    is_tie = quotient * (2 * divisor) == doubled
+    return quotient - fn.cast(is_tie, dtype=types.INT64) * (quotient - quotient // 2 * 2)
 
 
 def label_graph(digits: "DataNode") -> "DataNode":
@@ -169,20 +201,25 @@ def label_graph(digits: "DataNode") -> "DataNode":
 
 
 def read_graph(
-    shards: ShardSet, training: bool, seed: int, shuffle_buffer: int, rank: int, num_ranks: int
+    shards: ShardSet,
+    training: bool,
+    seed: int = 0,
+    shuffle_buffer: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
+    read_ahead: int = 1,
+    sticky: bool = False,
 ) -> "tuple[DataNode, DataNode]":
     """Read (encoded image, label digits).
 
     In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
-    and samples are drawn from a buffer. `pad_last_batch` is what makes epochs exact over several ranks: without it the
-    tail of one epoch takes from the head of the next. Without mmap a truncated shard is an error, not a SIGBUS.
+    and samples are drawn from a buffer. With `sticky` each rank keeps its shards, in one order. `pad_last_batch` is
+    what makes epochs exact over several ranks: without it the tail of one epoch takes from the head of the next.
+    Without mmap a truncated shard is an error, not a SIGBUS.
     """
-    shuffling: dict[str, Any] = {
-        "random_shuffle": True,
-        "initial_fill": min(shuffle_buffer, shards.num_samples),
-        "shuffle_after_epoch": True,
-        "shuffle_after_epoch_seed": op_seed(seed, 0, "shards"),
-    }
+    shuffling: dict[str, Any] = {"random_shuffle": True, "initial_fill": min(shuffle_buffer, shards.num_samples)}
+    if not sticky:
+        shuffling |= {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": op_seed(seed, 0, "shards")}
     outputs: Any = fn.readers.webdataset(
         paths=list(shards.tars),
         index_paths=list(shards.indexes),
@@ -193,8 +230,10 @@ def read_graph(
         seed=op_seed(seed, rank, "reader"),
         pad_last_batch=True,
         dont_use_mmap=True,
+        prefetch_queue_depth=read_ahead,
+        stick_to_shard=sticky or not training,
         name="reader",
-        **(shuffling if training else {"stick_to_shard": True}),
+        **(shuffling if training else {}),
     )
     images, digits = outputs
     return images, digits
@@ -209,31 +248,41 @@ def train_pipeline(
     data_seed: int,
     rank: int,
     num_ranks: int,
-    decode: str,
+    decoder: Decoder,
     device: str,
+    read_ahead: int = 1,
     lit: bool = True,
 ) -> "tuple[DataNode, DataNode]":
     """Augmented training windows and int64 labels; `lit=False` leaves lighting out, to measure what it costs."""
-    encoded, digits = read_graph(shards, True, data_seed, shuffle_buffer, rank, num_ranks)
+    encoded, digits = read_graph(
+        shards, True, data_seed, shuffle_buffer, rank, num_ranks, read_ahead, sticky=decoder.cache_mb > 0
+    )
     draws = draw(augmentation, data_seed, rank)
     draws = draws if lit else draws._replace(light=None)
-    images = train_graph(encoded, draws, basis, augmentation, decode, device)
+    images = train_graph(encoded, draws, basis, augmentation, decoder, device)
     labels = label_graph(digits)
     return images, labels.gpu() if device == "gpu" else labels
 
 
 @pipeline_def
 def val_pipeline(
-    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, rank: int, num_ranks: int, decode: str, device: str
+    shards: ShardSet,
+    basis: Eigenbasis,
+    augmentation: Augmentation,
+    rank: int,
+    num_ranks: int,
+    decoder: Decoder,
+    device: str,
+    read_ahead: int = 1,
 ) -> "tuple[DataNode, DataNode]":
     """Normalized 256x256 images in stored order and int64 labels."""
-    encoded, digits = read_graph(shards, False, 0, 0, rank, num_ranks)
+    encoded, digits = read_graph(shards, False, rank=rank, num_ranks=num_ranks, read_ahead=read_ahead)
     labels = label_graph(digits)
-    return val_graph(encoded, basis, augmentation, decode, device), labels.gpu() if device == "gpu" else labels
+    return val_graph(encoded, basis, augmentation, decoder, device), labels.gpu() if device == "gpu" else labels
 
 
 @pipeline_def
-def decode_pipeline(shards: ShardSet, decode: str) -> "DataNode":
-    """Decoded uint8 images in stored order."""
-    encoded, _ = read_graph(shards, False, 0, 0, 0, 1)
-    return decode_graph(encoded, decode)
+def decode_pipeline(shards: ShardSet, where: str) -> "DataNode":
+    """Uint8 256x256 images in stored order."""
+    encoded, _ = read_graph(shards, False)
+    return square_graph(encoded, Decoder(where, shards.any_size))

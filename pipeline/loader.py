@@ -16,24 +16,28 @@ state taken after any batch continues with the next one, bit for bit.
 import base64
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import nvidia.dali
 import torch
 from nvidia.dali import Pipeline
 
+from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Augmentation, train_pipeline, val_pipeline
+from pipeline.graph import Decoder, train_pipeline, val_pipeline
 from pipeline.lighting import Lighting
-from pipeline.reader import check_index, data_error, raise_open_files
-from pipeline.shards import DataError, ShardSet
+from pipeline.reader import check_index, check_memory, data_error, raise_open_files
+from pipeline.settings import DataConfig
+from pipeline.shards import IMAGE_SIDE, DataError, ShardSet
 
 PADDING = -1
 """Label of a sample that only fills up a batch; it is the `ignore_index` of a loss."""
 
 
+WORLD = {"rank", "num_ranks", "batch_size"}
+"""Fields of a state that may change from one epoch to the next."""
 GRAPH_VERSION = 2
 """Counts up whenever the operations of the training graph change: DALI's checkpoints fit one list of them."""
 
@@ -45,42 +49,6 @@ class Batch(NamedTuple):
     """(N, 3, side, side), channels-last memory."""
     labels: torch.Tensor
     """int64 (N,), -1 = padding."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Knobs that change how fast batches come, and never what is in them."""
-
-    threads: int | None = None
-    """DALI's CPU threads; by default one per core of this process."""
-    prefetch: int = 2
-    """Batches that DALI prepares ahead."""
-
-    def __post_init__(self) -> None:
-        if (self.threads is not None and self.threads < 1) or self.prefetch < 1:
-            raise ValueError(f"speed.threads ({self.threads}) and speed.prefetch ({self.prefetch}) must be at least 1")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images come from and what happens to them."""
-
-    shards: Path
-    """Folder written by tools/make_shards.py and tools/compute_pca.py."""
-    decode: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where JPEGs are decoded: gpu (nvJPEG), cpu (libjpeg-turbo; augmented on the GPU if there is one), auto: where
-    the network is."""
-    shuffle_buffer: int = 4096
-    """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled
-    besides."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """What happens to a training image."""
-    speed: Speed = field(default_factory=Speed)
-    """How fast it happens."""
-
-    def __post_init__(self) -> None:
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"data.shuffle_buffer must be at least 1, not {self.shuffle_buffer}")
 
 
 class Loader:
@@ -99,7 +67,6 @@ class Loader:
         num_ranks: int,
         device: torch.device | str,
     ) -> None:
-        shards.check_256()
         if not 0 <= rank < num_ranks:
             raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
@@ -110,7 +77,17 @@ class Loader:
         self._decode = config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
         if self._decode == "gpu" and self.device.type != "cuda":
             raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
+        if config.speed.decode_cache_gb and self._decode != "gpu":
+            raise ValueError(
+                "data.speed.decode_cache_gb is memory of a GPU that decodes; set it to 0, or data.decode=gpu"
+            )
+        self.mean_offset = self._mean_offset()
+        """What is to be subtracted from windows besides the mean colour, (3, 224, 224); None with `mean: channel`. In
+        training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
+        self._checkpoint: bytes | None = None
+        """DALI's state behind the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
+        none."""
 
         # DALI cuts the list of N samples at rank * N // num_ranks.
         first, last = (r * shards.num_samples // num_ranks for r in (rank, rank + 1))
@@ -128,6 +105,8 @@ class Loader:
             )
         self.at_epoch, self.at_step = 0, 0
         """Position: `at_step` batches of epoch `at_epoch` have been handed out."""
+        self._first_epoch = 0
+        """With which epoch the present order began: not 0 after a change of the world."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield what is left of an epoch, which must be the present one or, where that is finished, the next."""
@@ -135,9 +114,9 @@ class Loader:
             for _ in range(self._padded_steps - self.steps_per_epoch):
                 self._run()  # the tail that does not fill a batch on every rank
             self.at_epoch, self.at_step = epoch, 0
-            ended = self._lighting() != self._config.augmentation.lighting.at_epoch(epoch - 1)
-            if self._training and self._pipe and ended:  # the same graph with other constants, from the same state
-                self._pipe = self._build(self._pipe.checkpoint())
+            ended = self._training and self._lighting() != self._config.augmentation.lighting.at_epoch(epoch - 1)
+            if self._pipe and ended:  # the same graph with other constants, from the same state
+                self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
             raise ValueError(
                 f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
@@ -149,6 +128,8 @@ class Loader:
             if valid < self._batch_size:
                 labels = labels.clone()
                 labels[max(valid, 0) :] = PADDING
+            if self._training and self.mean_offset is not None:
+                images -= self.mean_offset.permute(1, 2, 0) / self._lighting().divisor  # DALI writes the batch anew
             yield Batch(images.permute(0, 3, 1, 2), labels)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -161,11 +142,25 @@ class Loader:
             if self._pipe is None:
                 self._pipe = self._build(None)
             images, labels = self._pipe.run()
+            self._checkpoint = self._pipe.checkpoint() if self._training else None
         except DataError:
             raise
         except RuntimeError as error:
             raise data_error(self._shards, error) from None
         return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
+
+    def _mean_offset(self) -> torch.Tensor | None:
+        """The centre of the mean image minus the mean colour, as far as pixels are divided (2012 program: neither
+        windowed nor flipped)."""
+        augmentation, image = self._config.augmentation, self._basis.mean_image
+        if augmentation.mean == "channel":
+            return None
+        if image is None:
+            raise ValueError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
+        first = (IMAGE_SIDE - CROP_SIDE) // 2
+        centre_HWC = image[first : first + CROP_SIDE, first : first + CROP_SIDE] - self._basis.mean
+        offset = torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)
+        return offset.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
 
     def _lighting(self) -> Lighting:
         """The lighting of the present epoch."""
@@ -174,29 +169,41 @@ class Loader:
     def _build(self, checkpoint: bytes | None) -> Pipeline:
         """Build the DALI pipeline, at its start or at a checkpoint of its own."""
         raise_open_files(len(self._shards.tars))
-        on_gpu = self.device.type == "cuda"
+        check_memory(self._shards)
+        on_gpu, speed = self.device.type == "cuda", self._config.speed
+        cache_mb = round(1000 * speed.decode_cache_gb) if self._training else 0
+        fancy = self._config.augmentation.jpeg_fancy_upsampling
         common = {
             "batch_size": self._batch_size,
-            "num_threads": self._config.speed.threads or len(os.sched_getaffinity(0)),
+            "num_threads": speed.threads or len(os.sched_getaffinity(0)),
+            "set_affinity": speed.affinity,
             "device_id": (self.device.index or 0) if on_gpu else None,
-            "prefetch_queue_depth": self._config.speed.prefetch,
+            "prefetch_queue_depth": speed.prefetch,
+            "read_ahead": speed.read_ahead,
             "seed": self._seed % (2**31 - 1),
             "shards": self._shards,
             "basis": self._basis,
             "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
             "rank": self._rank,
             "num_ranks": self._num_ranks,
-            "decode": self._decode,
+            "decoder": Decoder(self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, cache_mb),
             "device": "gpu" if on_gpu else "cpu",
         }
         if self._training:
-            shuffling = {"shuffle_buffer": self._config.shuffle_buffer, "data_seed": self._seed}
+            shuffling = {"shuffle_buffer": self._config.shuffle_buffer, "data_seed": self._data_seed}
             pipe = train_pipeline(**common, **shuffling, checkpoint=checkpoint)
         else:
             pipe = val_pipeline(**common)
         pipe.build()
         check_index(pipe, self._shards)
         return pipe
+
+    @property
+    def _data_seed(self) -> int:
+        """Behind order and augmentation: the seed, or one derived from it where another world began in the midst."""
+        if self._first_epoch == 0:
+            return self._seed
+        return int(np.random.SeedSequence([self._seed, self._first_epoch]).generate_state(1)[0])
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -212,6 +219,7 @@ class Loader:
             "shuffle_buffer": self._config.shuffle_buffer,
             "augmentation": augmentation,
             "decode": self._decode,
+            "decode_cache": self._config.speed.decode_cache_gb > 0,
             "device": self.device.type,
             "dali": nvidia.dali.__version__,
             "graph": GRAPH_VERSION,
@@ -220,24 +228,42 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was handed out; plain JSON types."""
         assert self._training, "validation always starts at its beginning"
-        checkpoint = (
-            base64.b64encode(self._pipe.checkpoint()).decode()
-            if self._pipe and (self.at_epoch or self.at_step)
-            else None
-        )
-        return {"fingerprint": self.fingerprint, "epoch": self.at_epoch, "step": self.at_step, "pipeline": checkpoint}
+        return {
+            "fingerprint": self.fingerprint,
+            "first_epoch": self._first_epoch,
+            "epoch": self.at_epoch,
+            "step": self.at_step,
+            "ended": self.at_step == self.steps_per_epoch,
+            "pipeline": None if self._checkpoint is None else base64.b64encode(self._checkpoint).decode(),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises `ValueError` that names the field when the state belongs to another sequence of
-        batches."""
-        for name, mine in self.fingerprint.items():
-            if (theirs := state["fingerprint"].get(name)) != mine:
-                raise ValueError(f"the saved position in the data does not fit: {name} was {theirs}, now it is {mine}")
+    def load_state_dict(self, state: dict[str, Any], *, allow_world_change: bool = False) -> None:
+        """Go to a position.
+
+        Raises `ValueError` that names the field when the state belongs to another sequence of batches. With
+        `allow_world_change` other ranks and another batch size are taken: the loader then stands at the edge of the
+        state's epoch, the next one if that was finished, from where its order is a new one.
+        """
+        free = WORLD if allow_world_change else set()
+        theirs, mine = state["fingerprint"], self.fingerprint
+        differing = [name for name in mine if theirs.get(name) != mine[name]]
+        for name in differing:
+            if name not in free:
+                remedy = "; --resume.allow_world_change true goes on from an epoch's edge" if name in WORLD else ""
+                raise ValueError(
+                    f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "
+                    f"{mine[name]}{remedy}"
+                )
         self.close()
+        if differing:
+            self._first_epoch = self.at_epoch = state["epoch"] + state["ended"]
+            return
+        self._first_epoch = state["first_epoch"]
         self.at_epoch, self.at_step = state["epoch"], state["step"]
         if state["pipeline"] is not None:
             try:
-                self._pipe = self._build(base64.b64decode(state["pipeline"]))
+                self._checkpoint = base64.b64decode(state["pipeline"])
+                self._pipe = self._build(self._checkpoint)
             except DataError:
                 raise
             except RuntimeError as error:
@@ -245,8 +271,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop DALI's threads and free its memory; the position is kept only in a state."""
-        self._pipe = None
-        self.at_epoch, self.at_step = 0, 0
+        self._pipe = self._checkpoint = None
+        self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
 
 
 def train_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:

@@ -20,6 +20,8 @@ from typing import Any
 from pipeline.files import read_json, sha256
 
 FORMAT_VERSION = 1
+IMAGE_SIDE = 256
+"""Side of a packed image, and of the square that is taken of any other (paper, section 2)."""
 MAX_LABEL_DIGITS = 6
 KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
 
@@ -71,13 +73,10 @@ class ShardSet:
             samples=tuple(self.samples[k] for k in numbers),
         )
 
-    def check_256(self) -> None:
-        """Raise `ValueError` when the images are known not to be 256x256."""
-        if self.store == "original":
-            raise ValueError(
-                f"{Path(self.tars[0]).parent} holds original files, but training and statistics take 256x256 images so "
-                "far; pack again with --store crop256"
-            )
+    @property
+    def any_size(self) -> bool:
+        """Whether images are of any size, and the pipeline has to bring them to 256x256 itself."""
+        return self.store in ("original", "adopted")
 
 
 def open_shards(shards: Path, split: str) -> ShardSet:

@@ -13,8 +13,9 @@ import webdataset
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json
-from pipeline.loader import DataConfig, train_loader, val_loader
+from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
+from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.conftest import jpeg, photo, run_python
 from tools.adopt import adopt

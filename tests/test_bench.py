@@ -31,6 +31,18 @@ def test_loader(shards: Path, tmp_path: Path) -> None:
     assert "1.00" in text
 
 
+def test_lighting(shards: Path, tmp_path: Path) -> None:
+    """The same graph with and without lighting: positive rates, and both ratios with their errors."""
+    out = tmp_path / "rows.jsonl"
+    arguments = ("--batches", "3", "--repeats", "2", "--batch-size", "32", "--out", out)
+    text = run_ok("tools/bench.py", "lighting", shards, *arguments)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({row["contender"] for row in rows}) == len(rows) == 2
+    assert all(row["median"] > 0 and len(row["values"]) == 2 for row in rows)
+    for what in ("speed", "processor time"):
+        assert float(text.split(f"{what} with lighting, of that without: ")[1].split()[0]) > 0
+
+
 def test_pack(tmp_path: Path) -> None:
     """Six rows, positive rates, two tables with a reference each; nothing is left beside the images."""
     make_demo(tmp_path / "raw", photos=40)

@@ -23,6 +23,7 @@ from pipeline.shards import ShardSet, open_shards
 from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
 from tools.adopt import adopt
 from tools.compute_pca import compute_pca, draw_sample
+from tools.images import crop256
 from tools.make_shards import pack
 
 
@@ -59,11 +60,11 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
 
     slow = [sys.executable, "tools/compute_pca.py", str(copy), "--batch-size", "1", "--threads", "1"]
     killed = subprocess.Popen(slow, cwd=ROOT, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
-    first = copy / "pca.part-00"
-    while not first.exists() and killed.poll() is None:
+    while not (firsts := list(copy.glob("pca.part-*-00"))) and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()
     assert killed.wait() == -9, "the part was through before it could be killed"
+    (first,) = firsts
     stamp = first.stat().st_mtime_ns
     again = run_python("tools/compute_pca.py", copy, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
     assert again.returncode == 0 and "left to other parts" in again.stdout
@@ -71,8 +72,16 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
     ours = sum(open_shards(copy, "train").samples[0::3])
     assert 0 < counted < ours and first.stat().st_mtime_ns == stamp
 
+    # A quick estimate, and a part that was started with another option, leave what others have counted alone.
+    run_ok("tools/compute_pca.py", copy, "--sample", "9")
+    assert "left to other parts" in run_ok("tools/compute_pca.py", copy, "--part", "2/3", "--mean-image")
+    (copy / "pca.json").unlink()
+    for stray in copy.glob("pca.part-*"):
+        if stray.name.split("-")[1] != first.name.split("-")[1]:
+            stray.unlink()
+
     last = run_python("tools/compute_pca.py", copy, env={**os.environ, "SLURM_PROCID": "1", "SLURM_NTASKS": "3"})
-    assert last.returncode == 0 and "stddev along the axes" in last.stdout
+    assert last.returncode == 0 and "stddev along the axes" in last.stdout and "part 2 of 3 (from SLURM" in last.stdout
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
     assert {path.name for path in copy.iterdir()} == before | {"pca.json"}
 
@@ -180,21 +189,22 @@ def test_wrong_input(shards: Path, tmp_path: Path) -> None:
     assert (copy / "pca.json").read_text() == other
 
 
-def test_images_of_another_size(tmp_path: Path) -> None:
-    """Adopted shards whose images are not 256x256, all alike or not, are refused, and nothing is left behind."""
+def test_images_of_other_sizes(tmp_path: Path) -> None:
+    """Adopted images that are not 256x256 count as what the packer would have made of them."""
     rng = np.random.default_rng(0)
-    for name, sizes in (("alike", [(224, 224)] * 3), ("mixed", [(256, 256), (300, 256)])):
-        source = tmp_path / name / "source"
-        source.mkdir(parents=True)
-        with webdataset.TarWriter(str(source / "a.tar")) as tar:
-            for number, size in enumerate(sizes):
-                tar.write({"__key__": f"s{number}", "jpg": jpeg(photo(rng, *size)), "cls": b"0"})
-        adopted = tmp_path / name / "shards"
-        adopt(source, adopted, split="train", pattern="*.tar", workers=1)
-        before = sorted(adopted.iterdir())
-        with pytest.raises(ValueError, match="not 256x256"):
-            compute_pca(adopted)
-        assert sorted(adopted.iterdir()) == before
+    images = [photo(rng, *size) for size in ((224, 224), (256, 256), (300, 256), (375, 500))]
+    source, adopted = tmp_path / "source", tmp_path / "shards"
+    source.mkdir()
+    with webdataset.TarWriter(str(source / "a.tar")) as tar:
+        for number, image in enumerate(images):
+            tar.write({"__key__": f"s{number}", "jpg": jpeg(image, quality=100, subsampling=0), "cls": b"0"})
+    adopt(source, adopted, split="train", pattern="*.tar", workers=1)
+    compute_pca(adopted)
+    pixels = np.concatenate([crop256(image.copy()).reshape(-1, 3) for image in images]).astype(float)
+    content = read_json(adopted / "pca.json")
+    assert content["num_pixels"] == len(pixels)
+    np.testing.assert_allclose(content["mean"], pixels.mean(0), atol=0.1)
+    np.testing.assert_allclose(content["covariance"], np.cov(pixels.T, ddof=0), rtol=0.01, atol=5)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.loader import Batch, DataConfig, val_loader
+from pipeline.loader import Batch, val_loader
+from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
 from tests.conftest import run_python
 from train.evaluate import evaluate, probabilities, top_hits
@@ -57,6 +58,7 @@ class Numbers:
     """A stand-in for a loader: 5 samples in batches of 2, the last one padded, whose correct class is in the pixels."""
 
     device = torch.device("cpu")
+    mean_offset = None
 
     def __iter__(self):  # type: ignore[no-untyped-def]  # noqa: ANN204
         for labels in ([0, 1], [2, 0], [1, -1]):

@@ -9,10 +9,13 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from scipy.stats import chisquare
 
+from pipeline.draws import draw
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Augmentation, decode_graph, draw, label_graph, train_graph, val_graph
+from pipeline.graph import Decoder, decode_graph, label_graph, square_graph, train_graph, val_graph
 from pipeline.lighting import Lighting
+from pipeline.settings import Augmentation
 from tests.conftest import jpeg, photo
+from tools.images import crop256
 
 KINDS: list[tuple[str, dict[str, object]]] = [
     ("RGB", {"subsampling": "4:2:0"}),
@@ -46,7 +49,11 @@ def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
         draws = draw(augmentation, 5, 0)
-        return train_graph(files, draws, plain_basis, augmentation, "cpu", "cpu"), decode_graph(files, "cpu"), *draws
+        return (
+            train_graph(files, draws, plain_basis, augmentation, Decoder(), "cpu"),
+            decode_graph(files, Decoder()),
+            *draws,
+        )
 
     images, decoded, crop_x, crop_y, mirror, light = (output.as_array() for output in pipeline().run())
     assert images.shape == (72, 224, 224, 3) and images.dtype == np.float32
@@ -76,7 +83,7 @@ def test_val_graph(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        return val_graph(files, plain_basis, Augmentation(std=2.0), "cpu", "cpu"), decode_graph(files, "cpu")
+        return val_graph(files, plain_basis, Augmentation(std=2.0), Decoder(), "cpu"), decode_graph(files, Decoder())
 
     images, decoded = (output.as_array() for output in pipeline().run())
     np.testing.assert_allclose(images, (decoded - plain_basis.mean) / 2, atol=1e-3)
@@ -90,9 +97,8 @@ def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        return train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, "cpu", "cpu"), decode_graph(
-            files, "cpu"
-        )
+        images = train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu")
+        return images, decode_graph(files, Decoder())
 
     images, decoded = (output.as_array() for output in pipeline().run())
     np.testing.assert_allclose(images, decoded[:, 16:240, 16:240] - plain_basis.mean, atol=1e-3)
@@ -148,3 +154,44 @@ def test_labels() -> None:
 
     (labels,) = pipeline().run()
     assert labels.as_array().dtype == np.int64 and labels.as_array().tolist() == [int(text) for text in texts]
+
+
+SIZES = [
+    (375, 500),
+    (500, 375),
+    (256, 256),
+    (257, 256),
+    (512, 513),
+    (512, 515),
+    (100, 1000),
+    (90, 60),
+    (256, 300),
+    (1200, 900),
+]
+"""Heights and widths; 513 / 2 and 515 / 2 are ties of the rounding."""
+
+
+def test_images_of_any_size(plain_basis: Eigenbasis) -> None:
+    """Windows and whole squares out of images of any size are those of the packed route, which resamples before it
+    cuts, within two levels; the mean and the shift are added to them as to any others."""
+    rng = np.random.default_rng(3)
+    # From a smooth picture of the image's own size, as JPEGs without subsampling: decoders agree in every pixel.
+    encoded = [jpeg(photo(rng, *size), quality=98, subsampling=0) for size in SIZES for _ in range(4)]
+    augmentation = Augmentation(lighting=Lighting(strength=0))
+    decoder = Decoder(any_size=True)
+
+    @pipeline_def(batch_size=len(encoded), num_threads=2, device_id=None, seed=0)
+    def pipeline() -> tuple[object, ...]:
+        files = fn.external_source(feed(encoded))
+        draws = draw(augmentation, 5, 0)
+        windows = train_graph(files, draws, plain_basis, augmentation, decoder, "cpu")
+        return windows, square_graph(files, decoder), draws.crop_x, draws.crop_y, draws.mirror
+
+    windows, squares, crop_x, crop_y, mirror = (output.as_array() for output in pipeline().run())
+    for n, data in enumerate(encoded):
+        packed = crop256(np.array(Image.open(io.BytesIO(data))))
+        assert np.abs(squares[n].astype(int) - packed).max() <= 2, SIZES[n // 4]
+        left, top = round(float(crop_x[n]) * 32), round(float(crop_y[n]) * 32)
+        window = packed[top : top + 224, left : left + 224]
+        expected = (window[:, ::-1] if mirror[n] else window) - plain_basis.mean
+        assert np.abs(windows[n] - expected).max() <= 2.01, SIZES[n // 4]

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Augmentation
 from pipeline.lighting import Lighting, relight
-from pipeline.loader import DataConfig, train_loader
+from pipeline.loader import train_loader
+from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet
 from tests.conftest import jpeg
 
@@ -116,12 +116,14 @@ def decoded_colour() -> np.ndarray:
 
 def check_distribution(visits: Visits, basis: Eigenbasis, sigmas: np.ndarray) -> None:
     """Along the axes, in units of `sigmas`, shifts are standard normal and independent of each other and of everything
-    else, within four standard errors of 20,000 draws (sqrt(2 / 20000) = .01 for a variance, .007 for a mean)."""
+    else. Of 20,000 draws a variance is within .04, four standard errors (sqrt(2 / 20000) = .01), as are covariances and
+    correlations, and a mean within .03 (.007 each); fewer draws have wider bounds, or a right graph would fail too."""
+    wider = np.sqrt(20_000 / len(visits.labels))
     draws = visits.shifts @ basis.eigenvectors / sigmas
-    assert np.abs(np.cov(draws.T, ddof=0) - np.eye(3)).max() < 0.04
-    assert np.abs(draws.mean(0)).max() < 0.03
+    assert np.abs(np.cov(draws.T, ddof=0) - np.eye(3)).max() < 0.04 * wider
+    assert np.abs(draws.mean(0)).max() < 0.03 * wider
     for other in (visits.left, visits.top, visits.flipped, visits.labels):
-        assert np.abs(np.corrcoef(draws.T, other)[3, :3]).max() < 0.04
+        assert np.abs(np.corrcoef(draws.T, other)[3, :3]).max() < 0.04 * wider
 
 
 def test_twenty_thousand_draws(marked_shards: Callable[[int], ShardSet], plain_basis: Eigenbasis) -> None:
@@ -141,8 +143,10 @@ def test_twenty_thousand_draws(marked_shards: Callable[[int], ShardSet], plain_b
 def test_variances_for_deviations_are_noticed(
     marked_shards: Callable[[int], ShardSet], plain_basis: Eigenbasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same check refuses a graph in which variances stand in for deviations, and one that forgot the axes."""
+    """The same check refuses a graph in which variances stand in for deviations, and one that forgot the axes; as many
+    draws of the right graph pass."""
     shards, sigmas = marked_shards(500), STRENGTH * np.sqrt(plain_basis.eigenvalues)
+    check_distribution(visit(shards, plain_basis, Lighting(strength=STRENGTH), epochs=4), plain_basis, sigmas)
     with monkeypatch.context() as patch:
         patch.setattr(Eigenbasis, "axis_stddev", property(lambda basis: basis.eigenvalues))
         wrong = visit(shards, plain_basis, Lighting(strength=STRENGTH), epochs=4)

@@ -1,5 +1,9 @@
 """Epochs are exact over any number of ranks, a state continues bit for bit, and failing data is told as such."""
 
+import gc
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +14,12 @@ import pytest
 import torch
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Augmentation
 from pipeline.lighting import Lighting
-from pipeline.loader import DataConfig, Loader, Speed, train_loader, val_loader
+from pipeline.loader import Loader, train_loader, val_loader
 from pipeline.reader import decoded_batches
-from pipeline.shards import DataError, ShardSet, open_shards
+from pipeline.settings import Augmentation, DataConfig, Speed
+from pipeline.shards import DataError, ShardSet, open_shards, read_index
+from tests.conftest import ROOT, jpeg
 
 Make = Callable[[int, int], ShardSet]
 
@@ -156,6 +161,164 @@ def test_a_state_that_does_not_fit_is_refused(numbered_shards: Make, plain_basis
         train_loader(replace(shards, manifest_sha256="other"), plain_basis, config, **place).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_ranks_in_processes_continue(shards: Path, num_ranks: int, tmp_path: Path) -> None:
+    """Each rank a process of its own, killed after its state is saved in the midst of an epoch: new
+    processes go on to the batches of undisturbed ones, bit for bit, through the end of that epoch and the next one."""
+
+    def processes(what: str) -> list[str]:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, shards, str(rank), str(num_ranks), tmp_path / str(rank), what],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+        assert {process.returncode for process in started} == {-9 if what == "stop" else 0}
+        return outputs
+
+    undisturbed = processes("all")
+    assert all(output.count("\n") > 20 for output in undisturbed) and len(set(undisturbed)) == num_ranks
+    stopped, continued = processes("stop"), processes("go on")
+    assert [one + two for one, two in zip(stopped, continued, strict=True)] == undisturbed
+
+
+RANK = """
+import hashlib, json, os, signal, sys
+from pathlib import Path
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.loader import train_loader
+from pipeline.settings import DataConfig
+from pipeline.shards import open_shards
+
+shards, state = Path(sys.argv[1]), Path(sys.argv[4])
+rank, num_ranks, what = int(sys.argv[2]), int(sys.argv[3]), sys.argv[5]
+train = open_shards(shards, "train")
+basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
+place = {"batch_size": 32, "seed": 1, "rank": rank, "num_ranks": num_ranks, "device": "cpu"}
+loader = train_loader(train, basis, DataConfig(shards, shuffle_buffer=200), **place)
+if what == "go on":
+    loader.load_state_dict(json.loads(state.read_text()))
+for epoch in range(loader.at_epoch, 2):
+    for images, labels in loader.epoch(epoch):
+        digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+        print(epoch, loader.at_step, digest.hexdigest(), flush=True)
+        if what == "stop" and loader.at_step == 5:
+            state.write_text(json.dumps(loader.state_dict()))
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""One loader rank: a line for every batch."""
+
+
+def test_another_world_goes_on_from_an_epochs_edge(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Other ranks and batches are refused, with the way out named, or taken from the edge of the epoch: its samples
+    once each over the new ranks, in an order of its own that continues bit for bit as any other."""
+    shards = numbered_shards(131, 4)
+    (old,) = loaders(shards, plain_basis, 1, training=True)
+    collect(old, range(1))
+    ended = old.state_dict()
+    next(old.epoch(1))
+    midst = old.state_dict()
+    for state in (ended, midst):
+        ranks = loaders(shards, plain_basis, 2, training=True, batch_size=4)
+        with pytest.raises(ValueError, match=r"was 1, now it is 2; --resume\.allow_world_change"):
+            ranks[0].load_state_dict({**state, "fingerprint": {**state["fingerprint"], "batch_size": 4}})
+        for loader in ranks:
+            loader.load_state_dict(state, allow_world_change=True)
+            assert (loader.at_epoch, loader.at_step) == (1, 0)
+        first = [collect(loader, range(1, 2)) for loader in ranks]
+        seen = torch.cat([labels for rank in first for _, labels in rank]).tolist()
+        assert len(seen) == len(set(seen)) == 128
+
+        (again, _) = loaders(shards, plain_basis, 2, training=True, batch_size=4)
+        again.load_state_dict(ranks[0].state_dict())
+        expected, got = collect(ranks[0], range(2, 3)), collect(again, range(2, 3))
+        assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in zip(got, expected, strict=True))
+        other_seed = ranks[0].state_dict()
+        other_seed["fingerprint"]["seed"] = 9
+        with pytest.raises(ValueError, match="seed was 9"):
+            again.load_state_dict(other_seed, allow_world_change=True)
+
+
+def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """With `mean: image` a training window is what it is with `mean: channel`, minus the centre of the mean image and
+    plus the mean colour, neither windowed nor flipped, over std and the divisor of lighting; validation images stay as
+    they are, for the evaluation to subtract `mean_offset` from their windows."""
+    shards = numbered_shards(40, 2)
+    image = np.random.default_rng(0).uniform(0, 255, (256, 256, 3)).astype(np.float32)
+    basis = replace(plain_basis, mean_image=image)
+    augmentations = [
+        Augmentation(mean=mean, std=2.0, lighting=Lighting(until_epoch=1)) for mean in ("channel", "image")
+    ]
+    plain, imaged = (loaders(shards, basis, 1, training=True, augmentation=a)[0] for a in augmentations)
+    removed = (image[16:240, 16:240] - basis.mean).transpose(2, 0, 1) / 2
+    for epoch, divisor in ((0, 1.1), (1, 1.0)):
+        for one, two in zip(
+            collect(plain, range(epoch, epoch + 1)), collect(imaged, range(epoch, epoch + 1)), strict=True
+        ):
+            assert torch.equal(one[1], two[1])
+            np.testing.assert_allclose(
+                (one[0] - two[0]).numpy(), np.broadcast_to(removed / divisor, one[0].shape), atol=1e-3
+            )
+    (val,) = loaders(shards, basis, 1, training=False, augmentation=augmentations[1])
+    (val_plain,) = loaders(shards, basis, 1, training=False, augmentation=augmentations[0])
+    assert torch.equal(next(iter(val)).images, next(iter(val_plain)).images) and val_plain.mean_offset is None
+    np.testing.assert_allclose(val.mean_offset, removed, atol=1e-4)
+    with pytest.raises(ValueError, match="--mean-image"):
+        loaders(shards, plain_basis, 1, training=True, augmentation=augmentations[1])
+
+
+def test_close_gives_everything_back(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Threads and file handles after many loaders are what they were after the first."""
+    shards = numbered_shards(40, 4)
+
+    def use() -> tuple[int, int]:
+        (loader,) = loaders(shards, plain_basis, 1, training=True)
+        next(iter(loader))
+        loader.close()
+        gc.collect()
+        return threading_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    first = use()
+    assert [use() for _ in range(8)][-1] == first
+
+
+def threading_count() -> int:
+    """Threads of this process, native ones included."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
+    """Over 20 epochs, and over 100 loaders in a row, resident memory does not grow by more than 2 %."""
+    train = open_shards(shards, "train")
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    (loader,) = loaders(train, basis, 1, training=True, batch_size=64)
+    sizes = []
+    for epoch in range(21):
+        for _ in loader.epoch(epoch):
+            pass
+        sizes.append(resident())
+    loader.close()
+    assert sizes[-1] <= 1.02 * max(sizes[:3]), sizes
+    sizes = []
+    for _ in range(100):
+        (loader,) = loaders(train, basis, 1, training=True, batch_size=64)
+        next(iter(loader))
+        loader.close()
+        sizes.append(resident())
+    assert sizes[-1] <= 1.02 * max(sizes[:20]), sizes[::10]
+
+
 def test_kept_batches_stay_intact(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """Batches are views of DALI's memory; those that are kept are not written over."""
     (loader,) = loaders(numbered_shards(131, 4), plain_basis, 1, training=True)
@@ -182,8 +345,38 @@ def test_a_shard_cut_under_a_running_loader(numbered_shards: Make, plain_basis: 
     for tar in shards.tars:
         with Path(tar).open("r+b") as file:
             file.truncate(50_000)
-    with pytest.raises(DataError, match=r"reading .*train failed: .*manifest\.json"):
+    with pytest.raises(DataError, match=r"reading .*train failed: .*train-00000\d\.tar has 50000 bytes, but s\d+\."):
         list(steps)
+
+
+def test_damage_is_named(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """An image that does not decode, or has another size, is named by shard, offset and key; so is a shard that is gone
+    before it is opened."""
+    shards = numbered_shards(60, 2)
+    tar = Path(shards.tars[1])
+    sound = tar.read_bytes()
+    [(_, offset, size, name), _] = read_index(Path(shards.indexes[1]))[7]
+    smaller = jpeg(np.zeros((64, 64, 3), np.uint8))
+    for content, told in (
+        (bytes([1]) * size, "cannot be decoded"),
+        (smaller + bytes(size - len(smaller)), "64x64, not"),
+    ):
+        tar.write_bytes(sound[:offset] + content + sound[offset + size :])
+        (loader,) = loaders(shards, plain_basis, 1, training=True)
+        with pytest.raises(DataError, match=re.escape(f"{name} at offset {offset} of {tar}") + f".*{told}"):
+            list(loader.epoch(0))
+    state = loader.state_dict()  # of the batch before the damage; the loader that failed is not needed for it
+    tar.write_bytes(sound)
+    (again,) = loaders(shards, plain_basis, 1, training=True)
+    again.load_state_dict(state)
+    (undisturbed,) = loaders(shards, plain_basis, 1, training=True)
+    got, expected = collect(again, range(1)), collect(undisturbed, range(1))[state["step"] :]
+    assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in zip(got, expected, strict=True))
+
+    tar.unlink()
+    (loader,) = loaders(shards, plain_basis, 1, training=True)
+    with pytest.raises(DataError, match=re.escape(f"{tar}: No such file")):
+        list(loader.epoch(0))
 
 
 def test_an_index_that_was_cut(numbered_shards: Make, plain_basis: Eigenbasis) -> None:

@@ -1,6 +1,7 @@
 """Groups of shards hold the sums of their own images, whatever the batches; files that are not ours are counted
 again."""
 
+import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_files_that_are_not_ours(numbered_shards: Callable[[int, int], ShardSet]
     assert tally.read(0) is not None
     assert Tally(tmp_path, split, {**OF, "decoder": "other"}, False).read(0) is None
     assert Tally(tmp_path, split, OF, with_image=True).read(0) is None
-    for content in (b"", whole[:-30], whole[: len(whole) // 2], b"\0" * len(whole), b"PK\x03\x04"):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    for content in (b"", whole[:-30], whole[: len(whole) // 2], b"\0" * len(whole), b"PK\x03\x04", buffer.getvalue()):
         tally.path(0).write_bytes(content)
         assert tally.read(0) is None, content[:20]
 

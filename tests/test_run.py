@@ -1,5 +1,6 @@
 """The main job with real processes: stopped in the middle of an epoch and continued, it gives the very same weights."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.files import read_json, write_json
+from pipeline.shards import read_index
 from tests.conftest import ROOT, run_ok, run_python
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.metrics import read_metrics
@@ -57,7 +59,7 @@ def same_weights(one: dict[str, object], two: dict[str, object]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopped_and_continued_gives_the_same_weights(
     shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -90,6 +92,7 @@ def test_stopped_and_continued_gives_the_same_weights(
     assert rows(tmp_path) == rows(undisturbed)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """So equality above is no accident."""
     run_ok(*arguments(shards, tmp_path, "--train.seed", "6", "--train.epochs", "1"))
@@ -167,6 +170,21 @@ def test_divergence(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 4 and "diverged" in done.stderr and "Traceback" not in done.stderr
     path = find_checkpoint(tmp_path)
     assert path is None or all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+
+
+def test_damaged_data(shards: Path, tmp_path: Path) -> None:
+    """An image that was damaged after packing stops the run with code 3 and its name, saved where it stood."""
+    copy, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shards, copy)
+    tar = copy / "train" / "train-000005.tar"
+    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[100]
+    sound = tar.read_bytes()
+    tar.write_bytes(sound[:offset] + b"x" * size + sound[offset + size :])
+    # The order of the shards alone is shuffled, so that the damage is not read at once.
+    done = run_python(*arguments(copy, run, "--data.shuffle_buffer", "1", "--run.save_every", "1000"), timeout=120)
+    assert done.returncode == 3 and "Traceback" not in done.stderr and "what was trained is saved" in done.stderr
+    assert f"{name} at offset {offset} of {tar}" in done.stderr
+    assert 0 < final(run)["step"] < 44  # type: ignore[operator]
 
 
 def test_another_eigenbasis_is_refused(shards: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def loader(
         raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
     from pipeline.eigenbasis import Eigenbasis
     from pipeline.graph import decode_pipeline
-    from pipeline.loader import DataConfig, Speed, train_loader
+    from pipeline.loader import train_loader
+    from pipeline.settings import DataConfig, Speed
     from train.evaluate import pick_device
 
     train = open_shards(shards, "train")

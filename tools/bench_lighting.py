@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Augmentation, train_pipeline
+from pipeline.graph import Decoder, train_pipeline
 from pipeline.reader import raise_open_files
+from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
 from tools.measure import record, show, take_turns
 from train.evaluate import pick_device
@@ -44,7 +45,7 @@ def bench_lighting(
             data_seed=0,
             rank=0,
             num_ranks=1,
-            decode=kind,
+            decoder=Decoder(kind, train.any_size),
             device=kind,
             lit=lit,
             batch_size=batch_size,

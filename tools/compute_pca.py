@@ -10,6 +10,7 @@ import os
 import random
 import tempfile
 from bisect import bisect_right
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.eigenbasis import read_eigenbasis, write_eigenbasis
+from pipeline.eigenbasis import read_eigenbasis, read_mean_image, write_eigenbasis
 from pipeline.files import atomic_writer
 from pipeline.shards import DataError, ShardSet, index_text, open_shards, read_index
 from tools.parts import Part, find_part
@@ -74,7 +75,6 @@ def compute_pca(
     if is_done(shards, train, wanted, mean_image):
         print(f"{shards / 'pca.json'} fits these shards already; nothing to do")
     elif not count(shards, train, wanted, mean_image, mine, batch_size, threads or default_workers(), device):
-        print(f"{shards / 'pca.json'} is left to other parts, at work or to be started")
         return
     if show:
         content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
@@ -88,10 +88,10 @@ def is_done(shards: Path, train: ShardSet, wanted: dict[str, int] | None, mean_i
 
     Raises `ValueError` when pca.json is damaged or of other shards.
     """
-    if not (shards / "pca.json").is_file():
+    if not (shards / "pca.json").exists():
         return False
     content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
-    if mean_image and not mean_image_fits(shards / "mean_image.npy", content["mean"]):
+    if mean_image and read_mean_image(shards / "mean_image.npy", content["mean"]) is None:
         return False
     return content.get("sample") in (None, wanted)
 
@@ -113,12 +113,16 @@ def count(
 
     place = cuda_device() if device == "cuda" else "cpu"
     decoder = f"DALI {nvidia.dali.__version__} {'gpu' if device == 'cuda' else 'cpu'}"
-    with tempfile.TemporaryDirectory(prefix="compute_pca-") as folder:
-        chosen = draw_sample(train, wanted["images"], wanted["seed"], Path(folder)) if wanted else train
-        tally = Tally(
-            shards, chosen, {"manifest": train.manifest_sha256, "decoder": decoder, "sample": wanted}, mean_image
-        )
+    with ExitStack() as stack:
+        chosen = train
+        if wanted:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="compute_pca-"))
+            chosen = draw_sample(train, wanted["images"], wanted["seed"], Path(folder))
+        of = {"manifest": train.manifest_sha256, "decoder": decoder, "sample": wanted}
+        tally = Tally(shards, chosen, of, mean_image)
         ours = range(mine.number, len(tally.groups), mine.of)
+        if mine.of > 1:
+            print(f"part {mine.number + 1} of {mine.of} (from {mine.source})", flush=True)
         started = perf_counter()
         images = tally.count([k for k in ours if tally.read(k) is None], batch_size, threads, place)
     seconds = perf_counter() - started
@@ -127,10 +131,16 @@ def count(
 
     total = tally.total()
     if total is None and not is_done(shards, train, wanted, mean_image):  # else another part was faster
+        print(
+            f"{shards / 'pca.json'} is left to other parts, at work or to be started with the same options: "
+            f"{len(tally.missing())} of {len(tally.groups)} groups of shards are missing"
+        )
         return False
     if total is not None:
         write_results(shards, train, wanted, total, decoder)
     tally.forget()
+    if others := sorted(path.name for path in shards.glob("pca.part-*")):
+        print(f"note: {shards} holds parts of other runs, such as {others[0]}; remove them unless one is at work")
     content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
     estimate = ", an estimate" if "sample" in content else ""
     print(f"{shards / 'pca.json'}: {content['num_images']} images, decoder {content['decoder']}{estimate}")
@@ -182,6 +192,8 @@ def cuda_device() -> "torch.device":
 
     pick_device("cuda")
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if not local.isdecimal():
+        raise ValueError(f"LOCAL_RANK or SLURM_LOCALID has to be a number from 0, but is {local!r}; unset it")
     return torch.device("cuda", int(local) % torch.cuda.device_count())
 
 
@@ -205,15 +217,6 @@ def write_mean_image(path: Path, sums: np.ndarray, num_images: int) -> None:
         Image.fromarray(np.rint(mean).astype(np.uint8)).save(file, "PNG")
     with atomic_writer(path) as file:
         np.save(file, mean.astype(np.float32))
-
-
-def mean_image_fits(path: Path, mean: list[float]) -> bool:
-    """Whether there is a mean image whose mean is that of the pixels, to the digits of float32."""
-    try:
-        image = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):
-        return False
-    return image.shape == (256, 256, 3) and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
 
 
 if __name__ == "__main__":

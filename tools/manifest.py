@@ -18,7 +18,7 @@ from tools.plan import Plan, ShardPlan, versions
 
 LISTING = "listing.jsonl"
 """The cached listing of the raw images, beside the splits."""
-TOP_FILES = ("classes.json", LISTING, "pca.json", "pca.png", "pca.part-*", "mean_image.npy", "mean_image.png")
+TOP_FILES = ("classes.json", LISTING, "pca.*", "mean_image.*", "preview.png")
 """What stands beside the splits, as patterns."""
 SPILL = "spill-*"
 """Where `tools/sequential.py` keeps what it has packed; in a split's folder."""

@@ -22,10 +22,11 @@ def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float
 
 
 def take_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure each contender `repeats` times, in turn, after a first round that is thrown away."""
+    """Measure each contender `repeats` times, in turn, after a first round that is thrown away. Every other round goes
+    backwards, so that no place in the order is an advantage."""
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
-        for name, measure in contenders.items():
+        for name, measure in list(contenders.items())[:: 1 if turn % 2 else -1]:
             value = measure()
             if turn > 0:
                 measured[name].append(value)

@@ -1,12 +1,12 @@
 """Colour sums over the shards of a split, in pieces that are kept in files: what is counted once is not counted again,
 whoever counted it.
 
-A split is cut into at most 32 groups of neighbouring shards. Each group's sums become `pca.part-KK`, whole or not at
-all, and whoever finds every group's file adds them up. Sums are integers, so their order does not matter.
+A split is cut into at most 32 groups of neighbouring shards. Each group's sums become a file `pca.part-JOB-KK`, whole
+or not at all, and whoever finds every group's file adds them up; JOB stands for what is counted, so that nothing else
+is mixed in. Sums are integers, so their order does not matter.
 """
 
 import json
-import zipfile
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +20,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline.eigenbasis import Moments
-from pipeline.files import atomic_writer
-from pipeline.graph import IMAGE_SIDE
+from pipeline.files import atomic_writer, sha256
 from pipeline.reader import decoded_batches
-from pipeline.shards import ShardSet
+from pipeline.shards import IMAGE_SIDE, ShardSet
 
 MAX_GROUPS = 32
 """So few that a group's end costs nothing, so many that little is lost with a killed process."""
@@ -99,9 +98,14 @@ class Tally:
     shards: ShardSet
     """What is counted."""
     of: dict[str, Any]
-    """What decides the sums, as JSON; files of anything else are not ours."""
+    """What decides the sums, as JSON."""
     with_image: bool
     """Whether the sum of the images is wanted."""
+
+    @property
+    def job(self) -> str:
+        """Eight digits that stand for what is counted."""
+        return sha256(json.dumps([self.of, self.with_image]).encode())[:8]
 
     @property
     def groups(self) -> list[range]:
@@ -112,13 +116,12 @@ class Tally:
 
     def path(self, number: int) -> Path:
         """Where a group's sums are kept."""
-        return self.folder / f"pca.part-{number:02d}"
+        return self.folder / f"pca.part-{self.job}-{number:02d}"
 
     def write(self, number: int, sums: Sums) -> None:
         """Keep a group's sums."""
         moments = sums.moments
         arrays: dict[str, Any] = {
-            "of": np.array(json.dumps(self.of)),
             "counts": np.array([moments.num_images, moments.num_pixels]),
             "sum": np.array(moments.sum),
             "sum_products": np.array(moments.sum_products),
@@ -129,14 +132,12 @@ class Tally:
             np.savez(file, **arrays)
 
     def read(self, number: int) -> Sums | None:
-        """A group's sums; None where there are none, or of something else, or damaged: they are counted again."""
+        """A group's sums; None where there are none, or they are damaged: they are counted again."""
         try:
             with np.load(self.path(number), allow_pickle=False) as arrays:
-                if arrays["of"].item() != json.dumps(self.of):
-                    return None
                 counts, sums, products = (arrays[name].tolist() for name in ("counts", "sum", "sum_products"))
                 image = arrays["image"] if self.with_image else None
-        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
             return None
         return Sums(Moments(counts[0], counts[1], tuple(sums), tuple(products)), image)
 
@@ -144,7 +145,7 @@ class Tally:
         """Count groups and keep their sums; returns how many images were decoded for it."""
         groups = self.groups
         sizes = [sum(self.shards.samples[shard] for shard in groups[number]) for number in numbers]
-        if not numbers:
+        if not sum(sizes):
             return 0
         todo = self.shards.only([shard for number in numbers for shard in groups[number]])
         ends = deque(zip(numbers, accumulate(sizes), strict=True))
@@ -154,10 +155,14 @@ class Tally:
                 sums += piece
                 done += piece.moments.num_images
                 progress.update(piece.moments.num_images)
-                if done == ends[0][1]:
+                while ends and done == ends[0][1]:
                     self.write(ends.popleft()[0], sums)
                     sums = self.nothing()
         return done
+
+    def missing(self) -> list[int]:
+        """The groups that nobody has counted yet."""
+        return [number for number in range(len(self.groups)) if not self.path(number).is_file()]
 
     def total(self) -> Sums | None:
         """The sums of all groups; None while some are missing."""
@@ -174,5 +179,5 @@ class Tally:
 
     def forget(self) -> None:
         """Remove the files, once their total is written."""
-        for path in self.folder.glob("pca.part-??"):
-            path.unlink(missing_ok=True)
+        for number in range(len(self.groups)):
+            self.path(number).unlink(missing_ok=True)

@@ -10,6 +10,8 @@ class Part(NamedTuple):
     number: int
     """0 to `of` - 1."""
     of: int
+    source: str = ""
+    """What said so."""
 
 
 def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]") -> Part:
@@ -30,6 +32,8 @@ def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]"
     if len(fields) != 2 or not all(field.isascii() and field.isdigit() for field in fields):
         raise ValueError(f"{source} has to be i/n, such as 1/4, but is {part}")
     index, parts = map(int, fields)
-    if parts < 1 or index > parts or (index == parts and not counts_from):
+    if parts < 1:
+        raise ValueError(f"{source} is {part}: there has to be at least one part")
+    if index > parts or (index == parts and not counts_from):
         raise ValueError(f"{source} is {part}: there are only {parts} parts")
-    return Part((index - counts_from) % parts, parts)
+    return Part((index - counts_from) % parts, parts, source)

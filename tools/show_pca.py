@@ -21,23 +21,31 @@ AMOUNTS = tuple(range(-3, 4))
 
 def table(content: dict[str, Any]) -> str:
     """The figures of a `pca.json` beside ImageNet's, as text."""
-    vectors, reference = np.array(content["eigenvectors"]), np.array(IMAGENET["eigenvectors"])
-    deviations, published = np.array(content["axis_stddev"]), np.array(IMAGENET["axis_stddev"])
-    channels = np.sqrt((reference * published) ** 2 @ np.ones(3))
+    basis = Eigenbasis.from_json(content)
+    vectors, reference = basis.eigenvectors, np.array(IMAGENET["eigenvectors"])
+    deviations, published = basis.axis_stddev, np.array(IMAGENET["axis_stddev"])
+    ours, theirs = (np.sqrt((axes**2) @ spread**2) for axes, spread in ((vectors, deviations), (reference, published)))
     angles = np.degrees(np.arccos(np.clip(np.abs((vectors * reference).sum(0)), 0, 1)))
+    told = [f"{angle:.1f}" if spread else "-" for angle, spread in zip(angles, deviations, strict=True)]
     rows = [
         ("channels", "red", "green", "blue"),
-        ("mean", *figures(content["mean"], IMAGENET["mean"])),
-        ("standard deviation", *figures(content["channel_stddev"], channels)),
+        ("mean", *figures(basis.mean, IMAGENET["mean"])),
+        ("standard deviation", *figures(ours, theirs)),
         ("axes", "first", "second", "third"),
         ("standard deviation", *figures(deviations, published)),
         ("variance (eigenvalue)", *figures(deviations**2, published**2, 0)),
         ("share of the variance, %", *figures(shares(deviations), shares(published))),
         *((name, *figures(vectors[k], reference[k], 4)) for k, name in enumerate(("red", "green", "blue"))),
-        ("angle to ImageNet's, degrees", *(f"{angle:.1f}" for angle in angles)),
+        ("angle to ImageNet's, degrees", *told),
     ]
-    head = f"{content['num_images']} images, levels of 0..255; in brackets ImageNet's"
+    head = f"{what(content)}, levels of 0..255; in brackets ImageNet's"
     return "\n".join([head, *(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)])
+
+
+def what(content: dict[str, Any]) -> str:
+    """What the file is of."""
+    sample = content.get("sample")
+    return f"{content.get('num_images')} images" + (f", drawn at random (seed {sample['seed']})" if sample else "")
 
 
 def figures(ours: Any, imagenet: Any, digits: int = 2) -> list[str]:
@@ -61,7 +69,7 @@ def draw(path: Path, shards: ShardSet, content: dict[str, Any]) -> None:
     images_NHWC = most_colourful(next(decoded_batches(shards, min(32, shards.num_samples))).numpy(), 2)
     with saved_figure(path) as figure:
         figure.set_size_inches(10, 12)
-        figure.suptitle(f"RGB eigenbasis of {content['num_images']} images")
+        figure.suptitle(f"RGB eigenbasis of {what(content)}")
         panels = figure.subplots(6, 1, height_ratios=[1, 5] * 3)
         for axis in range(3):
             ramp, moved = panels[2 * axis], panels[2 * axis + 1]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jsonargparse import set_parsing_settings
 
 from model.alexnet import AlexNetConfig
-from pipeline.loader import DataConfig
+from pipeline.settings import DataConfig
 from train.optimizer import OptimizerConfig
 from train.program import Parser
 

@@ -7,7 +7,7 @@ that was trained without flips gets the five unmirrored windows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from model.alexnet import AlexNet, AlexNetConfig
+from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import CROP_SIDE, IMAGE_SIDE, Augmentation
 from pipeline.lighting import Lighting
-from pipeline.loader import DataConfig, Loader, val_loader
-from pipeline.shards import open_shards
+from pipeline.loader import Loader, val_loader
+from pipeline.settings import Augmentation, DataConfig
+from pipeline.shards import IMAGE_SIDE, open_shards
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.program import run_program
 
@@ -56,11 +57,18 @@ def window(images: torch.Tensor, offsets: tuple[int, int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, images: torch.Tensor, mirrored: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class probabilities (N, classes) of the centre crop, and averaged over ten views (five unless `mirrored`)."""
+def probabilities(
+    model: nn.Module, images: torch.Tensor, mirrored: bool, mean_offset: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class probabilities (N, classes) of the centre crop, and averaged over ten views (five unless `mirrored`).
+
+    `mean_offset`, from the loader, is subtracted from every view: the mean image is neither windowed nor flipped.
+    """
     views = [window(images, offsets) for offsets in WINDOWS]
     if mirrored:
         views += [view.flip(3) for view in views]
+    if mean_offset is not None:
+        views = [view - mean_offset for view in views]
     softmaxes = [model(view).softmax(1) for view in views]
     return softmaxes[0], torch.stack(softmaxes).mean(0)
 
@@ -90,9 +98,10 @@ def evaluate(
         if interrupted():
             return None
         if all_views:
-            centre, average = probabilities(model, images, mirrored)
+            centre, average = probabilities(model, images, mirrored, loader.mean_offset)
         else:
-            centre = average = model(window(images, CENTRE))
+            centre_NCHW = window(images, CENTRE)
+            centre = average = model(centre_NCHW if loader.mean_offset is None else centre_NCHW - loader.mean_offset)
         hits = [top_hits(scores, labels, k) for scores in (centre, average) for k in (1, 5)]
         correct += torch.stack(hits)
         samples += (labels >= 0).sum()
@@ -125,7 +134,10 @@ def evaluate_checkpoint(
         wnids, saved = content["wnids"], content["config"]
         model = AlexNet(AlexNetConfig(**{**saved["model"], "channels": tuple(saved["model"]["channels"])}))
         model.load_state_dict(content["model"])
-        eigenbasis = Eigenbasis.from_json(content["eigenbasis"])
+        image = content["mean_image"]
+        eigenbasis = replace(
+            Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
+        )
         augmentation = Augmentation(**{**saved["data"]["augmentation"], "lighting": Lighting(strength=0)})
         decode = saved["data"]["decode"]
     except (KeyError, TypeError, RuntimeError):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.alexnet import AlexNet
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import PADDING, Batch, train_loader, val_loader
-from pipeline.shards import open_shards
+from pipeline.shards import DataError, open_shards
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import Config, check_same_run
 from train.evaluate import Accuracy, evaluate
@@ -37,7 +37,11 @@ class Trainer:
         self.config, self.device = config, device
         shards = config.data.shards
         self.train_shards, self.val_shards = open_shards(shards, "train"), open_shards(shards, "val")
-        self.basis = Eigenbasis.load(shards / "pca.json", self.train_shards.manifest_sha256)
+        self.basis = Eigenbasis.load(
+            shards / "pca.json",
+            self.train_shards.manifest_sha256,
+            with_mean_image=config.data.augmentation.mean == "image",
+        )
         classes = len(self.train_shards.classes)
         if classes != config.model.num_classes:
             raise ValueError(
@@ -73,7 +77,11 @@ class Trainer:
         Raises `DivergedError` when the loss is no longer finite and `DataError` when reading fails.
         """
         while not self.finished:
-            stopped = self.train_epoch(log, stop_requested)
+            try:
+                stopped = self.train_epoch(log, stop_requested)
+            except DataError as error:
+                self.save()
+                raise DataError(f"{error}; what was trained is saved, the same command goes on") from None
             accuracy = None if stopped else self.evaluate(all_views=False, interrupted=stop_requested)
             if accuracy:
                 self.end_epoch(log, accuracy)
@@ -154,6 +162,7 @@ class Trainer:
             "config": self.config.to_json(),
             "wnids": [name.wnid for name in self.train_shards.classes],
             "eigenbasis": self.basis.to_json(),
+            "mean_image": None if self.basis.mean_image is None else torch.from_numpy(self.basis.mean_image),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),

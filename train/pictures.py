@@ -11,12 +11,13 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import atomic_writer
-from pipeline.graph import CROP_SIDE
 from pipeline.lighting import Lighting, relight
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
+from pipeline.settings import Speed
 from train.evaluate import MIDDLE, probabilities
 from train.loop import Trainer
 from train.metrics import read_metrics
@@ -99,7 +100,7 @@ def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
     loader = train_loader(
         trainer.train_shards,
         basis,
-        replace(trainer.config.data, decode="cpu"),
+        replace(trainer.config.data, decode="cpu", speed=Speed(), augmentation=replace(augmentation, mean="channel")),
         batch_size=min(14, trainer.train_shards.num_samples),
         seed=trainer.config.train.seed,
         rank=0,
@@ -130,7 +131,7 @@ def draw_predictions(figure: Figure, trainer: Trainer) -> None:
     wrong: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
     right: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
     for images, labels in trainer.val_loader:
-        _, average = probabilities(trainer.network, images, trainer.mirrored)
+        _, average = probabilities(trainer.network, images, trainer.mirrored, trainer.val_loader.mean_offset)
         for image, label, scores in zip(images.cpu(), labels.tolist(), average.cpu(), strict=True):
             kept = right if int(scores.argmax()) == label else wrong
             if label >= 0 and len(kept) < 10:

@@ -1,0 +1,51 @@
+"""The random numbers behind augmentation: windows, flips and lighting, one independent stream for each."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from nvidia.dali import fn
+
+from pipeline.settings import Augmentation
+from pipeline.shards import IMAGE_SIDE
+
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+
+CROP_SIDE = 224
+"""Side of the windows that the network sees (paper, section 4.1)."""
+OFFSETS = IMAGE_SIDE - CROP_SIDE
+"""A window starts at one of 0..32 in each direction: 33 * 33 * 2 = 2,178 views of an image (the 2012 program; the
+paper says 2,048)."""
+
+
+class Draws(NamedTuple):
+    """The random numbers behind a batch of training images, one row per image."""
+
+    crop_x: "DataNode"
+    """Left offset / 32, float32, one of k/32 for k in 0..32."""
+    crop_y: "DataNode"
+    """Top offset / 32, likewise."""
+    mirror: "DataNode"
+    """int32, 1 where the image is flipped."""
+    light: "DataNode | None"
+    """float32 (3,): standard normal, one per RGB axis. None: a graph without lighting."""
+
+
+def op_seed(seed: int, loader_rank: int, operator: str) -> int:
+    """The seed of one random operator: independent between operators and loader ranks, the same in every run."""
+    words = np.frombuffer(operator.encode().ljust(16)[:16], np.uint32).tolist()
+    return int(np.random.SeedSequence([seed, loader_rank, *words]).generate_state(1, np.uint32)[0]) % (2**31 - 1)
+
+
+def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:
+    """Random numbers for one batch.
+
+    Offsets come from a list: `uniform(range=(0, 1))` rounds, and the edges 0 and 32 would get half their share.
+    """
+    positions = [k / OFFSETS for k in range(OFFSETS + 1)] if augmentation.crop == "random" else [0.5]
+    return Draws(
+        fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_x")),
+        fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_y")),
+        fn.random.coin_flip(probability=augmentation.flip, seed=op_seed(seed, loader_rank, "mirror")),
+        fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")),
+    )

@@ -1,0 +1,205 @@
+"""The sheet shows what training sees: its windows are those of the training loader, cut from the images that its
+captions name; nothing in it overlaps."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
+
+from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.lighting import Lighting
+from pipeline.loader import train_loader
+from pipeline.settings import Augmentation, DataConfig
+from pipeline.shards import ClassName, DataError, ShardSet
+from tests.conftest import jpeg, photo, run_python
+from tools import preview as module
+from tools.preview import View, draw_sheet, find_sample, key_of, preview, repeated_views, training_views, write
+
+UNLIT = Augmentation(lighting=Lighting(strength=0))
+Make = Callable[..., ShardSet]
+
+
+def stored(shards: ShardSet) -> dict[str, tuple[int, np.ndarray]]:
+    """Label and int (256, 256, 3) pixels by key, as the webdataset library and Pillow read them."""
+    samples = webdataset.WebDataset(list(shards.tars), shardshuffle=False)
+    return {
+        sample["__key__"]: (int(sample["cls"]), np.asarray(Image.open(io.BytesIO(sample["jpg"]))).astype(int))
+        for sample in samples
+    }
+
+
+def places(window: np.ndarray, image: np.ndarray) -> set[tuple[int, int, bool]]:
+    """Every (left, top, mirrored) at which a window equals the image within two levels."""
+    found = set()
+    for mirrored in (False, True):
+        turned = window[:, ::-1].astype(int) if mirrored else window.astype(int)
+        for top in range(33):
+            for left in range(33):
+                cut = image[top : top + 224, left : left + 224]
+                if all(np.abs(cut[step, step] - turned[step, step]).max() <= 2 for step in (0, 111, 223)) and (
+                    np.abs(cut - turned).max() <= 2
+                ):
+                    found.add((left, top, mirrored))
+    return found
+
+
+def add_basis(shards: ShardSet, sha256: str | None = None) -> Path:
+    """Write a pca.json beside the splits, of these shards or of those with this checksum; returns the folder."""
+    folder = Path(shards.tars[0]).parents[1]
+    moments = Moments.of(photo(np.random.default_rng(1))[None].copy())
+    write_eigenbasis(folder / "pca.json", moments, sha256 or shards.manifest_sha256, "none")
+    return folder
+
+
+def test_one_image_in_its_windows(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Without lighting, each of the 24 augmentations is a window of the chosen image, where it is said to lie; places
+    and flips vary, and another image holds none of them."""
+    shards = numbered_shards(10, 2)
+    views = repeated_views(shards, plain_basis, UNLIT, 3, find_sample(shards, "s6"))
+    _, image = stored(shards)["s6"]
+    for view in views:
+        assert (view.key, view.label) == ("s6", 6)
+        assert np.abs(view.stored - image).max() <= 1
+        assert (view.left, view.top, view.mirrored) in places(view.pixels, image)
+    assert len(views) == 24 == len({(view.left, view.top, view.mirrored) for view in views})
+    assert {view.mirrored for view in views} == {False, True}
+    assert not places(views[0].pixels, stored(shards)["s7"][1])
+
+
+def test_training_images(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """The lower half is 24 different images in another order than they are stored in, each with its own key, label and
+    window."""
+    shards = numbered_shards(60, 3)
+    views, expected = training_views(shards, plain_basis, UNLIT, 5), stored(shards)
+    assert len({view.key for view in views}) == 24 and len(expected) == 60
+    for view in views:
+        label, image = expected[view.key]
+        assert view.label == label
+        assert (view.left, view.top, view.mirrored) in places(view.pixels, image)
+    assert [view.label for view in views] != sorted(view.label for view in views)
+    assert [view.key for view in views] != [view.key for view in training_views(shards, plain_basis, UNLIT, 6)]
+
+
+@pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
+def test_equals_the_loader(numbered_shards: Make, plain_basis: Eigenbasis, convention: str) -> None:
+    """The lower half is the first images of training with the same seed, whatever the batch size, lighting included."""
+    shards = numbered_shards(60, 3)
+    lighting = Lighting(convention, 0.5)  # type: ignore[arg-type]
+    augmentation = Augmentation(lighting=lighting)
+    views = training_views(shards, plain_basis, augmentation, 5)
+    config = DataConfig(Path(), augmentation=augmentation)
+    loader = train_loader(shards, plain_basis, config, batch_size=40, seed=5, rank=0, num_ranks=1, device="cpu")
+    images, labels = next(iter(loader))
+    assert labels[:24].tolist() == [view.label for view in views]
+    levels = images[:24].permute(0, 2, 3, 1).double().numpy() * lighting.divisor + plain_basis.mean
+    difference = np.stack([view.pixels for view in views]) - levels.clip(0, 255)
+    assert np.abs(difference).max() < 0.51
+    unlit = np.stack([view.pixels for view in training_views(shards, plain_basis, UNLIT, 5)])
+    assert np.abs(unlit - levels.clip(0, 255)).max() > 5, "lighting can be seen"
+
+
+def test_images_of_any_size(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Images that are kept as they came are shown as the central 256x256 of which training cuts its windows."""
+    shards = replace(numbered_shards(2, 1, jpeg(photo(np.random.default_rng(4), 300, 420))), store="original")
+    (first, second) = training_views(shards, plain_basis, UNLIT, 5)
+    assert first.stored.shape == (256, 256, 3) and first.key != second.key
+    cut = first.stored[first.top : first.top + 224, first.left : first.left + 224].astype(int)
+    shown = first.pixels[:, ::-1] if first.mirrored else first.pixels
+    assert np.abs(cut - shown).max() <= 3
+
+
+@pytest.mark.parametrize(("num_samples", "rows"), [(3, 1), (30, 3)])
+def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_samples: int, rows: int) -> None:
+    """The PNG has its windows at its size, pixel for pixel; where there are fewer than 24 images none is repeated."""
+    shards = numbered_shards(num_samples, 1)
+    folder = add_basis(shards)
+    drawn: list[list[View]] = []
+
+    def spy(path: Path, train: ShardSet, repeated: list[View], training: list[View], *rest: object) -> None:
+        drawn[:] = [repeated, training]
+        draw_sheet(path, train, repeated, training, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "draw_sheet", spy)
+    preview(folder, image="s2", seed=9, strength=0.3)
+    repeated, training = drawn
+    assert {view.key for view in repeated} == {"s2"}
+    assert len({view.key for view in training}) == len(training) == min(24, num_samples)
+    with Image.open(folder / "preview.png") as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    # Margins 28, column of text 256, windows of 224 and gaps of 14; headings of 38, captions of 21 and of 42.
+    assert pixels.shape == (3 * 28 + (38 + 3 * 259) + (38 + rows * 280), 2 * 28 + 256 + 14 + 8 * 238, 3)
+    blank = pixels.copy()
+    for views, top, height in ((repeated, 28 + 38, 259), (training, 28 + 38 + 3 * 259 + 28 + 38, 280)):
+        for number, view in enumerate(views):
+            y, x = top + number // 8 * height, 28 + 256 + 28 + number % 8 * 238
+            np.testing.assert_array_equal(pixels[y : y + 224, x : x + 224], view.pixels)
+            caption = pixels[y + 224 : y + height, x : x + 224]
+            assert (caption < 128).any(), "a caption stands below"
+            blank[y : y + height - 14, x : x + 224] = 255
+    np.testing.assert_array_equal(pixels[66 : 66 + 256, 28 : 28 + 256], repeated[0].stored)
+    assert (blank[66:, 28 + 256 :] == 255)[: 3 * 259].all(), "nothing stands between captions and windows"
+
+
+@pytest.mark.parametrize("text", ["n01440764_10026", "W" * 40, "$x^2$ and $", "train/" * 9, "Ж" * 30, "a_{b}\\frac"])
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_captions_fit(text: str, keep_end: bool) -> None:
+    """No text leaves its column, and one that is short enough is written as it is, whatever signs it holds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = Figure(dpi=120)
+    FigureCanvasAgg(figure)
+    write(figure, 10, 10, 224, text, keep_end=keep_end, size=9)
+    (line,) = figure.texts
+    assert line.get_window_extent().width <= 224
+    shown = line.get_text()
+    assert len(text) > 15 or shown == text
+    assert shown.strip("…") in text and (shown.strip("…") == text or (shown[0] if keep_end else shown[-1]) == "…")
+
+
+@given(st.text("ab_1/.-", min_size=1, max_size=12))
+def test_keys_are_those_of_the_library(stem: str) -> None:
+    """A member's key is what the webdataset library makes of its name."""
+    key, _ = base_plus_ext(name := f"{stem}.jpg")
+    assert key is None or key_of(name) == key
+
+
+def test_what_is_wrong_is_said(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
+    """A key that is not there, a basis that is missing or of other shards, and labels beyond the classes get one
+    sentence that names them; the first sample is the default."""
+    shards = numbered_shards(3, 2)
+    assert find_sample(shards, None).key == "s0" and find_sample(shards, "s2").digits == b"2"
+    with pytest.raises(ValueError, match=r"train holds no image with the key s3; give one such as s0$"):
+        find_sample(shards, "s3")
+    done = run_python("tools/preview.py", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{tmp_path}/pca.json is missing; make it with tools/compute_pca.py" in done.stderr
+    assert done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match="was made from other shards"):
+        preview(add_basis(shards, "0" * 64))
+    with pytest.raises(ValueError, match=r"--seed must lie in 0\.\.2\^63-1, not -1"):
+        preview(tmp_path, seed=-1)
+    views = training_views(shards, plain_basis, UNLIT, 5)
+    with pytest.raises(DataError, match="has label 2, there are 2 classes"):
+        draw_sheet(tmp_path / "x.png", replace(shards, classes=shards.classes[:2]), views, views, Lighting(), 0)
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "preview.png").exists()
+    named = replace(shards, classes=tuple(ClassName(str(k), "a $5 note, money") for k in range(3)))
+    assert {module.class_words(view, named) for view in views} == {"a $5 note"}
+
+
+def test_damaged_image_is_named(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """An image that cannot be decoded is a `DataError`."""
+    shards = numbered_shards(3, 1, b"no image")
+    with pytest.raises(DataError, match=r"s\d\.jpg"):
+        training_views(shards, plain_basis, UNLIT, 5)
+    with pytest.raises(DataError, match=r"s\d\.jpg"):
+        repeated_views(shards, plain_basis, UNLIT, 5, find_sample(shards, None))
