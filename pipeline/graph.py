@@ -39,7 +39,7 @@ class Decoder(NamedTuple):
     hw_load: float = 0.65
     """See `Speed.hw_decoder_load`."""
     cache_mb: int = 0
-    """GPU memory for decoded images, in 10^6 bytes."""
+    """GPU memory for decoded images, in MiB as DALI counts."""
 
 
 def train_graph(
@@ -59,18 +59,8 @@ def train_graph(
     there).
     """
     window: dict[str, Any] = {}
-    if decoder.any_size:
-        images = resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
-    elif decoder.where == "cpu":
-        images = fn.decoders.image_crop(
-            encoded,
-            device="cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            crop=(CROP_SIDE, CROP_SIDE),
-            crop_pos_x=draws.crop_x,
-            crop_pos_y=draws.crop_y,
-        )
+    if decoder.where == "cpu" or decoder.any_size:
+        images = window_graph(encoded, draws, decoder)
     else:
         images = decode_graph(encoded, decoder)
         window = {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
@@ -83,6 +73,21 @@ def train_graph(
         dtype=types.FLOAT16 if device == "gpu" else types.FLOAT,
         output_layout="HWC",
         **window,
+    )
+
+
+def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder) -> "DataNode":
+    """Encoded images to uint8 (224, 224, 3) windows, HWC RGB, where they are decoded; 256x256 ones on a CPU alone."""
+    if decoder.any_size:
+        return resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
+    return fn.decoders.image_crop(
+        encoded,
+        device="cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        crop=(CROP_SIDE, CROP_SIDE),
+        crop_pos_x=draws.crop_x,
+        crop_pos_y=draws.crop_y,
     )
 
 

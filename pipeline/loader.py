@@ -14,7 +14,6 @@ state taken after any batch continues with the next one, bit for bit.
 """
 
 import base64
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -171,11 +170,11 @@ class Loader:
         raise_open_files(len(self._shards.tars))
         check_memory(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
-        cache_mb = round(1000 * speed.decode_cache_gb) if self._training else 0
+        cache_mb = round(1e9 * speed.decode_cache_gb / 2**20) if self._training else 0
         fancy = self._config.augmentation.jpeg_fancy_upsampling
         common = {
             "batch_size": self._batch_size,
-            "num_threads": speed.threads or len(os.sched_getaffinity(0)),
+            "num_threads": speed.num_threads,
             "set_affinity": speed.affinity,
             "device_id": (self.device.index or 0) if on_gpu else None,
             "prefetch_queue_depth": speed.prefetch,

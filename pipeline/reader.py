@@ -68,7 +68,8 @@ def data_error(shards: ShardSet, error: RuntimeError) -> DataError:
     """One sentence from DALI's report, whose reason stands below the word "encountered", or from what we find ourselves
     by looking through the shards, as the report does not name a damaged image."""
     lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
-    reason = find_damage(shards) or (lines[0] if lines else str(error).splitlines()[0])
+    of_data = any(name in str(error) for name in ("decoders", "readers", "webdataset"))  # not, say, of a GPU's memory
+    reason = (find_damage(shards) if of_data else "") or (lines[0] if lines else str(error).splitlines()[0])
     place = Path(shards.tars[0]).parent
     return DataError(
         f"reading {place} failed: {reason}; tools/make_shards.py verify {place.parent} lists all damage, copy or pack "

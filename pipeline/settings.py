@@ -1,5 +1,6 @@
 """What a user can set about the data."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,7 +39,7 @@ class Speed:
     shards of each rank. `tools/tune_pipeline.py` finds the best ones for a machine."""
 
     threads: int | None = None
-    """DALI's CPU threads; by default one per core of this process."""
+    """DALI's CPU threads; by default one more than this process has cores, so that none idles while a thread waits."""
     affinity: bool = False
     """Pin DALI's threads to cores."""
     prefetch: int = 2
@@ -50,6 +51,11 @@ class Speed:
     decode_cache_gb: float = 0.0
     """Keep so many GB (10^9 bytes) of decoded images in GPU memory, 197 kB each; needs decode gpu. Each rank then reads
     the same shards in every epoch."""
+
+    @property
+    def num_threads(self) -> int:
+        """`threads`, or their default."""
+        return self.threads or len(os.sched_getaffinity(0)) + 1
 
     def __post_init__(self) -> None:
         if (self.threads is not None and self.threads < 1) or self.prefetch < 1 or self.read_ahead < 1:

@@ -1,25 +1,29 @@
 """The benchmark runs every contender on the same files and prints ratios from one run."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from tests.conftest import run_ok
+from pipeline.eigenbasis import Eigenbasis
+from tests.conftest import jpeg, photo, run_ok
 from tools import bench_pack
+from tools.bench_loader import Windows
 from tools.ilsvrc import read_archives
 from tools.make_demo import make_demo
 
 
 def test_loader(shards: Path, tmp_path: Path) -> None:
-    """Three rows, positive rates, a ratio each; rows on disk tell commit, hardware and versions."""
+    """Four rows, positive rates, a ratio each; rows on disk tell commit, hardware and versions."""
     out = tmp_path / "rows.jsonl"
     text = run_ok(
         "tools/bench.py", "loader", shards, "--seconds", "0.2", "--repeats", "2", "--batch-size", "32", "--out", out
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["contender"].split()[0] for row in rows] == ["libjpeg-turbo", "DALI", "loader"]
+    assert [row["contender"].split()[0] for row in rows] == ["libjpeg-turbo", "uint8", "loader:", "torch"]
     for row in rows:
         assert (
             row["median"] > 0
@@ -29,6 +33,26 @@ def test_loader(shards: Path, tmp_path: Path) -> None:
             and row["contender"] in text
         )
     assert "1.00" in text
+
+
+def test_the_plain_loader_makes_the_same_batches(plain_basis: Eigenbasis) -> None:
+    """What the loader is compared with does as much work: windows of the image, minus the mean, some flipped, relit."""
+    pixels = photo(np.random.default_rng(0))
+    (mirrored, plain) = (0, 0)
+    for window, _ in itertools.islice(Windows([jpeg(pixels, quality=100, subsampling=0)], plain_basis), 30):
+        assert window.shape == (224, 224, 3) and window.dtype == np.float32
+        grey, wanted = window.mean(2) * 1.1, pixels.mean(2) - plain_basis.mean.mean()
+        best = []
+        for view in (grey, grey[:, ::-1]):  # up to the shift of lighting, and a level of the JPEG
+            spread = [
+                np.ptp(view[::16, ::16] - wanted[top : top + 224, left : left + 224][::16, ::16])
+                for top in range(33)
+                for left in range(33)
+            ]
+            best.append(min(spread))
+        assert min(best) < 6
+        plain, mirrored = plain + (best[0] < best[1]), mirrored + (best[1] < best[0])
+    assert plain > 5 and mirrored > 5
 
 
 def test_lighting(shards: Path, tmp_path: Path) -> None:

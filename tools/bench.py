@@ -1,6 +1,6 @@
 """Benchmarks, one subcommand per question.
 
-    python tools/bench.py loader SHARDS     how fast batches come, beside decoding alone and the decoder library alone
+    python tools/bench.py loader SHARDS     how fast batches come, beside the decoder library alone and a plain loader
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
     python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
     python tools/bench.py lighting SHARDS   what lighting costs
@@ -10,19 +10,15 @@ Contenders take turns within one run, so that a machine whose speed drifts slows
 printed, and the ratios are what counts. Warm-up is left out.
 """
 
-import itertools
-import multiprocessing
 import os
 import statistics
-import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.shards import DataError, ShardSet, open_shards
-from tools.measure import rate, record, show, take_turns
+from pipeline.shards import open_shards
+from tools.measure import record, show, take_turns
 from train.program import run_program
 
 if TYPE_CHECKING:
@@ -38,60 +34,22 @@ def loader(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> None:
-    """Images per second of the training loader alone, of DALI decoding alone, and of libjpeg-turbo alone on the same
-    files.
+    """Images per second of the training loader, beside its decoded windows alone, libjpeg-turbo alone on the same
+    files, and a torch DataLoader with Pillow that makes the same batches.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
         batch_size: Images per batch.
-        threads: DALI's threads, and libjpeg-turbo's processes; one per core by default.
+        threads: DALI's threads, and processes of the others; by default one more than there are cores, and one per
+            core.
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turn.
         device: Where batches end up; auto takes the first GPU if there is one.
         out: JSON-lines file to append one row per contender to.
     """
-    if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
-        raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
-    from pipeline.eigenbasis import Eigenbasis
-    from pipeline.graph import decode_pipeline
-    from pipeline.loader import train_loader
-    from pipeline.settings import DataConfig, Speed
-    from train.evaluate import pick_device
+    from tools.bench_loader import bench_loader
 
-    train = open_shards(shards, "train")
-    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    threads = threads or len(os.sched_getaffinity(0))
-    place = pick_device(device)
-    batches = train_loader(
-        train,
-        basis,
-        DataConfig(shards, speed=Speed(threads=threads)),
-        batch_size=batch_size,
-        seed=0,
-        rank=0,
-        num_ranks=1,
-        device=place,
-    )
-    decoder = decode_pipeline(train, "cpu", batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
-    endless = itertools.chain.from_iterable(itertools.repeat(batches))
-
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(threads, spawn, initializer=keep_jpegs, initargs=(read_jpegs(train),)) as pool:
-        contenders: dict[str, Callable[[], float]] = {
-            "libjpeg-turbo alone (simplejpeg)": lambda: sum(pool.map(decode_rate, [seconds] * threads)),
-            "DALI decode alone (cpu, uint8, whole)": lambda: rate(lambda: decoder.run(), batch_size, seconds),
-            f"loader (train, on {place.type})": lambda: rate(lambda: next(endless), batch_size, seconds),
-        }
-        measured = take_turns(contenders, repeats)
-    batches.close()
-
-    print(
-        f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, "
-        f"{threads} threads, {repeats} repeats"
-    )
-    show(measured, unit="images/s", reference="libjpeg-turbo alone (simplejpeg)")
-    if out:
-        record(out, "loader", measured, {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads})
+    bench_loader(shards, batch_size, threads, seconds, repeats, device, out)
 
 
 def pack(
@@ -209,39 +167,6 @@ def plan(images: int = 14_197_122, out: Path | None = None) -> None:
     from tools.bench_plan import bench_plan
 
     bench_plan(images, out)
-
-
-JPEGS: list[bytes] = []
-"""The files that a worker process decodes."""
-MAX_JPEGS = 2000
-"""Enough that no file stays in a core's cache."""
-
-
-def read_jpegs(shards: ShardSet) -> list[bytes]:
-    """The first images of a split, read by the webdataset library. Raises `DataError` when there is none."""
-    import webdataset
-
-    samples = webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False)
-    try:
-        jpegs = [sample["jpg"] for sample in itertools.islice(samples, MAX_JPEGS)]
-    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        raise DataError(f"{Path(shards.tars[0]).parent} cannot be read ({error}); pack or copy it again") from None
-    if not jpegs:
-        raise DataError(f"{Path(shards.tars[0]).parent} holds no image; pack or copy it again")
-    return jpegs
-
-
-def keep_jpegs(jpegs: list[bytes]) -> None:
-    """Start a worker."""
-    JPEGS.extend(jpegs)
-
-
-def decode_rate(seconds: float) -> float:
-    """Images per second that one process decodes whole, to uint8 RGB."""
-    import simplejpeg
-
-    endless = itertools.cycle(JPEGS)
-    return rate(lambda: simplejpeg.decode_jpeg(next(endless), "RGB"), 1, seconds)
 
 
 if __name__ == "__main__":
