@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
@@ -67,6 +68,7 @@ def test_lighting(shards: Path, tmp_path: Path) -> None:
         assert float(text.split(f"{what} with lighting, of that without: ")[1].split()[0]) > 0
 
 
+@pytest.mark.slow
 def test_pack(tmp_path: Path) -> None:
     """Six rows, positive rates, two tables with a reference each; nothing is left beside the images."""
     make_demo(tmp_path / "raw", photos=40)

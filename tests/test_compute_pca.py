@@ -73,8 +73,8 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
     assert 0 < counted < ours and first.stat().st_mtime_ns == stamp
 
     # A quick estimate, and a part that was started with another option, leave what others have counted alone.
-    run_ok("tools/compute_pca.py", copy, "--sample", "9")
-    assert "left to other parts" in run_ok("tools/compute_pca.py", copy, "--part", "2/3", "--mean-image")
+    compute_pca(copy, sample=9)
+    compute_pca(copy, part="2/3", mean_image=True)
     (copy / "pca.json").unlink()
     for stray in copy.glob("pca.part-*"):
         if stray.name.split("-")[1] != first.name.split("-")[1]:

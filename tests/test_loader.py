@@ -295,7 +295,8 @@ def threading_count() -> int:
 
 @pytest.mark.slow
 def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
-    """Over 20 epochs, and over 100 loaders in a row, resident memory does not grow by more than 2 %."""
+    """Over 20 epochs resident memory does not grow by more than 2 %, nor over the last 60 of 120 loaders in a row, by
+    medians, as it depends on how far ahead a loader has got when it is closed; the first ones fill caches."""
     train = open_shards(shards, "train")
 
     def resident() -> int:
@@ -311,12 +312,12 @@ def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
     loader.close()
     assert sizes[-1] <= 1.02 * max(sizes[:3]), sizes
     sizes = []
-    for _ in range(100):
+    for _ in range(120):
         (loader,) = loaders(train, basis, 1, training=True, batch_size=64)
         next(iter(loader))
         loader.close()
         sizes.append(resident())
-    assert sizes[-1] <= 1.02 * max(sizes[:20]), sizes[::10]
+    assert np.median(sizes[100:]) <= 1.02 * np.median(sizes[60:80]), sizes[::10]
 
 
 def test_kept_batches_stay_intact(numbered_shards: Make, plain_basis: Eigenbasis) -> None:

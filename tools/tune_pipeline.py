@@ -130,7 +130,7 @@ def tune(
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     cores = len(os.sched_getaffinity(0))
-    start = Knobs(threads=cores, decode="gpu" if place.type == "cuda" else "cpu")
+    start = Knobs(threads=Speed().num_threads, decode="gpu" if place.type == "cuda" else "cpu")
     axes = list_axes(cores, on_gpu=place.type == "cuda")
     at_most = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
     seeds = itertools.count()
@@ -181,7 +181,7 @@ def tune(
 
 def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
     """What is tried besides the defaults, knob after knob: changes to the best candidate so far."""
-    threads = sorted({1, max(cores // 2, 1), max(cores * 3 // 2, cores + 1)} - {cores})
+    threads = sorted({1, max(cores // 2, 1), cores, cores * 3 // 2} - {Speed().num_threads})
     axes: list[list[dict[str, Any]]] = [
         [{"threads": number} for number in threads],
         [{"prefetch": batches} for batches in (1, 4, 8)],
@@ -191,7 +191,7 @@ def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
     if on_gpu:
         axes.append([{"hw_decoder_load": share} for share in (0.0, 0.3, 0.5, 0.8, 1.0)])
         # Decoding on the CPU wants every core, whatever was best for decoding on the GPU.
-        axes.append([{"decode": "cpu"}, {"decode": "cpu", "threads": cores}])
+        axes.append([{"decode": "cpu"}, {"decode": "cpu", "threads": cores + 1}])
     return axes
 
 
