@@ -94,6 +94,6 @@ def decode(data: bytes, whole: bool) -> tuple[int, int]:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 image.load()
-        except Exception:
+        except Exception:  # neither reads it, for whatever reason: the first one's is told
             raise error from None
     return height, width

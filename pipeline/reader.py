@@ -80,7 +80,8 @@ def data_error(shards: ShardSet, error: RuntimeError) -> DataError:
 def check_memory(shards: ShardSet) -> None:
     """Warn when the index, which every process holds as a whole, takes a large part of the free memory."""
     needed = INDEX_BYTES * shards.num_samples
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    processes = int(sharing) if sharing.isdecimal() else 1
     free = 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
     if needed * processes > free / 4:
         print(

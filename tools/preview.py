@@ -18,19 +18,18 @@ import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
-from pipeline.shards import DataError, ShardSet, open_shards, read_index
+from pipeline.settings import Augmentation, DataConfig
+from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards, read_index
 from train.program import run_program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from nvidia.dali.data_node import DataNode
 
-    from pipeline.settings import Augmentation
-
 COUNT, COLUMNS = 24, 8
 DPI = 120
 """That of `saved_figure`: a pixel of the figure is one of the file."""
-SIDE, CELL = 256, 224
+SIDE, CELL = IMAGE_SIDE, 224
 """Pixels of the stored image, whose column also holds the text, and of a window."""
 MARGIN, GAP = 28, 14
 HEADING, LINE = 38, 21
@@ -88,8 +87,6 @@ def preview(
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     sample = find_sample(train, image)
-    from pipeline.graph import Augmentation  # DALI takes seconds, which errors in the input need not wait for
-
     augmentation, path = Augmentation(lighting=lighting), out or shards / "preview.png"
     repeated = repeated_views(train, basis, augmentation, seed, sample)
     draw_sheet(path, train, repeated, training_views(train, basis, augmentation, seed), lighting, seed)
@@ -122,14 +119,13 @@ def key_of(name: str) -> str:
 
 
 def training_views(
-    shards: ShardSet, basis: Eigenbasis, augmentation: "Augmentation", seed: int, count: int = COUNT
+    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int, count: int = COUNT
 ) -> list[View]:
     """The images with which training on one rank begins; fewer than `count` where there are no more.
 
     Raises `DataError` when DALI fails.
     """
-    from pipeline.graph import read_graph
-    from pipeline.settings import DataConfig
+    from pipeline.graph import read_graph  # DALI takes seconds, which errors in the input need not wait for
 
     shuffle_buffer = DataConfig(Path()).shuffle_buffer
 
@@ -140,7 +136,7 @@ def training_views(
 
 
 def repeated_views(
-    shards: ShardSet, basis: Eigenbasis, augmentation: "Augmentation", seed: int, sample: Sample, count: int = COUNT
+    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int, sample: Sample, count: int = COUNT
 ) -> list[View]:
     """One image `count` times, each time augmented anew. Raises `DataError` when DALI fails."""
     from nvidia.dali import fn
@@ -161,7 +157,7 @@ def repeated_views(
 def views(
     shards: ShardSet,
     basis: Eigenbasis,
-    augmentation: "Augmentation",
+    augmentation: Augmentation,
     seed: int,
     rank: int,
     count: int,

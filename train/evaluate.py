@@ -134,7 +134,7 @@ def evaluate_checkpoint(
         wnids, saved = content["wnids"], content["config"]
         model = AlexNet(AlexNetConfig(**{**saved["model"], "channels": tuple(saved["model"]["channels"])}))
         model.load_state_dict(content["model"])
-        image = content["mean_image"]
+        image = content.get("mean_image")  # checkpoints of before there was one lack it
         eigenbasis = replace(
             Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
         )
