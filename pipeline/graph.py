@@ -3,6 +3,8 @@
     reader -> decode -> 224x224 window -> flip -> relight and normalize        (train_graph)
     reader -> decode the 256x256 image -> normalize                            (val_graph)
 
+On a CPU the graphs end before the normalization, which `normalize.py` does faster there.
+
 Images of any other size (`any_size`) are brought to the geometry of packed ones in one resampling of the window alone:
 shorter side to 256, antialiased bicubic, central 256x256, and of that the window.
 
@@ -44,7 +46,7 @@ class Decoder(NamedTuple):
 
 def train_graph(
     encoded: "DataNode", draws: Draws, basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
-) -> "DataNode":
+) -> "tuple[DataNode, ...]":
     """Encoded images to augmented windows.
 
     Args:
@@ -55,31 +57,36 @@ def train_graph(
         decoder: How to decode.
         device: where images end up, "gpu" or "cpu".
 
-    Returns (224, 224, 3) HWC RGB, float16 on a GPU, float32 on a CPU (half conversion costs more than the decode
-    there).
+    Returns on a GPU finished (224, 224, 3) HWC RGB windows, float16. On a CPU uint8 windows, flipped, and what
+    `normalize` subtracts from each, float32 (3,).
     """
+    mean, std = relight_arguments(draws.light, basis, augmentation.lighting, augmentation.std)
+    if device == "cpu":
+        images = window_graph(encoded, draws, decoder, device)
+        return (fn.flip(images, horizontal=draws.mirror) if augmentation.flip > 0 else images), mean
     window: dict[str, Any] = {}
     if decoder.where == "cpu" or decoder.any_size:
-        images = window_graph(encoded, draws, decoder)
+        images = window_graph(encoded, draws, decoder, device).gpu()
     else:
         images = decode_graph(encoded, decoder)
         window = {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
-    mean, std = relight_arguments(draws.light, basis, augmentation.lighting, augmentation.std)
-    return fn.crop_mirror_normalize(
-        images.gpu() if device == "gpu" else images,
-        mirror=draws.mirror,
-        mean=mean,
-        std=[std] * 3,
-        dtype=types.FLOAT16 if device == "gpu" else types.FLOAT,
-        output_layout="HWC",
-        **window,
+    return (
+        fn.crop_mirror_normalize(
+            images,
+            mirror=draws.mirror,
+            mean=mean,
+            std=[std] * 3,
+            dtype=types.FLOAT16,
+            output_layout="HWC",
+            **window,
+        ),
     )
 
 
-def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder) -> "DataNode":
-    """Encoded images to uint8 (224, 224, 3) windows, HWC RGB, where they are decoded; 256x256 ones on a CPU alone."""
+def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder, device: str) -> "DataNode":
+    """Encoded images to uint8 (224, 224, 3) windows, HWC RGB; 256x256 ones are decoded on a CPU and stay there."""
     if decoder.any_size:
-        return resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
+        return resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS, device)
     return fn.decoders.image_crop(
         encoded,
         device="cpu",
@@ -93,23 +100,20 @@ def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder) -> "DataNo
 
 def val_graph(
     encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
-) -> "DataNode":
-    """Encoded images to normalized 256x256 ones, HWC RGB, float16 on a GPU, float32 on a CPU."""
-    images = square_graph(encoded, decoder)
-    return fn.crop_mirror_normalize(
-        images.gpu() if device == "gpu" else images,
-        mean=basis.mean.astype(np.float32).tolist(),
-        std=[augmentation.std] * 3,
-        dtype=types.FLOAT16 if device == "gpu" else types.FLOAT,
-        output_layout="HWC",
-    )
+) -> "tuple[DataNode, ...]":
+    """Encoded images to normalized 256x256 ones, HWC RGB float16, on a GPU; on a CPU to uint8 ones and the mean."""
+    images = square_graph(encoded, decoder, device)
+    mean, std = relight_arguments(None, basis, augmentation.lighting, augmentation.std)
+    if device == "cpu":
+        return images, mean
+    return (fn.crop_mirror_normalize(images.gpu(), mean=mean, std=[std] * 3, dtype=types.FLOAT16, output_layout="HWC"),)
 
 
-def square_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
-    """Encoded images to uint8 (256, 256, 3) HWC RGB, where they are decoded."""
-    return (
-        resampled_graph(encoded, decoder, IMAGE_SIDE, 0.0, 0.0) if decoder.any_size else decode_graph(encoded, decoder)
-    )
+def square_graph(encoded: "DataNode", decoder: Decoder, device: str = "cpu") -> "DataNode":
+    """Encoded images to uint8 (256, 256, 3) HWC RGB; 256x256 ones stay where they are decoded."""
+    if decoder.any_size:
+        return resampled_graph(encoded, decoder, IMAGE_SIDE, 0.0, 0.0, device)
+    return decode_graph(encoded, decoder)
 
 
 def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
@@ -140,36 +144,53 @@ class Extent(NamedTuple):
 
 
 def resampled_graph(
-    encoded: "DataNode", decoder: Decoder, side: int, left: "DataNode | float", top: "DataNode | float"
+    encoded: "DataNode",
+    decoder: Decoder,
+    side: int,
+    left: "DataNode | float",
+    top: "DataNode | float",
+    device: str,
 ) -> "DataNode":
     """A window of side x side at (left, top) of the central 256x256 of an image of any size, uint8 HWC RGB.
 
     What `tools/make_shards.py pack` does, seen from its end: the window is traced back to the stored image, and only
-    what its pixels are made of is decoded (on a CPU) and resampled.
+    what its pixels are made of is decoded (on a CPU) and resampled, on the GPU if there is one.
     """
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
-    shorter = math.min(shape[0], shape[1])
-    extents = [extent(shape[0], shorter, top, side), extent(shape[1], shorter, left, side)]
+    extents = trace_window(encoded, side, left, top)
     if decoder.where == "cpu":
-        images = fn.decoders.image_slice(
-            encoded,
-            device="cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            start=fn.cast(fn.stack(*(each.first for each in extents)), dtype=types.INT32),
-            end=fn.cast(fn.stack(*(each.last for each in extents)), dtype=types.INT32),
-            axes=[0, 1],
-        )
-        corner = [each.first for each in extents]
+        images, corner = decode_extents(encoded, extents), [each.first for each in extents]
     else:
         images, corner = decode_graph(encoded, decoder), [0.0, 0.0]
     return fn.resize(
-        images,
+        images.gpu() if device == "gpu" else images,
         size=[side, side],
         roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(extents, corner, strict=True))),
         roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(extents, corner, strict=True))),
         interp_type=types.INTERP_CUBIC,
         antialias=True,
+    )
+
+
+def trace_window(
+    encoded: "DataNode", side: int, left: "DataNode | float", top: "DataNode | float"
+) -> tuple[Extent, Extent]:
+    """What a window of side x side at (left, top) of the central 256x256 is made of, from top to bottom and from left
+    to right."""
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
+    shorter = math.min(shape[0], shape[1])
+    return extent(shape[0], shorter, top, side), extent(shape[1], shorter, left, side)
+
+
+def decode_extents(encoded: "DataNode", extents: tuple[Extent, Extent]) -> "DataNode":
+    """Decode on the CPU what a window is made of, uint8 HWC RGB."""
+    return fn.decoders.image_slice(
+        encoded,
+        device="cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        start=fn.cast(fn.stack(*(each.first for each in extents)), dtype=types.INT32),
+        end=fn.cast(fn.stack(*(each.last for each in extents)), dtype=types.INT32),
+        axes=[0, 1],
     )
 
 
@@ -257,16 +278,16 @@ def train_pipeline(
     device: str,
     read_ahead: int = 1,
     lit: bool = True,
-) -> "tuple[DataNode, DataNode]":
-    """Augmented training windows and int64 labels; `lit=False` leaves lighting out, to measure what it costs."""
+) -> "tuple[DataNode, ...]":
+    """Int64 labels and what `train_graph` gives; `lit=False` leaves lighting out, to measure what it costs."""
     encoded, digits = read_graph(
         shards, True, data_seed, shuffle_buffer, rank, num_ranks, read_ahead, sticky=decoder.cache_mb > 0
     )
     draws = draw(augmentation, data_seed, rank)
     draws = draws if lit else draws._replace(light=None)
-    images = train_graph(encoded, draws, basis, augmentation, decoder, device)
     labels = label_graph(digits)
-    return images, labels.gpu() if device == "gpu" else labels
+    images = train_graph(encoded, draws, basis, augmentation, decoder, device)
+    return labels.gpu() if device == "gpu" else labels, *images
 
 
 @pipeline_def
@@ -279,11 +300,12 @@ def val_pipeline(
     decoder: Decoder,
     device: str,
     read_ahead: int = 1,
-) -> "tuple[DataNode, DataNode]":
-    """Normalized 256x256 images in stored order and int64 labels."""
+) -> "tuple[DataNode, ...]":
+    """Int64 labels and what `val_graph` gives, in stored order."""
     encoded, digits = read_graph(shards, False, rank=rank, num_ranks=num_ranks, read_ahead=read_ahead)
     labels = label_graph(digits)
-    return val_graph(encoded, basis, augmentation, decoder, device), labels.gpu() if device == "gpu" else labels
+    images = val_graph(encoded, basis, augmentation, decoder, device)
+    return labels.gpu() if device == "gpu" else labels, *images
 
 
 @pipeline_def

@@ -8,7 +8,7 @@ behind it differ, so there are two named conventions (x on 0..255, V the axes as
 * `eigenvalue`, the paper's sentence as later code bases read it: x <- x - mean + 255 V (eigenvalues / 255^2 * a), a ~
   N(0, s^2 I).
 
-Both are one shift per image and one constant divisor, so they ride in the `mean` and `std` of `crop_mirror_normalize`:
+Both are one shift per image and one constant divisor, so they ride in the mean and the divisor of the normalization:
 lighting costs no pass over the pixels.
 """
 
@@ -76,21 +76,21 @@ def relight(
 
 def relight_arguments(
     draw: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
-) -> "tuple[DataNode | list[float], float]":
-    """The same as arguments of DALI's `crop_mirror_normalize`: a per-sample `mean`, shape (3,), and the constant `std`.
+) -> "tuple[DataNode, float]":
+    """The same as what a normalization takes: a per-sample mean, float32 (3,), on the CPU, and the constant divisor.
 
     Args:
-        draw: a standard normal draw per sample, float32, shape (3,), on the CPU; None: no lighting, one `mean` for all.
+        draw: a standard normal draw per sample, float32, shape (3,), on the CPU; None: no lighting, one mean for all.
         basis: Mean and axes.
         lighting: Convention and strength.
         std: What pixels are divided by besides.
     """
-    from nvidia.dali import fn
+    from nvidia.dali import fn, types
 
-    mean = basis.mean.astype(np.float32).tolist()
+    mean = basis.mean.astype(np.float32)
     if draw is None:
-        return mean, std
+        return types.Constant(mean, device="cpu"), std
     # mean - matrix @ draw, as one operation on a "point" rather than three: each costs a batch one per cent.
     matrix = -lighting.shift_matrix(basis).astype(np.float32)
-    moved = fn.coord_transform(fn.reshape(draw, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean)
+    moved = fn.coord_transform(fn.reshape(draw, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean.tolist())
     return fn.reshape(moved, shape=[3]), std * lighting.divisor

@@ -27,9 +27,10 @@ from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, train_pipeline, val_pipeline
 from pipeline.lighting import Lighting
-from pipeline.reader import check_index, check_memory, data_error, raise_open_files
+from pipeline.normalize import BatchMemory, normalize
+from pipeline.reader import check_index, check_memory, data_errors, raise_open_files, resident_bytes
 from pipeline.settings import DataConfig
-from pipeline.shards import IMAGE_SIDE, DataError, ShardSet
+from pipeline.shards import IMAGE_SIDE, ShardSet
 
 PADDING = -1
 """Label of a sample that only fills up a batch; it is the `ignore_index` of a loss."""
@@ -37,7 +38,7 @@ PADDING = -1
 
 WORLD = {"rank", "num_ranks", "batch_size"}
 """Fields of a state that may change from one epoch to the next."""
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 """Counts up whenever the operations of the training graph change: DALI's checkpoints fit one list of them."""
 
 
@@ -84,6 +85,9 @@ class Loader:
         """What is to be subtracted from windows besides the mean colour, (3, 224, 224); None with `mean: channel`. In
         training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
+        self._opening_bytes = 0
+        self._cache_mb = round(1e9 * config.speed.decode_cache_gb / 2**20) if training else 0
+        self._memory = BatchMemory()
         self._checkpoint: bytes | None = None
         """DALI's state behind the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
         none."""
@@ -127,26 +131,44 @@ class Loader:
             if valid < self._batch_size:
                 labels = labels.clone()
                 labels[max(valid, 0) :] = PADDING
-            if self._training and self.mean_offset is not None:
-                images -= self.mean_offset.permute(1, 2, 0) / self._lighting().divisor  # DALI writes the batch anew
             yield Batch(images.permute(0, 3, 1, 2), labels)
 
     def __iter__(self) -> Iterator[Batch]:
         """What is left of the present epoch or, where that is finished, the next one."""
         return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
 
+    def open(self) -> int:
+        """Build the pipeline now rather than for the first batch. Returns the bytes of memory that building took, which
+        grow with DALI's index: every process holds it as a whole. Raises `DataError`."""
+        if self._pipe is None:
+            with data_errors(self._shards):
+                self._pipe = self._build(None)
+        return self._opening_bytes
+
+    @property
+    def cached_share(self) -> float | None:
+        """Hit rate of the decode cache after the first epoch: the share of this rank's images that fit into it, as it
+        evicts nothing. None for images of any size, whose bytes are not known before they are decoded."""
+        image_bytes = IMAGE_SIDE * IMAGE_SIDE * 3
+        return None if self._shards.any_size else min(1.0, self._cache_mb * 2**20 // image_bytes / self._num_samples)
+
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
-        try:
+        with data_errors(self._shards):
             if self._pipe is None:
                 self._pipe = self._build(None)
-            images, labels = self._pipe.run()
+            labels, *outputs = (torch.from_dlpack(output.as_tensor()) for output in self._pipe.run())
             self._checkpoint = self._pipe.checkpoint() if self._training else None
-        except DataError:
-            raise
-        except RuntimeError as error:
-            raise data_error(self._shards, error) from None
-        return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
+        lit = self._lighting().divisor if self._training else 1.0
+        offset_HWC = self.mean_offset.permute(1, 2, 0) if self._training and self.mean_offset is not None else None
+        if self.device.type == "cuda":
+            (images,) = outputs
+            return images if offset_HWC is None else images.sub_(offset_HWC / lit), labels  # DALI writes batches anew
+        windows, means = (output.numpy() for output in outputs)
+        batch = self._memory.take(windows.shape)
+        std = self._config.augmentation.std
+        normalize(windows, means, std * lit, None if offset_HWC is None else offset_HWC.numpy() * std, batch)
+        return torch.from_numpy(batch), labels
 
     def _mean_offset(self) -> torch.Tensor | None:
         """The centre of the mean image minus the mean colour, as far as pixels are divided (2012 program: neither
@@ -170,7 +192,6 @@ class Loader:
         raise_open_files(len(self._shards.tars))
         check_memory(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
-        cache_mb = round(1e9 * speed.decode_cache_gb / 2**20) if self._training else 0
         fancy = self._config.augmentation.jpeg_fancy_upsampling
         common = {
             "batch_size": self._batch_size,
@@ -185,7 +206,7 @@ class Loader:
             "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
             "rank": self._rank,
             "num_ranks": self._num_ranks,
-            "decoder": Decoder(self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, cache_mb),
+            "decoder": Decoder(self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, self._cache_mb),
             "device": "gpu" if on_gpu else "cpu",
         }
         if self._training:
@@ -193,7 +214,9 @@ class Loader:
             pipe = train_pipeline(**common, **shuffling, checkpoint=checkpoint)
         else:
             pipe = val_pipeline(**common)
+        before = resident_bytes()
         pipe.build()
+        self._opening_bytes = resident_bytes() - before
         check_index(pipe, self._shards)
         return pipe
 
@@ -260,17 +283,14 @@ class Loader:
         self._first_epoch = state["first_epoch"]
         self.at_epoch, self.at_step = state["epoch"], state["step"]
         if state["pipeline"] is not None:
-            try:
-                self._checkpoint = base64.b64decode(state["pipeline"])
+            self._checkpoint = base64.b64decode(state["pipeline"])
+            with data_errors(self._shards):
                 self._pipe = self._build(self._checkpoint)
-            except DataError:
-                raise
-            except RuntimeError as error:
-                raise data_error(self._shards, error) from None
 
     def close(self) -> None:
         """Stop DALI's threads and free its memory; the position is kept only in a state."""
         self._pipe = self._checkpoint = None
+        self._memory = BatchMemory()
         self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
 
 

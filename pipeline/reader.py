@@ -4,6 +4,7 @@ sentence. And the plain reader, which decodes each image once."""
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,16 +42,12 @@ def decoded_batches(
         seed=0,
     )
     for first in range(0, shards.num_samples, batch_size):
-        try:
+        with data_errors(shards):
             if first == 0:
                 pipe.build()
                 check_index(pipe, shards)
             (images,) = pipe.run()
             batch_NHWC = torch.from_dlpack(images.as_tensor())
-        except DataError:
-            raise
-        except RuntimeError as error:
-            raise data_error(shards, error) from None
         yield batch_NHWC[: shards.num_samples - first]
 
 
@@ -64,17 +61,24 @@ def check_index(pipe: Pipeline, shards: ShardSet) -> None:
         )
 
 
-def data_error(shards: ShardSet, error: RuntimeError) -> DataError:
-    """One sentence from DALI's report, whose reason stands below the word "encountered", or from what we find ourselves
-    by looking through the shards, as the report does not name a damaged image."""
-    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
-    of_data = any(name in str(error) for name in ("decoders", "readers", "webdataset"))  # not, say, of a GPU's memory
-    reason = (find_damage(shards) if of_data else "") or (lines[0] if lines else str(error).splitlines()[0])
-    place = Path(shards.tars[0]).parent
-    return DataError(
-        f"reading {place} failed: {reason}; tools/make_shards.py verify {place.parent} lists all damage, copy or pack "
-        "those shards again"
-    )
+@contextmanager
+def data_errors(shards: ShardSet) -> Iterator[None]:
+    """Turn what DALI raises into `DataError`: one sentence from its report, whose reason stands below the word
+    "encountered", or from what we find ourselves by looking through the shards, as it does not name a damaged image."""
+    try:
+        yield
+    except DataError:
+        raise
+    except RuntimeError as error:
+        report = str(error)
+        lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]
+        of_data = any(name in report for name in ("decoders", "readers", "webdataset"))  # not, say, of a GPU's memory
+        reason = (find_damage(shards) if of_data else "") or (lines[0] if lines else report.splitlines()[0])
+        place = Path(shards.tars[0]).parent
+        raise DataError(
+            f"reading {place} failed: {reason}; tools/make_shards.py verify {place.parent} lists all damage, copy or "
+            "pack those shards again"
+        ) from None
 
 
 def check_memory(shards: ShardSet) -> None:
@@ -88,6 +92,11 @@ def check_memory(shards: ShardSet) -> None:
             f"warning: DALI's index of {shards.num_samples} samples takes about {needed / 1e9:.1f} GB in each of "
             f"{processes} processes here, {free / 1e9:.0f} GB are free; use fewer processes a machine, or a larger one"
         )
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def raise_open_files(num_shards: int) -> None:

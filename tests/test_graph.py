@@ -13,6 +13,7 @@ from pipeline.draws import draw
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, decode_graph, label_graph, square_graph, train_graph, val_graph
 from pipeline.lighting import Lighting
+from pipeline.normalize import normalize
 from pipeline.settings import Augmentation
 from tests.conftest import jpeg, photo
 from tools.images import crop256
@@ -50,13 +51,15 @@ def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention
         files = fn.external_source(feed(encoded))
         draws = draw(augmentation, 5, 0)
         return (
-            train_graph(files, draws, plain_basis, augmentation, Decoder(), "cpu"),
+            *train_graph(files, draws, plain_basis, augmentation, Decoder(), "cpu"),
             decode_graph(files, Decoder()),
             *draws,
         )
 
-    images, decoded, crop_x, crop_y, mirror, light = (output.as_array() for output in pipeline().run())
-    assert images.shape == (72, 224, 224, 3) and images.dtype == np.float32
+    windows, means, decoded, crop_x, crop_y, mirror, light = (output.as_array() for output in pipeline().run())
+    assert windows.shape == (72, 224, 224, 3) and windows.dtype == np.uint8
+    images = np.empty(windows.shape, np.float32)
+    normalize(windows, means, augmentation.lighting.divisor, None, images)
     for n, data in enumerate(encoded):
         pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
         assert np.abs(decoded[n] - pillow).max() <= 1
@@ -77,16 +80,17 @@ def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention
 
 
 def test_val_graph(plain_basis: Eigenbasis) -> None:
-    """Whole images minus the mean, divided by std, no lighting."""
+    """Whole images and the mean, no lighting."""
     encoded = images_of_every_kind(12)
 
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        return val_graph(files, plain_basis, Augmentation(std=2.0), Decoder(), "cpu"), decode_graph(files, Decoder())
+        return *val_graph(files, plain_basis, Augmentation(), Decoder(), "cpu"), decode_graph(files, Decoder())
 
-    images, decoded = (output.as_array() for output in pipeline().run())
-    np.testing.assert_allclose(images, (decoded - plain_basis.mean) / 2, atol=1e-3)
+    images, means, decoded = (output.as_array() for output in pipeline().run())
+    assert np.array_equal(images, decoded) and images.shape == (12, 256, 256, 3)
+    np.testing.assert_allclose(means, np.broadcast_to(plain_basis.mean, (12, 3)), rtol=1e-6)
 
 
 def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
@@ -97,11 +101,11 @@ def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        images = train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu")
-        return images, decode_graph(files, Decoder())
+        windows, _ = train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu")
+        return windows, decode_graph(files, Decoder())
 
-    images, decoded = (output.as_array() for output in pipeline().run())
-    np.testing.assert_allclose(images, decoded[:, 16:240, 16:240] - plain_basis.mean, atol=1e-3)
+    windows, decoded = (output.as_array() for output in pipeline().run())
+    assert np.array_equal(windows, decoded[:, 16:240, 16:240])
 
 
 def offset_counts(positions: np.ndarray) -> np.ndarray:
@@ -173,7 +177,7 @@ SIZES = [
 
 def test_images_of_any_size(plain_basis: Eigenbasis) -> None:
     """Windows and whole squares out of images of any size are those of the packed route, which resamples before it
-    cuts, within two levels; the mean and the shift are added to them as to any others."""
+    cuts, within two levels."""
     rng = np.random.default_rng(3)
     # From a smooth picture of the image's own size, as JPEGs without subsampling: decoders agree in every pixel.
     encoded = [jpeg(photo(rng, *size), quality=98, subsampling=0) for size in SIZES for _ in range(4)]
@@ -184,7 +188,7 @@ def test_images_of_any_size(plain_basis: Eigenbasis) -> None:
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
         draws = draw(augmentation, 5, 0)
-        windows = train_graph(files, draws, plain_basis, augmentation, decoder, "cpu")
+        windows, _ = train_graph(files, draws, plain_basis, augmentation, decoder, "cpu")
         return windows, square_graph(files, decoder), draws.crop_x, draws.crop_y, draws.mirror
 
     windows, squares, crop_x, crop_y, mirror = (output.as_array() for output in pipeline().run())
@@ -193,5 +197,5 @@ def test_images_of_any_size(plain_basis: Eigenbasis) -> None:
         assert np.abs(squares[n].astype(int) - packed).max() <= 2, SIZES[n // 4]
         left, top = round(float(crop_x[n]) * 32), round(float(crop_y[n]) * 32)
         window = packed[top : top + 224, left : left + 224]
-        expected = (window[:, ::-1] if mirror[n] else window) - plain_basis.mean
-        assert np.abs(windows[n] - expected).max() <= 2.01, SIZES[n // 4]
+        expected = window[:, ::-1] if mirror[n] else window
+        assert np.abs(windows[n].astype(int) - expected).max() <= 2, SIZES[n // 4]

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, train_pipeline
+from pipeline.normalize import BatchMemory, normalize
 from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
@@ -33,6 +34,7 @@ def bench_lighting(
     place = pick_device(device)
     kind: Literal["gpu", "cpu"] = "gpu" if place.type == "cuda" else "cpu"
     raise_open_files(len(train.tars))
+    memory, divisor = BatchMemory(), Augmentation().lighting.divisor
     processor: dict[bool, list[float]] = {True: [], False: []}
 
     def run(lit: bool) -> float:
@@ -57,7 +59,11 @@ def bench_lighting(
         for batch in range(WARM_UP + batches):
             if batch == WARM_UP:
                 used, started = process_time(), perf_counter()
-            [torch.from_dlpack(output.as_tensor()) for output in pipe.run()]
+            _, windows, *means = (torch.from_dlpack(output.as_tensor()) for output in pipe.run())
+            if means:  # on a CPU
+                out = memory.take(tuple(windows.shape))
+                normalize(windows.numpy(), means[0].numpy(), divisor if lit else 1.0, None, out)
+                del out
         rate = batches * batch_size / (perf_counter() - started)
         processor[lit].append((process_time() - used) / batches / batch_size)
         del pipe

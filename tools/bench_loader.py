@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.draws import CROP_SIDE, OFFSETS, draw
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Decoder, label_graph, read_graph, window_graph
+from pipeline.graph import Decoder, decode_extents, label_graph, read_graph, trace_window, window_graph
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.reader import raise_open_files
@@ -43,7 +43,7 @@ def bench_loader(
     batches = train_loader(train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
     raise_open_files(2 * len(train.tars))
-    windows = window_pipeline(train, batch_size=batch_size, num_threads=speed.num_threads, device_id=None, seed=0)
+    for_gpu = host_pipeline(train, batch_size=batch_size, num_threads=speed.num_threads, device_id=None, seed=0)
     jpegs = read_jpegs(train)
     peer = DataLoader(
         Windows(jpegs, basis),
@@ -59,7 +59,7 @@ def bench_loader(
     ) as pool:
         contenders: dict[str, Callable[[], float]] = {
             LIMIT: lambda: sum(pool.map(decode_rate, [seconds] * processes)),
-            "uint8 windows, as for a GPU (DALI, cpu)": lambda: rate(windows.run, batch_size, seconds),
+            "uint8 pixels, as for a GPU (DALI, cpu)": lambda: rate(for_gpu.run, batch_size, seconds),
             f"loader: finished batches (train, on {place.type})": lambda: rate(
                 lambda: next(endless), batch_size, seconds
             ),
@@ -79,10 +79,14 @@ def bench_loader(
 
 
 @pipeline_def(enable_checkpointing=True)
-def window_pipeline(shards: ShardSet) -> Any:
-    """What the host does where a GPU does the rest: decoded training windows and labels."""
+def host_pipeline(shards: ShardSet) -> Any:
+    """What the host does where a GPU does the rest: decode training windows, or what they are made of, and labels."""
     encoded, digits = read_graph(shards, True, shuffle_buffer=1024)
-    return window_graph(encoded, draw(Augmentation(), 0, 0), Decoder(any_size=shards.any_size)), label_graph(digits)
+    draws = draw(Augmentation(), 0, 0)
+    if shards.any_size:
+        extents = trace_window(encoded, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
+        return decode_extents(encoded, extents), label_graph(digits)
+    return window_graph(encoded, draws, Decoder(), "cpu"), label_graph(digits)
 
 
 class Windows(IterableDataset):

@@ -180,7 +180,7 @@ def views(
 
     from pipeline.draws import OFFSETS, draw
     from pipeline.graph import Decoder, label_graph, square_graph, train_graph
-    from pipeline.reader import check_index, data_error, raise_open_files
+    from pipeline.reader import check_index, data_errors, raise_open_files
     from train.pictures import to_pixels
 
     raise_open_files(len(shards.tars))
@@ -189,10 +189,11 @@ def views(
     with pipe:
         encoded, digits = read()
         draws = draw(augmentation, seed, rank)
-        windows = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
+        windows, means = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
         sources = [fn.get_property(encoded, key="source_info")] if indexed else []
         pipe.set_outputs(
             windows,
+            means,
             square_graph(encoded, decoder),
             label_graph(digits),
             draws.crop_x,
@@ -200,22 +201,17 @@ def views(
             draws.mirror,
             *sources,
         )
-    try:
+    with data_errors(shards):
         pipe.build()
         if indexed:
             check_index(pipe, shards)
         outputs: Any = pipe.run()
-    except DataError:
-        raise
-    except RuntimeError as error:
-        raise data_error(shards, error) from None
-    scale = augmentation.std * augmentation.lighting.divisor
     found = []
     for n in range(count):
-        window, stored, label, x, y, mirror, *source = (np.array(output.at(n)) for output in outputs)
+        window, mean, stored, label, x, y, mirror, *source = (np.array(output.at(n)) for output in outputs)
         key = key_of(member_of(source[0].tobytes().decode(), shards)) if source else ""
         left, top = round(float(x) * OFFSETS), round(float(y) * OFFSETS)
-        found.append(View(key, int(label), to_pixels(window * scale, basis.mean), stored, left, top, bool(mirror)))
+        found.append(View(key, int(label), to_pixels(window - mean, basis.mean), stored, left, top, bool(mirror)))
     return found
 
 
