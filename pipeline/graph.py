@@ -3,7 +3,7 @@
     reader -> decode -> 224x224 window -> flip -> relight and normalize        (train_graph)
     reader -> decode the 256x256 image -> normalize                            (val_graph)
 
-On a CPU the graphs end before the normalization, which `normalize.py` does faster there.
+On a CPU the graphs end before the flip: `normalize.py` does the rest faster there.
 
 Images of any other size (`any_size`) are brought to the geometry of packed ones in one resampling of the window alone:
 shorter side to 256, antialiased bicubic, central 256x256, and of that the window.
@@ -57,13 +57,12 @@ def train_graph(
         decoder: How to decode.
         device: where images end up, "gpu" or "cpu".
 
-    Returns on a GPU finished (224, 224, 3) HWC RGB windows, float16. On a CPU uint8 windows, flipped, and what
-    `normalize` subtracts from each, float32 (3,).
+    Returns on a GPU finished (224, 224, 3) HWC RGB windows, float16. On a CPU what `normalize` takes: uint8 windows,
+    int32 whether each is to be flipped, and the mean that it is to lose, float32 (3,).
     """
     mean, std = relight_arguments(draws.light, basis, augmentation.lighting, augmentation.std)
     if device == "cpu":
-        images = window_graph(encoded, draws, decoder, device)
-        return (fn.flip(images, horizontal=draws.mirror) if augmentation.flip > 0 else images), mean
+        return window_graph(encoded, draws, decoder, device), draws.mirror, mean
     window: dict[str, Any] = {}
     if decoder.where == "cpu" or decoder.any_size:
         images = window_graph(encoded, draws, decoder, device).gpu()

@@ -164,11 +164,12 @@ class Loader:
         if self.device.type == "cuda":
             (images,) = outputs
             return images if offset_HWC is None else images.sub_(offset_HWC / lit), labels  # DALI writes batches anew
-        windows, means = (output.numpy() for output in outputs)
-        batch = self._memory.take(windows.shape)
+        windows, *mirrored, means = outputs
+        batch = self._memory.take(tuple(windows.shape))
         std = self._config.augmentation.std
-        normalize(windows, means, std * lit, None if offset_HWC is None else offset_HWC.numpy() * std, batch)
-        return torch.from_numpy(batch), labels
+        levels_HWC = None if offset_HWC is None else offset_HWC * std
+        normalize(windows, mirrored[0] if mirrored else None, means, std * lit, levels_HWC, batch)
+        return batch, labels
 
     def _mean_offset(self) -> torch.Tensor | None:
         """The centre of the mean image minus the mean colour, as far as pixels are divided (2012 program: neither

@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.normalize import BatchMemory, normalize
 
@@ -11,15 +12,25 @@ from pipeline.normalize import BatchMemory, normalize
 @pytest.mark.parametrize("with_offset", [False, True])
 @pytest.mark.parametrize("divisor", [1.0, 1.1])
 def test_normalize_is_the_formula(divisor: float, with_offset: bool) -> None:
-    """(x - mean - offset) / divisor in float64, for every level and another mean for each window."""
-    rng = np.random.default_rng(0)
+    """(x - mean - offset) / divisor in float64, for every level, another mean for each window, every other mirrored;
+    torch keeps its threads."""
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
     windows = np.arange(4 * 16 * 8 * 3).reshape(4, 16, 8, 3).astype(np.uint8)
     means = rng.uniform(-50, 300, (4, 3)).astype(np.float32)
-    offset = rng.uniform(-9, 9, (16, 8, 3)).astype(np.float32) if with_offset else None
-    out = np.full(windows.shape, np.nan, np.float32)
-    normalize(windows, means, divisor, offset, out)
-    expected = (windows.astype(np.float64) - means[:, None, None] - (0 if offset is None else offset)) / divisor
-    np.testing.assert_allclose(out, expected, atol=1e-4)
+    offset = rng.uniform(-9, 9, (16, 8, 3)).astype(np.float32)
+    out = torch.full(windows.shape, torch.nan)
+    normalize(
+        torch.from_numpy(windows),
+        torch.tensor([0, 1, 0, 1]),
+        torch.from_numpy(means),
+        divisor,
+        torch.from_numpy(offset) if with_offset else None,
+        out,
+    )
+    seen = windows.astype(np.float64)
+    seen[1::2] = seen[1::2, :, ::-1]
+    np.testing.assert_allclose(out, (seen - means[:, None, None] - with_offset * offset) / divisor, atol=1e-4)
+    assert torch.get_num_threads() == threads
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
@@ -27,14 +38,14 @@ def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
     memory = BatchMemory()
     first = memory.take((4, 5))
     first[:] = 1
-    view, place = first[1:, 2], first.ctypes.data
+    view, place = first[1:, 2], first.data_ptr()
     second = memory.take((4, 5))
     second[:] = 2
     del first
     gc.collect()
     third = memory.take((4, 5))
     third[:] = 3
-    assert (view == 1).all() and third.ctypes.data != place
+    assert (view == 1).all() and third.data_ptr() != place
     del view
-    assert memory.take((4, 5)).ctypes.data == place
+    assert memory.take((4, 5)).data_ptr() == place
     assert memory.take((2, 10)).shape == (2, 10)

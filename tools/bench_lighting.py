@@ -17,6 +17,7 @@ from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
 from tools.measure import record, show, take_turns
 from train.evaluate import pick_device
+from train.program import keep_freed_memory
 
 WARM_UP = 5
 """Batches before the clock starts."""
@@ -28,6 +29,7 @@ def bench_lighting(
     """See `tools/bench.py lighting`."""
     if min(batch_size, batches, threads or 1) < 1 or repeats < 2:
         raise ValueError("--batch-size, --batches and --threads must be at least 1, --repeats at least 2")
+    keep_freed_memory()  # as the trainer does
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     threads = threads or len(os.sched_getaffinity(0))
@@ -59,11 +61,10 @@ def bench_lighting(
         for batch in range(WARM_UP + batches):
             if batch == WARM_UP:
                 used, started = process_time(), perf_counter()
-            _, windows, *means = (torch.from_dlpack(output.as_tensor()) for output in pipe.run())
-            if means:  # on a CPU
-                out = memory.take(tuple(windows.shape))
-                normalize(windows.numpy(), means[0].numpy(), divisor if lit else 1.0, None, out)
-                del out
+            _, images, *rest = (torch.from_dlpack(output.as_tensor()) for output in pipe.run())
+            if rest:  # on a CPU
+                mirrored, means = rest
+                normalize(images, mirrored, means, divisor if lit else 1.0, None, memory.take(tuple(images.shape)))
         rate = batches * batch_size / (perf_counter() - started)
         processor[lit].append((process_time() - used) / batches / batch_size)
         del pipe

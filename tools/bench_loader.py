@@ -24,6 +24,7 @@ from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards
 from tools.measure import rate, record, show, take_turns
 from train.evaluate import pick_device
+from train.program import keep_freed_memory
 
 LIMIT = "libjpeg-turbo alone (simplejpeg, whole)"
 MAX_JPEGS = 2000
@@ -36,6 +37,7 @@ def bench_loader(
     """See `tools/bench.py loader`."""
     if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
+    keep_freed_memory()  # as the trainer does
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     processes, speed = threads or len(os.sched_getaffinity(0)), Speed(threads=threads)

@@ -189,7 +189,7 @@ def views(
     with pipe:
         encoded, digits = read()
         draws = draw(augmentation, seed, rank)
-        windows, means = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
+        windows, mirrored, means = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
         sources = [fn.get_property(encoded, key="source_info")] if indexed else []
         pipe.set_outputs(
             windows,
@@ -198,7 +198,7 @@ def views(
             label_graph(digits),
             draws.crop_x,
             draws.crop_y,
-            draws.mirror,
+            mirrored,
             *sources,
         )
     with data_errors(shards):
@@ -211,7 +211,8 @@ def views(
         window, mean, stored, label, x, y, mirror, *source = (np.array(output.at(n)) for output in outputs)
         key = key_of(member_of(source[0].tobytes().decode(), shards)) if source else ""
         left, top = round(float(x) * OFFSETS), round(float(y) * OFFSETS)
-        found.append(View(key, int(label), to_pixels(window - mean, basis.mean), stored, left, top, bool(mirror)))
+        seen = window[:, ::-1] if mirror else window
+        found.append(View(key, int(label), to_pixels(seen - mean, basis.mean), stored, left, top, bool(mirror)))
     return found
 
 

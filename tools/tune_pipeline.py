@@ -37,7 +37,7 @@ from pipeline.files import write_bytes
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import DataError, ShardSet, open_shards
 from tools.measure import processor
-from train.program import run_program
+from train.program import keep_freed_memory, run_program
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +126,7 @@ def tune(
     from pipeline.eigenbasis import Eigenbasis
     from train.evaluate import pick_device
 
+    keep_freed_memory()  # as the trainer does
     place = pick_device(device)
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)

@@ -22,7 +22,7 @@ from pipeline.loader import Loader, val_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, open_shards
 from train.checkpoint import find_checkpoint, load_checkpoint
-from train.program import run_program
+from train.program import keep_freed_memory, run_program
 
 FAR, MIDDLE = IMAGE_SIDE - CROP_SIDE, (IMAGE_SIDE - CROP_SIDE) // 2
 CENTRE = (MIDDLE, MIDDLE)
@@ -146,6 +146,7 @@ def evaluate_checkpoint(
         raise ValueError(
             f"{path} was trained on other classes than {shards}/classes.json lists; give the shards it was trained on"
         )
+    keep_freed_memory()
     place = pick_device(device)
     loader = val_loader(
         val,

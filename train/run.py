@@ -20,7 +20,7 @@ from train.evaluate import pick_device
 from train.loop import Trainer
 from train.metrics import MetricsLog
 from train.pictures import PICTURES, draw_pictures
-from train.program import exit_with
+from train.program import exit_with, keep_freed_memory
 from train.report import report
 
 
@@ -28,6 +28,7 @@ def run(config: Config) -> None:
     """Train, evaluate, draw, report."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("training runs in one process; start it without torchrun")
+    keep_freed_memory()
     stop = StopSignal()
     device = pick_device(config.run.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; a CPU computes in float32 all the same
