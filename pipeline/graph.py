@@ -16,7 +16,6 @@ for PyTorch.
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
 
 from pipeline.draws import CROP_SIDE, OFFSETS, Draws, draw, op_seed
@@ -58,27 +57,27 @@ def train_graph(
         device: where images end up, "gpu" or "cpu".
 
     Returns on a GPU finished (224, 224, 3) HWC RGB windows, float16. On a CPU what `normalize` takes: uint8 windows,
-    int32 whether each is to be flipped, and the mean that it is to lose, float32 (3,).
+    int32 whether each is to be flipped, and its draw of lighting (see `Draws`).
     """
-    mean, std = relight_arguments(draws.light, basis, augmentation.lighting, augmentation.std)
     if device == "cpu":
-        return window_graph(encoded, draws, decoder, device), draws.mirror, mean
-    window: dict[str, Any] = {}
+        light = () if draws.light is None else (draws.light,)
+        return window_graph(encoded, draws, decoder, device), draws.mirror, *light
+    window: dict[str, Any] = {"mirror": draws.mirror}
     if decoder.where == "cpu" or decoder.any_size:
         images = window_graph(encoded, draws, decoder, device).gpu()
     else:
         images = decode_graph(encoded, decoder)
-        window = {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
-    return (
-        fn.crop_mirror_normalize(
-            images,
-            mirror=draws.mirror,
-            mean=mean,
-            std=[std] * 3,
-            dtype=types.FLOAT16,
-            output_layout="HWC",
-            **window,
-        ),
+        window |= {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
+    return (normalize_graph(images, draws.light, basis, augmentation, **window),)
+
+
+def normalize_graph(
+    images: "DataNode", light: "DataNode | None", basis: Eigenbasis, augmentation: Augmentation, **window: Any
+) -> "DataNode":
+    """Relight (unless `light` is None) and normalize uint8 HWC RGB, and cut and flip as `window` says; to float16."""
+    mean, std = relight_arguments(light, basis, augmentation.lighting, augmentation.std)
+    return fn.crop_mirror_normalize(
+        images, mean=mean, std=[std] * 3, dtype=types.FLOAT16, output_layout="HWC", **window
     )
 
 
@@ -100,12 +99,11 @@ def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder, device: st
 def val_graph(
     encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
 ) -> "tuple[DataNode, ...]":
-    """Encoded images to normalized 256x256 ones, HWC RGB float16, on a GPU; on a CPU to uint8 ones and the mean."""
+    """Encoded images to normalized 256x256 ones, HWC RGB float16, on a GPU; on a CPU to uint8 ones."""
     images = square_graph(encoded, decoder, device)
-    mean, std = relight_arguments(None, basis, augmentation.lighting, augmentation.std)
     if device == "cpu":
-        return images, mean
-    return (fn.crop_mirror_normalize(images.gpu(), mean=mean, std=[std] * 3, dtype=types.FLOAT16, output_layout="HWC"),)
+        return (images,)
+    return (normalize_graph(images.gpu(), None, basis, augmentation),)
 
 
 def square_graph(encoded: "DataNode", decoder: Decoder, device: str = "cpu") -> "DataNode":
@@ -212,19 +210,6 @@ def rounded_quotient(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
     return quotient - fn.cast(is_tie, dtype=types.INT64) * (quotient - quotient // 2 * 2)
 
 
-def label_graph(digits: "DataNode") -> "DataNode":
-    """ASCII decimal of 1 to 6 digits (uint8, variable length) to an int64 scalar.
-
-    The text is cut to six characters from its end, filled with "0" on the left, and weighed with powers of ten.
-    """
-    start = digits.shape(dtype=types.INT32) - MAX_LABEL_DIGITS
-    padded = fn.slice(
-        digits, start=start, shape=[MAX_LABEL_DIGITS], axes=[0], out_of_bounds_policy="pad", fill_values=ord("0")
-    )
-    powers = types.Constant(np.array([10**k for k in range(MAX_LABEL_DIGITS)][::-1], np.int64))
-    return fn.reductions.sum((fn.cast(padded, dtype=types.INT64) - ord("0")) * powers, axes=0)
-
-
 def read_graph(
     shards: ShardSet,
     training: bool,
@@ -235,7 +220,7 @@ def read_graph(
     read_ahead: int = 1,
     sticky: bool = False,
 ) -> "tuple[DataNode, DataNode]":
-    """Read (encoded image, label digits).
+    """Read (encoded image, label): its file's bytes and uint8 (6,), ASCII digits and then zeros.
 
     In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
     and samples are drawn from a buffer. With `sticky` each rank keeps its shards, in one order. `pad_last_batch` is
@@ -261,7 +246,7 @@ def read_graph(
         **(shuffling if training else {}),
     )
     images, digits = outputs
-    return images, digits
+    return images, fn.pad(digits, axes=[0], shape=[MAX_LABEL_DIGITS])
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -278,15 +263,14 @@ def train_pipeline(
     read_ahead: int = 1,
     lit: bool = True,
 ) -> "tuple[DataNode, ...]":
-    """Int64 labels and what `train_graph` gives; `lit=False` leaves lighting out, to measure what it costs."""
+    """What `read_graph` gives for labels and `train_graph` for images; `lit=False` leaves lighting out, to measure what
+    it costs."""
     encoded, digits = read_graph(
         shards, True, data_seed, shuffle_buffer, rank, num_ranks, read_ahead, sticky=decoder.cache_mb > 0
     )
     draws = draw(augmentation, data_seed, rank)
     draws = draws if lit else draws._replace(light=None)
-    labels = label_graph(digits)
-    images = train_graph(encoded, draws, basis, augmentation, decoder, device)
-    return labels.gpu() if device == "gpu" else labels, *images
+    return digits, *train_graph(encoded, draws, basis, augmentation, decoder, device)
 
 
 @pipeline_def
@@ -300,11 +284,9 @@ def val_pipeline(
     device: str,
     read_ahead: int = 1,
 ) -> "tuple[DataNode, ...]":
-    """Int64 labels and what `val_graph` gives, in stored order."""
+    """What `read_graph` gives for labels and `val_graph` for images, in stored order."""
     encoded, digits = read_graph(shards, False, rank=rank, num_ranks=num_ranks, read_ahead=read_ahead)
-    labels = label_graph(digits)
-    images = val_graph(encoded, basis, augmentation, decoder, device)
-    return labels.gpu() if device == "gpu" else labels, *images
+    return digits, *val_graph(encoded, basis, augmentation, decoder, device)
 
 
 @pipeline_def

@@ -70,14 +70,18 @@ def relight(
         lighting: Convention and strength.
         std: What pixels are divided by besides.
     """
-    shifts_N3 = draws_N3 @ lighting.shift_matrix(basis).T
-    return (images_NHWC - basis.mean + shifts_N3[:, None, None, :]) / (std * lighting.divisor)
+    return (images_NHWC - moved_means(draws_N3, basis, lighting)[:, None, None, :]) / (std * lighting.divisor)
+
+
+def moved_means(draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
+    """What each image loses: the mean minus its shift, float64, shape (N, 3)."""
+    return basis.mean - draws_N3 @ lighting.shift_matrix(basis).T
 
 
 def relight_arguments(
     draw: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
 ) -> "tuple[DataNode, float]":
-    """The same as what a normalization takes: a per-sample mean, float32 (3,), on the CPU, and the constant divisor.
+    """The same as arguments of DALI's `crop_mirror_normalize`: `mean`, float32 (3,) per sample, and the constant `std`.
 
     Args:
         draw: a standard normal draw per sample, float32, shape (3,), on the CPU; None: no lighting, one mean for all.

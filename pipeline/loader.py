@@ -26,9 +26,9 @@ from nvidia.dali import Pipeline
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, train_pipeline, val_pipeline
-from pipeline.lighting import Lighting
+from pipeline.lighting import Lighting, moved_means
 from pipeline.normalize import BatchMemory, normalize
-from pipeline.reader import check_index, check_memory, data_errors, raise_open_files, resident_bytes
+from pipeline.reader import check_index, check_memory, data_errors, parse_labels, raise_open_files, resident_bytes
 from pipeline.settings import DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
 
@@ -157,18 +157,22 @@ class Loader:
         with data_errors(self._shards):
             if self._pipe is None:
                 self._pipe = self._build(None)
-            labels, *outputs = (torch.from_dlpack(output.as_tensor()) for output in self._pipe.run())
+            digits, *outputs = (torch.from_dlpack(output.as_tensor()) for output in self._pipe.run())
             self._checkpoint = self._pipe.checkpoint() if self._training else None
-        lit = self._lighting().divisor if self._training else 1.0
-        offset_HWC = self.mean_offset.permute(1, 2, 0) if self._training and self.mean_offset is not None else None
+        labels = parse_labels(digits).to(self.device, non_blocking=True)
+        augmentation, lighting = self._config.augmentation, self._lighting()
+        divisor = augmentation.std * (lighting.divisor if self._training else 1)
+        offset_HWC = None  # of levels
+        if self._training and self.mean_offset is not None:
+            offset_HWC = self.mean_offset.permute(1, 2, 0) * augmentation.std
         if self.device.type == "cuda":
             (images,) = outputs
-            return images if offset_HWC is None else images.sub_(offset_HWC / lit), labels  # DALI writes batches anew
-        windows, *mirrored, means = outputs
+            return images if offset_HWC is None else images.sub_(offset_HWC / divisor), labels  # DALI writes them anew
+        windows, *draws = outputs
+        mirrored, light = draws or (None, torch.zeros(len(windows), 3))
+        means = torch.from_numpy(moved_means(light.numpy(), self._basis, lighting)).float()
         batch = self._memory.take(tuple(windows.shape))
-        std = self._config.augmentation.std
-        levels_HWC = None if offset_HWC is None else offset_HWC * std
-        normalize(windows, mirrored[0] if mirrored else None, means, std * lit, levels_HWC, batch)
+        normalize(windows, mirrored, means, divisor, offset_HWC, batch)
         return batch, labels
 
     def _mean_offset(self) -> torch.Tensor | None:

@@ -51,6 +51,14 @@ def decoded_batches(
         yield batch_NHWC[: shards.num_samples - first]
 
 
+def parse_labels(digits: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 6), ASCII digits and then zeros, to int64 (N,)."""
+    labels = torch.zeros(len(digits), dtype=torch.int64)
+    for column in (digits.long() - ord("0")).unbind(1):
+        labels = torch.where(column >= 0, 10 * labels + column, labels)
+    return labels
+
+
 def check_index(pipe: Pipeline, shards: ShardSet) -> None:
     """Raise `DataError` unless the indexes list as many samples as the manifest: epochs would not be exact."""
     indexed = pipe.reader_meta()["reader"]["epoch_size"]

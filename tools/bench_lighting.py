@@ -11,6 +11,7 @@ import torch
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, train_pipeline
+from pipeline.lighting import moved_means
 from pipeline.normalize import BatchMemory, normalize
 from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation
@@ -36,7 +37,7 @@ def bench_lighting(
     place = pick_device(device)
     kind: Literal["gpu", "cpu"] = "gpu" if place.type == "cuda" else "cpu"
     raise_open_files(len(train.tars))
-    memory, divisor = BatchMemory(), Augmentation().lighting.divisor
+    memory, lighting = BatchMemory(), Augmentation().lighting
     processor: dict[bool, list[float]] = {True: [], False: []}
 
     def run(lit: bool) -> float:
@@ -63,8 +64,9 @@ def bench_lighting(
                 used, started = process_time(), perf_counter()
             _, images, *rest = (torch.from_dlpack(output.as_tensor()) for output in pipe.run())
             if rest:  # on a CPU
-                mirrored, means = rest
-                normalize(images, mirrored, means, divisor if lit else 1.0, None, memory.take(tuple(images.shape)))
+                mirrored, light = rest if lit else (rest[0], torch.zeros(batch_size, 3))
+                means = torch.from_numpy(moved_means(light.numpy(), basis, lighting)).float()
+                normalize(images, mirrored, means, lighting.divisor, None, memory.take(tuple(images.shape)))
         rate = batches * batch_size / (perf_counter() - started)
         processor[lit].append((process_time() - used) / batches / batch_size)
         del pipe

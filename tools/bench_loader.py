@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.draws import CROP_SIDE, OFFSETS, draw
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Decoder, decode_extents, label_graph, read_graph, trace_window, window_graph
+from pipeline.graph import Decoder, decode_extents, read_graph, trace_window, window_graph
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.reader import raise_open_files
@@ -87,8 +87,8 @@ def host_pipeline(shards: ShardSet) -> Any:
     draws = draw(Augmentation(), 0, 0)
     if shards.any_size:
         extents = trace_window(encoded, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
-        return decode_extents(encoded, extents), label_graph(digits)
-    return window_graph(encoded, draws, Decoder(), "cpu"), label_graph(digits)
+        return decode_extents(encoded, extents), digits
+    return window_graph(encoded, draws, Decoder(), "cpu"), digits
 
 
 class Windows(IterableDataset):

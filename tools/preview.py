@@ -179,7 +179,8 @@ def views(
     from nvidia.dali import Pipeline, fn
 
     from pipeline.draws import OFFSETS, draw
-    from pipeline.graph import Decoder, label_graph, square_graph, train_graph
+    from pipeline.graph import Decoder, square_graph, train_graph
+    from pipeline.lighting import moved_means
     from pipeline.reader import check_index, data_errors, raise_open_files
     from train.pictures import to_pixels
 
@@ -189,13 +190,13 @@ def views(
     with pipe:
         encoded, digits = read()
         draws = draw(augmentation, seed, rank)
-        windows, mirrored, means = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
+        windows, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
         sources = [fn.get_property(encoded, key="source_info")] if indexed else []
         pipe.set_outputs(
             windows,
-            means,
+            light,
             square_graph(encoded, decoder),
-            label_graph(digits),
+            digits,
             draws.crop_x,
             draws.crop_y,
             mirrored,
@@ -208,11 +209,13 @@ def views(
         outputs: Any = pipe.run()
     found = []
     for n in range(count):
-        window, mean, stored, label, x, y, mirror, *source = (np.array(output.at(n)) for output in outputs)
+        window, light, stored, digits, x, y, mirror, *source = (np.array(output.at(n)) for output in outputs)
         key = key_of(member_of(source[0].tobytes().decode(), shards)) if source else ""
         left, top = round(float(x) * OFFSETS), round(float(y) * OFFSETS)
         seen = window[:, ::-1] if mirror else window
-        found.append(View(key, int(label), to_pixels(seen - mean, basis.mean), stored, left, top, bool(mirror)))
+        mean = moved_means(light[None], basis, augmentation.lighting)[0]
+        label = int(digits.tobytes().strip(b"\0"))
+        found.append(View(key, label, to_pixels(seen - mean, basis.mean), stored, left, top, bool(mirror)))
     return found
 
 
