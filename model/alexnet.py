@@ -19,27 +19,29 @@ keeps: with N(0, 0.01) weights that is another network, which does not train at 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.lrn import local_response_norm
+from model.lrn import local_response_norm, widen
 
 
 @dataclass(frozen=True)
 class AlexNetConfig:
-    """Architecture. `variant` presets what the paper's text and the program behind it disagree on; other fields win
-    over it."""
+    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that are
+    not take its values (see `PRESETS`)."""
 
-    variant: Literal["paper", "original"] = "paper"
+    variant: Literal["paper", "original", "torchvision"] = "paper"
     """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a
-    second normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5."""
-    towers: Literal[1, 2] = 2
+    second normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5. torchvision: one tower without
+    normalization, padding of 2, dropout before fc6 and fc7 that doubles what it keeps, and torch's initialization,
+    which wants images divided by a std of about 58 (Krizhevsky 2014, as torchvision has it)."""
+    towers: Literal[1, 2] | None = None
     """Groups of maps that meet only in conv3 and the fully connected layers; 1 lets every layer see every map."""
-    channels: tuple[int, int, int, int, int] = (96, 256, 384, 384, 256)
-    """Maps of conv1-5, counted over both towers."""
+    channels: tuple[int, int, int, int, int] | None = None
+    """Maps of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
     hidden: int = 4096
     """Units of fc6 and of fc7, counted over both towers."""
     num_classes: int = 1000
@@ -47,22 +49,54 @@ class AlexNetConfig:
     activation: Literal["relu", "tanh", "sigmoid", "abs_tanh"] = "relu"
     """After conv1-5, fc6 and fc7 (section 3.1)."""
     lrn: Literal["none", "paper", "original"] | None = None
-    """Local response normalization after conv1 and conv2 (section 3.3); by default the variant's."""
+    """Local response normalization after conv1 and conv2 (section 3.3)."""
     pooling: Literal["overlapping", "plain"] = "overlapping"
     """overlapping: 3x3 every 2 (section 3.4); plain: 2x2 every 2."""
     dropout: float = 0.5
     """Probability that a unit of fc6 or fc7 is silenced in training (section 4.2)."""
 
     def __post_init__(self) -> None:
-        if any(maps < 1 or maps % self.towers for maps in self.channels):
-            raise ValueError(f"model.channels must be positive and divide by {self.towers} towers, not {self.channels}")
-        if self.hidden < 1 or self.hidden % self.towers:
-            raise ValueError(f"model.hidden must be positive and divide by {self.towers} towers, not {self.hidden}")
+        if any(maps % self.num_towers or maps < 0 for maps in self.maps) or not all(self.maps[:2]):
+            raise ValueError(
+                f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
+                f"not {self.maps}"
+            )
+        if self.hidden < 1 or self.hidden % self.num_towers:
+            raise ValueError(f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}")
         if self.num_classes < 2:
             raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
 
+    @property
+    def maps(self) -> tuple[int, int, int, int, int]:
+        """`channels`, or the variant's."""
+        return PRESETS[self.variant].channels if self.channels is None else self.channels
+
+    @property
+    def num_towers(self) -> int:
+        """`towers`, or the variant's."""
+        return PRESETS[self.variant].towers if self.towers is None else self.towers
+
+    @property
+    def normalization(self) -> Literal["none", "paper", "original"]:
+        """`lrn`, or the variant's."""
+        return PRESETS[self.variant].lrn if self.lrn is None else self.lrn
+
+
+class Preset(NamedTuple):
+    """What a variant stands for where a configuration is silent."""
+
+    towers: int
+    channels: tuple[int, int, int, int, int]
+    lrn: Literal["none", "paper", "original"]
+
+
+PRESETS = {
+    "paper": Preset(2, (96, 256, 384, 384, 256), "paper"),
+    "original": Preset(2, (96, 256, 384, 384, 256), "original"),
+    "torchvision": Preset(1, (64, 192, 384, 256, 256), "none"),
+}
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
@@ -73,25 +107,34 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class AlexNet(nn.Module):
-    """`model(images) -> logits`; (N, 3, 224, 224) in any floating dtype to float32 (N, num_classes)."""
+    """`model(images) -> logits`; (N, 3, 224, 224) in any floating dtype to (N, num_classes), at least float32.
+
+    A state dict of torchvision's `alexnet` fits as it is.
+    """
 
     def __init__(self, config: AlexNetConfig) -> None:
         super().__init__()
-        self.config = config
-        c1, c2, c3, c4, c5 = config.channels
-        towers, hidden = config.towers, config.hidden
-        self.conv1 = nn.Conv2d(3, c1, 11, stride=4)
+        c1, c2, c3, c4, c5 = config.maps
+        towers, hidden = config.num_towers, config.hidden
+        padding = 2 if config.variant == "torchvision" else 0
+        self.conv1 = nn.Conv2d(3, c1, 11, stride=4, padding=padding)
         self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=towers)
-        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)
-        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=towers)
-        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=towers)
-        self.fc6 = nn.Linear(c5 * 6 * 6, hidden)
+        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1) if c3 else None
+        self.conv4 = nn.Conv2d(c3 or c2, c4, 3, padding=1, groups=towers) if c4 else None
+        self.conv5 = nn.Conv2d(c4 or c3 or c2, c5, 3, padding=1, groups=towers) if c5 else None
+        self.fc6 = nn.Linear((c5 or c4 or c3 or c2) * 6 * 6, hidden)
         self.fc7 = nn.Linear(hidden, hidden)
         self.fc8 = nn.Linear(hidden, config.num_classes)
-        self.activation = ACTIVATIONS[config.activation]
-        self.lrn = config.lrn or config.variant
-        self.init_weights()
+        self.set_functions(config, towers)
+        if config.variant != "torchvision":
+            self.init_weights()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.register_load_state_dict_pre_hook(rename_torchvision)
+
+    def set_functions(self, config: AlexNetConfig, towers: int) -> None:
+        """Set what has no parameters; `towers` are those on this device."""
+        self.config, self.towers = config, towers
+        self.activation = ACTIVATIONS[config.activation]
 
     def init_weights(self) -> None:
         """Weights from N(0, std), biases constant (section 5).
@@ -103,7 +146,7 @@ class AlexNet(nn.Module):
         A net with fewer maps sums fewer terms: std is divided by sqrt(channels[0] / 96) when it is slimmer than the
         paper's.
         """
-        width = min(1.0, self.config.channels[0] / 96)
+        width = min(1.0, self.config.maps[0] / 96)
         middle = 0.03 if self.config.variant == "original" else 0.01
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None
@@ -113,27 +156,33 @@ class AlexNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Raw logits."""
+        variant = self.config.variant
         x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
-        x = self.conv1(F.pad(x, (0, 3, 0, 3)))  # (224 + 3 - 11) / 4 + 1 = 55
-        if self.config.variant == "original":
+        if variant != "torchvision":
+            x = F.pad(x, (0, 3, 0, 3))  # (224 + 3 - 11) / 4 + 1 = 55
+        x = self.conv1(x)
+        if variant == "original":
             x = self.activation(self.pool(self.normalize(x)))
             x = self.pool(normalize_within_maps(self.normalize(self.activation(self.conv2(x)))))
         else:
             x = self.pool(self.normalize(self.activation(x)))
             x = self.pool(self.normalize(self.activation(self.conv2(x))))
-        x = self.activation(self.conv3(x))
-        x = self.activation(self.conv4(x))
-        x = self.pool(self.activation(self.conv5(x)))
-        x = self.drop(self.activation(self.fc6(x.flatten(1))))
-        x = self.drop(self.activation(self.fc7(x)))
-        logits: torch.Tensor = self.fc8(x).float()
-        return logits
+        for conv in (self.conv3, self.conv4, self.conv5):
+            if conv is not None:
+                x = self.activation(conv(x))
+        x = self.pool(x).flatten(1)
+        if variant == "torchvision":
+            x = self.activation(self.fc6(F.dropout(x, self.config.dropout, self.training)))
+            x = self.activation(self.fc7(F.dropout(x, self.config.dropout, self.training)))
+        else:
+            x = self.drop(self.activation(self.fc6(x)))
+            x = self.drop(self.activation(self.fc7(x)))
+        return widen(self.fc8(x))
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """Local response normalization across the maps of each tower."""
-        if self.lrn == "none":
-            return x
-        return local_response_norm(x, self.lrn, self.config.towers)
+        convention = self.config.normalization
+        return x if convention == "none" else local_response_norm(x, convention, self.towers)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Max pooling; 55 -> 27 -> 13 -> 6 either way."""
@@ -144,6 +193,21 @@ class AlexNet(nn.Module):
         if self.training:
             return x * torch.empty_like(x).bernoulli_(1 - self.config.dropout)
         return x * (1 - self.config.dropout)
+
+
+TORCHVISION_NAMES = {
+    "features.0": "conv1", "features.3": "conv2", "features.6": "conv3", "features.8": "conv4", "features.10": "conv5",
+    "classifier.1": "fc6", "classifier.4": "fc7", "classifier.6": "fc8",
+}  # fmt: skip
+"""Layers of torchvision's `alexnet`, read off its state dict."""
+
+
+def rename_torchvision(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+    """Before a state dict is loaded: give torchvision's names ours."""
+    for theirs, ours in TORCHVISION_NAMES.items():
+        for kind in ("weight", "bias"):
+            if f"{theirs}.{kind}" in state:
+                state[f"{ours}.{kind}"] = state.pop(f"{theirs}.{kind}")
 
 
 def normalize_within_maps(x: torch.Tensor) -> torch.Tensor:

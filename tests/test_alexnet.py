@@ -136,14 +136,14 @@ def test_switches_train(activation: str) -> None:
     model = AlexNet(replace(SLIM, activation=activation, lrn="none", pooling="plain"))  # type: ignore[arg-type]
     model(30 * torch.randn(2, 3, 224, 224)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert model.lrn == "none"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"channels": (7, 16, 24, 24, 16)},
-        {"channels": (8, 16, 0, 24, 16)},
+        {"channels": (0, 16, 24, 24, 16)},
+        {"channels": (8, 16, -24, 24, 16)},
         {"hidden": 31},
         {"num_classes": 1},
         {"dropout": 1.0},
@@ -153,3 +153,76 @@ def test_bad_values(change: dict[str, object]) -> None:
     """Refused with the field's name."""
     with pytest.raises(ValueError, match=f"model.{next(iter(change))}"):
         replace(SLIM, **change)  # type: ignore[arg-type]
+
+
+TORCHVISION = {
+    "features.0": (64, 3, 11, 11), "features.3": (192, 64, 5, 5), "features.6": (384, 192, 3, 3),
+    "features.8": (256, 384, 3, 3), "features.10": (256, 256, 3, 3),
+    "classifier.1": (4096, 9216), "classifier.4": (4096, 4096), "classifier.6": (1000, 4096),
+}  # fmt: skip
+"""Names and shapes of weights in torchvision 0.26's `alexnet`, from its published state dict."""
+
+
+def test_torchvision_variant() -> None:
+    """61,100,840 parameters; takes torchvision's state dict as it is, and then equals its layers written out, dropout
+    included."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in TORCHVISION.items():
+        fan_in = math.prod(shape[1:])
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) / fan_in**0.5
+        state[f"{name}.bias"] = torch.randn(shape[0], generator=generator)
+    model = AlexNet(AlexNetConfig(variant="torchvision"))
+    assert sum(p.numel() for p in model.parameters()) == 61_100_840
+    names = list(state)
+    model.load_state_dict(state)
+    assert list(state) == names
+
+    p, x = state, torch.randn(2, 3, 224, 224, generator=generator)
+
+    def conv(name: str, x: torch.Tensor, **options: int) -> torch.Tensor:
+        return F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **options).relu()
+
+    def forward(x: torch.Tensor, training: bool) -> torch.Tensor:
+        y = F.max_pool2d(conv("features.0", x, stride=4, padding=2), 3, 2)
+        y = F.max_pool2d(conv("features.3", y, padding=2), 3, 2)
+        y = conv("features.8", conv("features.6", y, padding=1), padding=1)
+        y = F.max_pool2d(conv("features.10", y, padding=1), 3, 2)
+        y = F.dropout(F.adaptive_avg_pool2d(y, 6).flatten(1), 0.5, training)
+        y = F.dropout(F.linear(y, p["classifier.1.weight"], p["classifier.1.bias"]).relu(), 0.5, training)
+        y = F.linear(y, p["classifier.4.weight"], p["classifier.4.bias"]).relu()
+        return F.linear(y, p["classifier.6.weight"], p["classifier.6.bias"])
+
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(1)
+        got = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(got, forward(x, training), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        # FACTS of 2012: the paper's one-GPU network, and its network without conv4.
+        (AlexNetConfig(towers=1, channels=(48, 128, 192, 192, 256)), 59_798_312),
+        (AlexNetConfig(channels=(96, 256, 384, 0, 256)), 60_301_288),
+        # Counted by hand: without conv3 conv4 reads 128 maps each; fc6 then reads what is left.
+        (AlexNetConfig(channels=(96, 256, 0, 384, 256)), 60_965_224 - 885_120 - 663_936 + 384 * (128 * 9 + 1)),
+        (AlexNetConfig(channels=(96, 256, 384, 384, 0)), 60_965_224 - 442_624 + (384 - 256) * 36 * 4096),
+        (AlexNetConfig(channels=(96, 256, 0, 0, 0)), 34_944 + 307_456 + 37_752_832 + 16_781_312 + 4_097_000),
+    ],
+)
+def test_ablations(config: AlexNetConfig, parameters: int) -> None:
+    """Parameter counts of networks with layers left out or one tower; logits come out."""
+    with torch.device("meta"):
+        model = AlexNet(config)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+
+
+def test_given_fields_win_over_the_variant() -> None:
+    """Presets fill what is silent and nothing else."""
+    config = AlexNetConfig(variant="torchvision", lrn="paper", channels=(8, 8, 8, 8, 8))
+    assert (config.num_towers, config.normalization, config.maps) == (1, "paper", (8, 8, 8, 8, 8))
+    assert replace(SLIM, variant="original").normalization == "original"

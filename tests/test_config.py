@@ -67,7 +67,7 @@ def test_paper_is_the_paper() -> None:
         3,
     )
     assert (
-        config.model.channels == (96, 256, 384, 384, 256)
+        config.model.maps == (96, 256, 384, 384, 256)
         and config.model.hidden == 4096
         and config.model.num_classes == 1000
     )

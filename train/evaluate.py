@@ -132,7 +132,8 @@ def evaluate_checkpoint(
     val = open_shards(shards, "val")
     try:
         wnids, saved = content["wnids"], content["config"]
-        model = AlexNet(AlexNetConfig(**{**saved["model"], "channels": tuple(saved["model"]["channels"])}))
+        channels = saved["model"]["channels"]
+        model = AlexNet(AlexNetConfig(**{**saved["model"], "channels": tuple(channels) if channels else None}))
         model.load_state_dict(content["model"])
         image = content.get("mean_image")  # checkpoints of before there was one lack it
         eigenbasis = replace(

@@ -78,7 +78,7 @@ def draw_curves(figure: Figure, trainer: Trainer) -> None:
 def draw_kernels(figure: Figure, trainer: Trainer) -> None:
     """The kernels of conv1 as in the paper's figure 3, one block per tower, on one colour scale."""
     kernels = trainer.model.conv1.weight.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-    blocks = np.split(kernels, trainer.config.model.towers)
+    blocks = np.split(kernels, trainer.config.model.num_towers)
     columns = 16 if len(blocks[0]) % 16 == 0 else 12
     reach = np.abs(kernels).max()
     sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]

@@ -1,0 +1,267 @@
+"""Two towers on two processes, and on two replicas of two, are the network on one device; over gloo, in processes of
+their own."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.alexnet import AlexNet, AlexNetConfig
+from model.parallel import MeetingConv2d, Mesh, PeerLostError, TowerAlexNet, bytes_per_image, join_state, split_state
+from tests.conftest import ROOT
+from train.optimizer import PaperSGD
+
+CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=7, dropout=0)
+"""An odd number of classes, so that towers get different halves."""
+BATCH, STEPS = 8, 50
+RATE = 1e-3
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and labels of a step, the same in every process."""
+    generator = torch.Generator().manual_seed(step)
+    images = 50 * torch.randn(BATCH, 3, 224, 224, generator=generator, dtype=torch.float64)
+    return images.to(dtype), torch.randint(CONFIG.num_classes, (BATCH,), generator=generator)
+
+
+def train(
+    network: torch.nn.Module, model: AlexNet, rows: slice, dtype: torch.dtype, steps: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Take some steps; returns the first one's loss, logits and gradients, and the weights in the end."""
+    optimizer = PaperSGD(model.named_parameters(), momentum=0.9, weight_decay=5e-4)
+    first: dict[str, Any] = {}
+    for step in range(steps):
+        images, labels = (each[rows] for each in batch(step, dtype))
+        logits = network(images)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            first = {"loss": loss.detach(), "logits": logits.detach(), "gradients": gradients}
+        optimizer.step(RATE)
+    return first, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def work(folder: Path, rank: int, world: int) -> None:
+    """One process: everything that is compared with the single device, left in a file."""
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
+    mesh = Mesh.join(torch.device("cpu"))
+    per_replica = BATCH // mesh.num_replicas
+    rows = slice(mesh.replica * per_replica, (mesh.replica + 1) * per_replica)
+    found: dict[str, Any] = {"replica": mesh.replica, "tower": mesh.peer.tower}
+    for dtype, steps in ((torch.float64, STEPS), (torch.float32, 1)):
+        torch.manual_seed(0)
+        model = TowerAlexNet(CONFIG, mesh.peer).to(dtype)
+        initial = join_state(model.state_dict(), CONFIG, mesh.peer)
+        sent = mesh.peer.bytes_sent
+        first, weights = train(mesh.replicated(model), model, rows, dtype, steps)
+        found["bytes"] = (mesh.peer.bytes_sent - sent) / steps / per_replica
+        first["gradients"] = join_state(first["gradients"], CONFIG, mesh.peer)
+        found[str(dtype)] = first | {"weights": join_state(weights, CONFIG, mesh.peer), "initial": initial}
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+
+    # The pair's batch, of which each has loaded a half.
+    images, labels = batch(0, torch.float32)
+    half = slice(mesh.peer.tower * BATCH // 2, (mesh.peer.tower + 1) * BATCH // 2)
+    shared = mesh.share_batch(images[half].contiguous(memory_format=torch.channels_last), labels[half])
+    found["shared"] = torch.equal(shared[0], images) and torch.equal(shared[1], labels)
+
+    # What dropout silences.
+    dropped = TowerAlexNet(AlexNetConfig(channels=CONFIG.channels, hidden=512, num_classes=7), mesh.peer)
+    silent: list[torch.Tensor] = []
+    dropped.fc7.register_forward_pre_hook(lambda _, inputs: silent.append(inputs[0] == 0))
+    dropped.fc6.bias.data.fill_(1e6)  # so that dropout alone makes zeros
+    for _ in range(2):
+        mesh.seed(5)
+        dropped(images)
+    found["silent"] = silent
+    torch.save(found, folder / f"rank{rank}.pt")
+
+
+def silent_peer(folder: Path, rank: int, world: int, how: str) -> None:
+    """Rank 1 leaves or stands still after the first step; rank 0 tells what it notices."""
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank, timeout=timedelta(seconds=4))
+    mesh = Mesh.join(torch.device("cpu"))
+    network = TowerAlexNet(CONFIG, mesh.peer)
+    images, _ = batch(0, torch.float32)
+    network(images).sum().backward()
+    if rank == 1:
+        if how == "stands still":
+            time.sleep(60)
+        sys.stdout.flush()
+        sys.exit(0)
+    started = time.monotonic()
+    try:
+        network(images).sum().backward()
+    except PeerLostError as error:
+        print(f"{time.monotonic() - started:.0f} s: {error}")
+
+
+def start(call: str, folder: Path, world: int) -> list[subprocess.Popen[str]]:
+    """Processes that call a function of this file, with one thread each: there are more of them than cores."""
+    code = "import sys, torch; torch.set_num_threads(1); from pathlib import Path; import tests.test_parallel as t; t."
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code + call.format(folder=f"Path({str(folder)!r})", rank=rank, world=world)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def single() -> Callable[[torch.dtype, slice], dict[str, Any]]:
+    """The same training on one device, with the rows in the same order."""
+    results: dict[torch.dtype, dict[str, Any]] = {}
+
+    def run(dtype: torch.dtype) -> dict[str, Any]:
+        if dtype not in results:
+            torch.manual_seed(0)
+            model = AlexNet(CONFIG).to(dtype)
+            initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            first, weights = train(model, model, slice(None), dtype, STEPS if dtype == torch.float64 else 1)
+            results[dtype] = first | {"weights": weights, "initial": initial}
+        return results[dtype]
+
+    return run  # type: ignore[return-value]
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    """max|a - b| <= bound max|b|."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int, single: Any) -> None:
+    """Loss, logits and every gradient within 1e-11 of the largest in float64, 1e-4 in float32; weights after 50 steps
+    within 1e-9; the same initial weights to the bit; half of the parameters; as many bytes as the formula says;
+    independent dropout."""
+    processes = start("work({folder}, {rank}, {world})", tmp_path, world)
+    for process in processes:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    assert [(each["replica"], each["tower"]) for each in found] == [(r // 2, r % 2) for r in range(world)]
+    replicas = world // 2
+    for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        expected = single(dtype)
+        for each in found:
+            got = each[str(dtype)]
+            rows = slice(each["replica"] * BATCH // replicas, (each["replica"] + 1) * BATCH // replicas)
+            assert_close(got["logits"], expected["logits"][rows], bound)
+            for name, gradient in expected["gradients"].items():
+                assert_close(got["gradients"][name], gradient, bound)
+            for name, weight in expected["weights"].items():
+                assert torch.equal(got["initial"][name], expected["initial"][name])
+                assert_close(got["weights"][name], weight, max(bound, 1e-9))
+            assert all(
+                torch.equal(got["weights"][name], found[0][str(dtype)]["weights"][name]) for name in got["weights"]
+            )
+        losses = [found[rank][str(dtype)]["loss"] for rank in range(0, world, 2)]
+        assert_close(torch.stack(losses).mean(), expected["loss"], bound)
+
+    whole = sum(p.numel() for p in AlexNet(CONFIG).parameters())
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert first["parameters"] + second["parameters"] == whole
+        assert abs(first["parameters"] / whole - 0.5) < 0.02
+        # The last dtype was float32.
+        assert (first["bytes"] + second["bytes"]) / 2 == bytes_per_image(CONFIG, 4)
+    assert all(each["shared"] for each in found)
+    masks = [each["silent"] for each in found]
+    for once, again in masks:
+        assert torch.equal(once, again) and abs(once.float().mean() - 0.5) < 0.05
+    for n, (one, _) in enumerate(masks):
+        assert all(abs((one == other).float().mean() - 0.5) < 0.05 for other, _ in masks[:n])
+
+
+@pytest.mark.parametrize("how", ["leaves", "stands still"])
+def test_lost_peer(tmp_path: Path, how: str) -> None:
+    """A process whose peer has died, or is silent for longer than the timeout, says so and stops."""
+    processes = start("silent_peer({folder}, {rank}, {world}, " + repr(how) + ")", tmp_path, 2)
+    out, err = processes[0].communicate(timeout=60)
+    processes[1].kill()
+    processes[1].communicate()
+    assert "rank 1" in out and "gone or has been silent" in out, out + err
+
+
+class Log(TorchDispatchMode):
+    """Notes convolutions, forward and backward, among other events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        if "convolution" in func.__name__:
+            inputs = args[1] if "backward" in func.__name__ else args[0]
+            kind = "backward" if "backward" in func.__name__ else "forward"
+            self.events.append(f"{kind} {'own' if float(inputs.flatten()[0]) == 1 else 'other'}")
+        return func(*args, **(kwargs or {}))
+
+
+class FakePeer:
+    """Sends twos, and notes when it is asked to."""
+
+    tower = 0
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def exchange(self, mine: torch.Tensor) -> "FakePeer":
+        """Begin."""
+        self.events.append("send")
+        self.shape = mine.shape
+        return self
+
+    def wait(self) -> torch.Tensor:
+        """End."""
+        self.events.append("wait")
+        return torch.full(self.shape, 2.0)
+
+
+def test_sends_travel_while_the_own_half_is_computed() -> None:
+    """Forward: sent before the own half, received before the other. Backward: the other's gradient first, sent before
+    the own half's, received behind it."""
+    log = Log()
+    layer = MeetingConv2d(4, 3, 3, padding=1)
+    layer.peer = FakePeer(log.events)  # type: ignore[assignment]
+    own = torch.ones(2, 2, 5, 5, requires_grad=True)
+    with log:
+        layer(own * 1).sum().backward()
+    assert log.events == [
+        "send", "forward own", "wait", "forward other",
+        "backward other", "send", "backward own", "wait",
+    ]  # fmt: skip
+    assert own.grad is not None
+
+
+def test_states_split_and_are_refused() -> None:
+    """Parts of a state make the whole again; networks whose towers do not meet in conv3 are refused."""
+    state = AlexNet(CONFIG).state_dict()
+    parts = [split_state(state, tower) for tower in (0, 1)]
+    for name, tensor in state.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+    for config in (AlexNetConfig(towers=1), AlexNetConfig(channels=(96, 256, 0, 384, 256))):
+        with pytest.raises(ValueError, match="where the towers meet"):
+            TowerAlexNet(config, FakePeer([]))  # type: ignore[arg-type]
+
+
+def test_bytes_of_the_full_network() -> None:
+    """By hand: 43,264 values of conv2 pooled, 9,216 of conv5, twice 4,096 units, and 500 logits."""
+    config = AlexNetConfig()
+    assert bytes_per_image(config, 2) == 2 * (256 * 169 + 9216 + 2 * 4096) + 4 * 500
+    assert bytes_per_image(config, 2, pixel_bytes=1) - bytes_per_image(config, 2) == 75_264
