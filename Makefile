@@ -19,8 +19,9 @@ quickstart: install
 	"$(BIN)/python" tools/compute_pca.py "$(DEMO)/shards"
 	"$(BIN)/python" -m train.run --config train/configs/quickstart.yaml --data.shards "$(DEMO)/shards" --run.dir "$(RUN)"
 
+# A process per core, and one thread in each: those of OpenMP wait by spinning.
 test: install
-	"$(BIN)/python" -m pytest
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses auto --dist loadfile
 
 check: install
 	"$(BIN)/python" -m ruff check .

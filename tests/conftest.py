@@ -1,9 +1,11 @@
 """Fixtures: the demo, packed once for all tests, and small shard sets whose labels name each sample."""
 
 import io
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,22 @@ def run_ok(*arguments: str | Path) -> str:
     done = run_python(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def train_refuses(*arguments: str | Path) -> str:
+    """The one line with which `python -m train.run ARGUMENTS` refuses them, exit code 2; in this process, because a
+    process of its own takes seconds to start."""
+    from train.config import parse_config
+    from train.program import exit_with
+    from train.run import run
+
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as ended:
+        exit_with(lambda: run(parse_config([str(argument) for argument in arguments])))
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    assert ended.value.code == 2 and len(told.getvalue().splitlines()) == 1, told.getvalue()
+    return told.getvalue()
 
 
 @pytest.fixture(scope="session")

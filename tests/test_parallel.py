@@ -22,7 +22,7 @@ from train.optimizer import PaperSGD
 
 CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""
-BATCH, STEPS = 8, 50
+BATCH, STEPS = 4, 50
 RATE = 1e-3
 
 

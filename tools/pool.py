@@ -57,6 +57,8 @@ def as_they_finish(
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool:
+            for process in multiprocessing.active_children():  # the pool waits for one that it was just starting
+                process.kill()
             raise DataError(
                 "a worker process died (killed, or out of memory?); run the same command again, perhaps with fewer "
                 "--workers: what was finished is kept"

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
@@ -21,6 +20,9 @@ from pipeline.settings import Speed
 from train.evaluate import MIDDLE, probabilities
 from train.loop import Trainer
 from train.metrics import read_metrics
+
+if TYPE_CHECKING:  # it takes a third of a second, and every start of a run would wait for it
+    from matplotlib.figure import Figure
 
 PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
 
@@ -35,8 +37,11 @@ def draw_pictures(trainer: Trainer) -> list[Path]:
 
 
 @contextmanager
-def saved_figure(path: Path) -> Iterator[Figure]:
+def saved_figure(path: Path) -> "Iterator[Figure]":
     """A figure that is written to `path` when the block ends."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
@@ -44,7 +49,7 @@ def saved_figure(path: Path) -> Iterator[Figure]:
         figure.savefig(file, format="png", dpi=120)
 
 
-def draw_curves(figure: Figure, trainer: Trainer) -> None:
+def draw_curves(figure: "Figure", trainer: Trainer) -> None:
     """Training loss, and training and validation error, over epochs."""
     rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
     train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
@@ -75,7 +80,7 @@ def draw_curves(figure: Figure, trainer: Trainer) -> None:
         axes.legend()
 
 
-def draw_kernels(figure: Figure, trainer: Trainer) -> None:
+def draw_kernels(figure: "Figure", trainer: Trainer) -> None:
     """The kernels of conv1 as in the paper's figure 3, one block per tower, on one colour scale."""
     kernels = trainer.model.conv1.weight.detach().float().cpu().permute(0, 2, 3, 1).numpy()
     blocks = np.split(kernels, trainer.config.model.num_towers)
@@ -90,7 +95,7 @@ def draw_kernels(figure: Figure, trainer: Trainer) -> None:
         axes.axis("off")
 
 
-def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
+def draw_augmentation(figure: "Figure", trainer: Trainer) -> None:
     """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
     augmentation, basis = trainer.config.data.augmentation, trainer.basis
     images_NHWC = next(decoded_batches(trainer.train_shards, 16)).numpy()
@@ -125,7 +130,7 @@ def draw_augmentation(figure: Figure, trainer: Trainer) -> None:
     panels[3].axis("off")
 
 
-def draw_predictions(figure: Figure, trainer: Trainer) -> None:
+def draw_predictions(figure: "Figure", trainer: Trainer) -> None:
     """Ten validation images with their five most probable classes over all views; mistakes first."""
     trainer.model.eval()
     wrong: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
