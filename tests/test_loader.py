@@ -321,10 +321,20 @@ def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
 
 
 def test_kept_batches_stay_intact(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Batches are views of DALI's memory; those that are kept are not written over."""
+    """The memory of batches is used again, but not that of batches that are kept."""
     (loader,) = loaders(numbered_shards(131, 4), plain_basis, 1, training=True)
     kept = [(batch, batch.images.clone()) for batch in loader.epoch(0)]
     assert len(kept) == 16 and all(torch.equal(batch.images, copy) for batch, copy in kept)
+
+
+def test_opened_ahead(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """It costs memory, once, and no batch."""
+    shards = numbered_shards(131, 4)
+    ((opened,), (other,)) = (loaders(shards, plain_basis, 1, training=True) for _ in range(2))
+    taken = opened.open()
+    assert 0 < taken < 2**30 and opened.open() == taken
+    for one, two in zip(opened.epoch(0), other.epoch(0), strict=True):
+        assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels)
 
 
 def test_epochs_come_in_order(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
