@@ -68,6 +68,12 @@ class AlexNetConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "AlexNetConfig":
+        """From what `dataclasses.asdict` gave, by way of JSON or YAML. Raises `TypeError` for other fields."""
+        channels = content.get("channels")
+        return cls(**{**content, "channels": tuple(channels) if channels else None})
+
     @property
     def maps(self) -> tuple[int, int, int, int, int]:
         """`channels`, or the variant's."""

@@ -77,7 +77,8 @@ def band_sum_by_convolution(x_NCHW: torch.Tensor, towers: int, scale: float, off
     maps = torch.arange(channels, device=x_NCHW.device)
     band = ((maps[:, None] - maps[None, :]).abs() <= SIZE // 2).to(x_NCHW.dtype) * scale
     bias = torch.full((channels * towers,), offset, dtype=x_NCHW.dtype, device=x_NCHW.device)
-    return F.conv2d(x_NCHW, band.repeat(towers, 1)[:, :, None, None], bias, groups=towers)
+    with torch.autocast("cpu", enabled=False):  # it would convolve in half precision
+        return F.conv2d(x_NCHW, band.repeat(towers, 1)[:, :, None, None], bias, groups=towers)
 
 
 def band_sum_of_slices(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float) -> torch.Tensor:

@@ -221,6 +221,30 @@ def test_ablations(config: AlexNetConfig, parameters: int) -> None:
         assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
 
 
+@pytest.mark.parametrize("variant", ["paper", "original", "torchvision"])
+def test_compiles_as_one_graph(variant: str) -> None:
+    """Forward, loss and backward without a break, under autocast too, with the numbers of the uncompiled network."""
+    torch.manual_seed(0)
+    model = AlexNet(replace(SLIM, variant=variant, dropout=0))  # type: ignore[arg-type]
+    images, labels = 50 * torch.randn(2, 3, 224, 224), torch.tensor([3, 7])
+
+    def loss_of(images: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    for half in (False, True):
+        results = []
+        for function in (loss_of, compiled):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = function(images)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        for expected, got in zip(*results, strict=True):
+            bound = (0.02 if half else 1e-4) * float(expected.abs().max())
+            torch.testing.assert_close(got, expected, rtol=0, atol=bound)
+
+
 def test_given_fields_win_over_the_variant() -> None:
     """Presets fill what is silent and nothing else."""
     config = AlexNetConfig(variant="torchvision", lrn="paper", channels=(8, 8, 8, 8, 8))

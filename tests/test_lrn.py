@@ -75,12 +75,21 @@ def test_compiled_equals_eager() -> None:
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_half_precision_is_computed_in_float32() -> None:
-    """bfloat16 differs from float64 by the rounding of its output alone."""
-    x = activations(2, 16, 4, 4).bfloat16()
-    got, expected = local_response_norm(x, "paper"), by_hand(x.double(), "paper", 1)
-    assert got.dtype == torch.bfloat16
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("convention", "towers"), CASES)
+def test_half_precision_is_computed_in_float32(convention: str, towers: int, autocast: bool) -> None:
+    """bfloat16 differs from float64 by the rounding of its output alone, forward and backward, under autocast too."""
+    x = activations(2, 16, 4, 4).bfloat16().requires_grad_()
+    weight = torch.randn(2, 16, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = x.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = local_response_norm(x, convention, towers)  # type: ignore[arg-type]
+    expected = by_hand(exact, convention, towers)
+    torch.autograd.backward([got, expected], [weight, weight.double()])
+    assert got.dtype == torch.bfloat16 and x.grad is not None and exact.grad is not None
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=0)
+    # Terms of the gradient may cancel; what float32 leaves of them is small beside any of them.
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("towers", [1, 2])

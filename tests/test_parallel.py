@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.alexnet import AlexNet, AlexNetConfig
@@ -68,6 +70,22 @@ def work(folder: Path, rank: int, world: int) -> None:
         first["gradients"] = join_state(first["gradients"], CONFIG, mesh.peer)
         found[str(dtype)] = first | {"weights": join_state(weights, CONFIG, mesh.peer), "initial": initial}
     found["parameters"] = sum(p.numel() for p in model.parameters())
+
+    # Half precision, on the wire too; what replicas exchange.
+    sent, network = mesh.peer.bytes_sent, mesh.replicated(model)
+    found["averaged"] = 0
+
+    def average(found: dict[str, Any], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        found["averaged"] += bucket.buffer().nbytes
+        return allreduce_hook(mesh.replica_group, bucket)
+
+    if isinstance(network, DistributedDataParallel):
+        network.register_comm_hook(found, average)
+    images, labels = (each[rows] for each in batch(0, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    found["half loss"], found["half bytes"] = loss.detach(), (mesh.peer.bytes_sent - sent) / per_replica
 
     # The pair's batch, of which each has loaded a half.
     images, labels = batch(0, torch.float32)
@@ -132,7 +150,10 @@ def single() -> Callable[[torch.dtype, slice], dict[str, Any]]:
             model = AlexNet(CONFIG).to(dtype)
             initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             first, weights = train(model, model, slice(None), dtype, STEPS if dtype == torch.float64 else 1)
-            results[dtype] = first | {"weights": weights, "initial": initial}
+            images, labels = batch(0, dtype)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                half = F.cross_entropy(model(images), labels)
+            results[dtype] = first | {"weights": weights, "initial": initial, "half loss": half}
         return results[dtype]
 
     return run  # type: ignore[return-value]
@@ -179,6 +200,10 @@ def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int, single
         assert abs(first["parameters"] / whole - 0.5) < 0.02
         # The last dtype was float32.
         assert (first["bytes"] + second["bytes"]) / 2 == bytes_per_image(CONFIG, 4)
+        assert (first["half bytes"] + second["half bytes"]) / 2 == bytes_per_image(CONFIG, 2)
+    halves = torch.stack([found[rank]["half loss"] for rank in range(0, world, 2)])
+    assert_close(halves.mean(), single(torch.float32)["half loss"], 0.01)
+    assert all(each["averaged"] == (4 * each["parameters"] if replicas > 1 else 0) for each in found)
     assert all(each["shared"] for each in found)
     masks = [each["silent"] for each in found]
     for once, again in masks:

@@ -1,5 +1,6 @@
 """The main job with real processes: stopped in the middle of an epoch and continued, it gives the very same weights."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from model.weights import read_weights
 from pipeline.files import read_json, write_json
 from pipeline.shards import read_index
 from tests.conftest import ROOT, run_ok, run_python, train_refuses
+from tools.export_weights import export_weights
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.metrics import read_metrics
 
@@ -122,6 +126,25 @@ def test_a_finished_run_again(shards: Path, undisturbed: Path) -> None:
     evaluated = run_ok("-m", "train.evaluate", undisturbed, shards, "--batch-size", "50", "--device", "cpu")
     assert len(run_lines) == 4 and all(line in evaluated for line in run_lines)
     assert f"{read_json(shards / 'val' / 'manifest.json')['num_samples']} images" in evaluated
+
+
+def test_export(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The tool writes what the checkpoint holds, as safetensors; other suffixes, files and names are refused."""
+    out = tmp_path / "weights.safetensors"
+    assert "step 132 of" in run_ok("tools/export_weights.py", undisturbed, out)
+    config, state = read_weights(out)
+    assert config.maps == (8, 16, 16, 16, 16) and config.num_classes == 10 and config.normalization == "original"
+    saved = final(undisturbed)["model"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["input"]) == {"mean": read_json(shards / "pca.json")["mean"], "std": 1.0}
+    with pytest.raises(ValueError, match=r"end its name in .safetensors"):
+        export_weights(undisturbed, tmp_path / "out.pth")
+    with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
+        export_weights(undisturbed, tmp_path / "names.safetensors", "torchvision")
+    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+        export_weights(out, tmp_path / "again.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Benchmarks, one subcommand per question.
 
     python tools/bench.py loader SHARDS     how fast batches come, beside the decoder library alone and a plain loader
+    python tools/bench.py model             how fast the network trains, beside torchvision's
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
     python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
     python tools/bench.py lighting SHARDS   what lighting costs
@@ -50,6 +51,32 @@ def loader(
     from tools.bench_loader import bench_loader
 
     bench_loader(shards, batch_size, threads, seconds, repeats, device, out)
+
+
+def model(
+    batch_sizes: list[int] | None = None,
+    precision: Literal["float32", "bf16", "fp16"] | None = None,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    profile: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Images per second of training on a batch that is there already: ours as it stands, compiled, and written in other
+    ways, beside torchvision's network; and of local response normalization alone, beside torch's and beside copying.
+
+    Args:
+        batch_sizes: Images per batch, one measurement each; by default [128,256,1024] on a GPU and [32] on a CPU.
+        precision: Of activations; by default bf16 on a GPU and float32 on a CPU.
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turn.
+        device: auto takes the first GPU if there is one.
+        profile: Print where the time of a step goes as well.
+        out: JSON-lines file to append one row per contender to.
+    """
+    from tools.bench_model import bench_model
+
+    bench_model(batch_sizes, precision, seconds, repeats, device, profile, out)
 
 
 def pack(
@@ -170,4 +197,4 @@ def plan(images: int = 14_197_122, out: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program({"loader": loader, "pack": pack, "pca": pca, "lighting": lighting, "plan": plan})
+    run_program({"loader": loader, "model": model, "pack": pack, "pca": pca, "lighting": lighting, "plan": plan})

@@ -50,6 +50,11 @@ def find_checkpoint(place: Path) -> Path | None:
     return path
 
 
+def checkpoint_path(place: Path) -> Path:
+    """A checkpoint as users name it: the file, or a run directory, whose newest one is taken."""
+    return (find_checkpoint(place) or place) if place.is_dir() else place
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `ValueError` when it is none or is damaged."""
     if not path.is_file():

@@ -21,7 +21,7 @@ from pipeline.lighting import Lighting
 from pipeline.loader import Loader, val_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, open_shards
-from train.checkpoint import find_checkpoint, load_checkpoint
+from train.checkpoint import checkpoint_path, load_checkpoint
 from train.program import keep_freed_memory, run_program
 
 FAR, MIDDLE = IMAGE_SIDE - CROP_SIDE, (IMAGE_SIDE - CROP_SIDE) // 2
@@ -127,13 +127,12 @@ def evaluate_checkpoint(
         batch_size: Images at a time.
         device: auto takes the first GPU if there is one.
     """
-    path = (find_checkpoint(checkpoint) or checkpoint) if checkpoint.is_dir() else checkpoint
+    path = checkpoint_path(checkpoint)
     content = load_checkpoint(path)
     val = open_shards(shards, "val")
     try:
         wnids, saved = content["wnids"], content["config"]
-        channels = saved["model"]["channels"]
-        model = AlexNet(AlexNetConfig(**{**saved["model"], "channels": tuple(channels) if channels else None}))
+        model = AlexNet(AlexNetConfig.from_json(saved["model"]))
         model.load_state_dict(content["model"])
         image = content.get("mean_image")  # checkpoints of before there was one lack it
         eigenbasis = replace(

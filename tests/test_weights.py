@@ -1,0 +1,94 @@
+"""Weights go out to safetensors and come back to the bit, under both names; foreign files are refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.alexnet import AlexNet, AlexNetConfig
+from model.weights import read_weights, weights_bytes
+from tests.test_alexnet import TORCHVISION
+
+SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), hidden=32, num_classes=7, dropout=0.25)
+INPUTS = {"mean": [120.5, 115.0, 100.0], "std": 1.0}
+
+
+def read_by_hand(data: bytes) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """A safetensors file by its published format: length of the header, JSON header, tensors."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.pop("__metadata__")
+    return metadata, {
+        name: np.frombuffer(body[slice(*entry["data_offsets"])], np.float32).reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    """The configuration, and every tensor to the bit, though the network's own memory is channels-last."""
+    model = AlexNet(SLIM)
+    data = weights_bytes(model.state_dict(), SLIM, INPUTS)
+    metadata, tensors = read_by_hand(data)
+    assert metadata["format"] == "pt" and json.loads(metadata["input"]) == INPUTS
+    assert set(tensors) == set(model.state_dict()) and "conv4.weight" not in tensors
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(tensors[name], tensor.numpy())
+    (tmp_path / "x.safetensors").write_bytes(data)
+    config, state = read_weights(tmp_path / "x.safetensors")
+    assert (config.maps, config.normalization, config.dropout) == (SLIM.maps, "original", 0.25)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_torchvisions_names(tmp_path: Path) -> None:
+    """Both file formats of a torchvision state dict are read, sizes and all; the names go out again."""
+    shapes = {name: (shape[0] // 8, *shape[1:]) for name, shape in TORCHVISION.items()}
+    ins = {"features.0": 3, "classifier.1": shapes["features.10"][0] * 36}
+    previous = 0
+    state = {}
+    for name, shape in shapes.items():
+        shape = (shape[0], ins.get(name, previous), *shape[2:])
+        previous = shape[0]
+        state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(shape), torch.randn(shape[0])
+    torch.save(state, tmp_path / "alexnet.pth")
+    config, ours = read_weights(tmp_path / "alexnet.pth")
+    assert (config.variant, config.maps, config.hidden, config.num_classes) == (
+        "torchvision",
+        (8, 24, 48, 32, 32),
+        512,
+        125,
+    )
+    model = AlexNet(config)
+    model.load_state_dict(ours)
+    data = weights_bytes(model.state_dict(), config, INPUTS, "torchvision")
+    _, tensors = read_by_hand(data)
+    assert set(tensors) == set(state)
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(tensors[name], tensor.numpy())
+    (tmp_path / "x.safetensors").write_bytes(data)
+    again, same = read_weights(tmp_path / "x.safetensors")
+    assert again.maps == config.maps and all(torch.equal(ours[name], same[name]) for name in ours)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    """Cut, foreign, of another network: one sentence with the file's name."""
+    data = weights_bytes(AlexNet(SLIM).state_dict(), SLIM, INPUTS)
+    with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
+        weights_bytes(AlexNet(SLIM).state_dict(), SLIM, INPUTS, "torchvision")
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        read_weights(path)
+    for content in (data[:-5], b"", b"junk" * 10):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x.safetensors holds no weights"):
+            read_weights(path)
+    state = AlexNet(SLIM).state_dict()
+    path.write_bytes(weights_bytes({**state, "more": torch.ones(1)}, SLIM, INPUTS))
+    with pytest.raises(ValueError, match="other tensors"):
+        read_weights(path)
+    for number, content in enumerate((state, {"epoch": 3}, [1, 2])):
+        torch.save(content, tmp_path / f"{number}.pth")
+        with pytest.raises(ValueError, match=r"does not say which network|holds no weights"):
+            read_weights(tmp_path / f"{number}.pth")

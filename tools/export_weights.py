@@ -1,0 +1,47 @@
+"""Export a run's weights for other programs.
+
+    python tools/export_weights.py RUN weights.safetensors
+
+The file says which network it is of and what images it expects (see `model/weights.py`).
+"""
+
+from pathlib import Path
+
+from model.alexnet import AlexNetConfig
+from model.weights import Names, weights_bytes
+from pipeline.files import write_bytes
+from train.checkpoint import checkpoint_path, load_checkpoint
+from train.program import run_program
+
+
+def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -> None:
+    """Write the weights of a checkpoint as safetensors.
+
+    Args:
+        checkpoint: A step-*.pt, or a run directory, whose newest one is taken.
+        out: File to write, `.safetensors`.
+        names: Of the tensors: ours, or torchvision's, which fit `model.variant: torchvision` alone.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} is to be a safetensors file; end its name in .safetensors")
+    path = checkpoint_path(checkpoint)
+    content = load_checkpoint(path)
+    try:
+        config, state = AlexNetConfig.from_json(content["config"]["model"]), content["model"]
+        inputs = {
+            "mean": content["eigenbasis"]["mean"],
+            "std": content["config"]["data"]["augmentation"]["std"],
+        }
+        with_image = content.get("mean_image") is not None
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
+    data = weights_bytes(state, config, inputs, names)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, data)
+    print(f"{out}: step {content['step']} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")
+    if with_image:
+        print("note: images were less a mean image in training, of which the file holds the mean colour alone")
+
+
+if __name__ == "__main__":
+    run_program(export_weights)
