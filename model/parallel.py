@@ -266,8 +266,7 @@ class Mesh:
 
     def seed(self, seed: int) -> None:
         """Seed torch for what is drawn from here on (dropout), differently in every process."""
-        numbers = np.random.SeedSequence([seed, dist.get_rank()]).generate_state(1, np.uint64)
-        torch.manual_seed(int(numbers[0] >> 1))
+        seed_process(seed, dist.get_rank())
 
     def replicated(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over replicas, in buckets that travel while others are computed."""
@@ -282,6 +281,12 @@ class Mesh:
         pairs = zip((images, labels), others, strict=True)
         both = [torch.cat(pair if self.peer.tower == 0 else pair[::-1]) for pair in pairs]
         return both[0], both[1]
+
+
+def seed_process(seed: int, rank: int) -> None:
+    """Seed torch with numbers that differ from rank to rank."""
+    numbers = np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(numbers[0] >> 1))
 
 
 def bytes_per_image(config: AlexNetConfig, element_bytes: int, pixel_bytes: int = 0) -> float:

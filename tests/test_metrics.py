@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from train.metrics import MetricsLog, StepMeter, read_metrics
+from train.placement import ParallelConfig, Placement
 
 
 def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
 
 def test_meter() -> None:
     """Waits and steps that are slept out are read back, time in a pause is neither; loss and error are means."""
-    meter = StepMeter(torch.device("cpu"))
+    meter = StepMeter(torch.device("cpu"), Placement(ParallelConfig(), torch.device("cpu")))
     for step in range(4):
         if step == 2:
             meter.pause()

@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from model.alexnet import AlexNetConfig
 from pipeline.settings import DataConfig
 from train.optimizer import OptimizerConfig
+from train.placement import ParallelConfig
 from train.program import Parser
 
 
@@ -75,6 +76,8 @@ class Config:
     """Network."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Update rule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several processes."""
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
@@ -95,7 +98,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(Config)
     parsed = parser.instantiate(parser.parse_args(arguments))
-    return Config(parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer)
+    return Config(parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel)
 
 
 def plain(value: Any) -> Any:

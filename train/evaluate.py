@@ -6,6 +6,7 @@ Ten views are the four corner windows, the central one, and their mirrors; the s
 that was trained without flips gets the five unmirrored windows.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,7 @@ def evaluate(
     *,
     all_views: bool = True,
     interrupted: Callable[[], bool] = lambda: False,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
 ) -> Accuracy | None:
     """Accuracy over a whole validation split, every image counted once.
 
@@ -90,6 +92,7 @@ def evaluate(
         mirrored: Whether views include mirrors.
         all_views: Also the average over views, which costs ten times the centre crop.
         interrupted: Asked between batches; once true, None is returned.
+        total: Adds up counts of all processes that evaluate a part each.
     """
     model.eval()
     correct = torch.zeros(4, dtype=torch.int64, device=loader.device)
@@ -105,10 +108,10 @@ def evaluate(
         hits = [top_hits(scores, labels, k) for scores in (centre, average) for k in (1, 5)]
         correct += torch.stack(hits)
         samples += (labels >= 0).sum()
-    total = int(samples)
-    shares = [100 * int(count) / total for count in correct]
+    counts = total(torch.cat([samples[None], correct])).tolist()
+    shares = [100 * count / counts[0] for count in counts[1:]]
     name = ("ten-view" if mirrored else "five-view") if all_views else ""
-    return Accuracy(total, shares[0], shares[1], name, shares[2], shares[3])
+    return Accuracy(counts[0], shares[0], shares[1], name, shares[2], shares[3])
 
 
 def top_hits(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
@@ -165,10 +168,14 @@ def evaluate_checkpoint(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device behind "auto", "cpu" or "cuda". Raises `ValueError` when a GPU is asked for and there is none."""
+    """The device behind "auto", "cpu" or "cuda", the n-th GPU for the n-th process of a torchrun.
+
+    Raises `ValueError` when a GPU is asked for and there is none.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
-    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", place) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.files import write_bytes
+from train.placement import Placement
 
 
 class MetricsLog:
@@ -67,7 +68,8 @@ class StepMeter:
 
     AHEAD = 2
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, placement: Placement) -> None:
+        self._placement = placement
         self._on_gpu = device.type == "cuda"
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -113,8 +115,9 @@ class StepMeter:
         self._last_end = None
 
     def loss_sum(self) -> float:
-        """Sum of the losses so far; not finite as soon as one was not. Synchronizes."""
-        return self._loss.item()
+        """Sum of the losses so far, each the mean over replicas; not finite as soon as one was not. Synchronizes; all
+        processes have to ask."""
+        return self._placement.total(self._loss).item() / self._placement.num_replicas
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Figures of a row (errors and wait_percent in percent); what follows goes into the next one."""
@@ -125,7 +128,7 @@ class StepMeter:
         total_ms = waits.sum() + sum(self._ms(start, end) for _, start, end in self._marks)
         figures = {
             "loss": self.loss_sum() / self._steps,
-            "top1_error": 100 - 100 * self._correct.item() / (self._steps * batch_size),
+            "top1_error": 100 - 100 * self._placement.total(self._correct).item() / (self._steps * batch_size),
             "images_per_s": timed * batch_size / total_ms * 1e3,
             "wait_ms_p50": float(np.percentile(waits, 50)),
             "wait_ms_p99": float(np.percentile(waits, 99)),
@@ -139,7 +142,7 @@ class StepMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Loss and errors since the last row, so that a resumed run writes the rows of an undisturbed one."""
-        return {"loss": self._loss, "correct": self._correct, "steps": self._steps}
+        return {"loss": self._loss.cpu(), "correct": self._correct.cpu(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""

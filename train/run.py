@@ -5,7 +5,6 @@
 The same command goes on where a run was stopped (Ctrl-C, SIGTERM, or any other end); a finished run is evaluated again.
 """
 
-import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -20,34 +19,45 @@ from train.evaluate import pick_device
 from train.loop import Trainer
 from train.metrics import MetricsLog
 from train.pictures import PICTURES, draw_pictures
+from train.placement import Placement
 from train.program import exit_with, keep_freed_memory
 from train.report import report
 
 
 def run(config: Config) -> None:
     """Train, evaluate, draw, report."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("training runs in one process; start it without torchrun")
     keep_freed_memory()
     stop = StopSignal()
     device = pick_device(config.run.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; a CPU computes in float32 all the same
-    claim_directory(config.run.dir)
-    trainer = Trainer(config, device)
+    placement = Placement(config.parallel, device)
+    placement.first_does(lambda: claim_directory(config.run.dir))
+    with placement.watched():
+        train(config, Trainer(config, device, placement), stop)
+    placement.leave()
+
+
+def train(config: Config, trainer: Trainer, stop: "StopSignal") -> None:
+    """Go on from where the run stands; in the first process, tell and write."""
+    placement = trainer.placement
     checkpoint = find_checkpoint(config.run.dir)
     if checkpoint:
         trainer.resume(checkpoint)
-        print(f"going on from {checkpoint} (epoch {trainer.epoch}, step {trainer.step})")
-    prepare_directory(config)
+        if placement.is_first:
+            print(f"going on from {checkpoint} (epoch {trainer.epoch}, step {trainer.step})")
+    placement.first_does(lambda: prepare_directory(config))
     describe(trainer)
 
-    log = MetricsLog(config.run.dir, trainer.step, trainer.epoch)
+    log = MetricsLog(config.run.dir, trainer.step, trainer.epoch) if placement.is_first else None
     accuracy = trainer.evaluate(all_views=True, interrupted=stop) if trainer.fit(log, stop) else None
     if accuracy:
-        report(trainer, accuracy, draw_pictures(trainer))
-    else:
+        trainer.gather_network()
+        if placement.is_first:
+            report(trainer, accuracy, draw_pictures(trainer))
+    elif placement.is_first:
         print(f"stopped and saved at step {trainer.step} (epoch {trainer.epoch}); run the same command again to go on")
-    log.close()
+    if log:
+        log.close()
     trainer.close()
 
 
@@ -88,16 +98,20 @@ def prepare_directory(config: Config) -> None:
 
 
 def describe(trainer: Trainer) -> None:
-    """Say what is about to happen."""
-    loader = trainer.train_loader
+    """Open the shards; in the first process, say what is about to happen."""
+    loader, placement = trainer.train_loader, trainer.placement
+    opening_bytes = loader.open()
+    if not placement.is_first:
+        return
+    everywhere = "" if placement.world == 1 else f" in each of {placement.world} processes"
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(
         f"{trainer.train_shards.num_samples} training and {trainer.val_shards.num_samples} validation images, "
-        f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}"
+        f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}{everywhere}"
     )
     left_over = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
     print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")
-    print(f"opening the shards took {loader.open() / 1e6:.0f} MB of memory")
+    print(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
     if loader.cached_share:
         print(f"the decode cache holds {loader.cached_share:.0%} of this process's images: its hits after one epoch")
 

@@ -1,0 +1,89 @@
+"""Runs over several processes, started by torchrun: they learn what one process learns, stop together, and go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, run_ok, train_refuses
+from tests.test_run import final, same_weights
+from train.metrics import read_metrics
+from train.placement import Placement
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.run")
+SMALL = (
+    "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --optimizer.lr 0.001 --run.log_every 2 "
+    "--train.compile false --run.device cpu --train.batch_size 128 --train.epochs 1 --train.seed 5"
+)
+STEPS = 1438 // 128
+
+
+def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
+    """A small network on the demo, 11 steps an epoch."""
+    return ["--data.shards", str(shards), "--run.dir", str(directory), *SMALL.split(), *more]
+
+
+def test_towers_learn_what_one_process_learns(shards: Path, tmp_path: Path) -> None:
+    """Where both processes load everything and there is no dropout, the rows and weights of a run are those of one
+    process, but for rounding."""
+    same = ["--model.dropout", "0", "--run.log_every", "1"]
+    run_ok("-m", "train.run", *arguments(shards, tmp_path / "one", *same))
+    towers = ["--parallel.placement", "towers", "--parallel.share_images", "false"]
+    out = run_ok(*TORCHRUN, *arguments(shards, tmp_path / "two", *same, *towers))
+    assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [*range(1, STEPS + 1), STEPS]
+    for a, b in zip(one[:-1], two[:-1], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["top1_error"] == pytest.approx(
+            a["top1_error"], abs=2
+        )
+    for part in ("model", "optimizer"):
+        expected, got = (final(tmp_path / name)[part] for name in ("one", "two"))
+        for name, tensor in expected.items():  # type: ignore[attr-defined]
+            assert (got[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max()  # type: ignore[index]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["towers", "single"])
+def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement: str) -> None:
+    """SIGTERM to one process stops both, who save; the same command then ends with bitwise the weights of an
+    undisturbed run. Only one of them tells and writes."""
+    how = ["--parallel.placement", placement]
+    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "undisturbed", *how))
+    command = [sys.executable, *TORCHRUN, *arguments(shards, tmp_path / "stopped", *how)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "stopped" / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("run the same command again") == 1, output
+    stopped = final(tmp_path / "stopped")
+    assert 0 < stopped["step"] < STEPS and len(stopped["ranks"]) == 2  # type: ignore[operator,arg-type]
+    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "stopped", *how))
+    end, undisturbed = final(tmp_path / "stopped"), final(tmp_path / "undisturbed")
+    assert end["step"] == STEPS and same_weights(end, undisturbed)
+    assert all(
+        torch.equal(a["random"]["cpu"], b["random"]["cpu"])
+        for a, b in zip(end["ranks"], undisturbed["ranks"], strict=True)  # type: ignore[call-overload]
+    )
+    assert not torch.equal(*(each["random"]["cpu"] for each in end["ranks"]))  # type: ignore[attr-defined]
+
+
+def test_refusals(shards: Path, tmp_path: Path) -> None:
+    """Towers without a partner, and batches that the processes cannot share."""
+    told = train_refuses(*arguments(shards, tmp_path / "run", "--parallel.placement", "towers"))
+    assert "even number of processes, not 1" in told and not (tmp_path / "run").exists()
+    placement = object.__new__(Placement)
+    placement.num_loader_ranks = 3
+    assert placement.loader_batch(33) == 11
+    with pytest.raises(ValueError, match=r"train.batch_size \(32\) does not divide by 3 processes"):
+        placement.loader_batch(32)
