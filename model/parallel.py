@@ -62,11 +62,15 @@ class Peer:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
             raise PeerLostError(
                 f"the process of the other tower (rank {self.rank}) is gone or has been silent for "
-                f"{TIMEOUT.seconds} s; what it said last tells why ({reason})"
+                f"{TIMEOUT.seconds} s; what it said last tells why ({reason_of(error)})"
             ) from None
+
+
+def reason_of(error: RuntimeError) -> str:
+    """The heart of what a backend raised: one sentence, without the place in its source."""
+    return str(error).splitlines()[0].rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(error)
 
 
 class Transfer:

@@ -13,7 +13,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.parallel import TIMEOUT, TOWERS, Mesh, PeerLostError, TowerAlexNet, join_state, seed_process, split_state
+from model.parallel import (
+    TIMEOUT,
+    TOWERS,
+    Mesh,
+    PeerLostError,
+    TowerAlexNet,
+    join_state,
+    reason_of,
+    seed_process,
+    split_state,
+)
 from pipeline.loader import Batch
 from pipeline.shards import DataError
 from train.program import WRONG_INPUT
@@ -142,8 +152,8 @@ class Placement:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            told = any(word in reason.lower() for word in ("gloo", "nccl", "connection", "timed out", "peer"))
+            reason = reason_of(error)
+            told = any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out", "peer"))
             if self.world == 1 or isinstance(error, DataError) or not (told or isinstance(error, dist.DistError)):
                 raise
             if not isinstance(error, PeerLostError):
