@@ -175,6 +175,10 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
     place = int(os.environ.get("LOCAL_RANK", "0"))
+    if name != "cpu" and place >= torch.cuda.device_count() > 0:
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPUs and more processes than that; start one for each"
+        )
     return torch.device("cuda", place) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 

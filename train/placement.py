@@ -56,6 +56,8 @@ class Placement:
                 "torchrun --nproc-per-node 2, for example"
             )
         if self.world > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # where NCCL takes what is on no device of its own
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
             self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._mesh = Mesh.join(device) if towers else None
