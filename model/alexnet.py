@@ -17,8 +17,8 @@ keeps: with N(0, 0.01) weights that is another network, which does not train at 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,6 +56,13 @@ class AlexNetConfig:
     """Probability that a unit of fc6 or fc7 is silenced in training (section 4.2)."""
 
     def __post_init__(self) -> None:
+        choices: dict[str, Iterable[Any]] = {
+            "variant": PRESETS, "towers": (None, 1, 2), "activation": ACTIVATIONS,
+            "lrn": (None, "none", "paper", "original"), "pooling": ("overlapping", "plain"),
+        }  # fmt: skip
+        for name, allowed in choices.items():  # not all of them come through a command line
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name} must be one of {[*allowed]}, not {getattr(self, name)}")
         if any(maps % self.num_towers or maps < 0 for maps in self.maps) or not all(self.maps[:2]):
             raise ValueError(
                 f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
@@ -74,10 +81,19 @@ class AlexNetConfig:
         channels = content.get("channels")
         return cls(**{**content, "channels": tuple(channels) if channels else None})
 
+    def spelled_out(self) -> "AlexNetConfig":
+        """The same with the variant's values where fields are silent."""
+        return replace(self, towers=self.num_towers, channels=self.maps, lrn=self.normalization)  # type: ignore[arg-type]
+
     @property
     def maps(self) -> tuple[int, int, int, int, int]:
         """`channels`, or the variant's."""
         return PRESETS[self.variant].channels if self.channels is None else self.channels
+
+    @property
+    def padding(self) -> int:
+        """Of conv1, on all sides."""
+        return 2 if self.variant == "torchvision" else 0
 
     @property
     def num_towers(self) -> int:
@@ -122,8 +138,7 @@ class AlexNet(nn.Module):
         super().__init__()
         c1, c2, c3, c4, c5 = config.maps
         towers, hidden = config.num_towers, config.hidden
-        padding = 2 if config.variant == "torchvision" else 0
-        self.conv1 = nn.Conv2d(3, c1, 11, stride=4, padding=padding)
+        self.conv1 = nn.Conv2d(3, c1, 11, stride=4, padding=config.padding)
         self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=towers)
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1) if c3 else None
         self.conv4 = nn.Conv2d(c3 or c2, c4, 3, padding=1, groups=towers) if c4 else None
@@ -221,6 +236,7 @@ def normalize_within_maps(x: torch.Tensor) -> torch.Tensor:
     own map.
 
     Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the map counts as zero), power
-    0.75.
+    0.75. In at least float32; the result has the dtype of `x`.
     """
-    return x * (1 + 1e-3 * F.avg_pool2d(x * x, 5, stride=1, padding=2)).pow(-0.75)
+    wide = widen(x)
+    return (wide * (1 + 1e-3 * F.avg_pool2d(wide * wide, 5, stride=1, padding=2)).pow(-0.75)).to(x.dtype)

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from model.alexnet import AlexNet, AlexNetConfig
@@ -37,13 +36,14 @@ TIMEOUT = timedelta(seconds=45)
 
 
 class PeerLostError(RuntimeError):
-    """The process of the other tower is gone, or silent for `TIMEOUT`."""
+    """The process of the other tower is gone, or has been silent for too long."""
 
 
 class Peer:
     """The process that holds the other tower of the same replica."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        self.group, self._timeout = group, timeout
         self.tower = dist.get_rank(group)
         """Which one is ours, 0 or 1."""
         self.rank = dist.get_global_rank(group, 1 - self.tower)
@@ -64,7 +64,7 @@ class Peer:
         except RuntimeError as error:
             raise PeerLostError(
                 f"the process of the other tower (rank {self.rank}) is gone or has been silent for "
-                f"{TIMEOUT.seconds} s; what it said last tells why ({reason_of(error)})"
+                f"{self._timeout.seconds} s; what it said last tells why ({reason_of(error)})"
             ) from None
 
 
@@ -86,7 +86,10 @@ class Transfer:
         peer.bytes_sent += self._mine.nbytes
         with peer.watched():
             self._works = dist.batch_isend_irecv(
-                [dist.P2POp(dist.isend, self._mine, peer.rank), dist.P2POp(dist.irecv, self._theirs, peer.rank)]
+                [
+                    dist.P2POp(dist.isend, self._mine, peer.rank, peer.group),
+                    dist.P2POp(dist.irecv, self._theirs, peer.rank, peer.group),
+                ]
             )
 
     def wait(self) -> torch.Tensor:
@@ -196,7 +199,11 @@ class GatherLogits(torch.autograd.Function):
 
 class TowerAlexNet(AlexNet):
     """This process's tower; drop-in for `AlexNet` of the same configuration, whose initial weights it takes its part
-    of, and whose logits it gives. Raises `ValueError` when the network has not two towers that meet in conv3."""
+    of, and whose logits it gives.
+
+    Gradients with respect to images are this tower's part alone. Raises `ValueError` when the network has not two
+    towers that meet in conv3.
+    """
 
     def __init__(self, config: AlexNetConfig, peer: Peer) -> None:
         nn.Module.__init__(self)
@@ -206,7 +213,7 @@ class TowerAlexNet(AlexNet):
         self.peer = peer
         _, c2, c3, c4, c5 = config.maps
         maps = [c // TOWERS for c in config.maps]
-        self.conv1 = nn.Conv2d(3, maps[0], 11, stride=4)
+        self.conv1 = nn.Conv2d(3, maps[0], 11, stride=4, padding=config.padding)
         self.conv2 = nn.Conv2d(maps[0], maps[1], 5, padding=2)
         self.conv3 = MeetingConv2d(c2, maps[2], 3, padding=1)
         self.conv4 = nn.Conv2d(maps[2], maps[3], 3, padding=1) if c4 else None
@@ -256,30 +263,35 @@ class Mesh:
     """The processes that hold the same tower."""
 
     @classmethod
-    def join(cls, device: torch.device) -> "Mesh":
+    def join(cls, device: torch.device, timeout: timedelta = TIMEOUT) -> "Mesh":
         """Meet the other processes of a torchrun. Raises `ValueError` when they are no pairs."""
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         world = dist.get_world_size()
         if world % TOWERS:
             raise ValueError(f"parallel.placement=towers takes an even number of processes, not {world}")
-        mesh = init_device_mesh(device.type, (world // TOWERS, TOWERS), mesh_dim_names=("replica", "tower"))
-        return cls(
-            Peer(mesh.get_group("tower")), mesh.get_local_rank("replica"), world // TOWERS, mesh.get_group("replica")
-        )
+        replica, tower = divmod(dist.get_rank(), TOWERS)
+        # Not `init_device_mesh`, whose groups wait for half an hour. Every process takes part in making every group.
+        pairs = [dist.new_group([first, first + 1], timeout) for first in range(0, world, TOWERS)]
+        same_tower = [dist.new_group(list(range(first, world, TOWERS)), timeout) for first in range(TOWERS)]
+        return cls(Peer(pairs[replica], timeout), replica, world // TOWERS, same_tower[tower])
 
     def seed(self, seed: int) -> None:
         """Seed torch for what is drawn from here on (dropout), differently in every process."""
         seed_process(seed, dist.get_rank())
 
     def replicated(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over replicas, in buckets that travel while others are computed."""
+        """The model with gradients averaged over replicas, in buckets that travel while others are computed.
+
+        What DDP asks for holds: one backward pass for each forward pass.
+        """
         if self.num_replicas == 1:
             return model
         return DistributedDataParallel(model, process_group=self.replica_group, gradient_as_bucket_view=True)
 
     def share_batch(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair's batch, tower 0's half first, from the halves that both have loaded: nothing is decoded twice."""
+        """The pair's batch, tower 0's half first, from halves of one size that both have loaded: nothing is decoded
+        twice."""
         transfers = [self.peer.exchange(images), self.peer.exchange(labels)]
         others = [transfer.wait() for transfer in transfers]
         pairs = zip((images, labels), others, strict=True)

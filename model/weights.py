@@ -37,57 +37,71 @@ def weights_bytes(
         inputs: {"mean": [red, green, blue], "std": divisor}, on 0..255.
         names: Of tensors. "torchvision" is for `variant: torchvision` alone: nothing else fits its `alexnet`.
 
-    Raises `ValueError` where torchvision's names do not fit.
+    Raises `ValueError` where the state is of another network, or torchvision's names do not fit.
     """
+    check_tensors(state, config)
     if names == "torchvision":
-        if config.variant != "torchvision" or config.num_towers != 1 or not all(config.maps):
+        sizes = {"channels": config.maps, "hidden": config.hidden, "num_classes": config.num_classes}
+        theirs = AlexNetConfig("torchvision", dropout=config.dropout, **sizes)  # type: ignore[arg-type]
+        if config.spelled_out() != theirs.spelled_out() or not all(config.maps):
             raise ValueError("torchvision's alexnet is another network; only model.variant=torchvision has its names")
-        theirs = {ours: name for name, ours in TORCHVISION_NAMES.items()}
-        state = {f"{theirs[layer]}.{kind}": state[f"{layer}.{kind}"] for layer in theirs for kind in ("weight", "bias")}
-    spelled = dataclasses.replace(config, towers=config.num_towers, channels=config.maps, lrn=config.normalization)  # type: ignore[arg-type]
-    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(spelled)), "input": json.dumps(inputs)}
+        renamed = {ours: name for name, ours in OURS.items()}
+        state = {renamed[name]: tensor for name, tensor in state.items()}
+    described = json.dumps(dataclasses.asdict(config.spelled_out()))
+    metadata = {"format": "pt", "config": described, "input": json.dumps(inputs)}
     return save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, metadata)
 
 
 def read_weights(path: Path) -> tuple[AlexNetConfig, dict[str, torch.Tensor]]:
     """Read a .safetensors file, or a state dict that torch saved, onto the CPU, under our names.
 
-    Without a configuration in the file, it has to be torchvision's `alexnet`, whose sizes the tensors tell. Loading
-    runs no code from the file. Raises `FileNotFoundError`, or `ValueError` when it is damaged or of another network.
+    Without a configuration in the file, it has to be torchvision's `alexnet`, whose sizes the tensors tell. Tensors may
+    have any floating dtype; a network that loads them keeps its own. Loading runs no code from the file. Raises
+    `FileNotFoundError`, or `ValueError` when it is damaged or of another network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; give a .safetensors file, or torchvision's .pth")
-    config = None
     try:
+        described = None
         if path.suffix == ".safetensors":
             state = load_file(path)
             with safe_open(path, "pt") as file:
-                if described := (file.metadata() or {}).get("config"):
-                    config = AlexNetConfig.from_json(json.loads(described))
+                described = (file.metadata() or {}).get("config")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-                raise TypeError
-    except Exception as error:  # what torch raises for damage depends on where it is
-        if isinstance(error, SafetensorError | ValueError | OSError):
-            raise ValueError(f"{path} holds no weights ({error}); copy or export it again") from None
-        raise ValueError(f"{path} holds no weights; give a .safetensors file, or torchvision's .pth") from None
-    kinds, layers = ("weight", "bias"), TORCHVISION_NAMES.items()
-    ours = {f"{name}.{kind}": f"{layer}.{kind}" for name, layer in layers for kind in kinds}
-    if config is None and set(state) == set(ours):
-        config = torchvision_config(state)
-    if config is None:
-        raise ValueError(f"{path} does not say which network it is of; export it from its checkpoint again")
-    state = {ours.get(name, name): tensor for name, tensor in state.items()}
-    with torch.device("meta"):
-        expected = AlexNet(config).state_dict()
-    if {name: tensor.shape for name, tensor in state.items()} != {name: each.shape for name, each in expected.items()}:
-        raise ValueError(f"{path} holds other tensors than its network has; export it from its checkpoint again")
+        config = AlexNetConfig.from_json(json.loads(described)) if described else torchvision_config(state)
+        state = {OURS.get(name, name): tensor for name, tensor in state.items()}
+        check_tensors(state, config)
+    except Exception as error:  # files of all kinds get here; what is raised depends on where they are odd
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError | SafetensorError) and str(error) else ""
+        raise ValueError(
+            f"{path} holds no weights of this network{reason and f' ({reason})'}; give a .safetensors file that "
+            "tools/export_weights.py wrote, or torchvision's .pth"
+        ) from None
     return config, state
 
 
+FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+OURS = {
+    f"{theirs}.{kind}": f"{layer}.{kind}" for theirs, layer in TORCHVISION_NAMES.items() for kind in ("weight", "bias")
+}
+"""torchvision's names of tensors, and ours."""
+
+
+def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> None:
+    """Raise `ValueError` unless a state has the tensors of a network."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in AlexNet(config).state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        raise ValueError("its tensors have other names or shapes than those of its network")
+    if any(tensor.dtype not in FLOATING or tensor.is_meta for tensor in state.values()):
+        raise ValueError("its tensors are no floating-point numbers")
+
+
 def torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
-    """The sizes of a state dict under torchvision's names."""
+    """The sizes of a state dict under torchvision's names. Raises `ValueError` for other names."""
+    if set(state) != set(OURS):
+        raise ValueError("it does not say which network it is of, and has not the names of torchvision's alexnet")
     sizes = {layer: len(state[f"{name}.weight"]) for name, layer in TORCHVISION_NAMES.items()}
     c1, c2, c3, c4, c5 = (sizes[f"conv{k}"] for k in range(1, 6))
     return AlexNetConfig(

@@ -24,6 +24,12 @@ from train.optimizer import PaperSGD
 
 CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""
+OTHERS = (
+    AlexNetConfig("original", channels=(8, 16, 24, 24, 0), hidden=32, num_classes=6, activation="tanh", dropout=0),
+    AlexNetConfig("torchvision", towers=2, channels=(8, 16, 24, 0, 16), hidden=32, num_classes=3, dropout=0),
+    AlexNetConfig(channels=(8, 16, 24, 0, 0), hidden=32, num_classes=2, lrn="none", pooling="plain", dropout=0),
+)
+"""Of which one step is compared."""
 BATCH, STEPS = 4, 50
 RATE = 1e-3
 
@@ -36,7 +42,7 @@ def batch(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    network: torch.nn.Module, model: AlexNet, rows: slice, dtype: torch.dtype, steps: int
+    network: torch.nn.Module, model: AlexNet, rows: slice, dtype: torch.dtype, steps: int, classes: int = 7
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Take some steps; returns the first one's loss, logits and gradients, and the weights in the end."""
     optimizer = PaperSGD(model.named_parameters(), momentum=0.9, weight_decay=5e-4)
@@ -44,7 +50,7 @@ def train(
     for step in range(steps):
         images, labels = (each[rows] for each in batch(step, dtype))
         logits = network(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels % classes)
         loss.backward()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -69,6 +75,14 @@ def work(folder: Path, rank: int, world: int) -> None:
         found["bytes"] = (mesh.peer.bytes_sent - sent) / steps / per_replica
         first["gradients"] = join_state(first["gradients"], CONFIG, mesh.peer)
         found[str(dtype)] = first | {"weights": join_state(weights, CONFIG, mesh.peer), "initial": initial}
+    found["others"] = []
+    for config in OTHERS:
+        torch.manual_seed(0)
+        other = TowerAlexNet(config, mesh.peer).double()
+        first, _ = train(mesh.replicated(other), other, rows, torch.float64, 1, config.num_classes)
+        found["others"].append(join_state(first["gradients"], config, mesh.peer))
+    groups = (mesh.peer.group, mesh.replica_group)
+    found["timeouts"] = [group._get_backend(torch.device("cpu")).options._timeout.seconds for group in groups]
     found["parameters"] = sum(p.numel() for p in model.parameters())
 
     # Half precision, on the wire too; what replicas exchange.
@@ -107,8 +121,8 @@ def work(folder: Path, rank: int, world: int) -> None:
 
 def silent_peer(folder: Path, rank: int, world: int, how: str) -> None:
     """Rank 1 leaves or stands still after the first step; rank 0 tells what it notices."""
-    dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank, timeout=timedelta(seconds=4))
-    mesh = Mesh.join(torch.device("cpu"))
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
+    mesh = Mesh.join(torch.device("cpu"), timedelta(seconds=4))
     network = TowerAlexNet(CONFIG, mesh.peer)
     images, _ = batch(0, torch.float32)
     network(images).sum().backward()
@@ -204,7 +218,14 @@ def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int, single
     halves = torch.stack([found[rank]["half loss"] for rank in range(0, world, 2)])
     assert_close(halves.mean(), single(torch.float32)["half loss"], 0.01)
     assert all(each["averaged"] == (4 * each["parameters"] if replicas > 1 else 0) for each in found)
-    assert all(each["shared"] for each in found)
+    assert all(each["timeouts"] == [45, 45] and each["shared"] for each in found)
+    for number, config in enumerate(OTHERS):
+        torch.manual_seed(0)
+        model = AlexNet(config).double()
+        expected, _ = train(model, model, slice(None), torch.float64, 1, config.num_classes)
+        for each in found:
+            for name, gradient in expected["gradients"].items():
+                assert_close(each["others"][number][name], gradient, 1e-11)
     masks = [each["silent"] for each in found]
     for once, again in masks:
         assert torch.equal(once, again) and abs(once.float().mean() - 0.5) < 0.05

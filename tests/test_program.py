@@ -40,6 +40,8 @@ def test_help_of_every_program() -> None:
             done = run_python(*form, "--help")
             assert done.returncode == 0 and "usage:" in done.stdout
     assert "--samples-per-shard" in run_python("tools/make_shards.py", "pack", "--help").stdout
+    done = run_python("tools/bench.py", "model", "--batch-sizes", "[0]")  # a list
+    assert done.returncode == 2 and "--batch-sizes and --repeats must be at least 1" in done.stderr
 
 
 def test_a_reader_that_leaves(shards: Path) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import read_weights, weights_bytes
@@ -80,15 +82,44 @@ def test_refusals(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError, match="is no file"):
         read_weights(path)
-    for content in (data[:-5], b"", b"junk" * 10):
+    odd = AlexNet(SLIM).state_dict()
+    described = json.dumps({"variant": "original", "channels": [8, 16, 24, 0, 16], "hidden": 32, "num_classes": 7})
+
+    def with_config(text: str, **tensors: torch.Tensor) -> bytes:
+        return save({name: tensor.contiguous() for name, tensor in (odd | tensors).items()}, {"config": text})
+
+    path.write_bytes(with_config(described))
+    assert read_weights(path)[0].hidden == 32
+    for content in (
+        data[:-5],
+        b"",
+        b"junk" * 10,
+        with_config(described, more=torch.ones(1)),
+        with_config(described, **{"fc8.bias": torch.ones(7, dtype=torch.int32)}),
+        with_config("[]"),
+        with_config("null"),
+        with_config(described.replace("original", "vgg")),
+        with_config(described.replace("32", "32.0")),
+        with_config(described.replace("32", str(2**62))),
+        with_config(described.replace("8, ", "")),
+        with_config(described.replace('"hidden"', '"lrn": "foo", "hidden"')),
+        with_config(described.replace('"hidden"', '"colour": 3, "hidden"')),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"x.safetensors holds no weights"):
+        with pytest.raises(ValueError, match=r"x.safetensors holds no weights of this network"):
             read_weights(path)
-    state = AlexNet(SLIM).state_dict()
-    path.write_bytes(weights_bytes({**state, "more": torch.ones(1)}, SLIM, INPUTS))
-    with pytest.raises(ValueError, match="other tensors"):
-        read_weights(path)
-    for number, content in enumerate((state, {"epoch": 3}, [1, 2])):
-        torch.save(content, tmp_path / f"{number}.pth")
-        with pytest.raises(ValueError, match=r"does not say which network|holds no weights"):
+    theirs = {f"{name}.{kind}": torch.tensor(1.0) for name in TORCHVISION for kind in ("weight", "bias")}
+    for number, state in enumerate((odd, {"epoch": 3}, [1, 2], theirs, {name: torch.ones(0) for name in theirs})):
+        torch.save(state, tmp_path / f"{number}.pth")
+        with pytest.raises(ValueError, match=r".pth holds no weights of this network"):
             read_weights(tmp_path / f"{number}.pth")
+
+
+def test_only_torchvisions_network_has_its_names() -> None:
+    """Another activation, pooling, normalization or a second tower would load there and be something else."""
+    plain = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3, dropout=0.2)
+    assert weights_bytes(AlexNet(plain).state_dict(), plain, INPUTS, "torchvision")
+    for change in ({"activation": "tanh"}, {"pooling": "plain"}, {"lrn": "paper"}, {"towers": 2}, {"variant": "paper"}):
+        config = replace(plain, **change)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
+            weights_bytes(AlexNet(config).state_dict(), config, INPUTS, "torchvision")

@@ -35,8 +35,9 @@ def loader(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path | None = None,
 ) -> None:
-    """Images per second of the training loader, beside its decoded windows alone, libjpeg-turbo alone on the same
-    files, and a torch DataLoader with Pillow that makes the same batches.
+    """Images per second of the training loader, beside libjpeg-turbo alone and a DataLoader with Pillow.
+
+    Also beside its own pixels as they would go to a GPU. All decode the same files.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -62,8 +63,10 @@ def model(
     profile: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Images per second of training on a batch that is there already: ours as it stands, compiled, and written in other
-    ways, beside torchvision's network; and of local response normalization alone, beside torch's and beside copying.
+    """Images per second of training on a batch that is there already, beside torchvision's network.
+
+    Ours as it stands, compiled, and written in other ways. First of all, local response normalization alone, beside
+    torch's and beside copying.
 
     Args:
         batch_sizes: Images per batch, one measurement each; by default [128,256,1024] on a GPU and [32] on a CPU.
@@ -86,8 +89,9 @@ def pack(
     scratch: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Images per second of make_shards beside a pool of Pillow processes with webdataset's ShardWriter, beside decoding
-    and encoding alone, and beside plain copying.
+    """Images per second of make_shards, beside Pillow processes with webdataset's ShardWriter, and plain copying.
+
+    Also beside decoding and encoding alone.
 
     Args:
         raw: Folder with the archives of ILSVRC-2012, or with what `tools/make_demo.py --photos` writes.
@@ -109,8 +113,9 @@ def pca(
     device: Literal["cpu", "cuda"] = "cpu",
     out: Path | None = None,
 ) -> None:
-    """Images per second of computing the eigenbasis' sums, beside decoding the same shards alone; on a GPU also how far
-    its decoder moves the eigenvalues.
+    """Images per second of computing the eigenbasis' sums, beside decoding the same shards alone.
+
+    On a GPU also how far its decoder moves the eigenvalues.
 
     Args:
         shards: Folder written by make_shards.

@@ -32,13 +32,13 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
             "mean": content["eigenbasis"]["mean"],
             "std": content["config"]["data"]["augmentation"]["std"],
         }
-        with_image = content.get("mean_image") is not None
-    except (KeyError, TypeError):
+        step, with_image = content["step"], content.get("mean_image") is not None
+        data = weights_bytes(state, config, inputs, names)
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
-    data = weights_bytes(state, config, inputs, names)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, data)
-    print(f"{out}: step {content['step']} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")
+    print(f"{out}: step {step} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")
     if with_image:
         print("note: images were less a mean image in training, of which the file holds the mean colour alone")
 

@@ -18,10 +18,10 @@ def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float
     begun = perf_counter()
     while perf_counter() - begun < seconds / 4:
         step()
-    steps, started = 0, perf_counter()
-    while (elapsed := perf_counter() - started) < seconds:
+    steps, started, elapsed = 0, perf_counter(), 0.0
+    while elapsed < seconds:
         step()
-        steps += 1
+        steps, elapsed = steps + 1, perf_counter() - started
     return steps * images_per_step / elapsed
 
 
