@@ -70,7 +70,8 @@ class Peer:
 
 def reason_of(error: RuntimeError) -> str:
     """The heart of what a backend raised: one sentence, without the place in its source."""
-    return str(error).splitlines()[0].rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(error)
+    line = str(error).splitlines()[0]
+    return line.rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or line
 
 
 class Transfer:

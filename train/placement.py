@@ -148,19 +148,21 @@ class Placement:
         if self.world > 1:
             dist.destroy_process_group()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Turn what a backend raises when another process is gone into `DataError`: the run cannot go on."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = reason_of(error)
-            told = any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out", "peer"))
-            if self.world == 1 or isinstance(error, DataError) or not (told or isinstance(error, dist.DistError)):
-                raise
-            if not isinstance(error, PeerLostError):
-                reason = (
-                    f"another process is gone or has been silent for {TIMEOUT.seconds} s; what it said last tells why "
-                    f"({reason})"
-                )
-            raise DataError(f"{reason}; the same command goes on from the last checkpoint") from None
+
+@contextmanager
+def lost_processes_told() -> Iterator[None]:
+    """Turn what a backend raises when another process is gone into `DataError`: the run cannot go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out", "peer"))
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if alone or isinstance(error, DataError) or not (told or isinstance(error, dist.DistError)):
+            raise
+        reason = str(error)
+        if not isinstance(error, PeerLostError):
+            reason = (
+                f"another process is gone or has been silent for {TIMEOUT.seconds} s; what it said last tells why "
+                f"({reason_of(error)})"
+            )
+        raise DataError(f"{reason}; the same command goes on from the last checkpoint") from None

@@ -19,7 +19,7 @@ from train.evaluate import pick_device
 from train.loop import Trainer
 from train.metrics import MetricsLog
 from train.pictures import PICTURES, draw_pictures
-from train.placement import Placement
+from train.placement import Placement, lost_processes_told
 from train.program import exit_with, keep_freed_memory
 from train.report import report
 
@@ -30,9 +30,9 @@ def run(config: Config) -> None:
     stop = StopSignal()
     device = pick_device(config.run.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; a CPU computes in float32 all the same
-    placement = Placement(config.parallel, device)
-    placement.first_does(lambda: claim_directory(config.run.dir))
-    with placement.watched():
+    with lost_processes_told():
+        placement = Placement(config.parallel, device)
+        placement.first_does(lambda: claim_directory(config.run.dir))
         train(config, Trainer(config, device, placement), stop)
     placement.leave()
 
