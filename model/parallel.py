@@ -300,10 +300,10 @@ class Mesh:
         return both[0], both[1]
 
 
-def seed_process(seed: int, rank: int) -> None:
-    """Seed torch with numbers that differ from rank to rank."""
-    numbers = np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(numbers[0] >> 1))
+def seed_process(*numbers: int) -> None:
+    """Seed torch with a stream of its own for every (seed, rank, ...)."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
 
 
 def bytes_per_image(config: AlexNetConfig, element_bytes: int, pixel_bytes: int = 0) -> float:

@@ -1,6 +1,7 @@
 """Fixtures: the demo, packed once for all tests, and small shard sets whose labels name each sample."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
@@ -60,20 +62,29 @@ def train_refuses(*arguments: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's raw archives."""
-    path = tmp_path_factory.mktemp("demo") / "raw"
-    run_ok("tools/make_demo.py", path)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the demo: `raw` archives, and `shards`, packed, with pca.json. Made once for all processes that run
+    tests; tests must not change it."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(f"{path}.lock"):
+        if not (path / "shards" / "pca.json").exists():
+            run_ok("tools/make_demo.py", path / "raw")
+            run_ok("tools/make_shards.py", "pack", path / "raw", path / "shards", "--samples-per-shard", "180")
+            run_ok("tools/compute_pca.py", path / "shards")
     return path
 
 
 @pytest.fixture(scope="session")
-def shards(raw: Path) -> Path:
-    """The demo, packed, with pca.json. Tests must not change it."""
-    path = raw.parent / "shards"
-    run_ok("tools/make_shards.py", "pack", raw, path, "--samples-per-shard", "180")
-    run_ok("tools/compute_pca.py", path)
-    return path
+def raw(demo: Path) -> Path:
+    """The demo's raw archives."""
+    return demo / "raw"
+
+
+@pytest.fixture(scope="session")
+def shards(demo: Path) -> Path:
+    """The demo's shards."""
+    return demo / "shards"
 
 
 @pytest.fixture(scope="session")

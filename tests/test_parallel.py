@@ -122,7 +122,7 @@ def work(folder: Path, rank: int, world: int) -> None:
 def silent_peer(folder: Path, rank: int, world: int, how: str) -> None:
     """Rank 1 leaves or stands still after the first step; rank 0 tells what it notices."""
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
-    mesh = Mesh.join(torch.device("cpu"), timedelta(seconds=4))
+    mesh = Mesh.join(torch.device("cpu"), timedelta(seconds=2))
     network = TowerAlexNet(CONFIG, mesh.peer)
     images, _ = batch(0, torch.float32)
     network(images).sum().backward()

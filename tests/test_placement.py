@@ -28,6 +28,7 @@ def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
     return ["--data.shards", str(shards), "--run.dir", str(directory), *SMALL.split(), *more]
 
 
+@pytest.mark.slow
 def test_towers_learn_what_one_process_learns(shards: Path, tmp_path: Path) -> None:
     """Where both processes load everything and there is no dropout, the rows and weights of a run are those of one
     process, but for rounding."""
@@ -76,6 +77,23 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
         for a, b in zip(end["ranks"], undisturbed["ranks"], strict=True)  # type: ignore[call-overload]
     )
     assert not torch.equal(*(each["random"]["cpu"] for each in end["ranks"]))  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
+    """What a pair of towers began, one process goes on with, from the end of an epoch, if that is allowed."""
+    run = arguments(shards, tmp_path)
+    run_ok(*TORCHRUN, *run, "--parallel.placement", "towers")
+    began = final(tmp_path)
+    longer = ["--train.epochs", "2"]
+    assert "parallel.placement = towers" in train_refuses(*run, *longer)
+    told = run_ok("-m", "train.run", *run, *longer, "--resume.allow_world_change", "true")
+    assert f"going on from {tmp_path}/checkpoints/step-{STEPS:08d}.pt (epoch 1, step {STEPS})" in told
+    ended = final(tmp_path)
+    assert ended["step"] == 2 * STEPS and len(ended["ranks"]) == 1  # type: ignore[arg-type]
+    assert not same_weights(began, ended)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
+    assert [row["epoch"] for row in rows] == [1, 2]
 
 
 def test_refusals(shards: Path, tmp_path: Path) -> None:

@@ -50,6 +50,17 @@ def find_checkpoint(place: Path) -> Path | None:
     return path
 
 
+def checkpoint_at_an_edge(run_dir: Path) -> Path:
+    """The newest checkpoint that was written at the end of an epoch. Raises `ValueError` when none is kept."""
+    for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
+        if load_checkpoint(path)["ranks"][0]["loader"]["ended"]:
+            return path
+    raise ValueError(
+        f"{run_dir}/checkpoints keeps none of an epoch's end, from where another number of processes could go on; let "
+        "the run reach one as it is, or with a larger --run.keep"
+    )
+
+
 def checkpoint_path(place: Path) -> Path:
     """A checkpoint as users name it: the file, or a run directory, whose newest one is taken."""
     return (find_checkpoint(place) or place) if place.is_dir() else place

@@ -63,6 +63,15 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ResumeConfig:
+    """How a run goes on."""
+
+    allow_world_change: bool = False
+    """Go on under another number of processes or another placement, from the end of an epoch: of the last one that a
+    kept checkpoint has. Order and augmentation are drawn anew from there."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -78,6 +87,8 @@ class Config:
     """Update rule."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Several processes."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """Going on."""
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
@@ -98,7 +109,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(Config)
     parsed = parser.instantiate(parser.parse_args(arguments))
-    return Config(parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel)
+    return Config(parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume)
 
 
 def plain(value: Any) -> Any:
@@ -113,12 +124,14 @@ def plain(value: Any) -> Any:
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue a run under another configuration.
 
-    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie, and more epochs.
+    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie, and more epochs; with
+    `resume.allow_world_change` also how it is spread over processes.
     Raises `ValueError` that names the first other field.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
-        free = (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
+        moves = name.startswith("resume.") or (name.startswith("parallel.") and after["resume.allow_world_change"])
+        free = moves or (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
         longer = name == "train.epochs" and after[name] >= before[name]
         if before.get(name) != after.get(name) and not (free or longer):
             raise ValueError(

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet
+from model.parallel import TowerAlexNet, seed_process
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import PADDING, Batch, train_loader, val_loader
 from pipeline.shards import DataError, open_shards
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import checkpoint_at_an_edge, load_checkpoint, save_checkpoint
 from train.config import Config, check_same_run
 from train.evaluate import Accuracy, evaluate
 from train.metrics import MetricsLog, StepMeter
@@ -102,7 +102,7 @@ class Trainer:
         steps = self.train_loader.steps_per_epoch
         name, quiet = f"epoch {self.epoch + 1}", None if self.placement.is_first else True  # None: if on a terminal
         with tqdm(desc=name, total=steps, unit="step", disable=quiet, leave=False) as progress:
-            progress.update(self.step - self.epoch * steps)
+            progress.update(self.train_loader.at_step % steps)
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
                 meter.end_step(*self.train_step(self.placement.share(batch)), batch)
@@ -190,28 +190,47 @@ class Trainer:
         if self.placement.is_first:
             save_checkpoint(self.config.run.dir, self.step, content, self.config.run.keep)
 
-    def resume(self, path: Path) -> None:
-        """Go to a checkpoint's position. Raises `ValueError` when it belongs to another run."""
-        content = load_checkpoint(path)
-        check_same_run(content["config"], self.config.to_json())
+    def resume(self, path: Path) -> Path:
+        """Go to a checkpoint's position, or to that of an older one at an epoch's end where `resume.allow_world_change`
+        wants it. Returns which. Raises `ValueError` when it belongs to another run."""
+        content, config = load_checkpoint(path), self.config.to_json()
+        if "ranks" not in content:
+            raise ValueError(f"{path} is of an older version of this program, which can go on with it")
+        check_same_run(content["config"], config)
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise ValueError(f"{path} was trained on other classes than {self.config.data.shards}/classes.json lists")
         if content["eigenbasis"] != self.basis.to_json():
             raise ValueError(f"{path} was trained with another {self.config.data.shards}/pca.json; restore that file")
-        ranks = content["ranks"]
-        if len(ranks) != self.placement.world:
-            raise ValueError(f"{path} is of {len(ranks)} processes, not {self.placement.world}; start that many")
-        own = ranks[self.placement.rank]
-        self.train_loader.load_state_dict(own["loader"])
+        self.epoch, self.step = content["epoch"], content["step"]
         self.model.load_state_dict(self.placement.part(content["model"]))
         self.optimizer.load_state_dict(self.placement.part(content["optimizer"]))
         self.schedule.load_state_dict(content["schedule"])
+        ranks, world = content["ranks"], self.placement.world
+        if len(ranks) != world or content["config"]["parallel"] != config["parallel"]:
+            return self.enter_another_world(ranks, path)
+        own = ranks[self.placement.rank]
+        self.train_loader.load_state_dict(own["loader"])
         self.meter.load_state_dict(own["meter"])
-        self.epoch, self.step = content["epoch"], content["step"]
         random_state = own["random"]
         torch.set_rng_state(random_state["cpu"])
         if "cuda" in random_state:
             torch.cuda.set_rng_state(random_state["cuda"], self.device)
+        return path
+
+    def enter_another_world(self, ranks: list[dict[str, Any]], path: Path) -> Path:
+        """Go on from an epoch's end where there were other processes, or others that held each part."""
+        if not self.config.resume.allow_world_change:
+            raise ValueError(
+                f"{path} is of {len(ranks)} processes, not {self.placement.world}; start that many, or say "
+                "--resume.allow_world_change true, which goes on from the end of an epoch"
+            )
+        state = ranks[0]["loader"]
+        if not state["ended"]:
+            return self.resume(checkpoint_at_an_edge(self.config.run.dir))
+        nobodys = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
+        self.train_loader.load_state_dict(state | {"fingerprint": nobodys}, allow_world_change=True)
+        seed_process(self.config.train.seed, self.placement.rank, self.epoch)
+        return path
 
     def gather_network(self) -> None:
         """Leave training: every process holds the whole network from here on, uncompiled. All have to ask."""

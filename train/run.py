@@ -42,7 +42,7 @@ def train(config: Config, trainer: Trainer, stop: "StopSignal") -> None:
     placement = trainer.placement
     checkpoint = find_checkpoint(config.run.dir)
     if checkpoint:
-        trainer.resume(checkpoint)
+        checkpoint = trainer.resume(checkpoint)
         if placement.is_first:
             print(f"going on from {checkpoint} (epoch {trainer.epoch}, step {trainer.step})")
     placement.first_does(lambda: prepare_directory(config))
