@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.parallel import MeetingConv2d, Mesh, PeerLostError, TowerAlexNet, bytes_per_image, join_state, split_state
+from model.parallel import MeetingConv2d, Mesh, TowerAlexNet, bytes_per_image, join_state, split_state
+from model.peer import PeerLostError
 from tests.conftest import ROOT
 from train.optimizer import PaperSGD
 

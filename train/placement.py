@@ -13,17 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.parallel import (
-    TIMEOUT,
-    TOWERS,
-    Mesh,
-    PeerLostError,
-    TowerAlexNet,
-    join_state,
-    reason_of,
-    seed_process,
-    split_state,
-)
+from model.parallel import TOWERS, Mesh, TowerAlexNet, join_state, seed_process, split_state
+from model.peer import TIMEOUT, PeerLostError, reason_of
 from pipeline.loader import Batch
 from pipeline.shards import DataError
 from train.program import WRONG_INPUT
