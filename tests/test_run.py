@@ -138,13 +138,15 @@ def test_export(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]
     with safe_open(out, "pt") as file:
         assert json.loads(file.metadata()["input"]) == {"mean": read_json(shards / "pca.json")["mean"], "std": 1.0}
-    with pytest.raises(ValueError, match=r"end its name in .safetensors"):
-        export_weights(undisturbed, tmp_path / "out.pth")
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("out.pth", "folder.safetensors"):
+        with pytest.raises(ValueError, match=r"a file's name that ends in .safetensors"):
+            export_weights(undisturbed, tmp_path / name)
     with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
         export_weights(undisturbed, tmp_path / "names.safetensors", "torchvision")
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
         export_weights(out, tmp_path / "again.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "folder.safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
         out: File to write, `.safetensors`.
         names: Of the tensors: ours, or torchvision's, which fit `model.variant: torchvision` alone.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out} is to be a safetensors file; end its name in .safetensors")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ValueError(f"{out} is to be a safetensors file; give a file's name that ends in .safetensors")
     path = checkpoint_path(checkpoint)
     content = load_checkpoint(path)
     try:
