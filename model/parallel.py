@@ -209,10 +209,6 @@ class Mesh:
         same_tower = [dist.new_group(list(range(first, world, TOWERS)), timeout) for first in range(TOWERS)]
         return cls(Peer(pairs[replica], timeout), replica, world // TOWERS, same_tower[tower])
 
-    def seed(self, seed: int) -> None:
-        """Seed torch for what is drawn from here on (dropout), differently in every process."""
-        seed_process(seed, dist.get_rank())
-
     def replicated(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over replicas, in buckets that travel while others are computed.
 

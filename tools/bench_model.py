@@ -1,7 +1,6 @@
 """How fast the network trains on a batch that is there already, beside torchvision's network and other ways to write
 ours."""
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from model.alexnet import AlexNet, AlexNetConfig
 from model.lrn import local_response_norm
 from tools.measure import rate, record, show, take_turns
 from train.evaluate import pick_device
-from train.loop import compiled
+from train.loop import can_compile, compiled
 from train.optimizer import PaperSGD
 from train.program import keep_freed_memory
 
@@ -147,11 +146,6 @@ def training_on(batch_size: int, dtype: torch.dtype, place: torch.device) -> Cal
         return step
 
     return training
-
-
-def can_compile(place: torch.device) -> bool:
-    """Whether torch.compile works: for a CPU it calls a C++ compiler, without quoting its own path."""
-    return place.type == "cuda" or (shutil.which("g++") is not None and " " not in torch.__file__)
 
 
 def profiled(batch_size: int, dtype: torch.dtype, place: torch.device) -> str:

@@ -50,13 +50,14 @@ def find_checkpoint(place: Path) -> Path | None:
     return path
 
 
-def checkpoint_at_an_edge(run_dir: Path) -> Path:
-    """The newest checkpoint that was written at the end of an epoch. Raises `ValueError` when none is kept."""
-    for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
-        if load_checkpoint(path)["ranks"][0]["loader"]["ended"]:
+def checkpoint_at_an_edge(newest: Path) -> Path:
+    """The last checkpoint before `newest` that was written at the end of an epoch. Raises `ValueError` when none is
+    kept."""
+    for path in sorted(newest.parent.glob("step-*.pt"), reverse=True):
+        if path < newest and load_checkpoint(path)["ranks"][0]["loader"]["ended"]:
             return path
     raise ValueError(
-        f"{run_dir}/checkpoints keeps none of an epoch's end, from where another number of processes could go on; let "
+        f"{newest.parent} keeps none of an epoch's end, from where another number of processes could go on; let "
         "the run reach one as it is, or with a larger --run.keep"
     )
 

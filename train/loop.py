@@ -226,7 +226,7 @@ class Trainer:
             )
         state = ranks[0]["loader"]
         if not state["ended"]:
-            return self.resume(checkpoint_at_an_edge(self.config.run.dir))
+            return self.resume(checkpoint_at_an_edge(path))
         nobodys = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
         self.train_loader.load_state_dict(state | {"fingerprint": nobodys}, allow_world_change=True)
         seed_process(self.config.train.seed, self.placement.rank, self.epoch)
@@ -247,17 +247,18 @@ class Trainer:
 
 def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
     """What of the network pays to compile: all of it on a GPU; on a CPU, or where it is one tower of two, the
-    normalization, which is its slow layer.
-
-    On a CPU, PyTorch calls a C++ compiler, and does so without quoting its own path; where that cannot work the run
-    goes on uncompiled.
-    """
+    normalization, which is its slow layer. Where compiling cannot work the run goes on uncompiled."""
     if device.type == "cuda" and not isinstance(model, TowerAlexNet):
         return cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    compiler = device.type == "cuda" or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or (device.type == "cpu" and " " in torch.__file__):
+    if not can_compile(device):
         print("not compiling: there is no C++ compiler, or PyTorch lies in a folder with a space in its name")
     else:
         torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
         model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works: for a CPU it calls a C++ compiler, without quoting its own path."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    return device.type == "cuda" or (compiler is not None and " " not in torch.__file__)

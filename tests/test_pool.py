@@ -1,0 +1,34 @@
+"""Worker processes that die are told of, whenever it happens."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PROGRAM = """
+import multiprocessing, os, signal, time
+from multiprocessing.context import SpawnProcess
+from tools.pool import as_they_finish
+
+start = SpawnProcess.start
+
+def slow_start(process):
+    others = multiprocessing.active_children()
+    start(process)
+    if others:
+        os.kill(others[0].pid, signal.SIGKILL)
+        time.sleep(1)  # the pool sees it before it knows of the new process
+
+if __name__ == "__main__":
+    SpawnProcess.start = slow_start
+    list(as_they_finish(time.sleep, [0.1] * 10, 2))
+"""
+
+
+def test_a_worker_dies_while_another_starts(tmp_path: Path) -> None:
+    """The pool of the standard library would wait for the new one for ever."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "DataError: a worker process died" in done.stderr, done.stderr
