@@ -1,8 +1,8 @@
 """Weights in files that other programs read and write: safetensors, and torchvision's state dicts.
 
-    network, state = read_weights(Path("alexnet.safetensors"))     # or torchvision's .pth
-    model = AlexNet(network)
-    model.load_state_dict(state)
+    weights = read_weights(Path("alexnet.safetensors"))     # or torchvision's .pth
+    model = AlexNet(weights.config)
+    model.load_state_dict(weights.state)
 
 A safetensors file holds tensors under our names (`conv1.weight`, layer by layer as in `AlexNet`) or torchvision's
 (`features.0.weight`), in the single-device layout, and as metadata, besides the usual `format: pt`:
@@ -13,9 +13,10 @@ A safetensors file holds tensors under our names (`conv1.weight`, layer by layer
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,29 @@ from safetensors.torch import load_file, save
 from model.alexnet import TORCHVISION_NAMES, AlexNet, AlexNetConfig
 
 Names = Literal["alexnet-dali", "torchvision"]
+
+
+class Weights(NamedTuple):
+    """A network of a file."""
+
+    config: AlexNetConfig
+    state: dict[str, torch.Tensor]
+    """Under our names, on the CPU."""
+    mean: tuple[float, float, float]
+    """Levels of 0..255, RGB, that images are to be less."""
+    std: tuple[float, float, float]
+    """What they are to be divided by then."""
+
+    def for_std(self, std: float) -> dict[str, torch.Tensor]:
+        """The state for images that are divided by `std` instead: conv1 makes up for it, exactly but for rounding."""
+        factors = torch.tensor([std / own for own in self.std], dtype=torch.float64).reshape(1, 3, 1, 1)
+        conv1 = self.state["conv1.weight"]
+        return self.state | {"conv1.weight": (conv1 * factors).to(conv1.dtype)}
+
+
+TORCHVISION_MEAN = (123.675, 116.28, 103.53)
+TORCHVISION_STD = (58.395, 57.12, 57.375)
+"""What torchvision's own weights expect: (.485, .456, .406) and (.229, .224, .225), times 255."""
 
 
 def weights_bytes(
@@ -52,7 +76,7 @@ def weights_bytes(
     return save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, metadata)
 
 
-def read_weights(path: Path) -> tuple[AlexNetConfig, dict[str, torch.Tensor]]:
+def read_weights(path: Path) -> Weights:
     """Read a .safetensors file, or a state dict that torch saved, onto the CPU, under our names.
 
     Without a configuration in the file, it has to be torchvision's `alexnet`, whose sizes the tensors tell. Tensors may
@@ -62,23 +86,32 @@ def read_weights(path: Path) -> tuple[AlexNetConfig, dict[str, torch.Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; give a .safetensors file, or torchvision's .pth")
     try:
-        described = None
+        described, inputs = None, {"mean": TORCHVISION_MEAN, "std": TORCHVISION_STD}
         if path.suffix == ".safetensors":
             state = load_file(path)
             with safe_open(path, "pt") as file:
-                described = (file.metadata() or {}).get("config")
+                metadata = file.metadata() or {}
+            described, inputs = metadata.get("config"), json.loads(metadata.get("input", json.dumps(inputs)))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         config = AlexNetConfig.from_json(json.loads(described)) if described else torchvision_config(state)
         state = {OURS.get(name, name): tensor for name, tensor in state.items()}
         check_tensors(state, config)
+        return Weights(config, state, triple(inputs["mean"]), triple(inputs["std"]))
     except Exception as error:  # files of all kinds get here; what is raised depends on where they are odd
         reason = str(error).splitlines()[0] if isinstance(error, ValueError | SafetensorError) and str(error) else ""
         raise ValueError(
             f"{path} holds no weights of this network{reason and f' ({reason})'}; give a .safetensors file that "
             "tools/export_weights.py wrote, or torchvision's .pth"
         ) from None
-    return config, state
+
+
+def triple(value: Any) -> tuple[float, float, float]:
+    """One number or three, as three. Raises `ValueError` for others than finite ones."""
+    red, green, blue = (float(each) for each in (value if isinstance(value, list | tuple) else [value] * 3))
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError("what it says of images are no numbers")
+    return red, green, blue
 
 
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}

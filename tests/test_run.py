@@ -132,7 +132,7 @@ def test_export(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The tool writes what the checkpoint holds, as safetensors; other suffixes, files and names are refused."""
     out = tmp_path / "weights.safetensors"
     assert "step 132 of" in run_ok("tools/export_weights.py", undisturbed, out)
-    config, state = read_weights(out)
+    config, state, *_ = read_weights(out)
     assert config.maps == (8, 16, 16, 16, 16) and config.num_classes == 10 and config.normalization == "original"
     saved = final(undisturbed)["model"]
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.weights import read_weights, weights_bytes
+from model.weights import Weights, read_weights, weights_bytes
 from tests.test_alexnet import TORCHVISION
 
 SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), hidden=32, num_classes=7, dropout=0.25)
@@ -39,8 +39,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(tensors[name], tensor.numpy())
     (tmp_path / "x.safetensors").write_bytes(data)
-    config, state = read_weights(tmp_path / "x.safetensors")
+    config, state, mean, std = read_weights(tmp_path / "x.safetensors")
     assert (config.maps, config.normalization, config.dropout) == (SLIM.maps, "original", 0.25)
+    assert mean == tuple(INPUTS["mean"]) and std == (1, 1, 1)  # type: ignore[arg-type]
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -55,7 +56,7 @@ def test_torchvisions_names(tmp_path: Path) -> None:
         previous = shape[0]
         state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(shape), torch.randn(shape[0])
     torch.save(state, tmp_path / "alexnet.pth")
-    config, ours = read_weights(tmp_path / "alexnet.pth")
+    config, ours, mean, std = read_weights(tmp_path / "alexnet.pth")
     assert (config.variant, config.maps, config.hidden, config.num_classes) == (
         "torchvision",
         (8, 24, 48, 32, 32),
@@ -70,8 +71,24 @@ def test_torchvisions_names(tmp_path: Path) -> None:
     for name, tensor in state.items():
         np.testing.assert_array_equal(tensors[name], tensor.numpy())
     (tmp_path / "x.safetensors").write_bytes(data)
-    again, same = read_weights(tmp_path / "x.safetensors")
+    assert mean == (123.675, 116.28, 103.53) and std == (58.395, 57.12, 57.375)
+    again, same, mean, std = read_weights(tmp_path / "x.safetensors")
+    assert mean == tuple(INPUTS["mean"]) and std == (1, 1, 1)  # type: ignore[arg-type]
     assert again.maps == config.maps and all(torch.equal(ours[name], same[name]) for name in ours)
+
+
+def test_another_std(tmp_path: Path) -> None:
+    """Logits of images / 255, less a mean and divided by a std per channel, are those of images on 0..255 less the mean
+    with the std moved into conv1."""
+    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3)
+    model = AlexNet(config).double().eval()
+    weights = Weights(config, model.state_dict(), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    pixels = torch.rand(2, 3, 224, 224, dtype=torch.float64) * 255
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = model((pixels / 255 - mean) / std).detach()
+    for divisor in (1.0, 50.0):
+        model.load_state_dict(weights.for_std(divisor))
+        torch.testing.assert_close(model((pixels - 255 * mean) / divisor), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -85,8 +102,9 @@ def test_refusals(tmp_path: Path) -> None:
     odd = AlexNet(SLIM).state_dict()
     described = json.dumps({"variant": "original", "channels": [8, 16, 24, 0, 16], "hidden": 32, "num_classes": 7})
 
-    def with_config(text: str, **tensors: torch.Tensor) -> bytes:
-        return save({name: tensor.contiguous() for name, tensor in (odd | tensors).items()}, {"config": text})
+    def with_config(text: str, input: str | None = None, **tensors: torch.Tensor) -> bytes:
+        metadata = {"config": text} | ({"input": input} if input else {})
+        return save({name: tensor.contiguous() for name, tensor in (odd | tensors).items()}, metadata)
 
     path.write_bytes(with_config(described))
     assert read_weights(path)[0].hidden == 32
@@ -104,6 +122,10 @@ def test_refusals(tmp_path: Path) -> None:
         with_config(described.replace("8, ", "")),
         with_config(described.replace('"hidden"', '"lrn": "foo", "hidden"')),
         with_config(described.replace('"hidden"', '"colour": 3, "hidden"')),
+        with_config(described, input="null"),
+        with_config(described, input=json.dumps({"mean": [1, 2], "std": 1})),
+        with_config(described, input=json.dumps({"mean": [1, 2, "x"], "std": 1})),
+        with_config(described, input='{"mean": [1, 2, NaN], "std": 1}'),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x.safetensors holds no weights of this network"):

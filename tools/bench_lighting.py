@@ -17,8 +17,7 @@ from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
 from tools.measure import record, show, take_turns
-from train.evaluate import pick_device
-from train.program import keep_freed_memory
+from train.device import keep_freed_memory, pick_device
 
 WARM_UP = 5
 """Batches before the clock starts."""

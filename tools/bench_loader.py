@@ -23,8 +23,7 @@ from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards
 from tools.measure import rate, record, show, take_turns
-from train.evaluate import pick_device
-from train.program import keep_freed_memory
+from train.device import keep_freed_memory, pick_device
 
 LIMIT = "libjpeg-turbo alone (simplejpeg, whole)"
 MAX_JPEGS = 2000

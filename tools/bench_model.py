@@ -13,10 +13,9 @@ from torch import nn
 from model.alexnet import AlexNet, AlexNetConfig
 from model.lrn import local_response_norm
 from tools.measure import rate, record, show, take_turns
-from train.evaluate import pick_device
-from train.loop import can_compile, compiled
+from train.device import can_compile, compiled, keep_freed_memory, pick_device
 from train.optimizer import PaperSGD
-from train.program import keep_freed_memory
+from train.schedule import OptimizerConfig
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["float32", "bf16", "fp16"]
@@ -135,13 +134,14 @@ def training_on(batch_size: int, dtype: torch.dtype, place: torch.device) -> Cal
 
     def training(model: nn.Module, wrap: Callable[[Any], nn.Module] = lambda model: model) -> Callable[[], None]:
         network = wrap(model.to(place))
-        optimizer = PaperSGD(model.named_parameters(), momentum=0.9, weight_decay=5e-4)
+        optimizer = PaperSGD(model.named_parameters(), OptimizerConfig())
+        rates = {name: 1e-9 for name, _ in model.named_parameters()}
 
         def step() -> None:
             with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
                 loss = F.cross_entropy(network(images).float(), labels)
             loss.backward()
-            optimizer.step(1e-9)
+            optimizer.step(rates)
 
         return step
 

@@ -188,7 +188,7 @@ def cuda_device() -> "torch.device":
     """The GPU of this process among those of its machine. Raises `ValueError` where there is none."""
     import torch
 
-    from train.evaluate import pick_device
+    from train.device import pick_device
 
     pick_device("cuda")
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))

@@ -37,7 +37,8 @@ from pipeline.files import write_bytes
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import DataError, ShardSet, open_shards
 from tools.measure import processor
-from train.program import keep_freed_memory, run_program
+from train.device import keep_freed_memory
+from train.program import run_program
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ def tune(
     if out:
         check_out(out)
     from pipeline.eigenbasis import Eigenbasis
-    from train.evaluate import pick_device
+    from train.device import pick_device
 
     keep_freed_memory()  # as the trainer does
     place = pick_device(device)

@@ -2,13 +2,21 @@
 
     RUN/checkpoints/step-00000440.pt    written whole or not at all
     RUN/checkpoints/LATEST              the name of the newest whole one
+    RUN/checkpoints/BEST                the name of the one with the lowest validation error
 
-Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code.
+Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code. A
+file is a zip archive as `torch.save` writes it, whose comment is the SHA-256 of all bytes before it.
 """
 
+import hashlib
 import re
+import struct
+import zipfile
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from time import perf_counter
+from typing import Any, BinaryIO
 
 import torch
 
@@ -17,20 +25,84 @@ from pipeline.files import atomic_writer, write_bytes
 FORMAT_VERSION = 1
 
 
-def save_checkpoint(run_dir: Path, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint, point LATEST to it, and remove all but the newest `keep`. Returns its path."""
+class CheckpointWriter:
+    """Writes one checkpoint at a time, on a thread of its own.
+
+    A checkpoint that cannot be written, because a disk is full, does not end a run: the one before stays the latest.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self._run_dir, self._keep = run_dir, keep
+        self._thread: Thread | None = None
+        self._error: OSError | None = None
+        self.latest: Path | None = None
+        """The newest one that is whole."""
+        self.write_s = 0.0
+        """What writing the last one took."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int] = ()) -> None:
+        """Write `content`, none of whose tensors may change any more, as soon as the one before is written; `before` is
+        called first. All but the newest ones and those of the steps in `keep` are removed then."""
+        self.wait()
+        self._thread = Thread(target=self._write, args=(step, content, before, keep), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int]) -> None:
+        started = perf_counter()
+        try:
+            before()
+            self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep)
+        except OSError as error:
+            self._error = error
+        self.write_s = perf_counter() - started
+
+    def wait(self) -> None:
+        """Wait for the one that is being written."""
+        if self._thread:
+            self._thread.join()
+        self._thread = None
+
+    def trouble(self) -> OSError | None:
+        """What kept the last one from being written, told once."""
+        error = None if self.busy else self._error
+        self._error = None if error else self._error
+        return error
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, content: dict[str, Any], keep: int, keep_steps: Collection[int] = ()
+) -> Path:
+    """Write a checkpoint, point LATEST to it, and BEST if it is (`content["best"]` tells). Of those up to this step
+    all but the newest `keep` and those of `keep_steps` are removed; one of a later step, from where somebody went back,
+    stays until it is written anew. Returns its path. Raises `OSError`; then the one before stays the latest.
+    """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{step:08d}.pt"
+    path = checkpoint_name(directory, step)
     with atomic_writer(path) as file:
         torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, file)
+        sign(file)
     write_bytes(directory / "LATEST", f"{path.name}\n".encode())
-    for old in sorted(directory.glob("step-*.pt"))[:-keep]:
-        if old != path:
+    best = content.get("best")
+    if best:
+        write_bytes(directory / "BEST", f"{checkpoint_name(directory, best['step']).name}\n".encode())
+    kept = {checkpoint_name(directory, number) for number in {*keep_steps, *([best["step"]] if best else [])}}
+    for old in sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep]:
+        if old not in kept:
             old.unlink()
     for abandoned in directory.glob("step-*.pt.tmp"):  # of a process that was killed while it wrote
         abandoned.unlink()
     return path
+
+
+def checkpoint_name(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:08d}.pt"
 
 
 def find_checkpoint(place: Path) -> Path | None:
@@ -68,14 +140,62 @@ def checkpoint_path(place: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `ValueError` when it is none or is damaged."""
+    """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `ValueError` when it is none or is damaged; the
+    sentence offers the one before it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; give a checkpoint (RUN/checkpoints/step-*.pt) or a run directory")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["format_version"]
-    except Exception:  # what torch raises for damage depends on where it is
-        raise ValueError(f"{path} is damaged or no checkpoint of this program; use an older step-*.pt") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    content = read_content(path)
+    if content is None:
+        remedy = "use an older step-*.pt"
+        for older in sorted(path.parent.glob("step-*.pt"), reverse=True):
+            if older < path and re.fullmatch(r"step-\d{8}\.pt", path.name) and read_content(older):
+                remedy = f"the one before it is sound: echo {older.name} > {path.parent}/LATEST goes on from there"
+                break
+        raise ValueError(f"{path} is damaged or no checkpoint of this program; {remedy}")
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}")
     return content
+
+
+def read_content(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds; None where it is damaged or none."""
+    try:
+        with path.open("rb") as file:
+            if not is_sound(file):
+                return None
+            content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return content if {"format_version", "step"} <= content.keys() else None
+    except Exception:  # what is raised for damage depends on where it is
+        return None
+
+
+MARK, DIGEST_BYTES = b"sha256 ", 64
+
+
+def sign(file: BinaryIO) -> None:
+    """Append the checksum to a zip archive that ends here, as its comment."""
+    file.seek(-2, 2)  # the length of the comment is what an archive without one ends with
+    file.write(struct.pack("<H", len(MARK) + DIGEST_BYTES))
+    file.seek(0)
+    sha = hashlib.sha256()
+    while block := file.read(2**20):
+        sha.update(block)
+    file.write(MARK + sha.hexdigest().encode())
+
+
+def is_sound(file: BinaryIO) -> bool:
+    """Whether the bytes are those that were written; leaves the file at its start."""
+    end = file.seek(-len(MARK) - DIGEST_BYTES, 2)
+    comment = file.read()
+    file.seek(0)
+    if not comment.startswith(MARK):  # from before there was one: the archive's own sums, which leave its headers out
+        with zipfile.ZipFile(file) as archive:
+            sound = archive.testzip() is None
+    else:
+        sha, left = hashlib.sha256(), end
+        while left and (block := file.read(min(left, 2**20))):
+            sha.update(block)
+            left -= len(block)
+        sound = comment[len(MARK) :] == sha.hexdigest().encode()
+    file.seek(0)
+    return sound

@@ -13,9 +13,9 @@ from jsonargparse import set_parsing_settings
 
 from model.alexnet import AlexNetConfig
 from pipeline.settings import DataConfig
-from train.optimizer import OptimizerConfig
 from train.placement import ParallelConfig
 from train.program import Parser
+from train.schedule import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,19 @@ class TrainConfig:
     """Passes over the training images, at most (the paper: roughly 90)."""
     seed: int
     """Seed of weights, dropout, shuffling, windows, flips and lighting."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: convolutions and matrix products in bfloat16, weights in float32."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """bf16: convolutions and matrix products in bfloat16, weights in float32; fp16: in float16, with a scaled loss."""
+    accumulate: int = 1
+    """Forward and backward passes per update: each sees so much smaller a batch, and memory need hold no more."""
     compile: bool = True
-    """Compile the local response normalization (on a GPU: the whole network) with torch.compile."""
+    """Compile the local response normalization (on a GPU: the whole network and the update) with torch.compile."""
+    weights: Path | None = None
+    """Start from these weights: a checkpoint, a .safetensors file or torchvision's .pth; of another number of classes
+    all but fc8."""
 
     def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"train.accumulate must be at least 1, not {self.accumulate}")
         if self.batch_size < 1 or self.epochs < 1:
             raise ValueError(
                 f"train.batch_size ({self.batch_size}) and train.epochs ({self.epochs}) must be at least 1"
@@ -50,16 +57,22 @@ class RunConfig:
     """Run directory; a run that was stopped goes on in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the first GPU if there is one."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time on a GPU, too (a CPU's always do); slower there."""
     log_every: int = 50
     """Steps between rows in metrics.jsonl."""
     save_every: int = 1000
     """Steps between checkpoints, which are also written at the end of each epoch."""
     keep: int = 3
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep; the best one, by centre top-1 error, stays besides."""
+    keep_every: int = 0
+    """Keep the checkpoint at the end of every so many epochs for good; 0: of none."""
 
     def __post_init__(self) -> None:
         if min(self.log_every, self.save_every, self.keep) < 1:
             raise ValueError("run.log_every, run.save_every and run.keep must be at least 1")
+        if self.keep_every < 0:
+            raise ValueError(f"run.keep_every must not be negative, but is {self.keep_every}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,13 @@ class Config:
     """Several processes."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     """Going on."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs}) must be less than train.epochs "
+                f"({self.train.epochs})"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
@@ -132,7 +152,8 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name in sorted(before.keys() | after.keys()):
         moves = name.startswith("resume.") or (name.startswith("parallel.") and after["resume.allow_world_change"])
         free = moves or (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
-        longer = name == "train.epochs" and after[name] >= before[name]
+        # A cosine is laid out over all epochs.
+        longer = name == "train.epochs" and after[name] >= before[name] and after["optimizer.schedule"] != "cosine"
         if before.get(name) != after.get(name) and not (free or longer):
             raise ValueError(
                 f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "

@@ -6,24 +6,25 @@ Ten views are the four corner windows, the central one, and their mirrors; the s
 that was trained without flips gets the five unmirrored windows.
 """
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
-from model.alexnet import AlexNet, AlexNetConfig
+from model.alexnet import AlexNet
 from pipeline.draws import CROP_SIDE
-from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting
+from pipeline.files import write_bytes
 from pipeline.loader import Loader, val_loader
-from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import IMAGE_SIDE, open_shards
-from train.checkpoint import checkpoint_path, load_checkpoint
-from train.program import keep_freed_memory, run_program
+from pipeline.settings import DataConfig
+from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
+from train.device import keep_freed_memory, pick_device
+from train.findings import CONFUSION_LIMIT, Findings
+from train.placement import ParallelConfig, Placement, lost_processes_told
+from train.program import run_program
+from train.trained import Trained, read_trained
 
 FAR, MIDDLE = IMAGE_SIDE - CROP_SIDE, (IMAGE_SIDE - CROP_SIDE) // 2
 CENTRE = (MIDDLE, MIDDLE)
@@ -83,6 +84,7 @@ def evaluate(
     all_views: bool = True,
     interrupted: Callable[[], bool] = lambda: False,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+    watch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = lambda images, labels, scores: None,
 ) -> Accuracy | None:
     """Accuracy over a whole validation split, every image counted once.
 
@@ -93,6 +95,8 @@ def evaluate(
         all_views: Also the average over views, which costs ten times the centre crop.
         interrupted: Asked between batches; once true, None is returned.
         total: Adds up counts of all processes that evaluate a part each.
+        watch: Is given each batch: images (N, 3, 256, 256), labels, and what `all_views` or the centre crop makes of
+            it, probabilities or logits (N, classes).
     """
     model.eval()
     correct = torch.zeros(4, dtype=torch.int64, device=loader.device)
@@ -106,6 +110,7 @@ def evaluate(
             centre_NCHW = window(images, CENTRE)
             centre = average = model(centre_NCHW if loader.mean_offset is None else centre_NCHW - loader.mean_offset)
         hits = [top_hits(scores, labels, k) for scores in (centre, average) for k in (1, 5)]
+        watch(images, labels, average)
         correct += torch.stack(hits)
         samples += (labels >= 0).sum()
     counts = total(torch.cat([samples[None], correct])).tolist()
@@ -120,66 +125,78 @@ def top_hits(scores: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, shards: Path, batch_size: int = 64, device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint: Path,
+    shards: Path,
+    batch_size: int = 64,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    per_class: Path | None = None,
+    confusion: Path | None = None,
 ) -> None:
-    """Evaluate a checkpoint on a validation split: centre crop and ten views, top-1 and top-5.
+    """Evaluate a network on a validation split: centre crop and ten views, top-1 and top-5; under torchrun or srun each
+    process looks at a share.
 
     Args:
-        checkpoint: A step-*.pt, or a run directory, whose newest one is taken.
+        checkpoint: A step-*.pt, a run directory, whose newest one is taken, a .safetensors file or torchvision's .pth.
         shards: Folder that holds val/ and classes.json.
-        batch_size: Images at a time.
+        batch_size: Images at a time, in each process.
         device: auto takes the first GPU if there is one.
+        per_class: CSV file to write, a row for each class: errors over all views, and what it is mistaken for.
+        confusion: PNG file to write: how often each class is taken for each other one.
     """
-    path = checkpoint_path(checkpoint)
-    content = load_checkpoint(path)
-    val = open_shards(shards, "val")
-    try:
-        wnids, saved = content["wnids"], content["config"]
-        model = AlexNet(AlexNetConfig.from_json(saved["model"]))
-        model.load_state_dict(content["model"])
-        image = content.get("mean_image")  # checkpoints of before there was one lack it
-        eigenbasis = replace(
-            Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
-        )
-        augmentation = Augmentation(**{**saved["data"]["augmentation"], "lighting": Lighting(strength=0)})
-        decode = saved["data"]["decode"]
-    except (KeyError, TypeError, RuntimeError):
-        raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
-    if [name.wnid for name in val.classes] != wnids:
-        raise ValueError(
-            f"{path} was trained on other classes than {shards}/classes.json lists; give the shards it was trained on"
-        )
+    for path, suffix in ((per_class, ".csv"), (confusion, ".png")):
+        if path and (path.suffix != suffix or path.is_dir()):
+            raise ValueError(f"{path} is to be a {suffix} file; give a file's name that ends so")
     keep_freed_memory()
     place = pick_device(device)
-    loader = val_loader(
-        val,
-        eigenbasis,
-        DataConfig(shards, decode=decode if place.type == "cuda" else "cpu", augmentation=augmentation),
-        batch_size=batch_size,
-        rank=0,
-        num_ranks=1,
-        device=place,
-    )
-    accuracy = evaluate(model.to(place), loader, mirrored=augmentation.flip > 0)
-    assert accuracy is not None
-    print(f"{path}: {accuracy.samples} images")
-    for name, value in accuracy.rows():
-        print(f"{name}: {value}")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device behind "auto", "cpu" or "cuda", the n-th GPU for the n-th process of a torchrun.
-
-    Raises `ValueError` when a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
-    place = int(os.environ.get("LOCAL_RANK", "0"))
-    if name != "cpu" and place >= torch.cuda.device_count() > 0:
-        raise ValueError(
-            f"this machine has {torch.cuda.device_count()} GPUs and more processes than that; start one for each"
+    with lost_processes_told():
+        placement = Placement(ParallelConfig(), place)
+        trained = placement.together(lambda: read_trained(checkpoint))
+        val = placement.together(lambda: open_for(trained, shards))
+        if confusion and len(val.classes) > CONFUSION_LIMIT:
+            raise ValueError(f"{len(val.classes)} classes are too many for a picture; leave --confusion out")
+        config = DataConfig(
+            shards,
+            decode=cast(Literal["auto"], trained.decode) if place.type == "cuda" else "cpu",
+            augmentation=trained.augmentation,
         )
-    return torch.device("cuda", place) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+        where = {"rank": placement.rank, "num_ranks": placement.world, "device": place}
+        loader = val_loader(val, trained.basis, config, batch_size=batch_size, **where)
+        model = AlexNet(trained.config)
+        model.load_state_dict(trained.state)
+        findings = Findings(len(val.classes), place)
+        mirrored = trained.augmentation.flip > 0
+        accuracy = evaluate(model.to(place), loader, mirrored, total=placement.total, watch=findings.see)
+        assert accuracy is not None
+        findings.collect(placement.total, placement.gather)
+        loader.close()
+    if placement.is_first:
+        print(f"{trained.path}: {accuracy.samples} images")
+        for name, value in accuracy.rows():
+            print(f"{name}: {value}")
+        if per_class:
+            per_class.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(per_class, findings.csv(val.classes))
+        if confusion:
+            from train.pictures import draw_confusion, saved_figure  # matplotlib takes its time
+
+            confusion.parent.mkdir(parents=True, exist_ok=True)
+            with saved_figure(confusion) as figure:
+                draw_confusion(figure, findings, val.classes)
+    placement.leave()
+
+
+def open_for(trained: Trained, shards: Path) -> ShardSet:
+    """The validation split, whose classes are to be the network's."""
+    val = open_shards(shards, "val")
+    names = [name.wnid for name in val.classes]
+    if trained.wnids is not None and names != trained.wnids:
+        raise ValueError(
+            f"{trained.path} was trained on other classes than {shards}/classes.json lists; give the shards it was "
+            "trained on"
+        )
+    if len(names) != trained.config.num_classes:
+        raise ValueError(f"{trained.path} tells {trained.config.num_classes} classes apart, {shards} has {len(names)}")
+    return val
 
 
 if __name__ == "__main__":

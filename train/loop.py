@@ -2,37 +2,49 @@
 
 The position is (finished epochs, updates). A stop falls between two steps; what is saved then continues with the very
 next batch, with the same dropout masks, so that on a CPU the final weights are bitwise those of an undisturbed run.
+
+The device is never waited for but at log steps, in evaluation and where a checkpoint is taken: the host runs at most
+two steps ahead (see `StepMeter`), and DALI has the next batches in flight before a step needs them.
 """
 
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet, seed_process
+from model.parallel import TowerAlexNet
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import PADDING, Batch, train_loader, val_loader
 from pipeline.shards import DataError, open_shards
-from train.checkpoint import checkpoint_at_an_edge, load_checkpoint, save_checkpoint
-from train.config import Config, check_same_run
+from train.alarms import Alarms
+from train.checkpoint import CheckpointWriter
+from train.config import Config
+from train.device import compiled
 from train.evaluate import Accuracy, evaluate
-from train.metrics import MetricsLog, StepMeter
-from train.optimizer import PaperSGD, RateSchedule
+from train.findings import Findings
+from train.meter import StepMeter
+from train.metrics import MetricsLog
+from train.optimizer import LossScale, PaperSGD
 from train.placement import Placement
 from train.program import DivergedError
+from train.schedule import RateSchedule
+from train.state import capture
+from train.stop import StopVote
+from train.trained import initial_state
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
     """Network, optimizer, loaders and position of one run."""
 
     def __init__(self, config: Config, device: torch.device, placement: Placement) -> None:
-        """Open the data and build the network. Raises `ValueError` or `FileNotFoundError` when they do not fit."""
+        """Open the data and lay out the loaders; `build` follows. Raises `ValueError` or `FileNotFoundError` when they
+        do not fit."""
         self.config, self.device, self.placement = config, device, placement
         shards = config.data.shards
         self.train_shards, self.val_shards = open_shards(shards, "train"), open_shards(shards, "val")
@@ -46,6 +58,7 @@ class Trainer:
             raise ValueError(
                 f"{shards} holds {classes} classes; say --model.num_classes {classes}, not {config.model.num_classes}"
             )
+        placement.piece(config.train.batch_size, config.train.accumulate)
 
         place = {
             "batch_size": placement.loader_batch(config.train.batch_size),
@@ -56,109 +69,185 @@ class Trainer:
         self.train_loader = train_loader(self.train_shards, self.basis, config.data, seed=config.train.seed, **place)
         place |= {"rank": placement.replica, "num_ranks": placement.num_replicas}  # a pair looks at the same images
         self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
-
-        self.model = placement.build(config.model, config.train.seed).to(device)
-        self.network = compiled(self.model, device) if config.train.compile else self.model
-        self.replicated = placement.replicated(self.network)
-        self.optimizer = PaperSGD(
-            self.model.named_parameters(), config.optimizer.momentum, config.optimizer.weight_decay
-        )
-        self.schedule = RateSchedule(config.optimizer)
-        self.meter = StepMeter(device, placement)
         self.epoch, self.step = 0, 0
+        self.best: dict[str, float] | None = None
+        """{"step", "top1_error"} of the best epoch's end."""
+        self.kept: list[int] = []
+        """Steps of checkpoints that are kept for good."""
+        self.writer = CheckpointWriter(config.run.dir, config.run.keep)
+        self.alarms = Alarms(classes, tqdm.write if placement.is_first else lambda line: None)
+
+    def build(self) -> None:
+        """Build network and optimizer, in all processes together."""
+        config = self.config
+        self.model = self.placement.build(config.model, config.train.seed).to(self.device)
+        self.optimizer = PaperSGD(self.model.named_parameters(), config.optimizer)
+        self.network: torch.nn.Module = self.model
+        if config.train.compile:
+            self.network = compiled(self.model, self.device)
+            if self.device.type == "cuda":
+                self.optimizer.compile()
+        self.replicated = self.placement.replicated(self.network)
+        self.scale = LossScale(self.device, config.train.precision == "fp16")
+        self.schedule = RateSchedule(config.optimizer, config.train.epochs)
+        self.meter = StepMeter(self.device, self.placement)
+
+    def start_from(self, path: Path) -> str:
+        """Take weights from a file. Returns a sentence about them. Raises `FileNotFoundError` or `ValueError`."""
+        own = self.placement.whole(self.model.state_dict(), self.config.model)
+        model, std = self.config.model, self.config.data.augmentation.std
+        state, told = self.placement.together(lambda: initial_state(path, model, self.basis, std, own))
+        self.model.load_state_dict(self.placement.part(state))
+        return told
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
         return self.epoch >= self.config.train.epochs or self.schedule.finished
 
-    def fit(self, log: MetricsLog | None, stop_requested: Callable[[], bool]) -> bool:
+    def fit(self, log: MetricsLog | None, stop: StopVote) -> bool:
         """Train from the present position to the end. Returns False when it was stopped; its state is saved either way.
         Processes other than the first have no log.
 
-        Raises `DivergedError` when the loss is no longer finite and `DataError` when reading fails.
+        Raises `DivergedError` when the loss is no longer finite, `DataError` when reading fails, and `OSError` when the
+        last checkpoint cannot be written.
         """
         while not self.finished:
             try:
-                stopped = self.train_epoch(log, stop_requested)
+                stopped = self.train_epoch(log, stop)
             except DataError as error:
                 if self.placement.world > 1:  # the others are in the midst of a step
                     raise
-                self.save()
+                self.save(log)
+                self.finish_saving()
                 raise DataError(f"{error}; what was trained is saved, the same command goes on") from None
-            accuracy = None if stopped else self.evaluate(all_views=False, interrupted=stop_requested)
+            started = perf_counter()
+            accuracy = None if stopped else self.evaluate(stop, all_views=False)
             if accuracy:
-                self.end_epoch(log, accuracy)
-            self.save()  # where evaluation was interrupted, going on begins with it
-            self.meter.pause()
+                self.end_epoch(log, accuracy, perf_counter() - started)
+            self.save(log)  # where evaluation was interrupted, going on begins with it
             if accuracy is None:
-                return False
-        return True
+                break
+        self.finish_saving()
+        return self.finished
 
-    def train_epoch(self, log: MetricsLog | None, stop_requested: Callable[[], bool]) -> bool:
+    def train_epoch(self, log: MetricsLog | None, stop: StopVote) -> bool:
         """Train what is left of the present epoch. Returns whether it was stopped."""
         run, meter = self.config.run, self.meter
         self.model.train()
-        steps = self.train_loader.steps_per_epoch
-        name, quiet = f"epoch {self.epoch + 1}", None if self.placement.is_first else True  # None: if on a terminal
-        with tqdm(desc=name, total=steps, unit="step", disable=quiet, leave=False) as progress:
+        stop.hurry()
+        steps, names = self.train_loader.steps_per_epoch, [name for name, _ in self.model.named_parameters()]
+        title, quiet = f"epoch {self.epoch + 1}", None if self.placement.is_first else True  # None: if on a terminal
+        with tqdm(desc=title, total=steps, unit="step", disable=quiet, leave=False) as progress:
             progress.update(self.train_loader.at_step % steps)
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
-                meter.end_step(*self.train_step(self.placement.share(batch)), batch)
+                logged = (self.step + 1) % run.log_every == 0
+                rates = self.schedule.rates(names, (self.train_loader.at_step - 0.5) / steps)
+                loss, correct, norm = self.train_step(self.placement.share(batch), rates, with_norm=logged)
+                meter.end_step(loss, correct, batch, saving=self.writer.busy)
                 self.step += 1
                 progress.update()
-                if self.step % run.log_every == 0:
-                    self.check_finite(meter.loss_sum())
-                    figures = meter.read(self.config.train.batch_size)
-                    if log:
-                        log.write("train", self.step, epoch=self.epoch, lr=self.schedule.lr, **figures)
+                if logged:
+                    figures = self.log_row(log, norm)
                     progress.set_postfix(loss=f"{figures['loss']:.3f}", images_per_s=f"{figures['images_per_s']:.0f}")
-                if self.placement.any(stop_requested()):
+                if stop():
                     return True
                 if self.step % run.save_every == 0:
-                    self.save()
-                    meter.pause()
+                    self.save(log)
         self.check_finite(meter.loss_sum())
         return False
 
-    def end_epoch(self, log: MetricsLog | None, accuracy: Accuracy) -> None:
+    def train_step(
+        self, batch: Batch, rates: dict[str, float], with_norm: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One update. Returns the batch's mean loss, number of correct answers, and if wanted the norm of the gradient
+        over the whole network, all on the device."""
+        pieces = self.config.train.accumulate
+        loss, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        for number, (images, labels) in enumerate(
+            zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True), start=1
+        ):
+            with self.placement.exchanging(self.replicated, number == pieces):
+                with torch.autocast(self.device.type, HALVES.get(self.config.train.precision), self.is_half):
+                    logits = self.replicated(images)
+                piece = F.cross_entropy(logits, labels, ignore_index=PADDING) / pieces
+                (piece * self.scale.factor if self.scale.enabled else piece).backward()
+            loss += piece.detach()
+            correct += (logits.detach().argmax(1) == labels).sum()
+        overflow = self.scale.unscale(self.optimizer.gradients, self.placement.any_on_device)
+        norm = None
+        if with_norm:
+            squares = torch.stack([gradient.float().square().sum() for gradient in self.optimizer.gradients]).sum()
+            norm = self.placement.total_over_parts(squares).sqrt()
+        self.optimizer.step(rates, overflow)
+        return loss, correct, norm
+
+    @property
+    def is_half(self) -> bool:
+        """Whether products are computed in half precision."""
+        return self.config.train.precision in HALVES
+
+    def log_row(self, log: MetricsLog | None, norm: torch.Tensor | None) -> dict[str, float]:
+        """Read the meter and write its row. Raises `DivergedError`."""
+        self.check_finite(self.meter.loss_sum())
+        figures = self.meter.read(self.config.train.batch_size)
+        figures["gradient_norm"] = float("nan") if norm is None else norm.item()
+        if self.device.type == "cuda":
+            figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        if self.scale.enabled:
+            figures["loss_scale"] = self.scale.factor.item()
+        if self.train_loader.cached_share:
+            figures["cache_hits_percent"] = 100 * self.train_loader.cached_share if self.epoch else 0.0
+        if log:
+            log.write("train", self.step, epoch=self.epoch, lr=self.schedule.lr(), **figures)
+        self.alarms.train_row(self.step, self.epoch, self.config.run.log_every, figures)
+        return figures
+
+    def end_epoch(self, log: MetricsLog | None, accuracy: Accuracy, seconds: float) -> None:
         """Count the epoch, tell how it went, and let the rate follow."""
         self.epoch += 1
-        self.schedule.end_epoch(100 - accuracy.centre_top1)
-        if not log:
-            return
-        errors = {"centre_top1_error": 100 - accuracy.centre_top1, "centre_top5_error": 100 - accuracy.centre_top5}
-        log.write("eval", self.step, epoch=self.epoch, **errors)
-        share = f"{accuracy.centre_top1:.1f} %"
-        tqdm.write(f"epoch {self.epoch}/{self.config.train.epochs}: centre top-1 accuracy {share}")
+        error = 100 - accuracy.centre_top1
+        self.schedule.end_epoch(error)
+        if self.best is None or error < self.best["top1_error"]:
+            self.best = {"step": self.step, "top1_error": error}
+        if self.config.run.keep_every and self.epoch % self.config.run.keep_every == 0:
+            self.kept.append(self.step)
+        if log:
+            errors = {"centre_top1_error": error, "centre_top5_error": 100 - accuracy.centre_top5}
+            log.write("eval", self.step, epoch=self.epoch, **errors, eval_s=seconds)
+            share = f"{accuracy.centre_top1:.1f} %"
+            tqdm.write(f"epoch {self.epoch}/{self.config.train.epochs}: centre top-1 accuracy {share}")
+        self.alarms.eval_row(self.epoch, accuracy)
 
-    def evaluate(self, *, all_views: bool, interrupted: Callable[[], bool]) -> Accuracy | None:
+    def evaluate(self, stop: StopVote, *, all_views: bool, findings: Findings | None = None) -> Accuracy | None:
         """Accuracy over the whole validation split; None when it was interrupted."""
-        return evaluate(
+        self.meter.pause()
+        stop.hurry()
+        watch = {"watch": findings.see} if findings else {}
+        accuracy = evaluate(
             self.network,
             self.val_loader,
             self.mirrored,
             all_views=all_views,
-            interrupted=lambda: self.placement.any(interrupted()),
+            interrupted=stop,
             total=self.placement.total,
+            **watch,
         )
-
-    def train_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update. Returns the batch's mean loss and number of correct answers, both on the device."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            logits = self.replicated(batch.images)
-        loss = F.cross_entropy(logits, batch.labels, ignore_index=PADDING)
-        loss.backward()
-        self.optimizer.step(self.schedule.lr)
-        return loss.detach(), (logits.detach().argmax(1) == batch.labels).sum()
+        if findings and accuracy:
+            findings.collect(self.placement.total, self.placement.gather)
+        return accuracy
 
     def check_finite(self, loss: float) -> None:
         """Raise `DivergedError` unless the loss is a number; nothing is saved over a good checkpoint then."""
         if not math.isfinite(loss):
+            self.writer.wait()
+            first = self.step - self.step % self.config.run.log_every
+            latest = self.writer.latest
             raise DivergedError(
-                f"training diverged by step {self.step} (loss or weights are no longer finite); "
-                "start a new run with a lower --optimizer.lr"
+                f"training diverged in steps {first} to {self.step}: loss or weights are no longer finite. The last "
+                f"good checkpoint is {latest or 'none'}; start a new run with a lower --optimizer.lr or some "
+                "--optimizer.warmup_epochs" + (f", or from it with --train.weights {latest}" if latest else "")
             )
 
     @property
@@ -166,71 +255,33 @@ class Trainer:
         """Whether evaluation uses mirrored views."""
         return self.config.data.augmentation.flip > 0
 
-    def save(self) -> None:
-        """Write a checkpoint, together with all processes. Raises `DivergedError` rather than save weights that are not
-        finite."""
+    def save(self, log: MetricsLog | None) -> None:
+        """Take a checkpoint, together with all processes, and begin to write it. Raises `DivergedError` rather than
+        save weights that are not finite."""
         if self.placement.any(not all(weight.isfinite().all() for weight in self.model.parameters())):
             self.check_finite(math.nan)
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        model = self.config.model
-        own = {"loader": self.train_loader.state_dict(), "random": random_state, "meter": self.meter.state_dict()}
-        content: dict[str, Any] = {
-            "config": self.config.to_json(),
-            "wnids": [name.wnid for name in self.train_shards.classes],
-            "eigenbasis": self.basis.to_json(),
-            "mean_image": None if self.basis.mean_image is None else torch.from_numpy(self.basis.mean_image),
-            "model": self.placement.whole(self.model.state_dict(), model),
-            "optimizer": self.placement.whole(self.optimizer.state_dict(), model),
-            "schedule": self.schedule.state_dict(),
-            "epoch": self.epoch,
-            "ranks": self.placement.gather(own),
-        }
-        if self.placement.is_first:
-            save_checkpoint(self.config.run.dir, self.step, content, self.config.run.keep)
+        content = capture(self)
+        if log:
+            self.tell_trouble()
+            self.writer.start(self.step, content, log.sync, self.kept)
+        self.meter.pause()
 
-    def resume(self, path: Path) -> Path:
-        """Go to a checkpoint's position, or to that of an older one at an epoch's end where `resume.allow_world_change`
-        wants it. Returns which. Raises `ValueError` when it belongs to another run."""
-        content, config = load_checkpoint(path), self.config.to_json()
-        if "ranks" not in content:
-            raise ValueError(f"{path} is of an older version of this program, which can go on with it")
-        check_same_run(content["config"], config)
-        if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
-            raise ValueError(f"{path} was trained on other classes than {self.config.data.shards}/classes.json lists")
-        if content["eigenbasis"] != self.basis.to_json():
-            raise ValueError(f"{path} was trained with another {self.config.data.shards}/pca.json; restore that file")
-        self.epoch, self.step = content["epoch"], content["step"]
-        self.model.load_state_dict(self.placement.part(content["model"]))
-        self.optimizer.load_state_dict(self.placement.part(content["optimizer"]))
-        self.schedule.load_state_dict(content["schedule"])
-        ranks, world = content["ranks"], self.placement.world
-        if len(ranks) != world or content["config"]["parallel"] != config["parallel"]:
-            return self.enter_another_world(ranks, path)
-        own = ranks[self.placement.rank]
-        self.train_loader.load_state_dict(own["loader"])
-        self.meter.load_state_dict(own["meter"])
-        random_state = own["random"]
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state:
-            torch.cuda.set_rng_state(random_state["cuda"], self.device)
-        return path
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is written. Raises `OSError` where it cannot be."""
+        self.writer.wait()
+        error = self.writer.trouble()
+        if error:
+            raise error
 
-    def enter_another_world(self, ranks: list[dict[str, Any]], path: Path) -> Path:
-        """Go on from an epoch's end where there were other processes, or others that held each part."""
-        if not self.config.resume.allow_world_change:
-            raise ValueError(
-                f"{path} is of {len(ranks)} processes, not {self.placement.world}; start that many, or say "
-                "--resume.allow_world_change true, which goes on from the end of an epoch"
+    def tell_trouble(self) -> None:
+        """Say that the checkpoint before could not be written."""
+        self.writer.wait()
+        error = self.writer.trouble()
+        if error:
+            tqdm.write(
+                f"could not save: {error.filename}: {error.strerror}; going on, the last good checkpoint is "
+                f"{self.writer.latest or 'none'}; free some space"
             )
-        state = ranks[0]["loader"]
-        if not state["ended"]:
-            return self.resume(checkpoint_at_an_edge(path))
-        nobodys = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
-        self.train_loader.load_state_dict(state | {"fingerprint": nobodys}, allow_world_change=True)
-        seed_process(self.config.train.seed, self.placement.rank, self.epoch)
-        return path
 
     def gather_network(self) -> None:
         """Leave training: every process holds the whole network from here on, uncompiled. All have to ask."""
@@ -240,25 +291,7 @@ class Trainer:
             self.model.load_state_dict(state)
 
     def close(self) -> None:
-        """Stop the loaders."""
+        """Stop the loaders, once what is being written is written."""
+        self.writer.wait()
         self.train_loader.close()
         self.val_loader.close()
-
-
-def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
-    """What of the network pays to compile: all of it on a GPU; on a CPU, or where it is one tower of two, the
-    normalization, which is its slow layer. Where compiling cannot work the run goes on uncompiled."""
-    if device.type == "cuda" and not isinstance(model, TowerAlexNet):
-        return cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    if not can_compile(device):
-        print("not compiling: there is no C++ compiler, or PyTorch lies in a folder with a space in its name")
-    else:
-        torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
-        model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
-    return model
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works: for a CPU it calls a C++ compiler, without quoting its own path."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    return device.type == "cuda" or (compiler is not None and " " not in torch.__file__)

@@ -1,4 +1,4 @@
-"""The paper's update rule and the schedules of its rate.
+"""The paper's update rule, with loss scaling for half precision.
 
     v <- momentum * v - weight_decay * rate * w - rate * gradient;   w <- w + v            (section 5)
 
@@ -7,68 +7,53 @@ two agree only while the rate is constant. A rate of 0 freezes the weights, velo
 program.
 """
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Update rule (section 5 of the paper) and how its rate falls."""
-
-    lr: float = 0.01
-    """Rate at the start."""
-    momentum: float = 0.9
-    """Share of the velocity that is kept."""
-    weight_decay: float = 5e-4
-    """Pull towards zero, times the rate, on every parameter."""
-    schedule: Literal["plateau", "steps"] = "plateau"
-    """plateau: divide the rate by 10 when the validation error stalls; steps: at the epochs in `steps`."""
-    patience: int = 5
-    """plateau: epochs without a better centre-crop top-1 error before the rate falls."""
-    min_improvement: float = 0.1
-    """plateau: how much lower an error must be, in points of a percent, to count as better."""
-    drops: int = 3
-    """plateau: how often the rate falls; the next plateau ends the training (the paper: three times)."""
-    steps: tuple[int, ...] = ()
-    """steps: epochs, counted from 0, at whose start the rate is divided by 10."""
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.lr < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
-            raise ValueError(
-                f"optimizer.lr ({self.lr}) and weight_decay ({self.weight_decay}) must be finite and not negative, "
-                f"momentum ({self.momentum}) must lie in 0..1, 1 excluded"
-            )
-        if self.patience < 1 or self.drops < 0 or not 0 <= self.min_improvement < math.inf:
-            raise ValueError("optimizer.patience must be at least 1, drops and min_improvement must not be negative")
-        if list(self.steps) != sorted(set(self.steps)) or any(epoch < 1 for epoch in self.steps):
-            raise ValueError(f"optimizer.steps must be rising epochs from 1 on, not {self.steps}")
+from train.schedule import OptimizerConfig, is_bias
 
 
 class PaperSGD:
-    """The update rule over named parameters. The rate is an argument of every step, not state."""
+    """The update rule over named parameters. Rates are an argument of every step, not state."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], momentum: float, weight_decay: float) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         self._named = dict(parameters)
         self._velocity = {name: torch.zeros_like(parameter) for name, parameter in self._named.items()}
-        self._momentum, self._weight_decay = momentum, weight_decay
+        self._momentum = config.momentum
+        on_biases = config.weight_decay if config.bias_weight_decay is None else config.bias_weight_decay
+        self._decay = {name: on_biases if is_bias(name) else config.weight_decay for name in self._named}
+        self._update: Callable[..., None] = update
+
+    def compile(self) -> None:
+        """Fuse the passes over the weights from the next step on."""
+        self._update = torch.compile(update)
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """Of every parameter, after `backward`."""
+        found = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+        assert len(found) == len(self._named), "gradients are asked for after backward()"
+        return found
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update every parameter from its `.grad` and clear it."""
-        if lr > 0:
-            weights: list[torch.Tensor] = list(self._named.values())
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            velocity = list(self._velocity.values())
-            assert len(gradients) == len(weights), "step() comes after backward()"
-            torch._foreach_mul_(velocity, self._momentum)
-            torch._foreach_add_(velocity, weights, alpha=-self._weight_decay * lr)
-            torch._foreach_add_(velocity, gradients, alpha=-lr)
-            torch._foreach_add_(weights, velocity)
+    def step(self, rates: Mapping[str, float], overflow: torch.Tensor | None = None) -> None:
+        """Update every parameter from its `.grad`, at the rate under its name, and clear it; where `overflow`, a bool
+        on the device, is true, change nothing."""
+        groups = defaultdict(list)
+        for name in self._named:
+            groups[rates[name], self._decay[name]].append(name)
+        gradients = dict(zip(self._named, self.gradients, strict=True))
+        for (rate, decay), names in groups.items():
+            if rate > 0:
+                weights, velocity = [self._named[name] for name in names], [self._velocity[name] for name in names]
+                before = [tensor.clone() for tensor in (*weights, *velocity)] if overflow is not None else []
+                self._update(weights, [gradients[name] for name in names], velocity, rate, self._momentum, decay)
+                for tensor, old in zip((*weights, *velocity), before, strict=False):
+                    tensor.copy_(torch.where(overflow, old, tensor))  # type: ignore[arg-type]
         for parameter in self._named.values():
             parameter.grad = None
 
@@ -82,44 +67,52 @@ class PaperSGD:
             velocity.copy_(state[name])
 
 
-class RateSchedule:
-    """The rate of the next epoch, from the validation errors of those before."""
+def update(
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    velocity: list[torch.Tensor],
+    rate: float,
+    momentum: float,
+    decay: float,
+) -> None:
+    """One step of the rule, in place."""
+    torch._foreach_mul_(velocity, momentum)
+    torch._foreach_add_(velocity, weights, alpha=-decay * rate)
+    torch._foreach_add_(velocity, gradients, alpha=-rate)
+    torch._foreach_add_(weights, velocity)
 
-    def __init__(self, config: OptimizerConfig) -> None:
-        self._config = config
-        self._epoch, self._drops, self._stale = 0, 0, 0
-        self._best = float("inf")
 
-    @property
-    def lr(self) -> float:
-        """Rate of the present epoch."""
-        if self._config.schedule == "steps":
-            drops = sum(self._epoch >= epoch for epoch in self._config.steps)
-        else:
-            drops = min(self._drops, self._config.drops)
-        return self._config.lr / 10**drops
+class LossScale:
+    """A factor on the loss that keeps float16 gradients from vanishing: halved, and the step left out, where one
+    overflows; doubled after 2,000 good steps (Micikevicius et al. 2018; the figures are those of `torch.amp`).
 
-    @property
-    def finished(self) -> bool:
-        """Whether the error stalled once more after the last drop."""
-        return self._config.schedule == "plateau" and self._drops > self._config.drops
+    Unlike `torch.amp.GradScaler.step` it never waits for the device.
+    """
 
-    def end_epoch(self, top1_error: float) -> None:
-        """Take note of an epoch's centre-crop top-1 error, in percent."""
-        self._epoch += 1
-        if top1_error <= self._best - self._config.min_improvement:
-            self._best, self._stale = top1_error, 0
-        else:
-            self._stale += 1
-        if self._stale >= self._config.patience:
-            self._drops, self._stale = self._drops + 1, 0
+    START, GOOD_STEPS = 2.0**16, 2000
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"epoch": self._epoch, "drops": self._drops, "stale": self._stale, "best": self._best}
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.enabled = enabled
+        self.factor = torch.full((), self.START if enabled else 1.0, device=device)
+        """float32 scalar on the device."""
+        self._good = torch.zeros((), dtype=torch.int64, device=device)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def unscale(self, gradients: list[torch.Tensor], any_process: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Divide gradients by the factor, in place, and adapt it. Returns whether they overflowed (in any process, as
+        `any_process` tells of a bool tensor); None where nothing is scaled."""
+        if not self.enabled:
+            return None
+        torch._foreach_div_(gradients, self.factor)
+        overflow = any_process(~torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        grown = self._good + 1 >= self.GOOD_STEPS
+        self.factor = torch.where(overflow, self.factor / 2, torch.where(grown, self.factor * 2, self.factor))
+        self._good = torch.where(overflow | grown, 0, self._good + 1)
+        return overflow
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Factor and count of good steps."""
+        return {"factor": self.factor, "good": self._good}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state`."""
-        self._epoch, self._drops, self._stale, self._best = (
-            state[name] for name in ("epoch", "drops", "stale", "best")
-        )
+        self.factor, self._good = state["factor"].to(self.factor.device), state["good"].to(self._good.device)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
@@ -17,22 +16,25 @@ from pipeline.lighting import Lighting, relight
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import Speed
-from train.evaluate import MIDDLE, probabilities
+from pipeline.shards import ClassName
+from train.directory import PICTURES
+from train.evaluate import MIDDLE
+from train.findings import Example, Findings
 from train.loop import Trainer
 from train.metrics import read_metrics
 
 if TYPE_CHECKING:  # it takes a third of a second, and every start of a run would wait for it
     from matplotlib.figure import Figure
 
-PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
 
-
-def draw_pictures(trainer: Trainer) -> list[Path]:
+def draw_pictures(trainer: Trainer, findings: Findings) -> list[Path]:
     """Draw every picture; returns their paths."""
     paths = [trainer.config.run.dir / name for name in PICTURES]
-    for path, draw in zip(paths, (draw_curves, draw_kernels, draw_augmentation, draw_predictions), strict=True):
+    for path, draw in zip(paths, (draw_curves, draw_kernels, draw_augmentation), strict=False):
         with saved_figure(path) as figure:
             draw(figure, trainer)
+    with saved_figure(paths[-1]) as figure:
+        draw_predictions(figure, trainer, findings)
     return paths
 
 
@@ -130,41 +132,54 @@ def draw_augmentation(figure: "Figure", trainer: Trainer) -> None:
     panels[3].axis("off")
 
 
-def draw_predictions(figure: "Figure", trainer: Trainer) -> None:
-    """Ten validation images with their five most probable classes over all views; mistakes first."""
-    trainer.model.eval()
-    wrong: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
-    right: list[tuple[bool, np.ndarray, int, torch.Tensor]] = []
-    for images, labels in trainer.val_loader:
-        _, average = probabilities(trainer.network, images, trainer.mirrored, trainer.val_loader.mean_offset)
-        for image, label, scores in zip(images.cpu(), labels.tolist(), average.cpu(), strict=True):
-            kept = right if int(scores.argmax()) == label else wrong
-            if label >= 0 and len(kept) < 10:
-                kept.append((kept is right, image.permute(1, 2, 0).float().numpy(), label, scores))
+def draw_predictions(figure: "Figure", trainer: Trainer, findings: Findings) -> None:
+    """Ten validation images with their five most probable classes over all views: the surest mistakes, and what was
+    right but close."""
+    wrong, right = findings.mistakes, findings.close_calls
     shown = (wrong[: max(5, 10 - len(right))] + right)[:10]
     names = [name.words.split(",")[0] for name in trainer.val_shards.classes]
     figure.set_size_inches(12, 7)
     panels = figure.subplots(4, 5, height_ratios=[2, 1, 2, 1])
     for axes in panels.flat:
         axes.axis("off")
-    for place, (correct, image, label, scores) in enumerate(shown):
+    for place, example in enumerate(shown):
         row, column = place // 5 * 2, place % 5
         picture, bars = panels[row, column], panels[row + 1, column]
-        picture.imshow(to_pixels(image * trainer.config.data.augmentation.std, trainer.basis.mean))
-        picture.set_title(names[label], color="black" if correct else "firebrick")
-        best = scores.topk(min(5, len(names)))
-        shares, indices = best.values.tolist()[::-1], best.indices.tolist()[::-1]
+        picture.imshow(example_pixels(example, trainer))
+        picture.set_title(names[example.label], color="black" if example.correct else "firebrick")
         bars.axis("on")
         bars.barh(
-            [names[index] for index in indices],
-            shares,
-            color=["seagreen" if index == label else "grey" for index in indices],
+            [names[index] for index in example.guesses[::-1]],
+            example.probabilities[::-1],
+            color=["seagreen" if index == example.label else "grey" for index in example.guesses[::-1]],
         )
         bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
-    figure.suptitle(
-        "validation images, their true class and the five most probable ones (red: the first guess is wrong)"
-    )
+    figure.suptitle("validation images: the surest mistakes (red), then what was right but close")
+
+
+def draw_confusion(figure: "Figure", findings: Findings, classes: Sequence[ClassName]) -> None:
+    """How often images of each class (rows) are taken for each class (columns), as shares of the row."""
+    counts = findings.confusion[: len(classes)].cpu().numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure.set_size_inches(9, 8)
+    axes = figure.subplots()
+    picture = axes.imshow(100 * shares, cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(picture, label="% of the images of the true class")
+    axes.set(xlabel="taken for", ylabel="true class", title=f"{counts.sum()} validation images, all views")
+    if len(classes) <= 40:
+        names = [name.words.split(",")[0] for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            dark = shares[row, column] > 0.5
+            axes.text(column, row, counts[row, column], ha="center", va="center", color="white" if dark else "black")
+
+
+def example_pixels(example: Example, trainer: Trainer) -> np.ndarray:
+    """An image that was looked at as uint8 (256, 256, 3) RGB."""
+    image_HWC = example.image.permute(1, 2, 0).float().numpy()
+    return to_pixels(image_HWC * trainer.config.data.augmentation.std, trainer.basis.mean)
 
 
 def most_colourful(images_NHWC: np.ndarray, count: int) -> np.ndarray:

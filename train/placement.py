@@ -1,11 +1,12 @@
 """Where this process stands among those that torchrun started, and which part of the network it holds."""
 
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,10 @@ from model.parallel import TOWERS, Mesh, TowerAlexNet, join_state, seed_process,
 from model.peer import TIMEOUT, PeerLostError, reason_of
 from pipeline.loader import Batch
 from pipeline.shards import DataError
-from train.program import WRONG_INPUT
+from train.program import DATA_FAILED, WRONG_INPUT
 
 State = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Placement:
         """Whether this process is the one that writes and tells."""
         return self.rank == 0
 
+    @property
+    def where(self) -> str:
+        """This process, for people."""
+        return f"process {self.rank} on {platform.node()}"
+
     def loader_batch(self, batch_size: int) -> int:
         """Images that this process loads for an update. Raises `ValueError` when the processes cannot share them."""
         if batch_size % self.num_loader_ranks:
@@ -71,6 +78,16 @@ class Placement:
                 "images; take a multiple"
             )
         return batch_size // self.num_loader_ranks
+
+    def piece(self, batch_size: int, accumulate: int) -> int:
+        """Images of one forward pass, of `accumulate` an update. Raises `ValueError` when it does not come out even."""
+        whole = batch_size // self.num_replicas
+        if whole % accumulate:
+            raise ValueError(
+                f"the {whole} images of train.batch_size that each of {self.num_replicas} replicas has do not divide "
+                f"by train.accumulate ({accumulate}); take a number that does"
+            )
+        return whole // accumulate
 
     def build(self, config: AlexNetConfig, seed: int) -> AlexNet:
         """This process's part of the network, the same initial weights everywhere; then seed dropout, differently."""
@@ -85,6 +102,12 @@ class Placement:
         if self._mesh:
             return self._mesh.replicated(network)
         return DistributedDataParallel(network, gradient_as_bucket_view=True) if self.world > 1 else network
+
+    def exchanging(self, network: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+        """In this block `backward` averages gradients over replicas only if `wanted`."""
+        if wanted or not isinstance(network, DistributedDataParallel):
+            return nullcontext()
+        return network.no_sync()
 
     def share(self, batch: Batch) -> Batch:
         """What the network gets from what was loaded: with the other tower's half, if each loads one."""
@@ -105,13 +128,32 @@ class Placement:
             dist.all_reduce(total, group=self._mesh.replica_group if self._mesh else None)
         return total
 
+    def total_over_parts(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the parts of one network: the towers of a pair; a new tensor."""
+        total = tensor.clone()
+        if self._mesh:
+            dist.all_reduce(total)
+            total /= self.num_replicas  # whose gradients are the same
+        return total
+
+    def any_on_device(self, flag: torch.Tensor) -> torch.Tensor:
+        """Whether a bool on the device is true in any process, without waiting for it; a new tensor."""
+        told = flag.float()
+        if self.world > 1:
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        return told > 0
+
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process. All have to ask."""
+        return bool(self.largest(int(flag))[0])
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over all processes, who all have to ask."""
         if self.world == 1:
-            return flag
-        told = torch.tensor(int(flag))
+            return list(numbers)
+        told = torch.tensor(numbers)
         dist.all_reduce(told, dist.ReduceOp.MAX, group=self._control)
-        return bool(told)
+        return [int(number) for number in told.tolist()]
 
     def gather(self, mine: Any) -> list[Any]:
         """What every process has, by rank, on all of them."""
@@ -121,18 +163,45 @@ class Placement:
         dist.all_gather_object(everyone, mine, group=self._control)
         return everyone
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something in every process. Where it fails in one, that one's error is raised in the first process, and
+        the others leave quietly with it."""
+        if self.world == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except (ValueError, OSError, DataError) as raised:
+            error = raised
+        errors = [(where, each) for where, each in self.gather((self.where, error)) if each is not None]
+        if not errors:
+            return cast(T, result)
+        where, first = errors[0]
+        if not self.is_first:
+            sys.exit(DATA_FAILED if isinstance(first, DataError) else WRONG_INPUT)
+        if len(errors) < self.world and not isinstance(first, OSError):
+            raise type(first)(f"{where}: {first}")
+        raise first
+
     def first_does(self, work: Callable[[], None]) -> None:
-        """Let the first process do something; where it raises, the others leave quietly with it."""
-        error = None
-        if self.is_first:
-            try:
-                work()
-            except (ValueError, OSError) as raised:
-                error = raised
-        if self.any(error is not None):
-            if error:
-                raise error
-            sys.exit(WRONG_INPUT)
+        """Let the first process do something; where it fails, the others leave quietly with it."""
+        self.together(work if self.is_first else lambda: None)
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Check that facts are the same in every process. Raises `ValueError` that names the first that is not, and
+        where."""
+        (first, expected), *others = self.gather((self.where, facts))
+        differing = [
+            f"{name} is {theirs[name]} in {where}, {expected[name]} in {first}"
+            for where, theirs in others
+            for name in expected
+            if theirs[name] != expected[name]
+        ]
+        if differing:
+            if not self.is_first:
+                sys.exit(WRONG_INPUT)
+            more = f" ({len(differing) - 1} more such)" if len(differing) > 1 else ""
+            raise ValueError(f"the processes differ: {differing[0]}{more}; start all of them alike")
 
     def leave(self) -> None:
         """Part from the others."""

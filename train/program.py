@@ -4,7 +4,6 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 4 training diverged. A user's mistake costs one sentence on stderr and no traceback; our own mistakes keep theirs.
 """
 
-import ctypes
 import errno
 import os
 import sys
@@ -50,19 +49,6 @@ def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
     """Run a function, or one of several as subcommands, with arguments from the command line; never returns."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     exit_with(lambda: auto_cli(program, parser_class=Parser))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, for as long as the process lives.
-
-    By itself it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart
-    trains 1.45 times as fast with this.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # glibc's alone
-        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take no more
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:

@@ -1,0 +1,72 @@
+"""How a process uses its device: which one, how memory is kept, what is compiled, what has to repeat to the bit."""
+
+import ctypes
+import os
+import shutil
+from typing import cast
+
+import torch
+
+from model.alexnet import AlexNet
+from model.parallel import TowerAlexNet
+
+
+def pick_device(name: str) -> torch.device:
+    """The device behind "auto", "cpu" or "cuda", the n-th GPU for the n-th process of a machine.
+
+    Raises `ValueError` when a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if name != "cpu" and place >= torch.cuda.device_count() > 0:
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPUs and more processes than that; start one for each"
+        )
+    return torch.device("cuda", place) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_arithmetic(deterministic: bool) -> str:
+    """Let a GPU multiply float32 in TF32 and choose the fastest convolutions, or, `deterministic`, only such as give
+    the same bits every time. Returns what it did, for people. Raises `ValueError` where the environment forbids it."""
+    torch.set_float32_matmul_precision("high")  # a CPU computes in float32 all the same
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads this when it starts; the value is one of the two that its documentation calls reproducible.
+        if os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") not in (":4096:8", ":16:8"):
+            raise ValueError("run.deterministic needs CUBLAS_WORKSPACE_CONFIG=:4096:8; set that, or unset it")
+        torch.use_deterministic_algorithms(True)
+    return "float32 products in TF32" + (", only operations that repeat to the bit" if deterministic else "")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, for as long as the process lives.
+
+    By itself it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart
+    trains 1.45 times as fast with this.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # glibc's alone
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take no more
+
+
+def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
+    """What of the network pays to compile: all of it on a GPU; on a CPU, or where it is one tower of two, the
+    normalization, which is its slow layer. Where compiling cannot work the run goes on uncompiled."""
+    if device.type == "cuda" and not isinstance(model, TowerAlexNet):
+        return cast(torch.nn.Module, torch.compile(model, dynamic=False))
+    if not can_compile(device):
+        print("not compiling: there is no C++ compiler, or PyTorch lies in a folder with a space in its name")
+    else:
+        torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
+        model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
+    return model
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works: for a CPU it calls a C++ compiler, without quoting its own path."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    return device.type == "cuda" or (compiler is not None and " " not in torch.__file__)
