@@ -1,48 +1,81 @@
-"""Checkpoints are whole, LATEST names the newest, old ones go, and damage is told."""
+"""Checkpoints are whole, LATEST names the newest and BEST the best, old ones go, and damage is told with a remedy."""
 
+import resource
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint, save_checkpoint
+
+
+def content(step: int, **more: object) -> dict[str, object]:
+    """A small state."""
+    weights = {"w": torch.full((50,), float(step))}
+    return {"model": weights, "random": [{"cpu": torch.get_rng_state()}], **more}
+
+
+def names(run: Path) -> list[str]:
+    """What lies in a run's folder of checkpoints."""
+    return sorted(path.name.removesuffix(".pt") for path in (run / "checkpoints").iterdir())
 
 
 def test_save_find_load_keep(tmp_path: Path) -> None:
     """Three are kept of five; what comes back is what was saved."""
     assert find_checkpoint(tmp_path) is None
     for step in (1, 2, 30, 400, 5000):
-        path = save_checkpoint(
-            tmp_path,
-            step,
-            {"model": {"w": torch.full((2,), float(step))}, "random": [{"cpu": torch.get_rng_state()}]},
-            keep=3,
-        )
+        path = save_checkpoint(tmp_path, step, content(step), keep=3)
         assert find_checkpoint(tmp_path) == path
-    assert [p.name for p in sorted(path.parent.iterdir())] == [
-        "LATEST",
-        "step-00000030.pt",
-        "step-00000400.pt",
-        "step-00005000.pt",
-    ]
-    content = load_checkpoint(path)
-    assert content["step"] == 5000 and content["model"]["w"].tolist() == [5000, 5000]
+    assert names(tmp_path) == ["LATEST", "step-00000030", "step-00000400", "step-00005000"]
+    loaded = load_checkpoint(path)
+    assert loaded["step"] == 5000 and set(loaded["model"]["w"].tolist()) == {5000}
+
+
+def test_best_and_chosen_ones_stay(tmp_path: Path) -> None:
+    """Of five with one to keep: the newest, the best, and those that are to stay; one of a future that somebody left
+    stays too."""
+    for step in range(1, 6):
+        best = {"step": min(step, 2), "top1_error": 1.0}
+        save_checkpoint(tmp_path, step, content(step, best=best), keep=1, keep_steps=[1])
+    assert names(tmp_path) == ["BEST", "LATEST", "step-00000001", "step-00000002", "step-00000005"]
+    assert (tmp_path / "checkpoints" / "BEST").read_text() == "step-00000002.pt\n"
+    save_checkpoint(tmp_path, 3, content(3, best={"step": 2}), keep=1)
+    assert names(tmp_path)[2:] == ["step-00000002", "step-00000003", "step-00000005"]
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003.pt"
+
+
+def test_any_flipped_byte(tmp_path: Path) -> None:
+    """Whichever bit flips, the checkpoint is refused, and the one before it is offered."""
+    before = save_checkpoint(tmp_path, 6, content(6), keep=3)
+    path = save_checkpoint(tmp_path, 7, content(7), keep=3)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    checksum = range(len(whole) - 75, len(whole) - 60)
+    for place in [*rng.integers(0, len(whole), 150).tolist(), *checksum, len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"00000007.pt is damaged .* echo {before.name} > .*/LATEST goes on"):
+            load_checkpoint(path)
 
 
 def test_damage(tmp_path: Path) -> None:
     """A checkpoint that was cut, of another version or without its file is refused; so is one that would run code."""
-    path = save_checkpoint(tmp_path, 7, {"model": {"w": torch.zeros(1000)}}, keep=3)
+    path = save_checkpoint(tmp_path, 7, content(7), keep=3)
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"PK"):
+    for damaged in (whole[: len(whole) // 2], whole[:-1], b"", b"PK"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged"):
+        with pytest.raises(ValueError, match=r"is damaged or no checkpoint of this program; use an older"):
             load_checkpoint(path)
     torch.save({"format_version": 1, "step": 1, "x": Path("/")}, path)
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(path)
-    torch.save({"format_version": 99}, path)
+    torch.save({"format_version": 99, "step": 1}, path)
     with pytest.raises(ValueError, match="format version 99"):
         load_checkpoint(path)
+    torch.save({"format_version": 1, "step": 7, "x": 3}, path)  # of before there were checksums
+    assert load_checkpoint(path)["x"] == 3
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"step-00000007\.pt, which is missing"):
         find_checkpoint(tmp_path)
@@ -51,10 +84,42 @@ def test_damage(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == path
 
 
-@pytest.mark.parametrize("content", [b"garbage", b"\xff\xfe", b"../../secret", b""])
-def test_latest_is_no_path(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("named", [b"garbage", b"\xff\xfe", b"../../secret", b""])
+def test_latest_is_no_path(tmp_path: Path, named: bytes) -> None:
     """LATEST holds the name of a checkpoint beside it and nothing else."""
     path = save_checkpoint(tmp_path, 7, {}, keep=3)
-    path.with_name("LATEST").write_bytes(content)
+    path.with_name("LATEST").write_bytes(named)
     with pytest.raises(FileNotFoundError, match="LATEST names"):
         find_checkpoint(tmp_path)
+
+
+def test_written_beside_the_caller(tmp_path: Path) -> None:
+    """`start` returns while the checkpoint is being written, `wait` when it is; the next one waits for its turn."""
+    writer, go_on = CheckpointWriter(tmp_path, keep=3), threading.Event()
+    writer.start(1, content(1), before=lambda: go_on.wait(20) and None)
+    assert writer.busy and find_checkpoint(tmp_path) is None
+    threading.Timer(0.3, go_on.set).start()
+    writer.start(2, content(2), before=lambda: None)  # 1 is whole by now
+    assert (tmp_path / "checkpoints" / "step-00000001.pt").exists()
+    writer.wait()
+    assert not writer.busy and find_checkpoint(tmp_path) == writer.latest and writer.latest is not None
+    assert writer.latest.name == "step-00000002.pt" and writer.trouble() is None
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """What cannot be written is told once; the checkpoint before stays the latest, and nothing half-written lies
+    there."""
+    writer = CheckpointWriter(tmp_path, keep=3)
+    writer.start(1, content(1), before=lambda: None)
+    writer.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        writer.start(2, content(2), before=lambda: None)
+        writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = writer.trouble()
+    assert error and error.strerror == "File too large" and str(error.filename).endswith("step-00000002.pt")
+    assert writer.trouble() is None and names(tmp_path) == ["LATEST", "step-00000001"]
+    assert writer.latest == find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001.pt"

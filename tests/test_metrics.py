@@ -1,13 +1,12 @@
-"""Rows survive kills and resumes without a gap or a repeat; the meter tells waiting from computing."""
+"""Rows survive kills, resumes and full disks without a gap or a repeat."""
 
 import json
-import time
+import resource
 from pathlib import Path
 
-import torch
+import pytest
 
-from train.metrics import MetricsLog, StepMeter, read_metrics
-from train.placement import ParallelConfig, Placement
+from train.metrics import MetricsLog, read_metrics
 
 
 def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
@@ -30,20 +29,39 @@ def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_meter() -> None:
-    """Waits and steps that are slept out are read back, time in a pause is neither; loss and error are means."""
-    meter = StepMeter(torch.device("cpu"), Placement(ParallelConfig(), torch.device("cpu")))
-    for step in range(4):
-        if step == 2:
-            meter.pause()
-            time.sleep(1)
-        else:
-            time.sleep(0.03)
-        meter.start_step()
-        time.sleep(0.01)
-        meter.end_step(torch.tensor(0.5 * step), torch.tensor(2))
-    figures = meter.read(batch_size=8)
-    assert 29 < figures["wait_ms_p50"] <= figures["wait_ms_p99"] < 900
-    assert 10 < figures["wait_percent"] < 90
-    assert figures["loss"] == 0.75 and figures["top1_error"] == 75
-    assert 4 * 8 / 1 < figures["images_per_s"] < 4 * 8 / 0.09
+def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    """Rows behind a line that a disk damaged are still there, also after going on."""
+    log = MetricsLog(tmp_path, 0, 0)
+    for step in (1, 2, 3):
+        log.write("train", step, epoch=0, loss=float(step))
+    log.close()
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(lines[0] + b"\xff" + lines[1][1:] + lines[2])
+    for _ in range(2):
+        assert [row["step"] for row in read_metrics(log.path)] == [1, 3]
+        MetricsLog(tmp_path, 3, 0).close()
+
+
+def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that cannot be written are told of once, wait, and come in their order when there is room; closing says what
+    would be lost."""
+    log = MetricsLog(tmp_path, 0, 0)
+    log._board.close()
+    log._board = type("Silent", (), {"add_scalar": lambda *args: None, "close": lambda *args: None})()
+    log.write("train", 1, epoch=0, loss=1.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1]))  # half a row fits
+        for step in (2, 3):
+            log.write("train", step, epoch=0, loss=1.0)
+        told = capsys.readouterr().out
+        assert told.count("its rows are kept in memory") == 1 and str(log.path) in told
+        assert [row["step"] for row in read_metrics(log.path)] == [1]
+        with pytest.raises(OSError, match="File too large"):
+            log.sync()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.write("train", 4, epoch=0, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.close()
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]

@@ -22,12 +22,14 @@ from train.metrics import read_metrics
 
 TRAIN = ("-m", "train.run")
 EPOCHS, BATCH = 3, 32
+STEPS = 1438 // BATCH
 
 
 def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
     """A small network on the demo: dropout, lighting, flip and shuffling are on."""
     small = "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
     small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
+    small += " --run.save_every 6 --run.keep 2 --run.keep_every 1"
     small += " --run.device cpu"  # bitwise equality is promised there
     run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
     return [
@@ -62,37 +64,52 @@ def same_weights(one: dict[str, object], two: dict[str, object]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_stopped_and_continued_gives_the_same_weights(
-    shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    """A signal inside the second epoch saves and leaves with 0; the same command goes on to bitwise the same weights
-    and rows."""
-    command = [sys.executable, *TRAIN, *arguments(shards, tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    steps_per_epoch = 1438 // BATCH
+def started(shards: Path, directory: Path, *more: str) -> subprocess.Popen[str]:
+    """A run in the background."""
+    command = [sys.executable, *TRAIN, *arguments(shards, directory, *more)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) -> None:
+    """Until the row of this step, or a later one, is written."""
     deadline = time.monotonic() + 120
-    while not any(row["step"] >= steps_per_epoch + 4 for row in read_metrics(tmp_path / "metrics.jsonl")):
+    while not any(row["step"] >= step for row in read_metrics(directory / "metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def rows_without_times(directory: Path) -> list[dict[str, object]]:
+    """The rows of a run, but for what a clock says."""
+    times = ("wait", "images_per_s", "step_ms", "next_ms", "saving", "eval_s")
+    found = read_metrics(directory / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(times)} for row in found]
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
+def test_killed_stopped_and_continued_gives_the_same_weights(
+    shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """After kill -9 in the first epoch, and a signal inside the second, which saves and leaves with 0, the same command
+    goes on to bitwise the same weights and rows."""
+    process = started(shards, tmp_path)
+    wait_for_step(process, tmp_path, 12)
+    process.kill()
+    process.communicate()
+    process = started(shards, tmp_path)
+    wait_for_step(process, tmp_path, STEPS + 4)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "run the same command again" in output
+    assert process.returncode == 0 and "going on from" in output and "run the same command again" in output
 
     stopped = final(tmp_path)
-    assert steps_per_epoch < stopped["step"] < 2 * steps_per_epoch  # type: ignore[operator]
+    assert STEPS < stopped["step"] < 2 * STEPS  # type: ignore[operator]
     assert stopped["epoch"] == 1 and not same_weights(stopped, final(undisturbed))
     assert "going on from" in run_ok(*TRAIN, *arguments(shards, tmp_path))
-    assert final(tmp_path)["step"] == EPOCHS * steps_per_epoch
+    assert final(tmp_path)["step"] == EPOCHS * STEPS
     assert same_weights(final(tmp_path), final(undisturbed))
-
-    def rows(directory: Path) -> list[dict[str, object]]:
-        found = read_metrics(directory / "metrics.jsonl")
-        return [
-            {key: value for key, value in row.items() if not key.startswith(("wait", "images_per_s"))} for row in found
-        ]
-
-    assert rows(tmp_path) == rows(undisturbed)
+    assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
 
 
 @pytest.mark.slow
@@ -107,7 +124,7 @@ def test_what_a_finished_run_leaves(shards: Path, undisturbed: Path) -> None:
     """Configuration, metrics, events, checkpoints and pictures; it learned."""
     names = {path.name for path in undisturbed.iterdir()}
     pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
-    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", *pictures}
+    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock", *pictures}
     assert all((undisturbed / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     rows = read_metrics(undisturbed / "metrics.jsonl")
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))

@@ -78,13 +78,17 @@ def test_torchvisions_names(tmp_path: Path) -> None:
 
 
 def test_another_std(tmp_path: Path) -> None:
-    """Logits of images / 255, less a mean and divided by a std per channel, are those of images on 0..255 less the mean
-    with the std moved into conv1."""
+    """Logits of images / 255, less a mean and divided by a std per channel, are those of images on 0..255 less the
+    mean with the std moved into conv1."""
     config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3)
     model = AlexNet(config).double().eval()
-    weights = Weights(config, model.state_dict(), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = Weights(config, state, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     pixels = torch.rand(2, 3, 224, 224, dtype=torch.float64) * 255
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1)
+        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     expected = model((pixels / 255 - mean) / std).detach()
     for divisor in (1.0, 50.0):
         model.load_state_dict(weights.for_std(divisor))

@@ -190,7 +190,7 @@ def is_sound(file: BinaryIO) -> bool:
     file.seek(0)
     if not comment.startswith(MARK):  # from before there was one: the archive's own sums, which leave its headers out
         with zipfile.ZipFile(file) as archive:
-            sound = archive.testzip() is None
+            sound = not archive.comment and archive.testzip() is None
     else:
         sha, left = hashlib.sha256(), end
         while left and (block := file.read(min(left, 2**20))):
