@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from nvidia.dali import fn
+from nvidia.dali import Pipeline, fn
 
 from pipeline.settings import Augmentation
 from pipeline.shards import IMAGE_SIDE
@@ -43,9 +43,12 @@ def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:
     Offsets come from a list: `uniform(range=(0, 1))` rounds, and the edges 0 and 32 would get half their share.
     """
     positions = [k / OFFSETS for k in range(OFFSETS + 1)] if augmentation.crop == "random" else [0.5]
-    return Draws(
+    views = (
         fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_x")),
         fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_y")),
         fn.random.coin_flip(probability=augmentation.flip, seed=op_seed(seed, loader_rank, "mirror")),
-        fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")),
     )
+    if augmentation.share_window > 1:  # the first one's of each group
+        first = [k - k % augmentation.share_window for k in range(Pipeline.current().max_batch_size)]
+        views = tuple(fn.permute_batch(view, indices=first) for view in views)
+    return Draws(*views, fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")))

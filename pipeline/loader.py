@@ -71,6 +71,11 @@ class Loader:
             raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+        if training and batch_size % config.augmentation.share_window:
+            raise ValueError(
+                f"the {batch_size} images that each process loads at a time do not divide by "
+                f"data.augmentation.share_window ({config.augmentation.share_window}); take a number that does"
+            )
         self._shards, self._basis, self._config, self._training = shards, basis, config, training
         self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
         self.device = torch.device(device)
@@ -237,6 +242,8 @@ class Loader:
         """What decides the sequence of batches; speed knobs, the strength and the end of lighting do not."""
         augmentation = asdict(self._config.augmentation)
         del augmentation["lighting"]["strength"], augmentation["lighting"]["until_epoch"]
+        if augmentation["share_window"] == 1:
+            del augmentation["share_window"]  # as states had it before there was a choice
         return {
             "shards": self._shards.manifest_sha256,
             "seed": self._seed,

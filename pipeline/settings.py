@@ -16,6 +16,8 @@ class Augmentation:
     """random: a 224x224 window at offsets drawn evenly from 0..32; center: always the middle one."""
     flip: float = 0.5
     """Probability of a horizontal flip. With 0, evaluation leaves the mirrored views out."""
+    share_window: int = 1
+    """So many consecutive images of a batch get the same window and the same flip (the 2012 program: 32)."""
     lighting: Lighting = field(default_factory=Lighting)
     """Colour shifts along the principal RGB axes."""
     mean: Literal["channel", "image"] = "channel"
@@ -29,6 +31,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augmentation.flip is a probability, 0 to 1, not {self.flip}")
+        if self.share_window < 1:
+            raise ValueError(f"augmentation.share_window must be at least 1, not {self.share_window}")
         if not 0 < self.std < float("inf"):
             raise ValueError(f"augmentation.std must be positive, not {self.std}")
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, run_python, train_refuses
 from train.config import Config, check_same_run, parse_config
+from train.schedule import RateSchedule
 
 REQUIRED = ["--data.shards", "s", "--run.dir", "r"]
 QUICKSTART = ["--config", str(ROOT / "train/configs/quickstart.yaml"), *REQUIRED]
@@ -56,22 +57,44 @@ def test_shipped_configs(path: Path) -> None:
     assert f"python -m train.run --config train/configs/{path.name}" in path.read_text()
 
 
+def shipped(name: str) -> Config:
+    """A configuration as it is shipped."""
+    return parse_config(["--config", str(ROOT / f"train/configs/{name}.yaml"), *REQUIRED])
+
+
 def test_paper_is_the_paper() -> None:
-    """The figures of sections 3 to 5."""
-    config = parse_config(["--config", str(ROOT / "train/configs/paper.yaml"), *REQUIRED])
-    assert (config.train.batch_size, config.train.epochs) == (128, 90)
-    assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.drops) == (
-        0.01,
-        0.9,
-        5e-4,
-        3,
-    )
-    assert (
-        config.model.maps == (96, 256, 384, 384, 256)
-        and config.model.hidden == 4096
-        and config.model.num_classes == 1000
-    )
-    assert config.data.augmentation.lighting.convention == "eigenvalue"
+    """The figures of sections 2 to 5."""
+    config = shipped("paper")
+    optimizer, augmentation = config.optimizer, config.data.augmentation
+    assert (config.train.batch_size, config.train.epochs, optimizer.schedule) == (128, 90, "plateau")
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.01, 0.9, 5e-4, 3)
+    assert (optimizer.patience, optimizer.min_improvement, optimizer.bias_lr) == (5, 0.1, None)
+    assert config.model.maps == (96, 256, 384, 384, 256) and config.model.normalization == "paper"
+    assert (config.model.hidden, config.model.num_classes, config.model.dropout) == (4096, 1000, 0.5)
+    assert augmentation.lighting.convention == "eigenvalue" and augmentation.lighting.strength == 0.1
+    assert (augmentation.crop, augmentation.flip, augmentation.mean) == ("random", 0.5, "image")
+
+
+def test_alexnet2012_is_the_program() -> None:
+    """The 2012 run, epoch by epoch: rates of conv1, of the other weights, of biases, and of colour noise."""
+    config = shipped("alexnet2012")
+    schedule, names = RateSchedule(config.optimizer, config.train.epochs), ["conv1.weight", "fc8.weight", "fc8.bias"]
+    expected = {0: (1e-2, 1e-2), 25: (1e-3, 1e-3), 51: (1e-4, 1e-4), 67: (1e-5, 1e-4), 72: (0, 1e-4), 79: (0, 1e-5)}
+    assert config.train.epochs == 91 and config.model.normalization == config.model.variant == "original"
+    for epoch in range(91):
+        conv1, others = expected[max(begin for begin in expected if begin <= epoch)]
+        assert tuple(schedule.rates(names).values()) == (conv1, others, 0.02)
+        assert config.data.augmentation.lighting.at_epoch(epoch).strength == (0.1 if epoch < 67 else 0)
+        schedule.end_epoch(50)
+    assert config.data.augmentation.share_window == 32 and config.optimizer.bias_weight_decay == 0
+
+
+def test_fast() -> None:
+    """The paper's rate, scaled by the batch, in bfloat16; down to nothing at the end."""
+    config = shipped("fast")
+    assert config.train.precision == "bf16" and config.train.compile and config.optimizer.schedule == "cosine"
+    assert config.optimizer.lr / config.train.batch_size == pytest.approx(0.01 / 128)
+    assert config.model.num_towers == 2 and config.parallel.placement == "single"
 
 
 @pytest.mark.parametrize(
@@ -84,11 +107,21 @@ def test_paper_is_the_paper() -> None:
         (["--model.variant", "vgg"], "model.variant"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--run.device", "tpu"], "run.device"),
+        (["--train.accumulate", "0"], "train.accumulate must be at least 1"),
+        (["--train.accumulate", "5"], "do not divide by train.accumulate (5)"),
+        (["--data.augmentation.share_window", "5"], "do not divide by data.augmentation.share_window (5)"),
+        (["--data.augmentation.share_window", "0"], "share_window must be at least 1"),
+        (["--optimizer.warmup_epochs", "10"], "optimizer.warmup_epochs (10.0) must be less than train.epochs (10)"),
+        (["--optimizer.changes", "[{epoch: 3, lr: 0.1}]"], "optimizer.changes is of optimizer.schedule=hand"),
+        (["--optimizer.changes", "[{epoch: 0, lr: 0.1}]"], "a change of rate is made at an epoch from 1 on"),
+        (["--optimizer.changes", "[{epoch: 3, rate: 0.1}]"], "'rate' is not accepted"),
+        (["--run.keep_every", "-1"], "run.keep_every must not be negative"),
     ],
 )
-def test_wrong_values(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_values(arguments: list[str], message: str, tmp_path: Path, shards: Path) -> None:
     """One sentence that names the field, exit code 2, and no run directory."""
-    assert message in train_refuses(*QUICKSTART[:4], "--run.dir", tmp_path / "run", *arguments)
+    place = ["--data.shards", shards, "--run.dir", tmp_path / "run", "--run.device", "cpu"]
+    assert message in train_refuses(*QUICKSTART[:2], *place, *arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -111,3 +144,6 @@ def test_same_run() -> None:
     ]:
         with pytest.raises(ValueError, match=re.escape(f"started with {name} = ")):
             check_same_run(saved, parse_config([*QUICKSTART, f"--{name}", value]).to_json())
+    cosine = [*QUICKSTART, "--optimizer.schedule", "cosine", "--optimizer.steps", "[]"]
+    with pytest.raises(ValueError, match=r"started with train\.epochs = 10"):  # the curve would be another
+        check_same_run(parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json())

@@ -128,6 +128,27 @@ def test_offsets_are_even() -> None:
     assert chisquare(offset_counts(floats)).pvalue < 1e-9
 
 
+def test_shared_windows() -> None:
+    """With 4 to a window, images 0 to 3, 4 to 7, ... have the window and flip that the first of them would have alone,
+    and a light of their own; a restored pipeline goes on alike."""
+
+    @pipeline_def(batch_size=12, num_threads=1, device_id=None, seed=0, enable_checkpointing=True)
+    def pipeline(share: int) -> tuple[object, ...]:
+        return draw(Augmentation(share_window=share), 3, 0)
+
+    alone, shared = pipeline(1), pipeline(4)
+    for _ in range(20):
+        state = shared.checkpoint()
+        *views, light = (output.as_array() for output in shared.run())
+        *firsts, same_light = (output.as_array() for output in alone.run())
+        for view, first in zip(views, firsts, strict=True):
+            np.testing.assert_array_equal(view, np.repeat(first[::4], 4))
+        np.testing.assert_array_equal(light, same_light)
+    restored = pipeline(4, checkpoint=state)
+    for output, view in zip(restored.run(), views, strict=False):
+        np.testing.assert_array_equal(output.as_array(), view)
+
+
 @pytest.mark.parametrize("seeds", [((1, 0), (1, 1)), ((1, 0), (2, 0))])
 def test_seeds(seeds: tuple[tuple[int, int], tuple[int, int]]) -> None:
     """Ranks and seeds draw differently; the same ones draw the same."""

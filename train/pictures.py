@@ -107,7 +107,12 @@ def draw_augmentation(figure: "Figure", trainer: Trainer) -> None:
     loader = train_loader(
         trainer.train_shards,
         basis,
-        replace(trainer.config.data, decode="cpu", speed=Speed(), augmentation=replace(augmentation, mean="channel")),
+        replace(
+            trainer.config.data,
+            decode="cpu",
+            speed=Speed(),
+            augmentation=replace(augmentation, mean="channel", share_window=1),
+        ),
         batch_size=min(14, trainer.train_shards.num_samples),
         seed=trainer.config.train.seed,
         rank=0,

@@ -11,22 +11,30 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm users let it send before the time is over (docs/clusters.md)."""
 
 
+ECHO_S = 1.0
+"""A signal so soon after the first one is the same wish: Slurm, pre-empting a job without a grace time, was seen to send
+SIGTERM twice within 13 ms, and torchrun passes on a Ctrl-C that the terminal has sent to everybody already."""
+
+
 class StopSignal:
-    """Turns the first of these signals into a wish to stop, asked for between steps; the second one leaves at once."""
+    """Turns the first of these signals into a wish to stop, asked for between steps; another one leaves at once."""
 
     def __init__(self) -> None:
-        self._requested = False
+        self._requested_at: float | None = None
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        now = perf_counter()
+        if self._requested_at is None:
+            self._requested_at = now
+        elif now - self._requested_at > ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __call__(self) -> bool:
         """Whether to stop."""
-        return self._requested
+        return self._requested_at is not None
 
 
 class StopVote:
