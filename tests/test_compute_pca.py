@@ -80,7 +80,8 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
         if stray.name.split("-")[1] != first.name.split("-")[1]:
             stray.unlink()
 
-    last = run_python("tools/compute_pca.py", copy, env={**os.environ, "SLURM_PROCID": "1", "SLURM_NTASKS": "3"})
+    task = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
+    last = run_python("tools/compute_pca.py", copy, env={**os.environ, **task})
     assert last.returncode == 0 and "stddev along the axes" in last.stdout and "part 2 of 3 (from SLURM" in last.stdout
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
     assert {path.name for path in copy.iterdir()} == before | {"pca.json"}

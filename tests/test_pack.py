@@ -97,7 +97,9 @@ def test_parts_at_the_same_time(small: Path, clean: dict[str, bytes], tmp_path: 
         ("0/4", {}, (3, 4)),
         (None, {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2)),
         (None, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
-        (None, {"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (5, 6)),
+        (None, {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6"}, (5, 6)),
+        (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, (0, 1)),  # a batch script, before any srun
+        (None, {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (1, 2)),
         ("1/1", {"RANK": "1", "WORLD_SIZE": "2"}, (0, 1)),
     ],
 )

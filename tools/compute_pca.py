@@ -57,8 +57,8 @@ def compute_pca(
         sample: Take so many images, drawn at random, for a quick estimate; pca.json says so, and a run without it
             replaces it.
         seed: Seed of that draw.
-        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default RANK and WORLD_SIZE or SLURM_PROCID
-            and SLURM_NTASKS tell, or it does everything. Whoever is last writes pca.json.
+        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default torchrun's or srun's
+            variables tell, or it does everything. Whoever is last writes pca.json.
         mean_image: Write the mean of each pixel as well: mean_image.npy (float32, 256x256x3, RGB, 0..255) and
             mean_image.png to look at.
         show: Print the basis beside ImageNet's and draw pca.png: the axes as colours, and images moved along them.

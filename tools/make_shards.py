@@ -67,8 +67,8 @@ def pack(
         subsampling: Chroma subsampling of what is encoded.
         on_bad: What to do with an image that cannot be decoded: stop, or leave it out and list it in the manifest.
         val_fraction: Part of each class to set aside for validation, where the source has no validation images.
-        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default RANK and WORLD_SIZE or SLURM_PROCID
-            and SLURM_NTASKS tell, or it does everything. All parts write into the same folder.
+        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default torchrun's or srun's
+            variables tell, or it does everything. All parts write into the same folder.
         sequential_read: Read each archive once in order (for hard disks); needs the shards' size once more on disk.
         verify: Decode every image of `store original` strictly; false looks at the headers alone.
         check_md5: First compare the archives with the published MD5 sums.

@@ -3,6 +3,8 @@
 import os
 from typing import NamedTuple
 
+from train.launch import find_task
+
 
 class Part(NamedTuple):
     """The share of this process in work that several share."""
@@ -15,19 +17,17 @@ class Part(NamedTuple):
 
 
 def find_part(part: str | None, environment: "os._Environ[str] | dict[str, str]") -> Part:
-    """The share of this process: from i/n, else from torchrun's or Slurm's environment, else everything.
+    """The share of this process: from i/n, else from torchrun's or srun's environment, else everything.
 
     Counting from 1 or from 0 is the same: only i modulo n matters. Raises `ValueError` for anything else.
     """
-    if part is None:
-        for number, of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if number in environment and of in environment:
-                part, source, counts_from = f"{environment[number]}/{environment[of]}", f"{number}/{of}", 0
-                break
-        else:
-            return Part(0, 1)
-    else:
+    if part is not None:
         source, counts_from = "--part", 1
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
+        part, source, counts_from = f"{environment['RANK']}/{environment['WORLD_SIZE']}", "RANK/WORLD_SIZE", 0
+    else:
+        task = find_task(environment)
+        return Part(*task, "SLURM_PROCID/SLURM_STEP_NUM_TASKS") if task else Part(0, 1)
     fields = part.split("/")
     if len(fields) != 2 or not all(field.isascii() and field.isdigit() for field in fields):
         raise ValueError(f"{source} has to be i/n, such as 1/4, but is {part}")

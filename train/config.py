@@ -14,7 +14,7 @@ from jsonargparse import set_parsing_settings
 from model.alexnet import AlexNetConfig
 from pipeline.settings import DataConfig
 from train.placement import ParallelConfig
-from train.program import Parser
+from train.program import Parser, told_once
 from train.schedule import OptimizerConfig
 
 
@@ -128,8 +128,11 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(Config)
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    return Config(parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume)
+    with told_once():
+        parsed = parser.instantiate(parser.parse_args(arguments))
+        return Config(
+            parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume
+        )
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ Ten views are the four corner windows, the central one, and their mirrors; the s
 that was trained without flips gets the five unmirrored windows.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
 from train.device import keep_freed_memory, pick_device
 from train.findings import CONFUSION_LIMIT, Findings
+from train.launch import find_launch
 from train.placement import ParallelConfig, Placement, lost_processes_told
 from train.program import run_program
 from train.trained import Trained, read_trained
@@ -147,6 +149,7 @@ def evaluate_checkpoint(
         if path and (path.suffix != suffix or path.is_dir()):
             raise ValueError(f"{path} is to be a {suffix} file; give a file's name that ends so")
     keep_freed_memory()
+    find_launch(os.environ, torch.cuda.device_count())
     place = pick_device(device)
     with lost_processes_told():
         placement = Placement(ParallelConfig(), place)

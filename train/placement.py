@@ -1,4 +1,4 @@
-"""Where this process stands among those that torchrun started, and which part of the network it holds."""
+"""Where this process stands among those that torchrun or srun started, and which part of the network it holds."""
 
 import os
 import platform

@@ -8,7 +8,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the command line and leave with exit code 2."""
         one_line = " ".join(str(message).split())
-        sys.stderr.write(f"error: {one_line} (--help lists every option)\n")
+        if speaks():
+            sys.stderr.write(f"error: {one_line} (--help lists every option)\n")
         sys.exit(WRONG_INPUT)
 
 
@@ -49,6 +51,23 @@ def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
     """Run a function, or one of several as subcommands, with arguments from the command line; never returns."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     exit_with(lambda: auto_cli(program, parser_class=Parser))
+
+
+def speaks() -> bool:
+    """Whether this process tells what all processes of its machine know alike, such as a mistake on their command
+    line."""
+    return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let one process of a machine complain of what each of them finds wrong; the others leave quietly."""
+    try:
+        yield
+    except ValueError:
+        if speaks():
+            raise
+        sys.exit(WRONG_INPUT)
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:

@@ -6,17 +6,22 @@ The same command goes on where a run was stopped (Ctrl-C, SIGTERM, SIGUSR1, or a
 evaluated again. Under torchrun or srun it is one run of all processes.
 """
 
+import os
+
+import torch
+
 from train.agreement import facts
 from train.checkpoint import find_checkpoint
 from train.config import Config, parse_config
 from train.device import keep_freed_memory, pick_device, set_arithmetic
 from train.directory import RunDirectory
 from train.findings import Findings
+from train.launch import find_launch
 from train.loop import Trainer
 from train.metrics import MetricsLog
 from train.pictures import draw_pictures
 from train.placement import Placement, lost_processes_told
-from train.program import exit_with
+from train.program import exit_with, told_once
 from train.report import report
 from train.state import restore
 from train.stop import StopSignal, StopVote
@@ -26,10 +31,12 @@ def run(config: Config) -> None:
     """Meet the other processes, train, evaluate, draw, report."""
     keep_freed_memory()
     requested = StopSignal()
+    find_launch(os.environ, torch.cuda.device_count())
     arithmetic = set_arithmetic(config.run.deterministic)
     device = pick_device(config.run.device)
     with lost_processes_told():
-        placement = Placement(config.parallel, device)
+        with told_once():
+            placement = Placement(config.parallel, device)
         directory = RunDirectory(config.run.dir)
         placement.first_does(directory.claim)
         trainer = placement.together(lambda: Trainer(config, device, placement))

@@ -12,8 +12,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 ECHO_S = 1.0
-"""A signal so soon after the first one is the same wish: Slurm, pre-empting a job without a grace time, was seen to send
-SIGTERM twice within 13 ms, and torchrun passes on a Ctrl-C that the terminal has sent to everybody already."""
+"""A signal so soon after the first one is the same wish: Slurm, pre-empting a job without a grace time, was seen to
+send SIGTERM twice within 13 ms, and torchrun passes on a Ctrl-C that the terminal has sent to everybody already."""
 
 
 class StopSignal:

@@ -1,0 +1,178 @@
+"""Processes that srun starts find each other; what else runs in an allocation stays alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, train_refuses
+from tests.test_placement import arguments
+from train.evaluate import pick_device
+from train.launch import PORTS, find_launch, find_task, first_host
+from train.metrics import read_metrics
+
+# What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
+# shell of salloc, in the shell of salloc under LaunchParameters=use_interactive_step, and in srun's second task.
+SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0"}
+SALLOC = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[03-04]"}
+INTERACTIVE = SCRIPT | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node03"}
+TASK = SCRIPT | {
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_GTIDS": "0,1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+}
+
+
+def launched(environment: dict[str, str], num_gpus: int = 0) -> dict[str, str]:
+    """What `find_launch` adds or changes."""
+    after = dict(environment)
+    find_launch(after, num_gpus)
+    return {name: value for name, value in after.items() if environment.get(name) != value}
+
+
+def test_a_task_of_srun_gets_what_torchrun_sets() -> None:
+    """All six variables, of the step's size and not the allocation's."""
+    step_of_eight = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_GTIDS": "4,5,6,7"}
+    found = launched(TASK | step_of_eight, num_gpus=4)
+    assert int(found.pop("MASTER_PORT")) in PORTS
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node03",
+    }
+
+
+@pytest.mark.parametrize("environment", [{}, SCRIPT, SALLOC, INTERACTIVE])
+def test_an_allocation_is_no_launch(environment: dict[str, str]) -> None:
+    """What a script or a shell starts without srun is one process, which waits for nobody."""
+    assert launched(environment) == {}
+    assert find_task(environment) in (None, (0, 1))
+
+
+def test_torchrun_comes_first() -> None:
+    """Variables of another launcher stay as they are, also where srun started that launcher; so does a given place to
+    meet."""
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
+    assert launched(TASK | torchrun) == launched(TASK | {"WORLD_SIZE": "1"}) == {}
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert launched(TASK | given).keys() == {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    assert launched(TASK | {"MASTER_ADDR": "x", "SLURM_STEP_NODELIST": "?"})["RANK"] == "1"
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second task of a machine takes the one GPU that --gpus-per-task shows it, and the second of several; too few
+    GPUs are still refused."""
+    for visible, place in ((1, 0), (2, 1)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        monkeypatch.setenv("LOCAL_RANK", launched(TASK, visible).get("LOCAL_RANK", "0"))
+        assert pick_device("auto") == torch.device("cuda", place)
+    monkeypatch.setenv("LOCAL_RANK", launched(TASK | {"SLURM_LOCALID": "2"}, 2)["LOCAL_RANK"])
+    with pytest.raises(ValueError, match="2 GPUs and more processes"):
+        pick_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("vm", "vm"),
+        ("node[03-05,09]", "node03"),
+        ("node[12]", "node12"),
+        ("a-1,b-2", "a-1"),
+        ("a-1,b[2-3]", "a-1"),
+        ("gpu-[7,9],x", "gpu-7"),
+        ("rack[0-1]node[010-019].local,y[1-2]", "rack0node010.local"),
+        ("10.0.0.[5-6]", "10.0.0.5"),
+    ],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    """The first name that `scontrol show hostnames` would print, zeros in front included."""
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("nodes", ["", "node[03", "node]3", "node[a-b]", "node[]", ",a", "a b", "n[-3]", "(null)"])
+def test_node_lists_that_are_none(nodes: str) -> None:
+    """They are refused by name and value."""
+    with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST is .* set MASTER_ADDR"):
+        first_host(nodes)
+
+
+def test_jobs_and_steps_do_not_meet() -> None:
+    """A hundred successive jobs of ten steps each meet at as many ports, the tasks of one step at one; the
+    huge number of salloc's interactive step gives a port as well."""
+    ports = [
+        int(launched(TASK | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"])
+        for job in range(10**7, 10**7 + 100)
+        for step in range(10)
+    ]
+    assert len(set(ports)) == 1000 and min(ports) >= 20000 and max(ports) < 32768
+    assert launched(TASK)["MASTER_PORT"] == launched(TASK | {"SLURM_PROCID": "0"})["MASTER_PORT"]
+    assert int(launched(TASK | {"SLURM_STEP_ID": "4294967290"})["MASTER_PORT"]) in PORTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_PROCID", "2"),
+        ("SLURM_PROCID", "-1"),
+        ("SLURM_PROCID", None),
+        ("SLURM_STEP_NUM_TASKS", "two"),
+        ("SLURM_STEP_NUM_TASKS", "0"),
+        ("SLURM_LOCALID", ""),
+        ("SLURM_JOB_ID", "7_1"),
+        ("SLURM_STEP_ID", None),
+        ("SLURM_STEP_NODELIST", None),
+        ("MASTER_PORT", "65536"),
+        ("MASTER_PORT", "http"),
+    ],
+)
+def test_broken_values(name: str, value: str | None) -> None:
+    """They are refused by name."""
+    broken = {key: text for key, text in (TASK | {name: value}).items() if text is not None}
+    with pytest.raises(ValueError, match=name):
+        launched(broken)
+
+
+def test_the_trainer_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.run` asks before it looks at devices or other processes, and says one sentence of what is wrong."""
+    for name, value in (TASK | {"SLURM_STEP_NODELIST": "node[03"}).items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # set here, removed at the end
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert "SLURM_STEP_NODELIST is 'node[03'" in train_refuses(*arguments(tmp_path, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_two_tasks_train_together(shards: Path, tmp_path: Path) -> None:
+    """Two processes with srun's variables and none of torchrun's are one run; one with a batch script's is alone."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    step = TASK | {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    command = [sys.executable, "-m", "train.run", *arguments(shards, tmp_path / "two")]
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=clean | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], told
+    assert "in each of 2 processes" in told[0] and "ten-view top-1" in told[0] and "ten-view" not in told[1]
+    assert [row["kind"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl")].count("eval") == 1
+
+    command = [sys.executable, "-m", "train.run", *arguments(shards, tmp_path / "alone")]
+    alone = subprocess.run(command, cwd=ROOT, env=clean | SCRIPT, capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 0 and "in each of" not in alone.stdout, alone.stderr

@@ -1,0 +1,92 @@
+"""Slurm's srun as a launcher: its variables become those of torchrun, which everything else reads.
+
+    srun --ntasks 8 python -m train.run --config FILE ...
+
+An allocation is no launch. In an sbatch script and in a salloc shell SLURM_NTASKS tells how many tasks were asked for,
+and the script even has SLURM_PROCID=0, but what is started there is one process, which must not wait for others or do
+one share of the work. SLURM_STEP_NUM_TASKS is what only the tasks of a step have (seen in Slurm 22.05; srun(1), "output
+environment variables"); a shell of `srun --pty` or of salloc's interactive step is a step of one task.
+"""
+
+import re
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
+
+PORTS = range(20000, 32768)
+"""Ports to meet at: above those of known services, below those that Linux hands out to outgoing connections."""
+STEPS_APART = 61
+"""Ports between the first steps of two successive jobs; prime, and no factor of the number of ports."""
+
+
+class Task(NamedTuple):
+    """A process among those that one srun started."""
+
+    rank: int
+    """0 to `world` - 1."""
+    world: int
+    """Number of processes."""
+
+
+def find_task(environment: Mapping[str, str]) -> Task | None:
+    """This process's place in a step of Slurm; None where no srun started it.
+
+    Raises `ValueError` that names the variable when one is missing or no such number.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environment:
+        return None
+    world = read_number(environment, "SLURM_STEP_NUM_TASKS")
+    rank = read_number(environment, "SLURM_PROCID")
+    if rank >= world:
+        raise ValueError(f"SLURM_PROCID is {rank}, but SLURM_STEP_NUM_TASKS says that there are {world} tasks")
+    return Task(rank, world)
+
+
+def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
+    """Where srun started this process together with others, set what torchrun would have set: RANK, WORLD_SIZE,
+    LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+    RANK or WORLD_SIZE that is there already is of another launcher, perhaps a torchrun that srun started: nothing is
+    changed then. A given MASTER_ADDR or MASTER_PORT stays. `num_gpus` is the number that this process sees. Raises
+    `ValueError` that names the variable when one of Slurm's is missing or cannot be read.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return
+    task = find_task(environment)
+    if task is None or task.world == 1:
+        return
+    environment["RANK"], environment["WORLD_SIZE"] = str(task.rank), str(task.world)
+    place = read_number(environment, "SLURM_LOCALID")
+    # --gpus-per-task shows each task its own GPU alone, which is number 0 to all of them
+    environment["LOCAL_RANK"] = "0" if num_gpus == 1 else str(place)
+    environment["LOCAL_WORLD_SIZE"] = str(len(environment.get("SLURM_GTIDS", "0").split(",")))
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    if "MASTER_PORT" not in environment:
+        job, step = (read_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        environment["MASTER_PORT"] = str(PORTS[(STEPS_APART * job + step) % len(PORTS)])
+    if not 0 < read_number(environment, "MASTER_PORT") < 2**16:
+        raise ValueError(f"MASTER_PORT has to lie in 1..65535, but is {environment['MASTER_PORT']}")
+
+
+def first_host(nodes: str) -> str:
+    """The first of a step's machines, where task 0 runs: `node03` of `node[03-05,09]`.
+
+    Raises `ValueError` when it cannot be told.
+    """
+    first = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+(?=,|$)", nodes)
+    host = re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[0]) if first else ""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host):
+        raise ValueError(
+            f"SLURM_STEP_NODELIST is {nodes!r}, whose first machine cannot be told; set MASTER_ADDR to its name"
+        )
+    return host
+
+
+def read_number(environment: Mapping[str, str], name: str) -> int:
+    """A variable that holds a number from 0. Raises `ValueError` when it does not, or is missing."""
+    value = environment.get(name)
+    if value is None:
+        raise ValueError(f"srun started this process, but {name} is not set; start it by srun or torchrun again")
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError(f"{name} has to be a number from 0, but is {value!r}")
+    return int(value)
