@@ -1,0 +1,296 @@
+"""A comparison's figures are those of its runs, the shipped ablations are what their names say, and a comparison goes on
+where it stood or says why not."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.alexnet import AlexNet
+from pipeline.files import open_locked, read_json, write_json
+from tests.conftest import ROOT, run_ok
+from tools import ablation_run
+from tools.ablate import ANY_WIDTH, SHIPPED, ablate
+from tools.ablation_run import Run, trained
+from tools.comparison import PAPER, Entry, Figures, best_entry, figures, markdown
+from tools.draw_comparison import draw
+from train.checkpoint import find_checkpoint, load_checkpoint
+from train.config import Config, flatten, parse_config
+from train.kernels import TowerColours, tower_colours
+from train.metrics import read_metrics
+
+CONFIGS = ROOT / "train" / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+FIGURE_1 = {
+    "data.augmentation.crop": "center", "data.augmentation.flip": 0, "data.augmentation.lighting.strength": 0,
+    "model.dropout": 0, "optimizer.weight_decay": 0,
+}  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "no-lrn": {"model.lrn": "none"},
+    "no-overlapping-pooling": {"model.pooling": "plain"},
+    "one-gpu": {"model.towers": 1, "model.channels": [48, 128, 192, 192, 256]},
+    "no-conv4": {"model.channels": [96, 256, 384, 0, 256]},
+    "no-lighting": {"data.augmentation.lighting.strength": 0},
+    "no-windows-and-flips": {"data.augmentation.crop": "center", "data.augmentation.flip": 0},
+    "no-dropout": {"model.dropout": 0},
+    "no-weight-decay": {"optimizer.weight_decay": 0},
+    "unregularized": FIGURE_1,
+    "relu": FIGURE_1,
+    "tanh": FIGURE_1 | {"model.activation": "tanh"},
+    "sigmoid": FIGURE_1 | {"model.activation": "sigmoid"},
+    "abs-tanh": FIGURE_1 | {"model.activation": "abs_tanh"},
+}
+"""What each has to change in the paper's configuration, and nothing else."""
+TINY = "--model.channels [8,16,16,16,16] --model.hidden 32 --train.epochs 1 --run.device cpu"
+
+
+def over_paper(*more: str) -> Config:
+    """The paper's configuration with something over it."""
+    return parse_config(["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"])
+
+
+def test_every_shipped_ablation_is_known_here() -> None:
+    """So none goes without the test below; the default ones are among them, and so are all that the paper has figures
+    of."""
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == CHANGES.keys() > {*ANY_WIDTH, *PAPER}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_shipped_ablations(name: str) -> None:
+    """Over the paper's configuration each changes what its name says, and its comments give its command."""
+    path = SHIPPED / f"{name}.yaml"
+    paper, ablated = (flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path))))
+    assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
+    assert f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml" in path.read_text()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("one-gpu", 59_798_312), ("no-conv4", 60_301_288)])
+def test_sizes(name: str, parameters: int) -> None:
+    """Parameters at 1,000 classes, counted by hand from the layers."""
+    with torch.device("meta"):
+        model = AlexNet(over_paper("--config", str(SHIPPED / f"{name}.yaml")).model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl from (step, epoch, error)."""
+    kinds = (("train", "top1_error", train), ("eval", "centre_top1_error", val))
+    found = [{"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of]
+    return sorted(found, key=lambda row: int(row["step"]))
+
+
+def test_figures_of_a_run() -> None:
+    """The training error is the mean of the last epoch's rows, the validation error the last one, and the epoch of the
+    first row at or below the error in question is counted in steps."""
+    train = [(4, 0, 90.0), (8, 0, 70.0), (12, 1, 40.0), (16, 1, 26.0), (20, 1, 25.0), (24, 2, 30.0), (28, 2, 20.0)]
+    found = figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25, None)
+    assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0, None) and found.val_error == 35
+    assert figures(rows(train, [(10, 1, 60.0)]), 7, 19.9, None).epochs_to_error is None
+
+
+def run(seed: int, train_error: float, val_error: float, epochs: float | None = None) -> Figures:
+    """A run's figures."""
+    return Figures(seed, train_error, (90.0, val_error), epochs, None)
+
+
+def test_the_best_rate() -> None:
+    """Fewest epochs to the error where every seed came there; else the lowest training error; never a rate at which a
+    seed diverged."""
+    slow, fast = [run(1, 5, 9, 3.0), run(2, 5, 9, 5.0)], [run(1, 9, 9, 3.0), run(2, 9, 9, 4.0)]
+    never, once = [run(1, 20, 9), run(2, 10, 9)], [run(1, 1, 9, 1.0), run(2, 28, 9)]
+    assert best_entry("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
+    assert best_entry("a", {0.1: once, 0.2: never}).rate == 0.1 and best_entry("a", {0.1: never, 0.2: once}).rate == 0.2
+    assert best_entry("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
+    assert best_entry("a", {0.1: [None, None]}) == Entry("a", None, ())
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    """Differences are taken seed by seed, with their spread; the paper's stand beside them, in the table and in the
+    picture, also for an ablation that diverged; colours have a line for every run."""
+    split, control = TowerColours((0.7, 0.2), 0.05, 0.0001), TowerColours((0.4,), 0.06, None)
+    first = Figures(1, 10.0, (30.0, 20.0), 1.5, split)
+    base = Entry("base", 0.1, (first, run(2, 12, 30, 2.5)))
+    single = Entry("one-gpu", 0.2, (Figures(1, 20.0, (40.0, 21.0), None, control), run(2, 22, 34, 2.0)))
+    entries = [base, single, Entry("no-lrn", None, ())]
+    told = markdown(entries, 25, [0.1, 0.2], 359)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if "|" in line]
+    cells = {name: others for name, *others in table}
+    assert cells["base"] == ["0.1", "11.0", "25.0", "+14.0", "2.0", "", ""]
+    assert cells["one-gpu"] == ["0.2 *", "21.0", "27.5", "+6.5", "-", "+2.5 (+1.0 to +4.0)", "+1.7"]
+    assert cells["no-lrn"] == ["", "diverged", "", "", "-", "", "+1.4"]
+    assert "- base, seed 1: tower 1 0.20, tower 0 0.70; split (p 0.0001, chance 0.05)" in told
+    assert "- one-gpu, seed 1: one tower 0.40; chance 0.06" in told and "one image is 0.28 points" in told
+    plain = markdown([Entry("base", None, (first,)), Entry("mine", None, (run(1, 9, 19.5),))], 25, None, 100)
+    assert "| mine " in plain and "| -0.5 |" in " ".join(plain.split()) and "rate" not in plain.split("\n")[2]
+    draw(tmp_path / "a.png", entries)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ablations": ["no-dropuot"]}, r"no ablation no-dropuot; .* one of abs-tanh, no-conv4, no-dropout, "),
+        ({"ablations": ["no-lrn", str(SHIPPED / "no-lrn.yaml")]}, "two of the runs would be called no-lrn"),
+        ({"ablations": []}, "--ablations names none"),
+        ({"seeds": ()}, "at least one"),
+        ({"seeds": (1, 1)}, "must be different"),
+        ({"rates": [0.1, 0.1]}, "must be different"),
+        ({"error": 100.0}, "between 0 and 100"),
+        ({"base": Path("nowhere.yaml")}, "nowhere.yaml is no file"),
+        ({"settings": "--train.seed=4"}, "must leave .*--train.seed alone"),
+        ({"rates": [0.1], "settings": "--optimizer.lr 4"}, "must leave .*--optimizer.lr alone"),
+        ({"settings": "'--model.lrn"}, "cannot be read"),
+        ({"settings": "--model.num_classes 7"}, r"hold 10 classes.*--model.num_classes 10"),
+        ({"settings": "--run.log_every 45"}, "an epoch of 44 steps .*--run.log_every 22"),
+        ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn changes nothing"),
+        ({"shards": Path("nowhere")}, "nowhere/train holds no manifest.json"),
+    ],
+)
+def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    """One sentence that names the thing and the remedy, before anything is written."""
+    given = {"base": QUICKSTART, "shards": shards, "out": tmp_path / "out"} | options
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ablate(**given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Make the comparison of no-lrn over the quickstart in tmp_path; training leaves made-up rows, and its name in
+    `trained`."""
+    errors = {"base-seed1": 20.0, "base-seed2": 30.0, "no-lrn-seed1": 26.0, "no-lrn-seed2": 31.0}
+    trained: list[str] = []
+
+    def train(run: Run) -> bool:
+        directory = run.config.run.dir
+        error = errors[directory.name]
+        directory.mkdir(exist_ok=True)
+        lines = [json.dumps(row) for row in rows([(20, 0, error - 10)], [(44, 1, error)])]
+        (directory / "metrics.jsonl").write_text("\n".join(lines))
+        trained.append(directory.name)
+        return True
+
+    monkeypatch.setattr(ablation_run, "trained", train)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of the tests stays
+
+    def compare(settings: str = "", seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+        trained.clear()
+        ablate(QUICKSTART, shards, tmp_path, ["no-lrn"], seeds, settings=f"{TINY} {settings}")
+        return {"trained": [*trained], **read_json(tmp_path / "ablations.json")}
+
+    return compare
+
+
+def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Every run is trained once, base first; the differences are those of the rows. The same command trains nothing and
+    writes the same bytes, another seed or epoch only what is lacking."""
+    first = compared()
+    assert first["trained"] == ["base-seed1", "base-seed2", "no-lrn-seed1", "no-lrn-seed2"]
+    base, ablated = first["entries"]
+    assert (base["val_error"], base["train_error"], base["epochs_to_error"]) == (25, 15, 20 / 44)
+    assert base["difference"] is None and ablated["difference"] == {"mean": 3.5, "min": 1, "max": 6}
+    assert ablated["paper"] == "+1.4" and ablated["runs"][1]["val_errors"] == [31]
+    before = {path: path.read_bytes() for path in tmp_path.glob("ablations.*")}
+    assert {path.name for path in before} == {"ablations.json", "ablations.md", "ablations.png"}
+    assert compared()["trained"] == [] and all(path.read_bytes() == content for path, content in before.items())
+    shutil.rmtree(tmp_path / "no-lrn-seed2")
+    assert compared()["trained"] == ["no-lrn-seed2"]
+    (tmp_path / "base-seed2.json").unlink()
+    assert compared()["trained"] == ["base-seed2"]
+    assert len(compared("--train.epochs 2", seeds=(1,))["trained"]) == 2
+
+
+def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Where a run that ended had other settings, fewer epochs among them, or other shards, it is not taken for the same
+    and nothing is written; nor is somebody's file."""
+    compared()
+    result = tmp_path / "no-lrn-seed2.json"
+    written, content = (tmp_path / "ablations.json").read_bytes(), read_json(result)
+    for settings, message in (
+        (
+            "--optimizer.lr .004",
+            "base-seed1: this run was started with optimizer.lr = 0.005, not 0.004; give another OUT",
+        ),
+        ("--model.hidden 30", "started with model.hidden = 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compared(settings)
+    for damage, message in (
+        (content | {"shards": "0"}, "no-lrn-seed2 was trained on other shards"),
+        ({"mine": 1}, "no-lrn-seed2.json is none of this program's"),
+        ([], "no-lrn-seed2.json is none of this program's"),
+    ):
+        write_json(result, damage)
+        with pytest.raises(ValueError, match=message):
+            compared()
+    assert (tmp_path / "ablations.json").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ("echo pictures:", True),
+        ("echo error: diverged; exit 4", False),
+        ("echo one; echo two; echo three; echo four >&2; exit 3", "ended with exit code 3: two / three / four$"),
+        ("echo stopped and saved at step 7; exit 0", "was stopped; the same command goes on"),
+    ],
+)
+def test_how_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str) -> None:
+    """A run that failed tells its code and its own last lines, not those of an earlier try; one that was stopped has
+    not ended; a diverged one has. Two processes never train in one folder."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    places = ["--data.shards", "s", "--run.dir", str(tmp_path / "r")]
+    run, earlier = (
+        Run("base", None, 1, [], parse_config(["--config", str(QUICKSTART), *places])),
+        "stopped and saved at step 3\nx\n",
+    )
+    (tmp_path / "r.log").write_text(earlier)
+    if isinstance(outcome, bool):
+        assert trained(run) == outcome
+    else:
+        with pytest.raises(ValueError, match=outcome):
+            trained(run)
+    assert (tmp_path / "r.log").read_text().startswith(earlier + script.split()[1].rstrip(";"))
+    with open_locked(tmp_path / "r.log", wait=False), pytest.raises(ValueError, match="by another process"):
+        trained(run)
+
+
+@pytest.mark.slow
+def test_stopped_and_continued(shards: Path, tmp_path: Path) -> None:
+    """Ctrl-C stops the run in progress, saved, with code 130; the same command goes on in it, trains what is left, and
+    writes a line of colours for each run, of the control too."""
+    own = tmp_path / "one-gpu.yaml"
+    own.write_text("model: {towers: 1, channels: [4, 8, 8, 8, 16]}\n")
+    command = ["tools/ablate.py", QUICKSTART, shards, tmp_path / "out", "--ablations", f"[{own}]", "--seeds", "[5]"]
+    command += ["--settings", TINY.replace("epochs 1", "epochs 3")]
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "out" / "base-seed5" / "metrics.jsonl"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told == "error: interrupted\n"
+    log = tmp_path / "out" / "base-seed5.log"
+    assert "stopped and saved at step" in log.read_text() and not (tmp_path / "out" / "ablations.md").exists()
+    output = run_ok(*command)
+    assert "going on from" in log.read_text() and "\n- base, seed 5: tower" in output
+    assert "\n- one-gpu, seed 5: one tower" in output and (tmp_path / "out" / "ablations.png").is_file()
+    entries = read_json(tmp_path / "out" / "ablations.json")["entries"]
+    path = find_checkpoint(tmp_path / "out" / "base-seed5")
+    assert path is not None
+    weight = load_checkpoint(path)["model"]["conv1.weight"].numpy()
+    assert entries[0]["runs"][0]["colours"]["p"] == tower_colours(weight, 2).p and len(weight) == 8
+    assert [len(run["val_errors"]) for entry in entries for run in entry["runs"]] == [3, 3]
+    assert "training," not in run_ok(*command)
