@@ -27,6 +27,8 @@ def draw_curves(axes: "Axes", entries: list[Entry]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for number, entry in enumerate(entries):
+        if not entry.runs:
+            continue
         colour = "black" if entry.name == BASE else colormaps["tab10"]((number - 1) % 10)
         style = "--" if number > 10 else "-"
         by_epoch = list(zip(*(run.val_errors for run in entry.runs), strict=False))  # as far as all seeds went
@@ -38,8 +40,8 @@ def draw_curves(axes: "Axes", entries: list[Entry]) -> None:
     seeds = len(entries[0].runs)
     title = f"Validation error (mean of {seeds} seeds, least to greatest)" if seeds > 1 else "Validation error"
     axes.set(xlabel="epoch", ylabel="top-1 error of the centre crop, %", title=title)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -59,9 +61,9 @@ def draw_differences(axes: "Axes", entries: list[Entry]) -> None:
     marks = [(PAPER[entry.name][0], place) for place, entry in enumerate(others) if entry.name in PAPER]
     if marks:
         axes.plot(*zip(*marks, strict=True), "D", color="darkorange", label="the paper, on ImageNet")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper right")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(others)), [entry.name for entry in others])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(others), 4) - 0.5, -1.3 if marks else -0.5)  # from above, below room for the legend
     axes.set(xlabel="points of validation error above the base's", title="Difference to the base")
     axes.grid(axis="x", alpha=0.3)

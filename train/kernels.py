@@ -56,6 +56,9 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
 def tower_colours(weight: np.ndarray, towers: int, halvings: int = 10_000, seed: int = 0) -> TowerColours:
     """Mean saturation of each tower, and whether the towers split by colour.
 
+    Eight kernels or fewer can be halved in so few ways that they never split: the most extreme one comes by chance in 1
+    of 35 cases.
+
     Args:
         weight: conv1's weights, shape (maps, 3, height, width); the first half of the maps is tower 0's.
         towers: 1 or 2. One tower has nothing to be compared with: its mean and what chance does are the control.
