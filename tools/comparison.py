@@ -121,9 +121,9 @@ def markdown(entries: list[Entry], error: float, rates: list[float] | None, val_
     table = [cells(entry, entries[0], rates) for entry in entries]
     if rates:
         head.insert(1, "rate")
-    seeds = ", ".join(str(run.seed) for run in entries[0].runs)
+    seeds = "seed" + "s" * (len(entries[0].runs) > 1) + " " + ", ".join(str(run.seed) for run in entries[0].runs)
     notes = [
-        f"Top-1 errors in %, means over seeds {seeds}. Training: the last epoch, as augmented and with dropout. "
+        f"Top-1 errors in %, means over {seeds}. Training: the last epoch, as augmented and with dropout. "
         f"Validation: the centre crop at the end; one image is {100 / val_images:.2g} points. Gap: validation minus "
         f"training. Epochs: until a row of metrics.jsonl had a training error of {error:g} %, - where a seed never "
         "did. Difference: points of validation error above the base's with the same seed, mean (least to greatest). "
