@@ -51,7 +51,11 @@ class Placement:
         if self.world > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # where NCCL takes what is on no device of its own
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps one store through restarts; the addresses of the dead still stand in it (pytorch#135712).
+            attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=TIMEOUT)
             self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._mesh = Mesh.join(device) if towers else None
         mesh = self._mesh
