@@ -1,13 +1,17 @@
 """Fixtures: the demo, packed once for all tests, and small shard sets whose labels name each sample."""
 
 import io
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +24,15 @@ from pipeline.shards import ShardSet, index_text, open_shards
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip themselves where there is none."""
+    """Tests marked `gpu` or `browser` skip themselves where there is none."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    there = {"gpu": torch.cuda.is_available(), "browser": shutil.which("chromium") is not None}
+    reasons = {"gpu": "needs an NVIDIA GPU", "browser": "needs Chromium"}
+    for item in items:
+        for name in there:
+            if item.get_closest_marker(name) and not there[name]:
+                item.add_marker(pytest.mark.skip(reason=reasons[name]))
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +65,44 @@ def train_refuses(*arguments: str | Path) -> str:
         signal.signal(number, handler)
     assert ended.value.code == 2 and len(told.getvalue().splitlines()) == 1, told.getvalue()
     return told.getvalue()
+
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const root = document.documentElement, wide = root.clientWidth, images = [...document.images];
+  const reaches = each => each.getBoundingClientRect().right > wide + 1;
+  parent.postMessage({
+    width: wide, scroll: root.scrollWidth, images: images.length,
+    broken: images.filter(each => !each.complete || each.naturalWidth === 0).length,
+    outside: [...document.body.querySelectorAll("*")].filter(reaches).length,
+    sections: [...document.querySelectorAll("section")].map(each => each.id),
+  }, "*");
+});
+</script></body>"""
+
+
+def look_at(pages: dict[str, int], folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """Open HTML texts in headless Chromium, each in a frame so many pixels wide; a window has at least 500.
+
+    Returns, of each, width and scroll width, the numbers of images, of broken ones and of elements that reach beyond
+    the right edge, and the ids of its sections; and what Chromium's console said.
+    """
+    frames = ""
+    for number, (html, width) in enumerate(pages.items()):
+        allowed = html.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+        (folder / f"{number}.html").write_text(allowed.replace("</body>", PROBE), encoding="utf-8")
+        frames += f'<iframe src="{number}.html" width="{width}" height="900" style="border:0"></iframe>'
+    listen = "onmessage = event => document.body.append('FOUND' + JSON.stringify(event.data) + 'END')"
+    (folder / "frames.html").write_text(f"<body><script>{listen}</script>{frames}</body>", encoding="utf-8")
+    quiet = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    quiet += " --disable-sync --enable-logging=stderr --hide-scrollbars --virtual-time-budget=5000"
+    quiet += " --window-size=1400,900 --dump-dom"
+    command = ["chromium", "--headless", *quiet.split(), f"--user-data-dir={folder / 'profile'}"]
+    file = (folder / "frames.html").as_uri()
+    done = subprocess.run([*command, file], capture_output=True, text=True, timeout=60, check=True)
+    found = [json.loads(each) for each in re.findall("FOUND({.*?})END", done.stdout)]
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return sorted(found, key=lambda each: list(pages.values()).index(each["width"])), console
 
 
 @pytest.fixture(scope="session")

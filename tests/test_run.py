@@ -15,7 +15,7 @@ from safetensors import safe_open
 from model.weights import read_weights
 from pipeline.files import read_json, write_json
 from pipeline.shards import read_index
-from tests.conftest import ROOT, run_ok, run_python, train_refuses
+from tests.conftest import ROOT, look_at, run_ok, run_python, train_refuses
 from tools.export_weights import export_weights
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.metrics import read_metrics
@@ -121,10 +121,10 @@ def test_another_seed_gives_other_weights(shards: Path, undisturbed: Path, tmp_p
 
 
 def test_what_a_finished_run_leaves(shards: Path, undisturbed: Path) -> None:
-    """Configuration, metrics, events, checkpoints and pictures; it learned."""
+    """Configuration, metrics, events, checkpoints, pictures and the page; it learned."""
     names = {path.name for path in undisturbed.iterdir()}
     pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
-    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock", *pictures}
+    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock", "report.html", *pictures}
     assert all((undisturbed / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     rows = read_metrics(undisturbed / "metrics.jsonl")
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
@@ -132,6 +132,17 @@ def test_what_a_finished_run_leaves(shards: Path, undisturbed: Path) -> None:
     assert train[-1]["loss"] < train[0]["loss"] and all(
         row["images_per_s"] > 0 and row["wait_ms_p99"] >= 0 for row in train
     )
+
+
+@pytest.mark.browser
+def test_the_page_of_a_finished_run(undisturbed: Path, tmp_path: Path) -> None:
+    """In a browser it shows every section and picture, on a phone too, and complains of nothing."""
+    page = (undisturbed / "report.html").read_text(encoding="utf-8")
+    found, console = look_at({page: 1280, page + "<!-- narrow -->": 400}, tmp_path)
+    assert [each["width"] for each in found] == [1280, 400] and not console
+    for each in found:
+        assert len(each["sections"]) == 7 and each["images"] >= 20 and not each["broken"]
+        assert each["scroll"] <= each["width"] and not each["outside"]
 
 
 def test_a_finished_run_again(shards: Path, undisturbed: Path) -> None:

@@ -229,7 +229,7 @@ def draw_sheet(
     path: Path, shards: ShardSet, repeated: list[View], training: list[View], lighting: Lighting, seed: int
 ) -> None:
     """Write the sheet: two blocks of windows, each with a column of text and, above, the stored image."""
-    from train.pictures import saved_figure
+    from train.charts import saved_figure
 
     names = [class_words(view, shards) for view in training]
     settings = (

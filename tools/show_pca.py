@@ -63,7 +63,8 @@ def draw(path: Path, shards: ShardSet, content: dict[str, Any]) -> None:
     """Write a PNG: the axes as ramps of colour, and the most colourful of the first images moved along them."""
     from pipeline.lighting import Lighting
     from pipeline.reader import decoded_batches
-    from train.pictures import most_colourful, moved_along, saved_figure, tile
+    from train.charts import saved_figure
+    from train.pictures import most_colourful, moved_along, tile
 
     basis, lighting = Eigenbasis.from_json(content), Lighting()
     images_NHWC = most_colourful(next(decoded_batches(shards, min(32, shards.num_samples))).numpy(), 2)

@@ -180,7 +180,7 @@ def evaluate_checkpoint(
             per_class.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(per_class, findings.csv(val.classes))
         if confusion:
-            from train.pictures import draw_confusion, saved_figure  # matplotlib takes its time
+            from train.charts import draw_confusion, saved_figure  # matplotlib takes its time
 
             confusion.parent.mkdir(parents=True, exist_ok=True)
             with saved_figure(confusion) as figure:

@@ -1,8 +1,7 @@
 """Pictures of a finished run: curves, first-layer kernels, augmented images, predictions. PNG files in the run
 directory."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +10,11 @@ import numpy as np
 
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.files import atomic_writer
 from pipeline.lighting import Lighting, relight
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import Speed
-from pipeline.shards import ClassName
+from train.charts import draw_curves, saved_figure, short_names
 from train.directory import PICTURES
 from train.evaluate import MIDDLE
 from train.findings import Example, Findings
@@ -30,56 +28,17 @@ if TYPE_CHECKING:  # it takes a third of a second, and every start of a run woul
 def draw_pictures(trainer: Trainer, findings: Findings) -> list[Path]:
     """Draw every picture; returns their paths."""
     paths = [trainer.config.run.dir / name for name in PICTURES]
-    for path, draw in zip(paths, (draw_curves, draw_kernels, draw_augmentation), strict=False):
-        with saved_figure(path) as figure:
-            draw(figure, trainer)
-    with saved_figure(paths[-1]) as figure:
+    curves, kernels, augmentation, predictions = paths
+    rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
+    with saved_figure(curves) as figure:
+        draw_curves(figure, rows, trainer.train_loader.steps_per_epoch, trainer.config.model.num_classes)
+    with saved_figure(kernels) as figure:
+        draw_kernels(figure, trainer)
+    with saved_figure(augmentation) as figure:
+        draw_augmentation(figure, trainer)
+    with saved_figure(predictions) as figure:
         draw_predictions(figure, trainer, findings)
     return paths
-
-
-@contextmanager
-def saved_figure(path: Path) -> "Iterator[Figure]":
-    """A figure that is written to `path` when the block ends."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure
-    with atomic_writer(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def draw_curves(figure: "Figure", trainer: Trainer) -> None:
-    """Training loss, and training and validation error, over epochs."""
-    rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
-    train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    steps = trainer.train_loader.steps_per_epoch
-    figure.set_size_inches(10, 4)
-    loss, error = figure.subplots(1, 2)
-    epochs = [row["step"] / steps for row in train]
-    loss.plot(epochs, [row["loss"] for row in train], label="training, augmented, with dropout")
-    loss.axhline(
-        np.log(trainer.config.model.num_classes),
-        color="grey",
-        linewidth=0.8,
-        linestyle=":",
-        label="chance: ln(classes)",
-    )
-    loss.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
-    error.plot(epochs, [row["top1_error"] for row in train], label="training, augmented, with dropout")
-    error.plot(
-        [row["step"] / steps for row in val],
-        [row["centre_top1_error"] for row in val],
-        "o-",
-        label="validation, centre crop",
-    )
-    error.set(xlabel="epoch", ylabel="top-1 error, %", title="Error")
-    for axes in (loss, error):
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
 
 
 def draw_kernels(figure: "Figure", trainer: Trainer) -> None:
@@ -142,7 +101,7 @@ def draw_predictions(figure: "Figure", trainer: Trainer, findings: Findings) -> 
     right but close."""
     wrong, right = findings.mistakes, findings.close_calls
     shown = (wrong[: max(5, 10 - len(right))] + right)[:10]
-    names = [name.words.split(",")[0] for name in trainer.val_shards.classes]
+    names = short_names(trainer.val_shards.classes)
     figure.set_size_inches(12, 7)
     panels = figure.subplots(4, 5, height_ratios=[2, 1, 2, 1])
     for axes in panels.flat:
@@ -161,24 +120,6 @@ def draw_predictions(figure: "Figure", trainer: Trainer, findings: Findings) -> 
         bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
     figure.suptitle("validation images: the surest mistakes (red), then what was right but close")
-
-
-def draw_confusion(figure: "Figure", findings: Findings, classes: Sequence[ClassName]) -> None:
-    """How often images of each class (rows) are taken for each class (columns), as shares of the row."""
-    counts = findings.confusion[: len(classes)].cpu().numpy()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure.set_size_inches(9, 8)
-    axes = figure.subplots()
-    picture = axes.imshow(100 * shares, cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
-    figure.colorbar(picture, label="% of the images of the true class")
-    axes.set(xlabel="taken for", ylabel="true class", title=f"{counts.sum()} validation images, all views")
-    if len(classes) <= 40:
-        names = [name.words.split(",")[0] for name in classes]
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            dark = shares[row, column] > 0.5
-            axes.text(column, row, counts[row, column], ha="center", va="center", color="white" if dark else "black")
 
 
 def example_pixels(example: Example, trainer: Trainer) -> np.ndarray:

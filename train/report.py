@@ -1,30 +1,113 @@
-"""The table that a finished run ends with."""
+"""What a finished run ends with: a table on the screen and the page `report.html`."""
 
-import statistics
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from pipeline.files import write_bytes
+from train.charts import Rows, figures_of
 from train.evaluate import Accuracy
+from train.findings import Findings
 from train.loop import Trainer
 from train.metrics import read_metrics
+from train.page import Story, build_page
+from train.pictures import example_pixels
 
 
-def report(trainer: Trainer, accuracy: Accuracy, pictures: list[Path]) -> None:
-    """Print what was trained on, how well and how fast, and where the pictures lie."""
-    rows = [row for row in read_metrics(trainer.config.run.dir / "metrics.jsonl") if row["kind"] == "train"]
-    table = [
-        ("images", f"{trainer.train_shards.num_samples} train, {accuracy.samples} validation"),
-        ("shards", f"{len(trainer.train_shards.tars)} train, {len(trainer.val_shards.tars)} validation"),
-    ]
-    table += accuracy.rows()
-    if rows:
-        # Medians over the log rows: the first one holds the compilation.
-        table += [
-            ("training speed", f"{statistics.median(row['images_per_s'] for row in rows):.0f} images/s"),
-            ("waiting for input", f"{statistics.median(row['wait_percent'] for row in rows):.1f} % of the time"),
-        ]
+def report(trainer: Trainer, accuracy: Accuracy, findings: Findings, pictures: list[Path]) -> None:
+    """Print what was trained on, how well and how fast, and where the pictures lie; write the page. Raises
+    `OSError`."""
+    rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
+    data = data_of(trainer, accuracy)
     print()
-    for name, value in table:
+    for name, value in [*data, *accuracy.rows(), *speed_of(rows)]:
         print(f"{name + ':':<27} {value}")
     print("pictures:")
     for picture in pictures:
         print(f"  {picture}")
+    page = trainer.config.run.dir / "report.html"
+    write_bytes(page, build_page(tell(trainer, accuracy, findings, rows)))
+    print(f"all of this on one page:\n  {page}")
+
+
+def data_of(trainer: Trainer, accuracy: Accuracy) -> list[tuple[str, str]]:
+    """(name, value) of the data's sizes."""
+    return [
+        ("images", f"{trainer.train_shards.num_samples} train, {accuracy.samples} validation"),
+        ("shards", f"{len(trainer.train_shards.tars)} train, {len(trainer.val_shards.tars)} validation"),
+    ]
+
+
+def speed_of(rows: Rows) -> list[tuple[str, str]]:
+    """(name, value) of what the rows say of speed and memory."""
+    # Medians over the log rows: the first one holds the compilation.
+    speed, waits, memory = (
+        figures_of(rows, "train", name)[1] for name in ("images_per_s", "wait_percent", "gpu_memory_gb")
+    )
+    table = [("training speed", f"{np.median(speed):.0f} images/s")] if len(speed) else []
+    table += [("waiting for input", f"{np.median(waits):.1f} % of the time")] if len(waits) else []
+    return table + ([("GPU memory, at most", f"{memory.max():.1f} GB")] if len(memory) else [])
+
+
+def tell(trainer: Trainer, accuracy: Accuracy, findings: Findings, rows: Rows) -> Story:
+    """What the page tells."""
+    config, run_dir = trainer.config, trainer.config.run.dir
+    return Story(
+        name=run_dir.resolve().name,
+        summary=summary(accuracy, trainer.epoch, trainer.step, trainer.step * config.train.batch_size),
+        accuracy=accuracy.rows(),
+        facts=[*data_of(trainer, accuracy), *facts_of(trainer), *speed_of(rows)],
+        rows=rows,
+        steps_per_epoch=trainer.train_loader.steps_per_epoch,
+        classes=trainer.val_shards.classes,
+        findings=findings,
+        pixels=lambda example: example_pixels(example, trainer),
+        conv1=trainer.model.conv1.weight.detach().float().cpu().numpy(),
+        towers=config.model.num_towers,
+        kernels=(run_dir / "kernels.png").read_bytes(),
+        augmentation=(run_dir / "augmentation.png").read_bytes(),
+        config=config.to_json(),
+    )
+
+
+def facts_of(trainer: Trainer) -> list[tuple[str, str]]:
+    """(name, value) of what was trained, and where."""
+    model = trainer.config.model.spelled_out()
+    towers, maps = f"{model.towers} tower{'s' * (model.towers != 1)}", "-".join(map(str, model.maps))
+    facts = [
+        ("classes", f"{len(trainer.val_shards.classes):,}"),
+        (
+            "network",
+            f"{model.variant}, {towers}, maps {maps}, {model.hidden} units in fc6, fc7",
+        ),
+        ("parameters", f"{sum(parameter.numel() for parameter in trainer.model.parameters()):,}"),
+        ("device", device_name(trainer.device)),
+        ("processes", str(trainer.placement.world)),
+        ("versions", versions()),
+    ]
+    if trainer.best:
+        error, step = trainer.best["top1_error"], trainer.best["step"]
+        facts.append(("best epoch", f"up to step {step:,.0f}: centre top-1 accuracy {100 - error:.1f} %"))
+    return facts
+
+
+def summary(accuracy: Accuracy, epochs: int, steps: int, images: int) -> str:
+    """One line: how well, after how much."""
+    shares = [f"centre crop {accuracy.centre_top1:.1f} % top-1, {accuracy.centre_top5:.1f} % top-5"]
+    if accuracy.views:
+        shares.append(f"{accuracy.views} {accuracy.views_top1:.1f} % top-1, {accuracy.views_top5:.1f} % top-5")
+    length = f"after {epochs:,} epoch{'s' * (epochs != 1)}, {steps:,} steps, {images:,} images"
+    return f"Accuracy: {'; '.join(shares)}; {length}."
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or that it is a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def versions() -> str:
+    """Those of the libraries that numbers depend on."""
+    from nvidia import dali
+
+    return f"torch {torch.__version__}, DALI {dali.__version__}"

@@ -73,7 +73,7 @@ def train(trainer: Trainer, stop: StopVote) -> None:
     if accuracy:
         trainer.gather_network()
         if placement.is_first:
-            report(trainer, accuracy, draw_pictures(trainer, findings))
+            report(trainer, accuracy, findings, draw_pictures(trainer, findings))
     elif placement.is_first:
         print(f"stopped and saved at step {trainer.step} (epoch {trainer.epoch}); run the same command again to go on")
     if log:
