@@ -120,7 +120,9 @@ def test_whole_and_alone(story: Story) -> None:
     # Six charts, conv1 twice, confusions, ten examples, augmentation.
     assert len(parsed.images) == 6 + 2 + 1 + 10 + 1
     assert all(words in parsed.text for words in HOSTILE) and "a <run> & more" in parsed.text
-    assert ["shards", 'a "folder" <b>'] in parsed.rows and ["more.none", "null"] in parsed.rows
+    assert (
+        ["shards", 'a "folder" <b>'] in parsed.rows and ["none", "null"] in parsed.rows and "data.more" in parsed.text
+    )
     assert "ten-view 42.5 % top-1, 82.0 % top-5; after 2 epochs, 20 steps, 640 images." in parsed.text
 
 

@@ -112,7 +112,7 @@ def draw_curves(figure: "Figure", rows: Rows, steps_per_epoch: int, classes: int
 
 
 SPEED = {
-    "Throughput": ("images per second", {"training": ("train", "images_per_s")}),
+    "Throughput": ("images/s", {"training": ("train", "images_per_s")}),
     "Waiting for input": ("% of the time", {"training": ("train", "wait_percent")}),
     "Time of a step": ("ms", {"all": ("train", "step_ms_p50"), "while saving": ("train", "saving_step_ms_p50")}),
     "Time of an evaluation": ("s", {"after an epoch, centre crop": ("eval", "eval_s")}),
@@ -133,8 +133,10 @@ def speed_charts(rows: Rows) -> dict[str, tuple[bytes, str]]:
             axes.set(xlabel="step")
 
         if medians:
-            told = ", ".join(f"{label} {value:,.3g}" for label, value in medians.items())
-            charts[title] = png_of(draw), f"{unit}; median over the rows: {told}"
+            notes = {label: f" ({label})" if len(medians) > 1 else "" for label in names}
+            values = {label: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for label, value in medians.items()}
+            told = ", ".join(f"{value} {unit}{notes[label]}" for label, value in values.items())
+            charts[title] = png_of(draw), f"Median over the rows: {told}."
     return charts
 
 

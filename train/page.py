@@ -19,7 +19,6 @@ from PIL import Image
 
 from pipeline.shards import ClassName
 from train import charts
-from train.config import flatten
 from train.findings import Example, Findings
 from train.kernels import saturation, tower_colours
 
@@ -101,7 +100,7 @@ def curves(story: Story) -> str:
         content = picture(loss, "Training loss over epochs")
         content += picture(error, "Top-1 error over epochs, in training and validation")
     for title, (png, told) in charts.speed_charts(rows).items():
-        content += picture(png, f"{title} over steps", f"{title}: {told}.")
+        content += picture(png, f"{title} over steps", told)
     return f'<div class="charts">{content}</div>' if content else "<p>The run was too short for a row of metrics.</p>"
 
 
@@ -120,7 +119,7 @@ def kernels(story: Story) -> str:
             chart,
             "Saturation of every kernel of conv1, sorted, for each tower",
             "A kernel's saturation is the share of its energy that is off the grey axis; noise has about 2/3.",
-            "medium",
+            "chart",
         )
         + f"<details><summary>Every kernel's saturation, in the picture's order</summary>{listed}</details>"
     )
@@ -214,13 +213,15 @@ def percent(share: float) -> str:
 
 def settings(config: dict[str, Any]) -> str:
     """A table for each section of the configuration."""
-    content = ""
-    for section, values in config.items():
-        rows = [
-            (name, value if isinstance(value, str) else json.dumps(value)) for name, value in flatten(values).items()
-        ]
-        content += table(rows, caption=section)
-    return f'<div class="settings">{content}</div>'
+    return f'<div class="settings">{"".join(section(each, name) for name, each in config.items())}</div>'
+
+
+def section(values: dict[str, Any], name: str) -> str:
+    """A section's table, and those of the sections within."""
+    inner = {key: each for key, each in values.items() if isinstance(each, dict)}
+    plain = {key: each for key, each in values.items() if key not in inner}
+    rows = [(key, each if isinstance(each, str) else json.dumps(each)) for key, each in plain.items()]
+    return table(rows, caption=name) + "".join(section(each, f"{name}.{key}") for key, each in inner.items())
 
 
 def picture(png: bytes, alt: str, caption: str = "", css: str = "") -> str:
