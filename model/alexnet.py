@@ -164,10 +164,10 @@ class AlexNet(nn.Module):
         conv1, conv2, fc6-8       .01                                            conv2, fc6, fc7: 1; else 0
         conv3, conv4, conv5       .01 in the paper, .03 in the 2012 program      conv4, conv5: 1; conv3: 0
 
-        A net with fewer maps sums fewer terms: std is divided by sqrt(channels[0] / 96) when it is slimmer than the
-        paper's.
+        A net with fewer maps sums fewer terms: std is divided by sqrt(maps of conv1 in a tower / 48) when its towers
+        are slimmer than the paper's, whose net for one GPU is one such tower.
         """
-        width = min(1.0, self.config.maps[0] / 96)
+        width = min(1.0, self.config.maps[0] / self.config.num_towers / 48)
         middle = 0.03 if self.config.variant == "original" else 0.01
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None

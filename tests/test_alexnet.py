@@ -97,6 +97,12 @@ def test_initialization(variant: str, middle: float, width: int) -> None:
         assert (layer.bias == bias).all()
 
 
+def test_initialization_of_one_tower() -> None:
+    """The paper's net for one GPU (footnote 2), a single tower of full width, begins with the same deviations."""
+    model = AlexNet(AlexNetConfig(towers=1, channels=(48, 128, 192, 192, 256), hidden=512, num_classes=100))
+    assert model.conv2.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
 def test_dropout_masks_without_scaling() -> None:
     """Training silences about half of the units and leaves the others as they are; evaluation halves all."""
     model = AlexNet(SLIM)

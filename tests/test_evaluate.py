@@ -1,19 +1,26 @@
 """Views are the ten windows of 2012, averages those of probabilities, and every sample counts once."""
 
+import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset
+from PIL import Image
 from torch import nn
 
+from model.alexnet import AlexNet, AlexNetConfig
+from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.files import read_json
 from pipeline.loader import Batch, val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
-from tests.conftest import run_python
-from train.evaluate import evaluate, probabilities, top_hits
+from tests.conftest import run_ok, run_python
+from train.evaluate import evaluate, evaluate_checkpoint, probabilities, top_hits
 
 OFFSETS = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
 
@@ -114,3 +121,68 @@ def test_wrong_input(tmp_path: Path, shards: Path) -> None:
     ):
         done = run_python("-m", "train.evaluate", place, shards)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
+    """A network with random weights as a .safetensors file that expects the demo's mean."""
+    torch.manual_seed(3)
+    config = AlexNetConfig(**{"channels": (8, 16, 16, 16, 16), "hidden": 64, "num_classes": 10, **changes})  # type: ignore[arg-type]
+    model = AlexNet(config)
+    inputs = {"mean": read_json(shards / "pca.json")["mean"], "std": 1.0}
+    path.write_bytes(weights_bytes(model.state_dict(), config, inputs))
+    return model.eval()
+
+
+def test_weights_per_class_and_confusion(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights alone are evaluated as Pillow, numpy and ten forward passes do it; the CSV has each class's error and the
+    picture is one."""
+    model = tiny(tmp_path / "w.safetensors", shards)
+    out, picture = tmp_path / "new" / "classes.csv", tmp_path / "new" / "confusion.png"
+    evaluate_checkpoint(tmp_path / "w.safetensors", shards, 50, "cpu", out, picture)
+    mean = np.array(read_json(shards / "pca.json")["mean"])
+    guesses, labels = [], []
+    for sample in webdataset.WebDataset(sorted(map(str, (shards / "val").glob("*.tar"))), shardshuffle=False):
+        pixels = np.asarray(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"), np.float32) - mean
+        image = torch.from_numpy(pixels).float().permute(2, 0, 1)
+        views = [image[:, top : top + 224, left : left + 224] for top, left in OFFSETS]
+        with torch.no_grad():
+            scores = model(torch.stack([*views, *(view.flip(2) for view in views)])).softmax(1).mean(0)
+        guesses.append(int(scores.argmax()))
+        labels.append(int(sample["cls"]))
+    right = np.array(guesses) == labels
+    assert f"ten-view top-1 accuracy: {100 * right.mean():.1f} %" in capsys.readouterr().out
+    rows = list(csv.DictReader(out.open()))
+    for k, row in enumerate(rows):
+        own = np.array(labels) == k
+        assert int(row["images"]) == own.sum() > 0
+        assert float(row["top1_error"]) == pytest.approx(100 - 100 * right[own].mean(), abs=1e-3)
+    assert np.asarray(Image.open(picture)).std() > 10
+
+
+def test_wrong_weights(tmp_path: Path, shards: Path) -> None:
+    """Another number of classes, no such file, and odd names for what is to be written: one sentence each."""
+    path = tmp_path / "w.safetensors"
+    tiny(path, shards, num_classes=11)
+    with pytest.raises(ValueError, match=r"tells 11 classes apart, .* has 10"):
+        evaluate_checkpoint(path, shards, device="cpu")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        evaluate_checkpoint(tmp_path / "none.safetensors", shards, device="cpu")
+    with pytest.raises(ValueError, match=r"is to be a \.csv file"):
+        evaluate_checkpoint(path, shards, device="cpu", per_class=tmp_path / "x.txt")
+    with pytest.raises(ValueError, match=r"is to be a \.png file"):
+        evaluate_checkpoint(path, shards, device="cpu", confusion=tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.slow
+def test_over_processes(tmp_path: Path, shards: Path) -> None:
+    """Three processes print once, and write, what one does, to the byte."""
+    tiny(tmp_path / "w.safetensors", shards)
+    told = []
+    for processes in ("1", "3"):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        out = ["--per-class", tmp_path / f"{processes}.csv", "--device", "cpu"]
+        told.append(run_ok(*launcher, "-m", "train.evaluate", tmp_path / "w.safetensors", shards, *out))
+    one, three = ([line for line in text.splitlines() if "accuracy" in line or "images" in line] for text in told)
+    assert one == three and len(one) == 5
+    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()

@@ -1,0 +1,132 @@
+"""A step is one update of the paper's rule, however it is cut up and in whatever precision, and never waits in
+between."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_run import arguments
+from train.config import parse_config
+from train.loop import Trainer
+from train.placement import Placement
+from train.stop import StopVote
+
+
+@pytest.fixture
+def trainer_of(shards: Path, tmp_path: Path) -> Iterator[Any]:
+    """Builds trainers of a small network on the demo, in this process."""
+    made: list[Trainer] = []
+
+    def build(*more: str) -> Trainer:
+        config = parse_config(arguments(shards, tmp_path / f"run{len(made)}", *more))
+        device = torch.device("cpu")
+        trainer = Trainer(config, device, Placement(config.parallel, device))
+        trainer.build()
+        made.append(trainer)
+        return trainer
+
+    yield build
+    for trainer in made:
+        trainer.close()
+
+
+WAITS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+"""What makes the host wait for a GPU, on a tensor that lies there."""
+
+
+def test_no_waiting_outside_log_steps(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between log steps nothing asks a tensor of the network, the loss or the meter for its value; at a log step
+    something does. (On a CPU the loader's own tensors are numpy's, so they are not counted.)"""
+    trainer = trainer_of("--run.log_every", "4", "--run.save_every", "1000")
+    asked: list[tuple[int, str]] = []
+    loader = trainer.train_loader
+
+    def quietly(*args: Any) -> Any:
+        nonlocal watching
+        watching = False
+        try:
+            return run(*args)
+        finally:
+            watching = True
+
+    watching, run = True, loader._run
+    monkeypatch.setattr(loader, "_run", quietly)
+    for name in WAITS:
+        original = getattr(torch.Tensor, name)
+
+        def spy(self: torch.Tensor, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            if watching:
+                asked.append((trainer.step, _name))
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps == 10
+
+    trainer.train_epoch(None, StopVote(trainer.placement, stop))
+    assert trainer.step == 10
+    assert {step for step, _ in asked} == {4, 8}, asked
+
+
+def steps(trainer: Trainer, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of the first steps, and the weights behind them."""
+    rates, losses = dict.fromkeys(dict(trainer.model.named_parameters()), 0.001), []
+    for _, batch in zip(range(count), trainer.train_loader.epoch(0), strict=False):
+        loss, _, _ = trainer.train_step(batch, rates)
+        losses.append(loss.item())
+    return losses, {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_accumulated_gradients(trainer_of: Any) -> None:
+    """Without dropout, four passes of eight images are one of thirty-two, but for rounding; three are not accepted."""
+    whole, pieces = (trainer_of("--model.dropout", "0", "--train.accumulate", each) for each in ("1", "4"))
+    (expected, weights), (losses, others) = steps(whole, 5), steps(pieces, 5)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights.items():
+        assert (others[name] - weight).abs().max() < 1e-4 * weight.abs().max() > 0
+    with pytest.raises(ValueError, match=r"the 32 images of train.batch_size .* train.accumulate \(3\)"):
+        trainer_of("--train.accumulate", "3")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(trainer_of: Any, precision: str) -> None:
+    """The first losses are those of float32, within half precision's rounding; weights stay float32."""
+    (expected, _), (losses, weights) = (
+        steps(trainer_of("--model.dropout", "0", "--train.precision", each), 3) for each in ("float32", precision)
+    )
+    assert losses == pytest.approx(expected, rel=0.02) and losses != expected
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
+
+
+def test_overflow_leaves_a_step_out(trainer_of: Any) -> None:
+    """A loss scaled beyond float16 changes no weight, halves the factor, and the next steps train."""
+    trainer = trainer_of("--train.precision", "fp16")
+    trainer.scale.factor.fill_(2.0**40)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    _, after = steps(trainer, 1)
+    assert trainer.scale.factor == 2.0**39 and all(torch.equal(before[name], after[name]) for name in before)
+    trainer.scale.factor.fill_(2.0**10)
+    rates = dict.fromkeys(before, 0.001)
+    trainer.train_step(next(trainer.train_loader.epoch(0)), rates)
+    assert not torch.equal(trainer.model.state_dict()["fc8.weight"], before["fc8.weight"])
+
+
+def test_gradient_norm(trainer_of: Any) -> None:
+    """That over all parameters, as torch's own clipping computes it, of the true gradient in float16 too."""
+    norms = {}
+    for precision in ("float32", "fp16"):
+        trainer = trainer_of("--model.dropout", "0", "--train.precision", precision)
+        batch = next(trainer.train_loader.epoch(0))
+        _, _, norm = trainer.train_step(batch, dict.fromkeys(dict(trainer.model.named_parameters()), 0.0), True)
+        norms[precision] = norm.item()
+    model, reference = trainer_of("--model.dropout", "0"), torch.nn.utils.clip_grad_norm_
+    torch.nn.functional.cross_entropy(model.model(batch.images), batch.labels).backward()
+    assert norms["float32"] == pytest.approx(reference(model.model.parameters(), 1e9).item(), rel=1e-5)
+    assert norms["fp16"] == pytest.approx(norms["float32"], rel=0.02)

@@ -1,0 +1,103 @@
+"""A run starts from weights of any origin, if they are of its network; what does not fit is told."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.alexnet import AlexNet, AlexNetConfig
+from model.weights import weights_bytes
+from pipeline.eigenbasis import Eigenbasis
+from tests.conftest import run_ok, train_refuses
+from tests.test_evaluate import tiny
+from tests.test_run import TRAIN, arguments, final
+from train.trained import initial_state
+
+CONFIG = AlexNetConfig("original", channels=(8, 16, 16, 16, 16), hidden=64, num_classes=10)
+
+
+def test_the_same_network(tmp_path: Path, shards: Path, basis: Eigenbasis) -> None:
+    """Tensors as they are; for images divided by 2, conv1 doubles."""
+    model = tiny(tmp_path / "w.safetensors", shards)
+    config, own = model.config, AlexNet(model.config).state_dict()
+    for std in (1.0, 2.0):
+        state, told = initial_state(tmp_path / "w.safetensors", config, basis, std, own)
+        assert told == f"starting from the weights of {tmp_path / 'w.safetensors'}"
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(state[name], tensor * std if name == "conv1.weight" else tensor)
+
+
+def test_other_classes_and_another_mean(tmp_path: Path, basis: Eigenbasis) -> None:
+    """Another number of classes: fc8 is the run's own, and it is said; so is a mean that differs."""
+    theirs = AlexNet(replace(CONFIG, num_classes=7, dropout=0.1))
+    inputs = {"mean": [1.0, 2.0, 3.0], "std": 1.0}
+    (tmp_path / "w.safetensors").write_bytes(weights_bytes(theirs.state_dict(), theirs.config, inputs))
+    own = AlexNet(CONFIG).state_dict()
+    state, told = initial_state(tmp_path / "w.safetensors", CONFIG, basis, 1.0, own)
+    assert "fc8 starts afresh, for 10 classes instead of 7" in told and "less a mean of (1.0, 2.0, 3.0)" in told
+    assert torch.equal(state["fc8.weight"], own["fc8.weight"]) and torch.equal(
+        state["fc7.weight"], theirs.state_dict()["fc7.weight"]
+    )
+    AlexNet(CONFIG).load_state_dict(state)
+
+
+def test_torchvisions(tmp_path: Path, basis: Eigenbasis) -> None:
+    """A .pth under torchvision's names: the standard deviations of its channels move into conv1."""
+    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=10)
+    model = AlexNet(config)
+    from model.weights import OURS
+
+    torch.save({name: model.state_dict()[ours] for name, ours in OURS.items()}, tmp_path / "alexnet.pth")
+    state, _ = initial_state(tmp_path / "alexnet.pth", config, basis, 1.0, model.state_dict())
+    ratio = (state["conv1.weight"] / model.state_dict()["conv1.weight"]).detach().numpy()
+    np.testing.assert_allclose(1 / ratio[:, :, 0, 0], np.tile([58.395, 57.12, 57.375], (8, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 32}, "its model.hidden is 64, this run's 32"),
+        ({"lrn": "none"}, "its model.lrn is original, this run's none"),
+        ({"activation": "tanh"}, "its model.activation is relu, this run's tanh"),
+    ],
+)
+def test_another_network(
+    tmp_path: Path, basis: Eigenbasis, shards: Path, change: dict[str, object], message: str
+) -> None:
+    """Refused with the field."""
+    tiny(tmp_path / "w.safetensors", shards, variant="original")
+    config = replace(CONFIG, **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        initial_state(tmp_path / "w.safetensors", config, basis, 1.0, AlexNet(config).state_dict())
+
+
+def test_refused_before_anything_is_written(tmp_path: Path, shards: Path) -> None:
+    """A missing file and one of another network."""
+    tiny(tmp_path / "w.safetensors", shards)  # of the paper's variant
+    for name, message in (("none.safetensors", "is no file"), ("w.safetensors", "is of another network")):
+        more = ["--train.weights", str(tmp_path / name)]
+        assert message in train_refuses(*arguments(shards, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_from_the_weights_of_another(tmp_path: Path, shards: Path) -> None:
+    """At a rate of next to nothing it ends with the weights that it started from, going on or not."""
+    tiny(tmp_path / "w.safetensors", shards, variant="original")
+    more = ["--train.weights", str(tmp_path / "w.safetensors"), "--optimizer.lr", "1e-12", "--train.epochs", "1"]
+    assert "starting from the weights of" in run_ok(*TRAIN, *arguments(shards, tmp_path / "run", *more))
+    expected = (
+        AlexNet(CONFIG).state_dict()
+        | initial_state(tmp_path / "w.safetensors", CONFIG, Eigenbasis(np.zeros(3), np.zeros(3), np.eye(3)), 1.0, {})[0]
+    )
+    for name, tensor in final(tmp_path / "run")["model"].items():  # type: ignore[attr-defined]
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8)
+    (tmp_path / "w.safetensors").unlink()  # what it started from is needed no more
+    assert "going on from" in run_ok(*TRAIN, *arguments(shards, tmp_path / "run", *more))
+    begun = tmp_path / "run" / "checkpoints"
+    tiny(tmp_path / "w.safetensors", shards, variant="original", num_classes=10)
+    second = ["--train.weights", str(begun / "step-00000044.pt"), *more[2:]]
+    assert f"starting from the weights of {begun}" in run_ok(*TRAIN, *arguments(shards, tmp_path / "two", *second))
