@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.shards import DataError
 from tests.conftest import ROOT, run_ok, train_refuses
 from tests.test_run import final, same_weights
 from train.metrics import read_metrics
@@ -94,6 +95,77 @@ def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     assert not same_weights(began, ended)
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
     assert [row["epoch"] for row in rows] == [1, 2]
+
+
+class Others(Placement):
+    """This process as one of three, whose other two tell what they are given."""
+
+    def __init__(self, *told: object, rank: int = 0) -> None:
+        self.rank, self.world, self._told = rank, 3, told
+
+    def gather(self, mine: object) -> list[object]:
+        """As `Placement.gather`."""
+        return [(f"process {k} on h", told) if k != self.rank else mine for k, told in enumerate(self._told)]
+
+
+def test_agreement() -> None:
+    """Equal facts pass; the first that differs is told with both values and where, by the first process alone."""
+    facts = {"train.seed": 5, "torch": "2.13"}
+    Others(None, facts, facts).agree(facts)
+    with pytest.raises(ValueError, match=r"the processes differ: torch is 2.11 in process 2 on h, 2.13 in process 0"):
+        Others(None, facts, {**facts, "torch": "2.11"}).agree(facts)
+    with pytest.raises(ValueError, match=r"train.seed is 6 in process 1 on h, 5 in .*\(1 more such\)"):
+        Others(None, facts | {"train.seed": 6}, facts | {"torch": "2.11"}).agree(facts)
+    with pytest.raises(SystemExit) as left:
+        Others(facts, None, facts | {"train.seed": 6}, rank=1).agree(facts)
+    assert left.value.code == 2
+
+
+def test_what_fails_in_one_process() -> None:
+    """An error of any process is raised in the first, which says where it was, unless all have it; the others leave
+    with its exit code."""
+
+    def fails() -> None:
+        raise ValueError("no shards here")
+
+    alike = ValueError("no shards here")
+    assert Others(None, None, None).together(lambda: 7) == 7
+    with pytest.raises(ValueError, match=r"^no shards here$"):
+        Others(None, alike, alike).together(fails)
+    with pytest.raises(ValueError, match=r"^process 2 on h: no shards here$"):
+        Others(None, None, alike).together(lambda: 7)
+    for error, code in ((alike, 2), (DataError("damaged"), 3)):
+        with pytest.raises(SystemExit) as left:
+            Others(error, None, None, rank=1).together(lambda: 7)
+        assert left.value.code == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train.seed", "6"], "the processes differ: train.seed is 6 in process 1 on "),
+        (["--data.shards", "nowhere"], "process 1 on "),
+        (["--model.hidden", "63"], "model.hidden must be positive and divide"),
+    ],
+)
+def test_processes_that_differ(shards: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    """Before the first step, in one sentence, by one process, with code 2 in both, and without a trace."""
+    both = 2 if "hidden" in more[0] else 1  # of which all of a machine's processes have the same
+    commands = [arguments(shards, tmp_path / "run", *(more if k or both == 2 else [])) for k in range(2)]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "train.run", *command],
+            cwd=ROOT, env=os.environ | place | {"RANK": str(k), "LOCAL_RANK": str(k)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for k, command in enumerate(commands)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], told
+    assert told[1] == ("", "") and told[0][0] == "" and len(told[0][1].splitlines()) == 1 and message in told[0][1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_refusals(shards: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The main job with real processes: stopped in the middle of an epoch and continued, it gives the very same weights."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -110,6 +111,40 @@ def test_killed_stopped_and_continued_gives_the_same_weights(
     assert final(tmp_path)["step"] == EPOCHS * STEPS
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
+
+
+@pytest.mark.slow
+def test_full_disk(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """While nothing can be written, the run goes on and says so, and the last good checkpoint stays; when there is room
+    again it saves again, and ends as if nothing had happened. The figures of all steps are there."""
+    process = started(shards, tmp_path)
+    wait_for_step(process, tmp_path, 12)
+    unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    good = find_checkpoint(tmp_path)
+    time.sleep(3)  # some checkpoints and dozens of rows
+    assert process.poll() is None and find_checkpoint(tmp_path) == good and good is not None and load_checkpoint(good)
+    before = len(read_metrics(tmp_path / "metrics.jsonl"))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "could not save" in output and f"the last good checkpoint is {good}" in output, output
+    assert output.count("its rows are kept in memory") == 1
+    assert before < len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert same_weights(final(tmp_path), final(undisturbed))
+    assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
+
+
+@pytest.mark.slow
+def test_disk_full_at_the_end(shards: Path, tmp_path: Path) -> None:
+    """Where the last checkpoint cannot be written, that is an error with code 2 which names it; the run goes on from
+    the one before."""
+    process = started(shards, tmp_path)
+    wait_for_step(process, tmp_path, 12)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "File too large; free some space" in output and "Traceback" not in output, output
+    assert load_checkpoint(find_checkpoint(tmp_path) or tmp_path)["step"] % 6 == 0
 
 
 @pytest.mark.slow

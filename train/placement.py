@@ -183,7 +183,7 @@ class Placement:
         where, first = errors[0]
         if not self.is_first:
             sys.exit(DATA_FAILED if isinstance(first, DataError) else WRONG_INPUT)
-        if len(errors) < self.world and not isinstance(first, OSError):
+        if len(errors) < self.world and getattr(first, "errno", None) is None:
             raise type(first)(f"{where}: {first}")
         raise first
 
