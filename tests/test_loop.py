@@ -77,11 +77,11 @@ def test_no_waiting_outside_log_steps(trainer_of: Any, monkeypatch: pytest.Monke
 
 def steps(trainer: Trainer, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the first steps, and the weights behind them."""
-    rates, losses = dict.fromkeys(dict(trainer.model.named_parameters()), 0.001), []
+    rates, losses = dict.fromkeys(trainer.learner.names, 0.001), []
     for _, batch in zip(range(count), trainer.train_loader.epoch(0), strict=False):
-        loss, _, _ = trainer.train_step(batch, rates)
+        loss, _, _ = trainer.learner.step(batch, rates)
         losses.append(loss.item())
-    return losses, {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return losses, {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
 
 
 def test_accumulated_gradients(trainer_of: Any) -> None:
@@ -108,14 +108,14 @@ def test_half_precision(trainer_of: Any, precision: str) -> None:
 def test_overflow_leaves_a_step_out(trainer_of: Any) -> None:
     """A loss scaled beyond float16 changes no weight, halves the factor, and the next steps train."""
     trainer = trainer_of("--train.precision", "fp16")
-    trainer.scale.factor.fill_(2.0**40)
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.learner.scale.factor.fill_(2.0**40)
+    before = {name: tensor.clone() for name, tensor in trainer.learner.model.state_dict().items()}
     _, after = steps(trainer, 1)
-    assert trainer.scale.factor == 2.0**39 and all(torch.equal(before[name], after[name]) for name in before)
-    trainer.scale.factor.fill_(2.0**10)
+    assert trainer.learner.scale.factor == 2.0**39 and all(torch.equal(before[name], after[name]) for name in before)
+    trainer.learner.scale.factor.fill_(2.0**10)
     rates = dict.fromkeys(before, 0.001)
-    trainer.train_step(next(trainer.train_loader.epoch(0)), rates)
-    assert not torch.equal(trainer.model.state_dict()["fc8.weight"], before["fc8.weight"])
+    trainer.learner.step(next(trainer.train_loader.epoch(0)), rates)
+    assert not torch.equal(trainer.learner.model.state_dict()["fc8.weight"], before["fc8.weight"])
 
 
 def test_gradient_norm(trainer_of: Any) -> None:
@@ -124,9 +124,9 @@ def test_gradient_norm(trainer_of: Any) -> None:
     for precision in ("float32", "fp16"):
         trainer = trainer_of("--model.dropout", "0", "--train.precision", precision)
         batch = next(trainer.train_loader.epoch(0))
-        _, _, norm = trainer.train_step(batch, dict.fromkeys(dict(trainer.model.named_parameters()), 0.0), True)
+        _, _, norm = trainer.learner.step(batch, dict.fromkeys(trainer.learner.names, 0.0), True)
         norms[precision] = norm.item()
     model, reference = trainer_of("--model.dropout", "0"), torch.nn.utils.clip_grad_norm_
-    torch.nn.functional.cross_entropy(model.model(batch.images), batch.labels).backward()
-    assert norms["float32"] == pytest.approx(reference(model.model.parameters(), 1e9).item(), rel=1e-5)
+    torch.nn.functional.cross_entropy(model.learner.model(batch.images), batch.labels).backward()
+    assert norms["float32"] == pytest.approx(reference(model.learner.model.parameters(), 1e9).item(), rel=1e-5)
     assert norms["fp16"] == pytest.approx(norms["float32"], rel=0.02)

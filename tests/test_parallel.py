@@ -22,6 +22,7 @@ from model.parallel import MeetingConv2d, Mesh, TowerAlexNet, bytes_per_image, j
 from model.peer import PeerLostError
 from tests.conftest import ROOT
 from train.optimizer import PaperSGD
+from train.schedule import OptimizerConfig
 
 CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""
@@ -46,7 +47,8 @@ def train(
     network: torch.nn.Module, model: AlexNet, rows: slice, dtype: torch.dtype, steps: int, classes: int = 7
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Take some steps; returns the first one's loss, logits and gradients, and the weights in the end."""
-    optimizer = PaperSGD(model.named_parameters(), momentum=0.9, weight_decay=5e-4)
+    optimizer = PaperSGD(model.named_parameters(), OptimizerConfig())
+    rates = {name: RATE for name, _ in model.named_parameters()}
     first: dict[str, Any] = {}
     for step in range(steps):
         images, labels = (each[rows] for each in batch(step, dtype))
@@ -56,7 +58,7 @@ def train(
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             first = {"loss": loss.detach(), "logits": logits.detach(), "gradients": gradients}
-        optimizer.step(RATE)
+        optimizer.step(rates)
     return first, {name: p.detach() for name, p in model.named_parameters()}
 
 

@@ -12,23 +12,19 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.loader import PADDING, Batch, train_loader, val_loader
+from pipeline.loader import train_loader, val_loader
 from pipeline.shards import DataError, open_shards
 from train.alarms import Alarms
 from train.checkpoint import CheckpointWriter
 from train.config import Config
-from train.device import compiled
 from train.evaluate import Accuracy, evaluate
 from train.findings import Findings
+from train.learner import Learner
 from train.meter import StepMeter
 from train.metrics import MetricsLog
-from train.optimizer import LossScale, PaperSGD
 from train.placement import Placement
 from train.program import DivergedError
 from train.schedule import RateSchedule
@@ -36,11 +32,9 @@ from train.state import capture
 from train.stop import StopVote
 from train.trained import initial_state
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Trainer:
-    """Network, optimizer, loaders and position of one run."""
+    """Learner, loaders and position of one run."""
 
     def __init__(self, config: Config, device: torch.device, placement: Placement) -> None:
         """Open the data and lay out the loaders; `build` follows. Raises `ValueError` or `FileNotFoundError` when they
@@ -79,25 +73,16 @@ class Trainer:
 
     def build(self) -> None:
         """Build network and optimizer, in all processes together."""
-        config = self.config
-        self.model = self.placement.build(config.model, config.train.seed).to(self.device)
-        self.optimizer = PaperSGD(self.model.named_parameters(), config.optimizer)
-        self.network: torch.nn.Module = self.model
-        if config.train.compile:
-            self.network = compiled(self.model, self.device)
-            if self.device.type == "cuda":
-                self.optimizer.compile()
-        self.replicated = self.placement.replicated(self.network)
-        self.scale = LossScale(self.device, config.train.precision == "fp16")
-        self.schedule = RateSchedule(config.optimizer, config.train.epochs)
+        self.learner = Learner(self.config, self.device, self.placement)
+        self.schedule = RateSchedule(self.config.optimizer, self.config.train.epochs)
         self.meter = StepMeter(self.device, self.placement)
 
     def start_from(self, path: Path) -> str:
         """Take weights from a file. Returns a sentence about them. Raises `FileNotFoundError` or `ValueError`."""
-        own = self.placement.whole(self.model.state_dict(), self.config.model)
-        model, std = self.config.model, self.config.data.augmentation.std
+        own, model = self.learner.weights(), self.config.model
+        std = self.config.data.augmentation.std
         state, told = self.placement.together(lambda: initial_state(path, model, self.basis, std, own))
-        self.model.load_state_dict(self.placement.part(state))
+        self.learner.model.load_state_dict(self.placement.part(state))
         return told
 
     @property
@@ -134,17 +119,17 @@ class Trainer:
     def train_epoch(self, log: MetricsLog | None, stop: StopVote) -> bool:
         """Train what is left of the present epoch. Returns whether it was stopped."""
         run, meter = self.config.run, self.meter
-        self.model.train()
+        self.learner.model.train()
         stop.hurry()
-        steps, names = self.train_loader.steps_per_epoch, [name for name, _ in self.model.named_parameters()]
+        steps = self.train_loader.steps_per_epoch
         title, quiet = f"epoch {self.epoch + 1}", None if self.placement.is_first else True  # None: if on a terminal
         with tqdm(desc=title, total=steps, unit="step", disable=quiet, leave=False) as progress:
             progress.update(self.train_loader.at_step % steps)
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
                 logged = (self.step + 1) % run.log_every == 0
-                rates = self.schedule.rates(names, (self.train_loader.at_step - 0.5) / steps)
-                loss, correct, norm = self.train_step(self.placement.share(batch), rates, with_norm=logged)
+                rates = self.schedule.rates(self.learner.names, (self.train_loader.at_step - 0.5) / steps)
+                loss, correct, norm = self.learner.step(self.placement.share(batch), rates, with_norm=logged)
                 meter.end_step(loss, correct, batch, saving=self.writer.busy)
                 self.step += 1
                 progress.update()
@@ -158,36 +143,6 @@ class Trainer:
         self.check_finite(meter.loss_sum())
         return False
 
-    def train_step(
-        self, batch: Batch, rates: dict[str, float], with_norm: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One update. Returns the batch's mean loss, number of correct answers, and if wanted the norm of the gradient
-        over the whole network, all on the device."""
-        pieces = self.config.train.accumulate
-        loss, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        for number, (images, labels) in enumerate(
-            zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True), start=1
-        ):
-            with self.placement.exchanging(self.replicated, number == pieces):
-                with torch.autocast(self.device.type, HALVES.get(self.config.train.precision), self.is_half):
-                    logits = self.replicated(images)
-                piece = F.cross_entropy(logits, labels, ignore_index=PADDING) / pieces
-                (piece * self.scale.factor if self.scale.enabled else piece).backward()
-            loss += piece.detach()
-            correct += (logits.detach().argmax(1) == labels).sum()
-        overflow = self.scale.unscale(self.optimizer.gradients, self.placement.any_on_device)
-        norm = None
-        if with_norm:
-            squares = torch.stack([gradient.float().square().sum() for gradient in self.optimizer.gradients]).sum()
-            norm = self.placement.total_over_parts(squares).sqrt()
-        self.optimizer.step(rates, overflow)
-        return loss, correct, norm
-
-    @property
-    def is_half(self) -> bool:
-        """Whether products are computed in half precision."""
-        return self.config.train.precision in HALVES
-
     def log_row(self, log: MetricsLog | None, norm: torch.Tensor | None) -> dict[str, float]:
         """Read the meter and write its row. Raises `DivergedError`."""
         self.check_finite(self.meter.loss_sum())
@@ -195,8 +150,8 @@ class Trainer:
         figures["gradient_norm"] = float("nan") if norm is None else norm.item()
         if self.device.type == "cuda":
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        if self.scale.enabled:
-            figures["loss_scale"] = self.scale.factor.item()
+        if self.learner.scale.enabled:
+            figures["loss_scale"] = self.learner.scale.factor.item()
         if self.train_loader.cached_share:
             figures["cache_hits_percent"] = 100 * self.train_loader.cached_share if self.epoch else 0.0
         if log:
@@ -226,7 +181,7 @@ class Trainer:
         stop.hurry()
         watch = {"watch": findings.see} if findings else {}
         accuracy = evaluate(
-            self.network,
+            self.learner.network,
             self.val_loader,
             self.mirrored,
             all_views=all_views,
@@ -258,7 +213,7 @@ class Trainer:
     def save(self, log: MetricsLog | None) -> None:
         """Take a checkpoint, together with all processes, and begin to write it. Raises `DivergedError` rather than
         save weights that are not finite."""
-        if self.placement.any(not all(weight.isfinite().all() for weight in self.model.parameters())):
+        if self.placement.any(not self.learner.is_finite):
             self.check_finite(math.nan)
         content = capture(self)
         if log:
@@ -282,13 +237,6 @@ class Trainer:
                 f"could not save: {error.filename}: {error.strerror}; going on, the last good checkpoint is "
                 f"{self.writer.latest or 'none'}; free some space"
             )
-
-    def gather_network(self) -> None:
-        """Leave training: every process holds the whole network from here on, uncompiled. All have to ask."""
-        if isinstance(self.model, TowerAlexNet):
-            state = self.placement.whole(self.model.state_dict(), self.config.model)
-            self.model = self.network = self.replicated = AlexNet(self.config.model).to(self.device)
-            self.model.load_state_dict(state)
 
     def close(self) -> None:
         """Stop the loaders, once what is being written is written."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.alexnet import AlexNet
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting, relight
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # it takes a third of a second, and every start of a run woul
     from matplotlib.figure import Figure
 
 
-def draw_pictures(trainer: Trainer, findings: Findings) -> list[Path]:
+def draw_pictures(trainer: Trainer, network: AlexNet, findings: Findings) -> list[Path]:
     """Draw every picture; returns their paths."""
     paths = [trainer.config.run.dir / name for name in PICTURES]
     curves, kernels, augmentation, predictions = paths
@@ -33,7 +34,7 @@ def draw_pictures(trainer: Trainer, findings: Findings) -> list[Path]:
     with saved_figure(curves) as figure:
         draw_curves(figure, rows, trainer.train_loader.steps_per_epoch, trainer.config.model.num_classes)
     with saved_figure(kernels) as figure:
-        draw_kernels(figure, trainer)
+        draw_kernels(figure, network)
     with saved_figure(augmentation) as figure:
         draw_augmentation(figure, trainer)
     with saved_figure(predictions) as figure:
@@ -41,10 +42,10 @@ def draw_pictures(trainer: Trainer, findings: Findings) -> list[Path]:
     return paths
 
 
-def draw_kernels(figure: "Figure", trainer: Trainer) -> None:
+def draw_kernels(figure: "Figure", network: AlexNet) -> None:
     """The kernels of conv1 as in the paper's figure 3, one block per tower, on one colour scale."""
-    kernels = trainer.model.conv1.weight.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-    blocks = np.split(kernels, trainer.config.model.num_towers)
+    kernels = network.conv1.weight.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+    blocks = np.split(kernels, network.config.num_towers)
     columns = 16 if len(blocks[0]) % 16 == 0 else 12
     reach = np.abs(kernels).max()
     sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]

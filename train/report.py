@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.alexnet import AlexNet
 from pipeline.files import write_bytes
 from train.charts import Rows, figures_of
 from train.evaluate import Accuracy
@@ -15,7 +16,7 @@ from train.page import Story, build_page
 from train.pictures import example_pixels
 
 
-def report(trainer: Trainer, accuracy: Accuracy, findings: Findings, pictures: list[Path]) -> None:
+def report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, findings: Findings, pictures: list[Path]) -> None:
     """Print what was trained on, how well and how fast, and where the pictures lie; write the page. Raises
     `OSError`."""
     rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
@@ -27,7 +28,7 @@ def report(trainer: Trainer, accuracy: Accuracy, findings: Findings, pictures: l
     for picture in pictures:
         print(f"  {picture}")
     page = trainer.config.run.dir / "report.html"
-    write_bytes(page, build_page(tell(trainer, accuracy, findings, rows)))
+    write_bytes(page, build_page(tell(trainer, network, accuracy, findings, rows)))
     print(f"all of this on one page:\n  {page}")
 
 
@@ -50,20 +51,20 @@ def speed_of(rows: Rows) -> list[tuple[str, str]]:
     return table + ([("GPU memory, at most", f"{memory.max():.1f} GB")] if len(memory) else [])
 
 
-def tell(trainer: Trainer, accuracy: Accuracy, findings: Findings, rows: Rows) -> Story:
+def tell(trainer: Trainer, network: AlexNet, accuracy: Accuracy, findings: Findings, rows: Rows) -> Story:
     """What the page tells."""
     config, run_dir = trainer.config, trainer.config.run.dir
     return Story(
         name=run_dir.resolve().name,
         summary=summary(accuracy, trainer.epoch, trainer.step, trainer.step * config.train.batch_size),
         accuracy=accuracy.rows(),
-        facts=[*data_of(trainer, accuracy), *facts_of(trainer), *speed_of(rows)],
+        facts=[*data_of(trainer, accuracy), *facts_of(trainer, network), *speed_of(rows)],
         rows=rows,
         steps_per_epoch=trainer.train_loader.steps_per_epoch,
         classes=trainer.val_shards.classes,
         findings=findings,
         pixels=lambda example: example_pixels(example, trainer),
-        conv1=trainer.model.conv1.weight.detach().float().cpu().numpy(),
+        conv1=network.conv1.weight.detach().float().cpu().numpy(),
         towers=config.model.num_towers,
         kernels=(run_dir / "kernels.png").read_bytes(),
         augmentation=(run_dir / "augmentation.png").read_bytes(),
@@ -71,7 +72,7 @@ def tell(trainer: Trainer, accuracy: Accuracy, findings: Findings, rows: Rows) -
     )
 
 
-def facts_of(trainer: Trainer) -> list[tuple[str, str]]:
+def facts_of(trainer: Trainer, network: AlexNet) -> list[tuple[str, str]]:
     """(name, value) of what was trained, and where."""
     model = trainer.config.model.spelled_out()
     towers, maps = f"{model.towers} tower{'s' * (model.towers != 1)}", "-".join(map(str, model.maps))
@@ -81,7 +82,7 @@ def facts_of(trainer: Trainer) -> list[tuple[str, str]]:
             "network",
             f"{model.variant}, {towers}, maps {maps}, {model.hidden} units in fc6, fc7",
         ),
-        ("parameters", f"{sum(parameter.numel() for parameter in trainer.model.parameters()):,}"),
+        ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
         ("device", device_name(trainer.device)),
         ("processes", str(trainer.placement.world)),
         ("versions", versions()),

@@ -71,9 +71,9 @@ def train(trainer: Trainer, stop: StopVote) -> None:
     finished = trainer.fit(log, stop)
     accuracy = trainer.evaluate(stop, all_views=True, findings=findings) if finished else None
     if accuracy:
-        trainer.gather_network()
+        network = trainer.learner.gather_network()
         if placement.is_first:
-            report(trainer, accuracy, findings, draw_pictures(trainer, findings))
+            report(trainer, network, accuracy, findings, draw_pictures(trainer, network, findings))
     elif placement.is_first:
         print(f"stopped and saved at step {trainer.step} (epoch {trainer.epoch}); run the same command again to go on")
     if log:
@@ -88,7 +88,7 @@ def describe(trainer: Trainer, arithmetic: str) -> None:
     if not placement.is_first:
         return
     everywhere = "" if placement.world == 1 else f" in each of {placement.world} processes"
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parameters = sum(parameter.numel() for parameter in trainer.learner.model.parameters())
     print(
         f"{trainer.train_shards.num_samples} training and {trainer.val_shards.num_samples} validation images, "
         f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}{everywhere}"

@@ -25,10 +25,9 @@ def capture(trainer: "Trainer") -> dict[str, Any]:
         "random": random_state,
         "meter": trainer.meter.state_dict(),
     }
-    placement, model, image = trainer.placement, trainer.config.model, trainer.basis.mean_image
-    weights = placement.whole(trainer.model.state_dict(), model)
-    velocities = placement.whole(trainer.optimizer.state_dict(), model)
-    ranks = placement.gather(own)
+    learner, image = trainer.learner, trainer.basis.mean_image
+    weights, velocities = learner.weights(), learner.velocities()
+    ranks = trainer.placement.gather(own)
     return {
         "config": trainer.config.to_json(),
         "wnids": [name.wnid for name in trainer.train_shards.classes],
@@ -36,7 +35,7 @@ def capture(trainer: "Trainer") -> dict[str, Any]:
         "mean_image": None if image is None else torch.from_numpy(image),
         "model": copies(weights),
         "optimizer": copies(velocities),
-        "scale": copies(trainer.scale.state_dict()),
+        "scale": copies(learner.scale.state_dict()),
         "schedule": trainer.schedule.state_dict(),
         "epoch": trainer.epoch,
         "best": trainer.best,
@@ -70,12 +69,10 @@ def restore(trainer: "Trainer", path: Path) -> Path:
     trainer.epoch, trainer.step = content["epoch"], content["step"]
     trainer.best, trainer.kept = content["best"], content["kept"]
     trainer.writer.latest = path
-    placement = trainer.placement
-    trainer.model.load_state_dict(placement.part(content["model"]))
-    trainer.optimizer.load_state_dict(placement.part(content["optimizer"]))
-    trainer.scale.load_state_dict(content["scale"])
+    trainer.learner.load(content["model"], content["optimizer"])
+    trainer.learner.scale.load_state_dict(content["scale"])
     trainer.schedule.load_state_dict(content["schedule"])
-    ranks = content["ranks"]
+    ranks, placement = content["ranks"], trainer.placement
     if len(ranks) != placement.world or content["config"]["parallel"] != config["parallel"]:
         return enter_another_world(trainer, ranks, path)
     own = ranks[placement.rank]
