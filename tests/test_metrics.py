@@ -2,6 +2,8 @@
 
 import json
 import resource
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,26 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log.close()
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_rows_and_syncs_from_two_threads(tmp_path: Path) -> None:
+    """However they fall together, each row is written once and in its order."""
+    log, done = MetricsLog(tmp_path, 0, 0), threading.Event()
+
+    def sync() -> None:
+        while not done.is_set():
+            log.sync()
+
+    thread = threading.Thread(target=sync)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for step in range(1, 1001):
+            log.write("train", step, epoch=0, loss=1.0)
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()
+    log.close()
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == list(range(1, 1001))

@@ -81,7 +81,7 @@ def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) ->
 
 def rows_without_times(directory: Path) -> list[dict[str, object]]:
     """The rows of a run, but for what a clock says."""
-    times = ("wait", "images_per_s", "step_ms", "next_ms", "saving", "eval_s")
+    times = ("wait", "images_per_s", "step_ms", "next_ms", "save", "saving", "eval_s")
     found = read_metrics(directory / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(times)} for row in found]
 

@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Thread
-from time import perf_counter
 from typing import Any, BinaryIO
 
 import torch
@@ -37,8 +36,6 @@ class CheckpointWriter:
         self._error: OSError | None = None
         self.latest: Path | None = None
         """The newest one that is whole."""
-        self.write_s = 0.0
-        """What writing the last one took."""
 
     @property
     def busy(self) -> bool:
@@ -53,13 +50,11 @@ class CheckpointWriter:
         self._thread.start()
 
     def _write(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int]) -> None:
-        started = perf_counter()
         try:
             before()
             self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep)
         except OSError as error:
             self._error = error
-        self.write_s = perf_counter() - started
 
     def wait(self) -> None:
         """Wait for the one that is being written."""

@@ -8,6 +8,7 @@ two steps ahead (see `StepMeter`), and DALI has the next batches in flight befor
 """
 
 import math
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -26,7 +27,7 @@ from train.learner import Learner
 from train.meter import StepMeter
 from train.metrics import MetricsLog
 from train.placement import Placement
-from train.program import DivergedError
+from train.program import DIVERGED, DivergedError
 from train.schedule import RateSchedule
 from train.state import capture
 from train.stop import StopVote
@@ -64,6 +65,8 @@ class Trainer:
         place |= {"rank": placement.replica, "num_ranks": placement.num_replicas}  # a pair looks at the same images
         self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
         self.epoch, self.step = 0, 0
+        self.save_ms = 0.0
+        """How long training stood still for checkpoints since the last row."""
         self.best: dict[str, float] | None = None
         """{"step", "top1_error"} of the best epoch's end."""
         self.kept: list[int] = []
@@ -147,6 +150,8 @@ class Trainer:
         """Read the meter and write its row. Raises `DivergedError`."""
         self.check_finite(self.meter.loss_sum())
         figures = self.meter.read(self.config.train.batch_size)
+        if self.save_ms:
+            figures["save_ms"], self.save_ms = self.save_ms, 0.0
         figures["gradient_norm"] = float("nan") if norm is None else norm.item()
         if self.device.type == "cuda":
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -196,6 +201,8 @@ class Trainer:
     def check_finite(self, loss: float) -> None:
         """Raise `DivergedError` unless the loss is a number; nothing is saved over a good checkpoint then."""
         if not math.isfinite(loss):
+            if not self.placement.is_first:
+                sys.exit(DIVERGED)  # all find it at the same step, one tells
             self.writer.wait()
             first = self.step - self.step % self.config.run.log_every
             latest = self.writer.latest
@@ -213,6 +220,7 @@ class Trainer:
     def save(self, log: MetricsLog | None) -> None:
         """Take a checkpoint, together with all processes, and begin to write it. Raises `DivergedError` rather than
         save weights that are not finite."""
+        started = perf_counter()
         if self.placement.any(not self.learner.is_finite):
             self.check_finite(math.nan)
         content = capture(self)
@@ -220,6 +228,7 @@ class Trainer:
             self.tell_trouble()
             self.writer.start(self.step, content, log.sync, self.kept)
         self.meter.pause()
+        self.save_ms += (perf_counter() - started) * 1e3
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is written. Raises `OSError` where it cannot be."""

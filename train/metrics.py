@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tqdm import tqdm
@@ -32,18 +33,20 @@ class MetricsLog:
         self._size = len(kept)
         self._file = self.path.open("r+b", buffering=0)
         self._pending: list[bytes] = []
+        self._one_at_a_time = Lock()  # rows come from the training thread, `sync` from that of checkpoints
         self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row."""
         rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
-        first_trouble = not self._pending
-        self._pending.append((json.dumps({"kind": kind, "step": step, **rounded}) + "\n").encode())
-        try:
-            self._append()
-        except OSError as error:
-            if first_trouble:
-                tqdm.write(f"cannot write {self.path} ({error.strerror}); going on, its rows are kept in memory")
+        with self._one_at_a_time:
+            first_trouble = not self._pending
+            self._pending.append((json.dumps({"kind": kind, "step": step, **rounded}) + "\n").encode())
+            try:
+                self._append()
+            except OSError as error:
+                if first_trouble:
+                    tqdm.write(f"cannot write {self.path} ({error.strerror}); going on, its rows are kept in memory")
         try:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -53,7 +56,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring the rows to the disk itself: none is to be older than a checkpoint and missing. Raises `OSError`."""
-        self._append()
+        with self._one_at_a_time:
+            self._append()
         os.fsync(self._file.fileno())
 
     def _append(self) -> None:
