@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from tests.conftest import jpeg, photo, run_ok
+from tests.conftest import ROOT, jpeg, photo, run_ok
 from tools import bench_pack
 from tools.bench_loader import Windows
 from tools.ilsvrc import read_archives
@@ -34,6 +34,24 @@ def test_loader(shards: Path, tmp_path: Path) -> None:
             and row["contender"] in text
         )
     assert "1.00" in text
+
+
+def test_train(shards: Path, tmp_path: Path) -> None:
+    """Loader, network and both: positive rates; efficiency, waiting and what binds are told, on the screen and in the
+    rows."""
+    out, small = tmp_path / "rows.jsonl", "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false"
+    config = ROOT / "train/configs/quickstart.yaml"
+    turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
+    text = run_ok("tools/bench.py", "train", shards, "--recipe", config, "--settings", small, *turns)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["contender"].split()[0] for row in rows] == ["loader", "network", "both,"]
+    loader, network, both = (row["median"] for row in rows)
+    turn_by_turn = np.array([row["values"] for row in rows])
+    efficiency = np.median(turn_by_turn[2] / turn_by_turn[:2].min(0))
+    assert min(loader, network, both) > 0 and rows[0]["efficiency"] == pytest.approx(efficiency)
+    assert f"real / min(loader, network): {efficiency:.2f}" in text
+    assert f"p50 {rows[0]['wait_ms_p50']:.2f} ms" in text and 0 < rows[0]["wait_percent"] < 100
+    assert f"the {'loader' if loader < network else 'network'} binds" in text
 
 
 def test_the_plain_loader_makes_the_same_batches(plain_basis: Eigenbasis) -> None:

@@ -1,6 +1,7 @@
 """Benchmarks, one subcommand per question.
 
     python tools/bench.py loader SHARDS     how fast batches come, beside the decoder library alone and a plain loader
+    python tools/bench.py train SHARDS      whether the network waits: loader alone, network alone, both
     python tools/bench.py model             how fast the network trains, beside torchvision's
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
     python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
@@ -24,6 +25,8 @@ from train.program import run_program
 
 if TYPE_CHECKING:
     import torch
+
+FAST = Path(__file__).resolve().parents[1] / "train" / "configs" / "fast.yaml"
 
 
 def loader(
@@ -80,6 +83,31 @@ def model(
     from tools.bench_model import bench_model
 
     bench_model(batch_sizes, precision, seconds, repeats, device, profile, out)
+
+
+def train(
+    shards: Path,
+    recipe: Path = FAST,
+    settings: str = "",
+    seconds: float = 10.0,
+    repeats: int = 5,
+    out: Path | None = None,
+) -> None:
+    """Images per second of the loader alone, of the network on a batch that is there already, and of training.
+
+    Says which of the two binds, and how long the network waits for batches.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        recipe: YAML file as for train.run; by default fast.yaml.
+        settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
+        seconds: Length of one measurement.
+        repeats: Measurements of each, taken in turn.
+        out: JSON-lines file to append one row per contender to.
+    """
+    from tools.bench_train import bench_train
+
+    bench_train(shards, recipe, settings, seconds, repeats, out)
 
 
 def pack(
@@ -202,4 +230,6 @@ def plan(images: int = 14_197_122, out: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program({"loader": loader, "model": model, "pack": pack, "pca": pca, "lighting": lighting, "plan": plan})
+    run_program(
+        {"loader": loader, "train": train, "model": model, "pack": pack, "pca": pca, "lighting": lighting, "plan": plan}
+    )

@@ -12,8 +12,8 @@ from torch import nn
 
 from model.alexnet import AlexNet, AlexNetConfig
 from model.lrn import local_response_norm
-from tools.measure import rate, record, show, take_turns
-from train.device import can_compile, compiled, keep_freed_memory, pick_device
+from tools.measure import record, show, take_turns, timed
+from train.device import can_compile, compiled, keep_freed_memory, pick_device, set_arithmetic
 from train.optimizer import PaperSGD
 from train.schedule import OptimizerConfig
 
@@ -22,8 +22,6 @@ Precision = Literal["float32", "bf16", "fp16"]
 THEIRS, COPIES = "torch.nn.functional.local_response_norm", "2.5 copies: the fewest possible bytes"
 AS_TRAINED = "ours, compiled as the trainer does"
 TORCHVISION = "torchvision's alexnet, without normalization"
-STEPS_ON_A_GPU = 20
-"""Between two waits for the GPU, so that the host runs ahead of it."""
 
 
 def bench_model(
@@ -41,8 +39,8 @@ def bench_model(
     if min([*sizes, repeats]) < 1 or seconds <= 0:
         raise ValueError("--batch-sizes and --repeats must be at least 1, --seconds positive")
     precision = precision or ("bf16" if place.type == "cuda" else "float32")
-    keep_freed_memory()  # as the trainer does
-    torch.set_float32_matmul_precision("high")  # as the trainer does
+    keep_freed_memory()  # this and the next as the trainer does
+    set_arithmetic(deterministic=False)
     for part, contenders, reference in (
         ("normalization of (N, 96, 55, 55), forward and backward", normalizations, THEIRS),
         ("training steps", trainings, TORCHVISION),
@@ -56,19 +54,6 @@ def bench_model(
                 record(out, "model", measured, {"part": part, "batch_size": size, "precision": precision})
     if profile:
         print(profiled(sizes[-1], DTYPES[precision], place))
-
-
-def timed(step: Callable[[], Any], images: int, seconds: float, place: torch.device) -> Callable[[], float]:
-    """Measures images per second, the GPU's work included."""
-
-    def steps_on_a_gpu() -> None:
-        for _ in range(STEPS_ON_A_GPU):
-            step()
-        torch.cuda.synchronize(place)
-
-    if place.type == "cuda":
-        return lambda: rate(steps_on_a_gpu, STEPS_ON_A_GPU * images, seconds)
-    return lambda: rate(step, images, seconds)
 
 
 def normalizations(batch_size: int, dtype: torch.dtype, place: torch.device) -> dict[str, Callable[[], Any]]:
