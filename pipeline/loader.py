@@ -71,6 +71,10 @@ class Loader:
             raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+        if shards.num_samples < num_ranks:
+            raise ValueError(
+                f"{shards.split} has {shards.num_samples} images for {num_ranks} processes; start fewer of them"
+            )
         if training and batch_size % config.augmentation.share_window:
             raise ValueError(
                 f"the {batch_size} images that each process loads at a time do not divide by "

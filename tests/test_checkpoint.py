@@ -41,8 +41,12 @@ def test_best_and_chosen_ones_stay(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, step, content(step, best=best), keep=1, keep_steps=[1])
     assert names(tmp_path) == ["BEST", "LATEST", "step-00000001", "step-00000002", "step-00000005"]
     assert (tmp_path / "checkpoints" / "BEST").read_text() == "step-00000002.pt\n"
+    best = {"step": 4, "top1_error": 0.5}  # whose file could not be written
+    save_checkpoint(tmp_path, 6, content(6, best=best), keep=1)
+    assert (tmp_path / "checkpoints" / "BEST").read_text() == "step-00000002.pt\n"
+    assert names(tmp_path)[2:] == ["step-00000002", "step-00000006"]
     save_checkpoint(tmp_path, 3, content(3, best={"step": 2}), keep=1)
-    assert names(tmp_path)[2:] == ["step-00000002", "step-00000003", "step-00000005"]
+    assert names(tmp_path)[2:] == ["step-00000002", "step-00000003", "step-00000006"]
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003.pt"
 
 
@@ -89,37 +93,47 @@ def test_latest_is_no_path(tmp_path: Path, named: bytes) -> None:
     """LATEST holds the name of a checkpoint beside it and nothing else."""
     path = save_checkpoint(tmp_path, 7, {}, keep=3)
     path.with_name("LATEST").write_bytes(named)
-    with pytest.raises(FileNotFoundError, match="LATEST names"):
+    with pytest.raises(FileNotFoundError, match=r"LATEST names [^ ,]"):
+        find_checkpoint(tmp_path)
+    path.with_name("LATEST").unlink()
+    path.with_name("LATEST").mkdir()
+    with pytest.raises(ValueError, match="LATEST is a folder"):
         find_checkpoint(tmp_path)
 
 
 def test_written_beside_the_caller(tmp_path: Path) -> None:
-    """`start` returns while the checkpoint is being written, `wait` when it is; the next one waits for its turn."""
+    """`start` returns while the checkpoint is being written, `wait` when it is."""
     writer, go_on = CheckpointWriter(tmp_path, keep=3), threading.Event()
     writer.start(1, content(1), before=lambda: go_on.wait(20) and None)
     assert writer.busy and find_checkpoint(tmp_path) is None
     threading.Timer(0.3, go_on.set).start()
-    writer.start(2, content(2), before=lambda: None)  # 1 is whole by now
-    assert (tmp_path / "checkpoints" / "step-00000001.pt").exists()
-    writer.wait()
-    assert not writer.busy and find_checkpoint(tmp_path) == writer.latest and writer.latest is not None
-    assert writer.latest.name == "step-00000002.pt" and writer.trouble() is None
+    assert writer.wait() is None and not writer.busy
+    assert find_checkpoint(tmp_path) == writer.latest == tmp_path / "checkpoints" / "step-00000001.pt"
 
 
-def test_full_disk(tmp_path: Path) -> None:
-    """What cannot be written is told once; the checkpoint before stays the latest, and nothing half-written lies
-    there."""
+def test_a_mistake_of_ours_is_not_swallowed(tmp_path: Path) -> None:
+    """What the thread raises besides errors of the disk comes out of `wait`."""
+    writer = CheckpointWriter(tmp_path, keep=3)
+    writer.start(1, {"model": lambda: None}, before=lambda: None)  # cannot be pickled
+    with pytest.raises(Exception, match="lambda"):
+        writer.wait()
+    assert writer.wait() is None
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 10_000, 100_000, 400_000])
+def test_full_disk(tmp_path: Path, limit: int) -> None:
+    """What cannot be written, because the disk is full at its beginning or in its midst, is told once; the checkpoint
+    before stays the latest, and nothing half-written lies there."""
     writer = CheckpointWriter(tmp_path, keep=3)
     writer.start(1, content(1), before=lambda: None)
-    writer.wait()
+    assert writer.wait() is None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        writer.start(2, content(2), before=lambda: None)
-        writer.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        writer.start(2, content(2, large=torch.rand(100_000)), before=lambda: None)
+        error = writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = writer.trouble()
     assert error and error.strerror == "File too large" and str(error.filename).endswith("step-00000002.pt")
-    assert writer.trouble() is None and names(tmp_path) == ["LATEST", "step-00000001"]
+    assert writer.wait() is None and names(tmp_path) == ["LATEST", "step-00000001"]
     assert writer.latest == find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001.pt"

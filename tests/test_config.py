@@ -115,6 +115,20 @@ def test_fast() -> None:
         (["--optimizer.changes", "[{epoch: 3, lr: 0.1}]"], "optimizer.changes is of optimizer.schedule=hand"),
         (["--optimizer.changes", "[{epoch: 0, lr: 0.1}]"], "a change of rate is made at an epoch from 1 on"),
         (["--optimizer.changes", "[{epoch: 3, rate: 0.1}]"], "'rate' is not accepted"),
+        (["--train.epoch", "3"], "--train.epoch"),
+        (
+            [
+                "--model.channels",
+                "[8,8,8,0,8]",
+                "--optimizer.schedule",
+                "hand",
+                "--optimizer.steps",
+                "[]",
+                "--optimizer.changes",
+                "[{epoch: 3, lr: 0.1, of: conv4}]",
+            ],
+            "sets a rate of conv4, which model.channels leaves out",
+        ),
         (["--run.keep_every", "-1"], "run.keep_every must not be negative"),
     ],
 )
@@ -144,6 +158,10 @@ def test_same_run() -> None:
     ]:
         with pytest.raises(ValueError, match=re.escape(f"started with {name} = ")):
             check_same_run(saved, parse_config([*QUICKSTART, f"--{name}", value]).to_json())
+    spread = [*QUICKSTART, "--train.accumulate", "2"]  # fewer GPUs want more passes
+    with pytest.raises(ValueError, match=r"started with train\.accumulate = 1"):
+        check_same_run(saved, parse_config(spread).to_json())
+    check_same_run(saved, parse_config([*spread, "--resume.allow_world_change", "true"]).to_json())
     cosine = [*QUICKSTART, "--optimizer.schedule", "cosine", "--optimizer.steps", "[]"]
     with pytest.raises(ValueError, match=r"started with train\.epochs = 10"):  # the curve would be another
         check_same_run(parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json())

@@ -52,13 +52,30 @@ def test_lock_is_the_kernels(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "checkpoints", "config.yaml"])
 def test_somebody_elses(tmp_path: Path, name: str) -> None:
-    """A file of another kind, and one of ours without a configuration beside it: refused, nothing is added."""
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match="holds something else"):
+    """A file of another kind, and one of ours without a run's configuration: refused by name, nothing is added."""
+    (tmp_path / name).write_text("data: 1\nmodel: 2\noptimizer: 3\n")
+    with pytest.raises(ValueError, match=rf"holds something else \({name}\)"):
         RunDirectory(tmp_path).claim()
     assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_ones_own(tmp_path: Path) -> None:
+    """A run that was begun stays one: with a log or an evaluation beside it, with a configuration that was lost, or
+    killed while that was being written."""
+    for name in ("lock", "config.yaml.tmp"):
+        (tmp_path / name).write_text("")
+    RunDirectory(tmp_path).claim()
+    RunDirectory(tmp_path).prepare(shipped("quickstart"))
+    (tmp_path / "train.log").write_text("")
+    RunDirectory(tmp_path).claim()
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="holds something else"):
+        RunDirectory(tmp_path).claim()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000007.pt").write_text("")
+    RunDirectory(tmp_path).claim()
 
 
 def test_unwritable() -> None:

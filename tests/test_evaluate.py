@@ -171,6 +171,13 @@ def test_wrong_weights(tmp_path: Path, shards: Path) -> None:
         evaluate_checkpoint(path, shards, device="cpu", per_class=tmp_path / "x.txt")
     with pytest.raises(ValueError, match=r"is to be a \.png file"):
         evaluate_checkpoint(path, shards, device="cpu", confusion=tmp_path)
+    with pytest.raises(ValueError, match="--batch-size must be at least 1"):
+        evaluate_checkpoint(path, shards, 0, device="cpu")
+    model = tiny(path, shards)
+    model.fc8.bias.data[0] = float("nan")
+    path.write_bytes(weights_bytes(model.state_dict(), model.config, {"mean": [0, 0, 0], "std": 1}))
+    with pytest.raises(ValueError, match="holds weights that are not finite"):
+        evaluate_checkpoint(path, shards, device="cpu")
     assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
 
 

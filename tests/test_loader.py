@@ -416,3 +416,11 @@ def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode
         assert torch.equal(labels, gpu_labels.cpu())
         difference = (images - gpu_images.cpu().float()).abs()
         assert difference.mean() < 0.5 and difference.max() < (0.1 if decode == "cpu" else 40)
+
+
+def test_fewer_images_than_processes(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
+    """Refused in a sentence, in validation too, where DALI would call it damage."""
+    train = numbered_shards(2, 1)
+    for shards, training in ((train, True), (open_shards(tmp_path, "val"), False)):
+        with pytest.raises(ValueError, match=rf"^{shards.split} has 2 images for 3 processes; start fewer"):
+            loaders(shards, plain_basis, 3, training, batch_size=1)

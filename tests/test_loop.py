@@ -75,6 +75,20 @@ def test_no_waiting_outside_log_steps(trainer_of: Any, monkeypatch: pytest.Monke
     assert {step for step, _ in asked} == {4, 8}, asked
 
 
+def test_the_rate_of_a_row_is_the_steps(trainer_of: Any) -> None:
+    """With warm-up and a cosine every row has another rate, that of its step."""
+    warm = ["--optimizer.schedule", "cosine", "--optimizer.warmup_epochs", "1", "--run.log_every", "4"]
+    trainer = trainer_of(*warm)
+    rows: list[float] = []
+
+    class Log:
+        def write(self, kind: str, step: int, **values: float) -> None:
+            rows.append(values["lr"])
+
+    trainer.train_epoch(Log(), StopVote(trainer.placement, lambda: trainer.step >= 12))  # type: ignore[arg-type]
+    assert rows == pytest.approx([0.005 * (step - 0.5) / 44 for step in (4, 8, 12)])
+
+
 def steps(trainer: Trainer, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the first steps, and the weights behind them."""
     rates, losses = dict.fromkeys(trainer.learner.names, 0.001), []

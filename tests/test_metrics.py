@@ -38,7 +38,8 @@ def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
         log.write("train", step, epoch=0, loss=float(step))
     log.close()
     lines = log.path.read_bytes().splitlines(keepends=True)
-    log.path.write_bytes(lines[0] + b"\xff" + lines[1][1:] + lines[2])
+    odd = b'{"kind": "train", "step": null, "epoch": 0}\n' + b"[" * 100_000 + b"\n{}\n"
+    log.path.write_bytes(lines[0] + b"\xff" + lines[1][1:] + odd + lines[2])
     for _ in range(2):
         assert [row["step"] for row in read_metrics(log.path)] == [1, 3]
         MetricsLog(tmp_path, 3, 0).close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.shards import DataError
-from tests.conftest import ROOT, run_ok, train_refuses
+from tests.conftest import ROOT, run_ok, run_python, train_refuses
 from tests.test_run import final, same_weights
 from train.metrics import read_metrics
 from train.placement import Placement
@@ -138,6 +138,15 @@ def test_what_fails_in_one_process() -> None:
         with pytest.raises(SystemExit) as left:
             Others(error, None, None, rank=1).together(lambda: 7)
         assert left.value.code == code
+
+
+@pytest.mark.slow
+def test_divergence_is_told_once(shards: Path, tmp_path: Path) -> None:
+    """By the first process, who knows the last good checkpoint."""
+    jump = ["--optimizer.schedule", "hand", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]", "--train.epochs", "2"]
+    done = run_python(*TORCHRUN, *arguments(shards, tmp_path, *jump))
+    assert done.returncode == 1 and done.stderr.count("error: training diverged") == 1
+    assert f"The last good checkpoint is {tmp_path}/checkpoints/step-{STEPS:08d}.pt" in done.stderr
 
 
 @pytest.mark.slow

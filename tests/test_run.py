@@ -1,6 +1,7 @@
 """The main job with real processes: stopped in the middle of an epoch and continued, it gives the very same weights."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -247,11 +248,16 @@ def test_foreign_directory_and_missing_basis(shards: Path, tmp_path: Path) -> No
 
 
 def test_divergence(shards: Path, tmp_path: Path) -> None:
-    """A rate that is far too high ends with code 4 and says what to do; no checkpoint of the ruin is kept."""
-    done = run_python(*TRAIN, *arguments(shards, tmp_path, "--optimizer.lr", "50"))
-    assert done.returncode == 4 and "diverged" in done.stderr and "Traceback" not in done.stderr
+    """A rate that is far too high, behind an epoch of a good one, ends with code 4, says between which steps, which
+    checkpoint is the last good one and what to do; none of the ruin is kept."""
+    jump = ["--optimizer.schedule", "hand", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]"]
+    done = run_python(*TRAIN, *arguments(shards, tmp_path, *jump))
+    assert done.returncode == 4 and "Traceback" not in done.stderr
     path = find_checkpoint(tmp_path)
-    assert path is None or all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+    assert path == tmp_path / "checkpoints" / f"step-{STEPS:08d}.pt"
+    first, last = (int(step) for step in re.findall(r"diverged in steps (\d+) to (\d+)", done.stderr)[0])
+    assert STEPS < first <= last <= first + 3 and f"The last good checkpoint is {path};" in done.stderr
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
 
 
 def test_damaged_data(shards: Path, tmp_path: Path) -> None:
@@ -269,6 +275,44 @@ def test_damaged_data(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 3 and "Traceback" not in done.stderr and "what was trained is saved" in done.stderr
     assert f"{name} at offset {offset} of {tar}" in done.stderr
     assert 0 < final(run)["step"] < 44  # type: ignore[operator]
+
+
+def test_damaged_validation_data(shards: Path, tmp_path: Path) -> None:
+    """An image of the validation split that was damaged costs nothing of the epoch before: it is saved, and going on
+    begins with the evaluation."""
+    copy, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shards, copy)
+    tar = copy / "val" / "val-000000.tar"
+    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[7]
+    sound = tar.read_bytes()
+    tar.write_bytes(sound[:offset] + b"x" * size + sound[offset + size :])
+    more = ["--run.save_every", "1000", "--train.epochs", "1"]
+    done = run_python(*TRAIN, *arguments(copy, run, *more), timeout=120)
+    assert done.returncode == 3 and name in done.stderr and "what was trained is saved" in done.stderr
+    assert final(run)["step"] == STEPS and final(run)["epoch"] == 0
+    tar.write_bytes(sound)
+    assert f"step {STEPS})" in run_ok(*TRAIN, *arguments(copy, run, *more))
+    assert [row["kind"] for row in read_metrics(run / "metrics.jsonl")] == ["train"] * 11 + ["eval"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"), [("optimizer", "lacks optimizer"), ("model", "weights that are not finite")]
+)
+def test_odd_checkpoints(shards: Path, undisturbed: Path, tmp_path: Path, part: str, message: str) -> None:
+    """One that lacks something, or whose weights are no numbers: refused in a sentence before anything is written."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    path = find_checkpoint(run)
+    assert path is not None
+    content = load_checkpoint(path)
+    if part == "model":
+        content["model"]["fc8.bias"][0] = float("nan")
+    else:
+        del content[part]
+    torch.save(content, path)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert message in train_refuses(*arguments(shards, run))
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_eigenbasis_is_refused(shards: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_cosine_with_warm_up() -> None:
         {"steps": (0,), "schedule": "steps"},
         {"steps": (3,)},
         {"changes": (RateChange(1, 0.1),)},
+        {"changes": (RateChange(1, 0.1), RateChange(1, 0.2)), "schedule": "hand"},
     ],
 )
 def test_bad_values(bad: dict[str, object]) -> None:

@@ -92,8 +92,8 @@ def check_numbers(seeds: tuple[int, ...], rates: list[float] | None, error: floa
     """Raise `ValueError` for numbers that no comparison can be made of."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds must be different numbers, at least one, such as [1,2,3], not {[*seeds]}")
-    if rates is not None and (not rates or len(set(rates)) < len(rates)):
-        raise ValueError(f"--rates must be different numbers, at least one, such as [.01,.001], not {rates}")
+    if rates is not None and (not rates or len(set(rates)) < len(rates) or min(rates) <= 0):
+        raise ValueError(f"--rates must be different positive numbers, such as [.01,.001], not {rates}")
     if not 0 < error < 100:
         raise ValueError(f"--error is a percentage between 0 and 100, not {error:g}")
 

@@ -64,11 +64,17 @@ def result_of(run: Run, train: ShardSet, error: float) -> Figures | None:
         result = {"config": run.config.to_json(), "shards": train.manifest_sha256, "diverged": diverged}
         result["colours"] = None if diverged else colours_of(run)
         write_json(run.beside(".json"), result)
-    if result["diverged"]:
+    if result.get("diverged"):
         print(f"{title}: diverged", flush=True)
         return None
-    colours = result["colours"] and TowerColours(**result["colours"])
-    found = figures(read_metrics(run.config.run.dir / "metrics.jsonl"), run.seed, error, colours)
+    try:
+        colours = result["colours"] and TowerColours(**result["colours"])
+        found = figures(read_metrics(run.config.run.dir / "metrics.jsonl"), run.seed, error, colours)
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise ValueError(
+            f"what {run.config.run.dir} ended with is damaged; remove that folder and {run.beside('.json')}, and it is "
+            "trained again"
+        ) from None
     print(f"{title}: validation error {found.val_error:.1f} %, training error {found.train_error:.1f} %", flush=True)
     return found
 

@@ -9,6 +9,7 @@ file is a zip archive as `torch.save` writes it, whose comment is the SHA-256 of
 """
 
 import hashlib
+import io
 import re
 import struct
 import zipfile
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pipeline.files import atomic_writer, write_bytes
+from pipeline.files import write_bytes
 
 FORMAT_VERSION = 1
 
@@ -33,7 +34,7 @@ class CheckpointWriter:
     def __init__(self, run_dir: Path, keep: int) -> None:
         self._run_dir, self._keep = run_dir, keep
         self._thread: Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self.latest: Path | None = None
         """The newest one that is whole."""
 
@@ -43,9 +44,9 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int] = ()) -> None:
-        """Write `content`, none of whose tensors may change any more, as soon as the one before is written; `before` is
-        called first. All but the newest ones and those of the steps in `keep` are removed then."""
-        self.wait()
+        """Write `content`, none of whose tensors may change any more; `before` is called first. All but the newest ones
+        and those of the steps in `keep` are removed then. The one before is written: `wait` has told."""
+        assert not self.busy
         self._thread = Thread(target=self._write, args=(step, content, before, keep), name="checkpoint")
         self._thread.start()
 
@@ -53,20 +54,18 @@ class CheckpointWriter:
         try:
             before()
             self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep)
-        except OSError as error:
+        except Exception as error:  # of a thread nobody would hear
             self._error = error
 
-    def wait(self) -> None:
-        """Wait for the one that is being written."""
+    def wait(self) -> OSError | None:
+        """Wait for the one that is being written. Returns what kept it from being written, once; raises what is a
+        mistake of ours."""
         if self._thread:
             self._thread.join()
-        self._thread = None
-
-    def trouble(self) -> OSError | None:
-        """What kept the last one from being written, told once."""
-        error = None if self.busy else self._error
-        self._error = None if error else self._error
-        return error
+        error, self._thread, self._error = self._error, None, None
+        if error is None or isinstance(error, OSError):
+            return error
+        raise error
 
 
 def save_checkpoint(
@@ -78,15 +77,13 @@ def save_checkpoint(
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
-    path = checkpoint_name(directory, step)
-    with atomic_writer(path) as file:
-        torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, file)
-        sign(file)
-    write_bytes(directory / "LATEST", f"{path.name}\n".encode())
-    best = content.get("best")
-    if best:
-        write_bytes(directory / "BEST", f"{checkpoint_name(directory, best['step']).name}\n".encode())
-    kept = {checkpoint_name(directory, number) for number in {*keep_steps, *([best["step"]] if best else [])}}
+    path, latest, best = checkpoint_name(directory, step), directory / "LATEST", directory / "BEST"
+    write_bytes(path, signed({"format_version": FORMAT_VERSION, "step": step, **content}))
+    write_bytes(latest, f"{path.name}\n".encode())
+    if content.get("best") and (best_path := checkpoint_name(directory, content["best"]["step"])).exists():
+        write_bytes(best, f"{best_path.name}\n".encode())  # its own writing may have failed
+    kept = {checkpoint_name(directory, number) for number in keep_steps}
+    kept |= {directory / best.read_text().strip()} if best.is_file() else set()
     for old in sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep]:
         if old not in kept:
             old.unlink()
@@ -103,16 +100,18 @@ def checkpoint_name(directory: Path, step: int) -> Path:
 def find_checkpoint(place: Path) -> Path | None:
     """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None.
 
-    Raises `FileNotFoundError` when LATEST names none.
+    Raises `FileNotFoundError` when LATEST names none, `ValueError` when it is no file.
     """
     latest = place / "checkpoints" / "LATEST"
+    if latest.is_dir():
+        raise ValueError(f"{latest} is a folder; remove it, or write the name of a step-*.pt into a file of that name")
     if not latest.is_file():
         found = sorted(latest.parent.glob("step-*.pt"))  # whole, each of them: a kill came before LATEST was written
         return found[-1] if found else None
     name = latest.read_bytes().decode(errors="replace").strip()
     if not re.fullmatch(r"step-\d{8}\.pt", name) or not (path := latest.with_name(name)).is_file():
         raise FileNotFoundError(
-            f"{latest} names {name}, which is missing; write the name of another step-*.pt into LATEST"
+            f"{latest} names {name or 'nothing'}, which is missing; write the name of another step-*.pt into LATEST"
         )
     return path
 
@@ -121,7 +120,8 @@ def checkpoint_at_an_edge(newest: Path) -> Path:
     """The last checkpoint before `newest` that was written at the end of an epoch. Raises `ValueError` when none is
     kept."""
     for path in sorted(newest.parent.glob("step-*.pt"), reverse=True):
-        if path < newest and load_checkpoint(path)["ranks"][0]["loader"]["ended"]:
+        content = read_content(path) if path < newest else None
+        if content and "ranks" in content and content["ranks"][0]["loader"]["ended"]:
             return path
     raise ValueError(
         f"{newest.parent} keeps none of an epoch's end, from where another number of processes could go on; let "
@@ -167,15 +167,17 @@ def read_content(path: Path) -> dict[str, Any] | None:
 MARK, DIGEST_BYTES = b"sha256 ", 64
 
 
-def sign(file: BinaryIO) -> None:
-    """Append the checksum to a zip archive that ends here, as its comment."""
-    file.seek(-2, 2)  # the length of the comment is what an archive without one ends with
-    file.write(struct.pack("<H", len(MARK) + DIGEST_BYTES))
-    file.seek(0)
-    sha = hashlib.sha256()
-    while block := file.read(2**20):
-        sha.update(block)
-    file.write(MARK + sha.hexdigest().encode())
+def signed(content: dict[str, Any]) -> bytes:
+    """What `torch.save` makes of it, a zip archive, with the checksum as its comment.
+
+    In memory: writing to a file, torch turns errors of the disk into others.
+    """
+    out = io.BytesIO()
+    torch.save(content, out)
+    out.seek(-2, 2)  # the length of the comment is what an archive without one ends with
+    out.write(struct.pack("<H", len(MARK) + DIGEST_BYTES))
+    out.write(MARK + hashlib.sha256(out.getbuffer()).hexdigest().encode())
+    return out.getvalue()
 
 
 def is_sound(file: BinaryIO) -> bool:

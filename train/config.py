@@ -15,7 +15,7 @@ from model.alexnet import AlexNetConfig
 from pipeline.settings import DataConfig
 from train.placement import ParallelConfig
 from train.program import Parser, told_once
-from train.schedule import OptimizerConfig
+from train.schedule import LAYERS, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,9 @@ class Config:
                 f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs}) must be less than train.epochs "
                 f"({self.train.epochs})"
             )
+        for change in self.optimizer.changes:
+            if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
+                raise ValueError(f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out")
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
@@ -153,7 +156,8 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
-        moves = name.startswith("resume.") or (name.startswith("parallel.") and after["resume.allow_world_change"])
+        spread = name.startswith("parallel.") or name == "train.accumulate"
+        moves = name.startswith("resume.") or (spread and after["resume.allow_world_change"])
         free = moves or (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
         # A cosine is laid out over all epochs.
         longer = name == "train.epochs" and after[name] >= before[name] and after["optimizer.schedule"] != "cosine"

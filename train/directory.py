@@ -9,7 +9,8 @@ from pipeline.files import open_locked, write_bytes
 from train.config import Config
 
 PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
-OURS = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock", "report.html", *PICTURES}
+SECTIONS = (b"data:", b"\ntrain:", b"\nrun:", b"\nmodel:", b"\noptimizer:")
+"""What the configuration of a run of ours has in it."""
 
 
 class RunDirectory:
@@ -22,15 +23,22 @@ class RunDirectory:
     def claim(self) -> None:
         """Refuse a directory that holds something else, before anything is written, or whose run goes on elsewhere.
         Raises `ValueError` or `OSError`."""
-        names = {each.name.removesuffix(".tmp") for each in self.path.iterdir()} if self.path.is_dir() else set()
-        config = self.path / "config.yaml"
-        begun = config.is_file() and b"\noptimizer:" in config.read_bytes()
-        if (self.path.exists() and not self.path.is_dir()) or names - OURS or (names - {"lock"} and not begun):
+        names = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
+        strangers = sorted(names - {"lock", "config.yaml.tmp"})  # of a run that was killed at once
+        if (self.path.exists() and not self.path.is_dir()) or (strangers and not self._is_begun()):
+            held = f" ({strangers[0]})" if strangers else ""
             raise ValueError(
-                f"{self.path} holds something else; give a --run.dir that is new, empty or an earlier run's"
+                f"{self.path} holds something else{held}; give a --run.dir that is new, empty or an earlier run's"
             )
         if self.path.is_dir():
             self._hold()
+
+    def _is_begun(self) -> bool:
+        """Whether a run was begun here: then whatever else lies here, a log, an evaluation, is its own."""
+        config, checkpoints = self.path / "config.yaml", self.path / "checkpoints"
+        if config.is_file() and all(section in config.read_bytes() for section in SECTIONS):
+            return checkpoints.is_dir() or not checkpoints.exists()
+        return any(checkpoints.glob("step-*.pt"))
 
     def _hold(self) -> None:
         """Take the lock, which ends with this process however that ends."""

@@ -25,7 +25,7 @@ from train.device import keep_freed_memory, pick_device
 from train.findings import CONFUSION_LIMIT, Findings
 from train.launch import find_launch
 from train.placement import ParallelConfig, Placement, lost_processes_told
-from train.program import run_program
+from train.program import run_program, told_once
 from train.trained import Trained, read_trained
 
 FAR, MIDDLE = IMAGE_SIDE - CROP_SIDE, (IMAGE_SIDE - CROP_SIDE) // 2
@@ -145,9 +145,8 @@ def evaluate_checkpoint(
         per_class: CSV file to write, a row for each class: errors over all views, and what it is mistaken for.
         confusion: PNG file to write: how often each class is taken for each other one.
     """
-    for path, suffix in ((per_class, ".csv"), (confusion, ".png")):
-        if path and (path.suffix != suffix or path.is_dir()):
-            raise ValueError(f"{path} is to be a {suffix} file; give a file's name that ends so")
+    with told_once():
+        check_arguments(batch_size, per_class, confusion)
     keep_freed_memory()
     find_launch(os.environ, torch.cuda.device_count())
     place = pick_device(device)
@@ -155,15 +154,14 @@ def evaluate_checkpoint(
         placement = Placement(ParallelConfig(), place)
         trained = placement.together(lambda: read_trained(checkpoint))
         val = placement.together(lambda: open_for(trained, shards))
-        if confusion and len(val.classes) > CONFUSION_LIMIT:
-            raise ValueError(f"{len(val.classes)} classes are too many for a picture; leave --confusion out")
+        placement.first_does(lambda: prepare_outputs(len(val.classes), per_class, confusion))
         config = DataConfig(
             shards,
             decode=cast(Literal["auto"], trained.decode) if place.type == "cuda" else "cpu",
             augmentation=trained.augmentation,
         )
         where = {"rank": placement.rank, "num_ranks": placement.world, "device": place}
-        loader = val_loader(val, trained.basis, config, batch_size=batch_size, **where)
+        loader = placement.together(lambda: val_loader(val, trained.basis, config, batch_size=batch_size, **where))
         model = AlexNet(trained.config)
         model.load_state_dict(trained.state)
         findings = Findings(len(val.classes), place)
@@ -177,15 +175,31 @@ def evaluate_checkpoint(
         for name, value in accuracy.rows():
             print(f"{name}: {value}")
         if per_class:
-            per_class.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(per_class, findings.csv(val.classes))
         if confusion:
             from train.charts import draw_confusion, saved_figure  # matplotlib takes its time
 
-            confusion.parent.mkdir(parents=True, exist_ok=True)
             with saved_figure(confusion) as figure:
                 draw_confusion(figure, findings, val.classes)
     placement.leave()
+
+
+def check_arguments(batch_size: int, per_class: Path | None, confusion: Path | None) -> None:
+    """Raise `ValueError` for what is wrong whatever the data."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {batch_size}")
+    for path, suffix in ((per_class, ".csv"), (confusion, ".png")):
+        if path and (path.suffix != suffix or path.is_dir()):
+            raise ValueError(f"{path} is to be a {suffix} file; give a file's name that ends so")
+
+
+def prepare_outputs(classes: int, per_class: Path | None, confusion: Path | None) -> None:
+    """Make the folders of what is to be written, before the work. Raises `ValueError` or `OSError`."""
+    if confusion and classes > CONFUSION_LIMIT:
+        raise ValueError(f"{classes} classes are too many for a picture; leave --confusion out")
+    for path in (per_class, confusion):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def open_for(trained: Trained, shards: Path) -> ShardSet:

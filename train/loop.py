@@ -103,14 +103,14 @@ class Trainer:
         while not self.finished:
             try:
                 stopped = self.train_epoch(log, stop)
+                started = perf_counter()
+                accuracy = None if stopped else self.evaluate(stop, all_views=False)
             except DataError as error:
                 if self.placement.world > 1:  # the others are in the midst of a step
                     raise
                 self.save(log)
                 self.finish_saving()
                 raise DataError(f"{error}; what was trained is saved, the same command goes on") from None
-            started = perf_counter()
-            accuracy = None if stopped else self.evaluate(stop, all_views=False)
             if accuracy:
                 self.end_epoch(log, accuracy, perf_counter() - started)
             self.save(log)  # where evaluation was interrupted, going on begins with it
@@ -131,13 +131,14 @@ class Trainer:
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
                 logged = (self.step + 1) % run.log_every == 0
-                rates = self.schedule.rates(self.learner.names, (self.train_loader.at_step - 0.5) / steps)
+                passed = (self.train_loader.at_step - 0.5) / steps
+                rates = self.schedule.rates(self.learner.names, passed)
                 loss, correct, norm = self.learner.step(self.placement.share(batch), rates, with_norm=logged)
                 meter.end_step(loss, correct, batch, saving=self.writer.busy)
                 self.step += 1
                 progress.update()
                 if logged:
-                    figures = self.log_row(log, norm)
+                    figures = self.log_row(log, norm, self.schedule.lr(passed))
                     progress.set_postfix(loss=f"{figures['loss']:.3f}", images_per_s=f"{figures['images_per_s']:.0f}")
                 if stop():
                     return True
@@ -146,7 +147,7 @@ class Trainer:
         self.check_finite(meter.loss_sum())
         return False
 
-    def log_row(self, log: MetricsLog | None, norm: torch.Tensor | None) -> dict[str, float]:
+    def log_row(self, log: MetricsLog | None, norm: torch.Tensor | None, lr: float) -> dict[str, float]:
         """Read the meter and write its row. Raises `DivergedError`."""
         self.check_finite(self.meter.loss_sum())
         figures = self.meter.read(self.config.train.batch_size)
@@ -160,7 +161,7 @@ class Trainer:
         if self.train_loader.cached_share:
             figures["cache_hits_percent"] = 100 * self.train_loader.cached_share if self.epoch else 0.0
         if log:
-            log.write("train", self.step, epoch=self.epoch, lr=self.schedule.lr(), **figures)
+            log.write("train", self.step, epoch=self.epoch, lr=lr, **figures)
         self.alarms.train_row(self.step, self.epoch, self.config.run.log_every, figures)
         return figures
 
@@ -203,8 +204,9 @@ class Trainer:
         if not math.isfinite(loss):
             if not self.placement.is_first:
                 sys.exit(DIVERGED)  # all find it at the same step, one tells
-            self.writer.wait()
-            first = self.step - self.step % self.config.run.log_every
+            self.tell_trouble()
+            log_every = self.config.run.log_every
+            first = (self.step - 1) // log_every * log_every + 1
             latest = self.writer.latest
             raise DivergedError(
                 f"training diverged in steps {first} to {self.step}: loss or weights are no longer finite. The last "
@@ -232,15 +234,13 @@ class Trainer:
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is written. Raises `OSError` where it cannot be."""
-        self.writer.wait()
-        error = self.writer.trouble()
+        error = self.writer.wait()
         if error:
             raise error
 
     def tell_trouble(self) -> None:
-        """Say that the checkpoint before could not be written."""
-        self.writer.wait()
-        error = self.writer.trouble()
+        """Wait for the checkpoint before, and say so if it could not be written."""
+        error = self.writer.wait()
         if error:
             tqdm.write(
                 f"could not save: {error.filename}: {error.strerror}; going on, the last good checkpoint is "
@@ -249,6 +249,6 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the loaders, once what is being written is written."""
-        self.writer.wait()
+        self.tell_trouble()
         self.train_loader.close()
         self.val_loader.close()

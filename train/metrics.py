@@ -97,8 +97,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and {"kind", "step", "epoch"} <= row.keys():
-            rows.append(row)
+        if isinstance(row, dict) and isinstance(row.get("kind"), str):
+            numbers = [row.get("step"), row.get("epoch")]
+            rows += [row] if all(type(number) is int for number in numbers) else []
     return rows

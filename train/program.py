@@ -30,6 +30,10 @@ class Parser(ArgumentParser):
     """A jsonargparse parser that spells options with dashes and complains in one sentence, without listing every
     option."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As its base; but a cut option (`--train.epoch`) is an unknown one."""
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too. A
         bool of a function that is off by default is a plain flag: `--fast`."""

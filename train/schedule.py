@@ -68,6 +68,9 @@ class OptimizerConfig:
             raise ValueError("optimizer.patience must be at least 1 and drops not negative")
         if list(self.steps) != sorted(set(self.steps)) or any(epoch < 1 for epoch in self.steps):
             raise ValueError(f"optimizer.steps must be rising epochs from 1 on, not {self.steps}")
+        when = [(change.epoch, change.of) for change in self.changes]
+        if len(set(when)) < len(when):
+            raise ValueError("optimizer.changes sets one rate twice at the same epoch; leave one of the two out")
         for name, theirs in (("steps", "steps"), ("changes", "hand")):
             if getattr(self, name) and self.schedule != theirs:
                 raise ValueError(f"optimizer.{name} is of optimizer.schedule={theirs}; say that, or leave it out")

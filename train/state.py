@@ -9,9 +9,16 @@ from model.parallel import seed_process
 from model.weights import check_tensors
 from train.checkpoint import checkpoint_at_an_edge, load_checkpoint
 from train.config import check_same_run
+from train.trained import check_finite
 
 if TYPE_CHECKING:
     from train.loop import Trainer
+
+
+PARTS = {
+    *("config", "wnids", "eigenbasis", "model", "optimizer", "scale", "schedule", "epoch", "best", "kept", "ranks"),
+}
+"""Of a checkpoint from which a run can go on."""
 
 
 def capture(trainer: "Trainer") -> dict[str, Any]:
@@ -53,8 +60,12 @@ def restore(trainer: "Trainer", path: Path) -> Path:
     """Go to a checkpoint's position, or to that of an older one at an epoch's end where `resume.allow_world_change`
     wants it. Returns which. Raises `ValueError` when it is damaged or belongs to another run."""
     content, config = load_checkpoint(path), trainer.config.to_json()
-    if "ranks" not in content or "scale" not in content:
-        raise ValueError(f"{path} is of an older version of this program, which can go on with it")
+    missing = sorted(PARTS - content.keys())
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: it is no whole checkpoint, or of an older version of this program, "
+            "which can go on with it"
+        )
     check_same_run(content["config"], config)
     shards = trainer.config.data.shards
     if content["wnids"] != [name.wnid for name in trainer.train_shards.classes]:
@@ -66,6 +77,7 @@ def restore(trainer: "Trainer", path: Path) -> Path:
             check_tensors(content[part], trainer.config.model)
         except ValueError as error:
             raise ValueError(f"{path} is of another network: {error}") from None
+    check_finite(content["model"], path)
     trainer.epoch, trainer.step = content["epoch"], content["step"]
     trainer.best, trainer.kept = content["best"], content["kept"]
     trainer.writer.latest = path

@@ -42,12 +42,14 @@ def read_trained(path: Path) -> Trained:
     """
     if path.suffix in WEIGHTS and not path.is_dir():
         weights = read_weights(path)
+        check_finite(weights.state, path)
         grey = Eigenbasis(np.array(weights.mean), np.zeros(3), np.eye(3))
         augmentation = Augmentation(lighting=Lighting(strength=0))
         return Trained(path, weights.config, weights.for_std(1.0), None, grey, augmentation, "auto")
     path = checkpoint_path(path)
     content = load_checkpoint(path)
     try:
+        check_finite(content["model"], path)
         saved, image = content["config"], content.get("mean_image")  # checkpoints of before there was one lack it
         basis = replace(
             Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
@@ -63,6 +65,12 @@ def read_trained(path: Path) -> Trained:
         )
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
+
+
+def check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise `ValueError` where weights are no numbers: nothing could come of them."""
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise ValueError(f"{path} holds weights that are not finite; take an older one, or another file")
 
 
 def initial_state(
