@@ -77,8 +77,8 @@ def test_no_waiting_outside_log_steps(trainer_of: Any, monkeypatch: pytest.Monke
 
 def test_the_rate_of_a_row_is_the_steps(trainer_of: Any) -> None:
     """With warm-up and a cosine every row has another rate, that of its step."""
-    warm = ["--optimizer.schedule", "cosine", "--optimizer.warmup_epochs", "1", "--run.log_every", "4"]
-    trainer = trainer_of(*warm)
+    rarely = ["--run.log_every", "4", "--run.save_every", "99"]
+    trainer = trainer_of("--optimizer.schedule", "cosine", "--optimizer.warmup_epochs", "1", *rarely)
     rows: list[float] = []
 
     class Log:
