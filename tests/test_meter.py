@@ -24,7 +24,7 @@ def test_meter() -> None:
     assert 29 < figures["wait_ms_p50"] <= figures["wait_ms_p99"] < 900
     assert 10 < figures["wait_percent"] < 90
     assert figures["loss"] == 0.75 and figures["top1_error"] == 75
-    assert 29 < figures["next_ms_p50"] < 900 and 39 < figures["step_ms_p50"] < 900
+    assert 29 < figures["next_ms_p50"] < 900 and 10 < figures["step_ms_p50"] < 900
     assert "saving_step_ms_p50" not in figures
     assert 4 * 8 / 1 < figures["images_per_s"] < 4 * 8 / 0.09
 

@@ -9,18 +9,17 @@ file is a zip archive as `torch.save` writes it, whose comment is the SHA-256 of
 """
 
 import hashlib
-import io
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from pipeline.files import write_bytes
+from pipeline.files import atomic_writer, write_bytes
 
 FORMAT_VERSION = 1
 
@@ -78,7 +77,13 @@ def save_checkpoint(
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
     path, latest, best = checkpoint_name(directory, step), directory / "LATEST", directory / "BEST"
-    write_bytes(path, signed({"format_version": FORMAT_VERSION, "step": step, **content}))
+    with atomic_writer(path) as file:
+        signed = SignedWriter(file)
+        try:
+            torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, cast(IO[bytes], signed))
+        except RuntimeError as error:
+            raise signed.error or error from None
+        signed.sign()
     write_bytes(latest, f"{path.name}\n".encode())
     if content.get("best") and (best_path := checkpoint_name(directory, content["best"]["step"])).exists():
         write_bytes(best, f"{best_path.name}\n".encode())  # its own writing may have failed
@@ -167,17 +172,45 @@ def read_content(path: Path) -> dict[str, Any] | None:
 MARK, DIGEST_BYTES = b"sha256 ", 64
 
 
-def signed(content: dict[str, Any]) -> bytes:
-    """What `torch.save` makes of it, a zip archive, with the checksum as its comment.
+class SignedWriter:
+    """What `torch.save` writes a zip archive to, front to back: appends the archive's checksum as its comment.
 
-    In memory: writing to a file, torch turns errors of the disk into others.
+    torch turns errors of the disk into others; the true one is kept.
     """
-    out = io.BytesIO()
-    torch.save(content, out)
-    out.seek(-2, 2)  # the length of the comment is what an archive without one ends with
-    out.write(struct.pack("<H", len(MARK) + DIGEST_BYTES))
-    out.write(MARK + hashlib.sha256(out.getbuffer()).hexdigest().encode())
-    return out.getvalue()
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha, self._last = file, hashlib.sha256(), b""
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of `data`, but for the last two bytes so far. Raises `OSError`."""
+        view = memoryview(data).cast("B")
+        if len(view) >= 2:
+            self._put(self._last, view[:-2])
+            self._last = bytes(view[-2:])
+        else:
+            whole = self._last + bytes(view)
+            self._put(whole[:-2])
+            self._last = whole[-2:]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: whoever opened the file does."""
+
+    def sign(self) -> None:
+        """Finish the archive: what one without a comment ends with is the length of that."""
+        assert self._last == b"\0\0"
+        self._put(struct.pack("<H", len(MARK) + DIGEST_BYTES))
+        self._file.write(MARK + self._sha.hexdigest().encode())
+
+    def _put(self, *parts: "bytes | memoryview") -> None:
+        try:
+            for part in parts:
+                self._file.write(part)
+                self._sha.update(part)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def is_sound(file: BinaryIO) -> bool:

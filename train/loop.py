@@ -130,11 +130,12 @@ class Trainer:
             progress.update(self.train_loader.at_step % steps)
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
+                saving = self.writer.busy
                 logged = (self.step + 1) % run.log_every == 0
                 passed = (self.train_loader.at_step - 0.5) / steps
                 rates = self.schedule.rates(self.learner.names, passed)
                 loss, correct, norm = self.learner.step(self.placement.share(batch), rates, with_norm=logged)
-                meter.end_step(loss, correct, batch, saving=self.writer.busy)
+                meter.end_step(loss, correct, batch, saving=saving or self.writer.busy)
                 self.step += 1
                 progress.update()
                 if logged:

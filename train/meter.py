@@ -97,9 +97,9 @@ class StepMeter:
             torch.cuda.synchronize()
         marks = [mark for mark in self._marks if mark.last_end is not None]
         waits = np.array([self._ms(mark.last_end, mark.start) for mark in marks] or [0.0])
-        steps = np.array([self._ms(mark.last_end, mark.end) for mark in marks] or [0.0])
-        saving = np.array([mark.saving for mark in marks] or [False])
         # Steps behind a pause have no wait; less than all are timed at all where a resume fell into the window.
+        steps = np.array([self._ms(mark.last_end or mark.start, mark.end) for mark in self._marks] or [0.0])
+        saving = np.array([mark.saving for mark in self._marks] or [False])
         total_ms = waits.sum() + sum(self._ms(mark.start, mark.end) for mark in self._marks)
         figures = {
             "loss": self.loss_sum() / self._steps,
