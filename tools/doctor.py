@@ -120,6 +120,8 @@ def checks_of_shards(shards: Path, gpus: int) -> Checks:
     opened = {split: answer(partial(open_shards, shards, split)) for split in ("train", "val")}
     train = opened["train"] if isinstance(opened["train"], ShardSet) else None
     hung = isinstance(opened["train"], TimeoutError)
+    if not train and not hung and not shards.is_dir():
+        return [("shards", partial(check_split, shards, "train", opened["train"]))]
     # Adopted shards are links to where their bytes lie.
     place = shards if hung else Path(train.tars[0]).resolve() if train else shards.resolve()
     kind, mount = file_system(place, read(Path("/proc/mounts")))
@@ -175,9 +177,7 @@ def table(findings: list[tuple[str, Finding]]) -> str:
 
 def main() -> None:
     """Read the command line, and check."""
-    about = (__doc__ or "").partition("\n\n")[
-        0
-    ] + " Exit code 2 if training cannot run, or not on the GPU that is there."
+    about = (__doc__ or "").partition("\n\n")[0] + " Exit code 2 if there is a problem."
     parser = Parser(prog="doctor.py", description=about)
     parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check as well.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")

@@ -114,7 +114,7 @@ def check_memory(info: str, limit: int | None) -> Finding:
 def check_page_cache(free: int | None, data: int | None) -> Finding:
     """Does the data set stay in memory after it was read once?"""
     if free is None or data is None:
-        return nothing("unknown" if data else "no data set given")
+        return nothing("unknown" if data else "no training shards")
     text = f"{data / 1e9:.2f} GB of training shards, {free / 1e9:.1f} GB free"
     if data < 0.9 * free:
         return ok(f"{text}: read from the disk once")

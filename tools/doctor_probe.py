@@ -41,7 +41,8 @@ def probe_torch() -> dict[str, Any]:
 def probe_dali() -> dict[str, Any]:
     """Versions, and whether DALI decodes a JPEG: on a GPU where it sees one, else on the CPU."""
     import nvidia.dali as dali
-    from nvidia.dali import backend
+
+    backend: Any = dali.backend  # compiled: without types
 
     found: dict[str, Any] = {"version": dali.__version__, "cuda": backend.__cuda_version__, "decodes": None}
     try:
@@ -54,8 +55,9 @@ def probe_dali() -> dict[str, Any]:
 
 def sees_gpu() -> bool:
     """Whether DALI does; it raises where there is no driver."""
-    from nvidia.dali import backend
+    import nvidia.dali
 
+    backend: Any = nvidia.dali.backend
     try:
         return bool(backend.GetCUDADeviceCount() > 0)
     except RuntimeError:

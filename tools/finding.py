@@ -48,8 +48,8 @@ def nothing(value: str) -> Finding:
 
 
 def answer(call: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-    """What `call` returns, or the exception that it raised; `TimeoutError` when it takes longer. Its thread is then left
-    alone: what hangs in the kernel cannot be ended."""
+    """What `call` returns, or the exception that it raised; `TimeoutError` when it takes longer. Its thread is then
+    left alone: what hangs in the kernel cannot be ended."""
     answers: list[Any] = []
 
     def run() -> None:
