@@ -69,11 +69,11 @@ def all_gpus(nvidia: Nvidia, torch: dict[str, Any]) -> list[Gpu]:
 def check_gpus(nvidia: Nvidia, torch: dict[str, Any], visible: str | None) -> Finding:
     """Which ones are there, and can PyTorch use them? `visible` is CUDA_VISIBLE_DEVICES."""
     gpus = all_gpus(nvidia, torch)
-    if not gpus:
+    if not gpus and not nvidia.driver:
         return nothing("none: trains on the CPU")
-    text, cuda = describe(gpus), torch.get("cuda")
+    text, cuda = describe(gpus) or "not listed", torch.get("cuda")
     if "error" in torch:
-        return ok(text)  # the line on PyTorch tells
+        return ok(text) if gpus else nothing(text)  # the line on PyTorch tells
     if cuda is None:
         return problem(f"{text}; this PyTorch is built without CUDA", OTHER_TORCH)
     if not torch["gpus"] and visible in ("", "-1"):

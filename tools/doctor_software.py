@@ -72,7 +72,7 @@ def wanted_python(project: Path = PROJECT) -> str:
 def check_torch(torch: dict[str, Any]) -> Finding:
     """Does PyTorch import? Whether it can use the GPUs is told with them."""
     if "error" in torch:
-        return problem(f"does not import: {one_line(torch['error'])}", f"{INSTALL}, or {OTHER_TORCH}")
+        return problem(f"does not import: {one_line(torch['error'])}", INSTALL)
     cuda = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
     if not torch["distributed"]:
         return warning(
