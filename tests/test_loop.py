@@ -75,6 +75,29 @@ def test_no_waiting_outside_log_steps(trainer_of: Any, monkeypatch: pytest.Monke
     assert {step for step, _ in asked} == {4, 8}, asked
 
 
+@pytest.mark.gpu
+def test_no_waiting_on_a_gpu(shards: Path, tmp_path: Path) -> None:
+    """Steps between two log rows synchronize with the GPU nowhere, as CUDA itself tells."""
+    more = ["--run.device", "cuda", "--train.precision", "bf16", "--run.log_every", "50", "--run.save_every", "1000"]
+    config, device = parse_config(arguments(shards, tmp_path / "run", *more)), torch.device("cuda", 0)
+    trainer = Trainer(config, device, Placement(config.parallel, device))
+    trainer.build()
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 3:  # behind the first steps, which set things up
+            torch.cuda.set_sync_debug_mode("error")
+        return steps == 13
+
+    try:
+        assert trainer.train_epoch(None, StopVote(trainer.placement, stop))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.close()
+
+
 def test_the_rate_of_a_row_is_the_steps(trainer_of: Any) -> None:
     """With warm-up and a cosine every row has another rate, that of its step."""
     rarely = ["--run.log_every", "4", "--run.save_every", "99"]

@@ -1,7 +1,10 @@
 """The meter tells waiting from computing, and both from pauses."""
 
+import itertools
 import time
+import weakref
 
+import pytest
 import torch
 
 from train.meter import StepMeter
@@ -38,3 +41,41 @@ def test_steps_beside_a_checkpoint() -> None:
         meter.end_step(torch.tensor(1.0), torch.tensor(0), saving=step in (2, 3))
     figures = meter.read(batch_size=1)
     assert figures["step_ms_p50"] < 45 < figures["saving_step_ms_p50"]
+
+
+def test_two_steps_ahead() -> None:
+    """On a GPU the host waits for the end of step k - 2 behind step k, and lets go of its batch only then."""
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    meter = StepMeter(torch.device("cpu"), Placement(ParallelConfig(), torch.device("cpu")))
+    meter._on_gpu = True
+    batches = [torch.zeros(1) for _ in range(6)]
+    kept = [weakref.ref(batch) for batch in batches]
+    for step in range(6):
+        meter._now = lambda step=step: Event(step)  # type: ignore[method-assign,misc]
+        meter.start_step()
+        meter.end_step(torch.tensor(1.0), torch.tensor(0), batches[step])
+        batches[step] = None  # type: ignore[call-overload]
+        assert waited == list(range(step - 1))
+        assert [each() is not None for each in kept[: step + 1]] == [False] * (step - 1) + [True] * min(2, step + 1)
+
+
+def test_clock_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that is set back or ahead by a day changes no figure."""
+    meter = StepMeter(torch.device("cpu"), Placement(ParallelConfig(), torch.device("cpu")))
+    jumps = itertools.cycle([0.0, 86400.0, -86400.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    for _ in range(6):
+        meter.start_step()
+        time.sleep(0.01)
+        meter.end_step(torch.tensor(1.0), torch.tensor(0))
+        time.sleep(0.01)
+    figures = meter.read(batch_size=8)
+    assert 9 < figures["wait_ms_p50"] < 500 and 19 < figures["step_ms_p50"] < 500 and figures["images_per_s"] > 0

@@ -116,7 +116,7 @@ class Trainer:
             self.save(log)  # where evaluation was interrupted, going on begins with it
             if accuracy is None:
                 break
-        self.finish_saving()
+        self.placement.together(self.finish_saving)
         return self.finished
 
     def train_epoch(self, log: MetricsLog | None, stop: StopVote) -> bool:
@@ -131,14 +131,14 @@ class Trainer:
             for batch in self.train_loader.epoch(self.epoch):
                 meter.start_step()
                 saving = self.writer.busy
-                logged = (self.step + 1) % run.log_every == 0
+                logged = (self.step + 1) % run.log_every == 0  # what is logged has the gradient's norm
                 passed = (self.train_loader.at_step - 0.5) / steps
                 rates = self.schedule.rates(self.learner.names, passed)
                 loss, correct, norm = self.learner.step(self.placement.share(batch), rates, with_norm=logged)
                 meter.end_step(loss, correct, batch, saving=saving or self.writer.busy)
                 self.step += 1
                 progress.update()
-                if logged:
+                if norm is not None:
                     figures = self.log_row(log, norm, self.schedule.lr(passed))
                     progress.set_postfix(loss=f"{figures['loss']:.3f}", images_per_s=f"{figures['images_per_s']:.0f}")
                 if stop():
@@ -148,13 +148,13 @@ class Trainer:
         self.check_finite(meter.loss_sum())
         return False
 
-    def log_row(self, log: MetricsLog | None, norm: torch.Tensor | None, lr: float) -> dict[str, float]:
+    def log_row(self, log: MetricsLog | None, norm: torch.Tensor, lr: float) -> dict[str, float]:
         """Read the meter and write its row. Raises `DivergedError`."""
         self.check_finite(self.meter.loss_sum())
         figures = self.meter.read(self.config.train.batch_size)
         if self.save_ms:
             figures["save_ms"], self.save_ms = self.save_ms, 0.0
-        figures["gradient_norm"] = float("nan") if norm is None else norm.item()
+        figures["gradient_norm"] = norm.item()
         if self.device.type == "cuda":
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         if self.learner.scale.enabled:

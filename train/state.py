@@ -22,8 +22,8 @@ PARTS = {
 
 
 def capture(trainer: "Trainer") -> dict[str, Any]:
-    """Everything from which the run goes on as if nothing had happened; all processes have to ask. Tensors are copies,
-    on the CPU."""
+    """Everything from which the run goes on as if nothing had happened; all processes have to ask, the first one gets
+    it. Tensors are copies, on the CPU."""
     random_state = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         random_state["cuda"] = torch.cuda.get_rng_state(trainer.device)
@@ -35,6 +35,8 @@ def capture(trainer: "Trainer") -> dict[str, Any]:
     learner, image = trainer.learner, trainer.basis.mean_image
     weights, velocities = learner.weights(), learner.velocities()
     ranks = trainer.placement.gather(own)
+    if not trainer.placement.is_first:
+        return {}
     return {
         "config": trainer.config.to_json(),
         "wnids": [name.wnid for name in trainer.train_shards.classes],
