@@ -285,7 +285,8 @@ def test_damaged_validation_data(shards: Path, tmp_path: Path) -> None:
     tar = copy / "val" / "val-000000.tar"
     [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[7]
     sound = tar.read_bytes()
-    tar.write_bytes(sound[:offset] + b"x" * size + sound[offset + size :])
+    # Cut short: over other damage DALI 2.4's decoder was seen to crash, in one try of ten.
+    tar.write_bytes(sound[: offset + size // 2] + bytes(size - size // 2) + sound[offset + size :])
     more = ["--run.save_every", "1000", "--train.epochs", "1"]
     done = run_python(*TRAIN, *arguments(copy, run, *more), timeout=120)
     assert done.returncode == 3 and name in done.stderr and "what was trained is saved" in done.stderr
