@@ -1,6 +1,7 @@
 """Benchmarks, one subcommand per question.
 
     python tools/bench.py loader SHARDS     how fast batches come, beside the decoder library alone and a plain loader
+    python tools/bench.py peers SHARDS      how fast the loaders of others do the same job
     python tools/bench.py train SHARDS      whether the network waits: loader alone, network alone, both
     python tools/bench.py model             how fast the network trains, beside torchvision's
     python tools/bench.py pack RAW          how fast raw images are packed, beside a plain packer and plain copying
@@ -46,6 +47,40 @@ def loader(
     from tools.bench_loader import bench_loader
 
     bench_loader(shards, batch_size, threads, seconds, repeats, device, out)
+
+
+def peers(
+    shards: Path,
+    batch_size: int = 128,
+    workers: int | None = None,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    peers: list[str] | None = None,
+    ffcv_python: Path | None = None,
+    images: int = 20_000,
+    scratch: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Images per second of our loader and of others' on a CPU: torch's DataLoader, webdataset, SPDL, FFCV, DALI's own.
+
+    Each first shows that it does the whole job. One that is not installed is listed with the reason; `pip install -e
+    '.[bench]'` brings those that pip can bring.
+
+    Args:
+        shards: Folder written by make_shards, with 256x256 images, and compute_pca.
+        batch_size: Images per batch.
+        workers: Processes, or threads, of each; one per core by default. Ours has one thread more, as by default.
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turn.
+        peers: Contenders, of pillow, torchvision, webdataset, spdl, ffcv, dali and ours; all by default.
+        ffcv_python: Python of an environment with FFCV; docs/benchmarks/README.md tells how to make one.
+        images: Whole shards, from the first one, that hold so many images; they are also written as files.
+        scratch: Folder for those files, emptied again; the system's by default.
+        out: JSON-lines file to append one row per contender to.
+    """
+    from tools.bench_peers import bench_peers
+
+    bench_peers(shards, batch_size, workers, seconds, repeats, peers, ffcv_python, images, scratch, out)
 
 
 def model(
@@ -188,5 +223,14 @@ def plan(images: int = 14_197_122, out: Path | None = None) -> None:
 
 if __name__ == "__main__":
     run_program(
-        {"loader": loader, "train": train, "model": model, "pack": pack, "pca": pca, "lighting": lighting, "plan": plan}
+        {
+            "loader": loader,
+            "peers": peers,
+            "train": train,
+            "model": model,
+            "pack": pack,
+            "pca": pca,
+            "lighting": lighting,
+            "plan": plan,
+        }
     )

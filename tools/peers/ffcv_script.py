@@ -1,0 +1,146 @@
+"""FFCV as a contender of `bench peers`, in a process of its own, as FFCV wants an environment of its own.
+
+    FFCV_PYTHON tools/peers/ffcv_script.py SETTINGS.json
+
+writes the JPEGs, byte for byte, into FFCV's own format, and then follows lines on its standard input:
+
+    next         takes a batch
+    show FILE    takes a batch and writes it, as an .npz of images and labels
+    decode FILE  writes all images, uint8, in order, as an .npy
+
+and answers each with a line when it is done. Imports nothing of ours.
+"""
+
+import io
+import json
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+from ffcv.fields.rgb_image import IMAGE_MODES
+from ffcv.loader import Loader, OrderOption
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.operation import Operation
+from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
+from ffcv.writer import DatasetWriter
+from PIL import Image
+
+EPOCH = 200_000
+"""Images that an epoch has at least: FFCV allocates all its buffers anew in every one, which a small set would pay."""
+
+
+class Relight(Operation):
+    """Lighting and normalization in one pass, uint8 to float32; FFCV has no lighting of its own."""
+
+    def __init__(self, mean: list[float], matrix: list[list[float]], divisor: float) -> None:
+        super().__init__()
+        self.mean, self.matrix = np.array(mean, np.float32), np.array(matrix, np.float32)
+        self.inverse = np.float32(1 / divisor)
+
+    def generate_code(self) -> Callable[..., Any]:
+        """What numba compiles."""
+        my_range, means, matrix, inverse = Compiler.get_iterator(), self.mean, self.matrix, self.inverse
+
+        def relight(images: Any, out: Any) -> Any:
+            draws = np.random.standard_normal((images.shape[0], 3)).astype(np.float32)
+            for i in my_range(images.shape[0]):
+                red = means[0] - (matrix[0] * draws[i]).sum()
+                green = means[1] - (matrix[1] * draws[i]).sum()
+                blue = means[2] - (matrix[2] * draws[i]).sum()
+                for y in range(images.shape[1]):
+                    for x in range(images.shape[2]):
+                        out[i, y, x, 0] = (np.float32(images[i, y, x, 0]) - red) * inverse
+                        out[i, y, x, 1] = (np.float32(images[i, y, x, 1]) - green) * inverse
+                        out[i, y, x, 2] = (np.float32(images[i, y, x, 2]) - blue) * inverse
+            return out
+
+        relight.is_parallel = True  # type: ignore[attr-defined]
+        return relight
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
+        """Where the result goes."""
+        dtype = np.dtype(np.float32)
+        return replace(previous_state, jit_mode=True, dtype=dtype), AllocationQuery(previous_state.shape, dtype)
+
+
+def write_beton(files: list[tuple[str, int]], path: Path) -> None:
+    """Write FFCV's file. Its own field would decode and encode anew, so that its `encode` is replaced."""
+    field = RGBImageField(write_mode="jpg")
+
+    def encode(_: Any, destination: Any, jpeg: bytes, malloc: Any) -> None:
+        destination["mode"] = IMAGE_MODES["jpg"]
+        destination["width"], destination["height"] = Image.open(io.BytesIO(jpeg)).size
+        destination["data_ptr"], storage = malloc(len(jpeg))
+        storage[:] = np.frombuffer(jpeg, np.uint8)
+
+    field.encode = types.MethodType(encode, field)
+    writer = DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=1)
+    writer.from_indexed_dataset([(Path(file).read_bytes(), label) for file, label in files])
+
+
+def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
+    """Augmented batches without end. At this scale and ratio the random resized crop is a random 224x224 window, and
+    its resize a copy."""
+    side, count = 224, len(settings["files"])
+    scale = (side / 256) ** 2
+    decoder = RandomResizedCropRGBImageDecoder((side, side), scale=(scale, scale), ratio=(1.0, 1.0))
+    relight = Relight(settings["mean"], settings["matrix"], settings["divisor"])
+    repeats = 1 if settings["show"] else -(-EPOCH // count)
+    loader = Loader(
+        beton,
+        batch_size=settings["batch_size"],
+        num_workers=settings["workers"],
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        indices=np.tile(np.arange(count, dtype=np.uint64), repeats),
+        pipelines={
+            "image": [decoder, RandomHorizontalFlip(), relight, ToTensor(), ToTorchImage(channels_last=True)],
+            "label": [IntDecoder(), ToTensor(), Squeeze()],
+        },
+    )
+    while True:
+        yield from loader
+
+
+def decoded(beton: str, count: int) -> np.ndarray:
+    """All images, uint8, in order."""
+    pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": None}
+    loader = Loader(beton, batch_size=count, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    (images,) = next(iter(loader))
+    return np.asarray(images.numpy())
+
+
+def main() -> None:
+    """Follow the lines on standard input."""
+    warnings.simplefilter("ignore")
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    beton = Path(sys.argv[1]).with_suffix(".beton")
+    write_beton(settings["files"], beton)
+    endless = batches(settings, str(beton))
+    print("ready", file=answers)
+    for line in sys.stdin:
+        order, _, file = line.strip().partition(" ")
+        if order == "decode":
+            np.save(file, decoded(str(beton), len(settings["files"])))
+        else:
+            images, labels = next(endless)
+            if order == "show":
+                np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        print("done", file=answers)
+    os._exit(0)  # FFCV's threads are still at work
+
+
+if __name__ == "__main__":
+    main()
