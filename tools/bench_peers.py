@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.reader import raise_open_files
@@ -103,7 +104,11 @@ def measure(peers: list[Peer], data: PeerData, seconds: float, repeats: int) -> 
     opened = {peer.title: peer.batches(data) for peer in peers}
 
     def measurement(title: str) -> Callable[[], float]:
-        return lambda: rate(lambda: next(opened[title]), data.batch_size, seconds)
+        def measured() -> float:
+            sleep(seconds / 3)  # until the one before has filled its queue: seven of them do, on the same cores
+            return rate(lambda: next(opened[title]), data.batch_size, seconds)
+
+        return measured
 
     try:
         return take_turns({title: measurement(title) for title in opened}, repeats)
