@@ -84,4 +84,5 @@ def ffcv_versions(data: PeerData) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ImportError((done.stderr.strip().splitlines() or ["its interpreter fails"])[-1])
-    return {f"ffcv's {name}": found for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name if name == "ffcv" else f"{name} of ffcv": version for name, version in found.items()}
