@@ -44,7 +44,8 @@ def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repea
     print(f"real / min(loader, network): {efficiency:.2f}; {binding(measured, trainer.device)} binds")
     print(f"waiting for input: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {percent:.1f} % of the time")
     if out:
-        about = {"shards": train.manifest_sha256, "config": whole.to_json(), "efficiency": efficiency}
+        config = {name: section for name, section in whole.to_json().items() if name != "run"}
+        about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency}
         record(out, "train", measured, about | {"wait_ms_p50": p50, "wait_ms_p99": p99, "wait_percent": percent})
 
 
