@@ -297,10 +297,16 @@ def test_damaged_validation_data(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "message"), [("optimizer", "lacks optimizer"), ("model", "weights that are not finite")]
+    ("part", "message"),
+    [
+        ("optimizer", "lacks optimizer"),
+        ("model", "weights that are not finite"),
+        ("fc8.bias", "is of another network: its tensors have other names or shapes"),
+    ],
 )
 def test_odd_checkpoints(shards: Path, undisturbed: Path, tmp_path: Path, part: str, message: str) -> None:
-    """One that lacks something, or whose weights are no numbers: refused in a sentence before anything is written."""
+    """One that lacks something, whose weights are no numbers, or of another model: refused in a sentence before
+    anything is written."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     path = find_checkpoint(run)
@@ -308,6 +314,8 @@ def test_odd_checkpoints(shards: Path, undisturbed: Path, tmp_path: Path, part: 
     content = load_checkpoint(path)
     if part == "model":
         content["model"]["fc8.bias"][0] = float("nan")
+    elif part == "fc8.bias":
+        content["model"][part] = torch.zeros(11)
     else:
         del content[part]
     torch.save(content, path)

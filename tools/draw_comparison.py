@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def draw(path: Path, entries: list[Entry]) -> None:
     """Write a PNG. The first entry is the base."""
-    from train.pictures import saved_figure
+    from train.charts import saved_figure
 
     with saved_figure(path) as figure:
         figure.set_size_inches(12, max(4.5, 1.8 + 0.36 * len(entries)))

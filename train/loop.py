@@ -53,7 +53,7 @@ class Trainer:
             raise ValueError(
                 f"{shards} holds {classes} classes; say --model.num_classes {classes}, not {config.model.num_classes}"
             )
-        placement.piece(config.train.batch_size, config.train.accumulate)
+        placement.check_pieces(config.train.batch_size, config.train.accumulate)
 
         place = {
             "batch_size": placement.loader_batch(config.train.batch_size),

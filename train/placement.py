@@ -83,15 +83,14 @@ class Placement:
             )
         return batch_size // self.num_loader_ranks
 
-    def piece(self, batch_size: int, accumulate: int) -> int:
-        """Images of one forward pass, of `accumulate` an update. Raises `ValueError` when it does not come out even."""
+    def check_pieces(self, batch_size: int, accumulate: int) -> None:
+        """Raise `ValueError` where a replica's images of an update cannot be cut into `accumulate` equal pieces."""
         whole = batch_size // self.num_replicas
         if whole % accumulate:
             raise ValueError(
                 f"the {whole} images of train.batch_size that each of {self.num_replicas} replicas has do not divide "
                 f"by train.accumulate ({accumulate}); take a number that does"
             )
-        return whole // accumulate
 
     def build(self, config: AlexNetConfig, seed: int) -> AlexNet:
         """This process's part of the network, the same initial weights everywhere; then seed dropout, differently."""
