@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.metrics import MetricsLog, read_metrics
 
@@ -49,8 +50,6 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows that cannot be written are told of once, wait, and come in their order when there is room; closing says what
     would be lost."""
     log = MetricsLog(tmp_path, 0, 0)
-    log._board.close()
-    log._board = type("Silent", (), {"add_scalar": lambda *args: None, "close": lambda *args: None})()
     log.write("train", 1, epoch=0, loss=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -58,7 +57,8 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for step in (2, 3):
             log.write("train", step, epoch=0, loss=1.0)
         told = capsys.readouterr().out
-        assert told.count("its rows are kept in memory") == 1 and str(log.path) in told
+        assert told.count("its rows are kept in memory") == told.count("no more TensorBoard curves") == 1, told
+        assert str(log.path) in told
         assert [row["step"] for row in read_metrics(log.path)] == [1]
         with pytest.raises(OSError, match="File too large"):
             log.sync()
@@ -68,6 +68,18 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log.close()
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
+    """Its own reader finds each scalar with step and value; what a run that goes on does again, it tells once."""
+    for steps in ((1, 2, 3), (3, 4)):
+        log = MetricsLog(tmp_path, steps[0] - 1, 0)
+        for step in steps:
+            log.write("train", step, epoch=0, loss=step / 2 + len(steps))
+        log.close()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert curves.Tags()["scalars"] == ["train/epoch", "train/loss"]
+    assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == [(1, 3.5), (2, 4), (3, 3.5), (4, 4)]
 
 
 def test_rows_and_syncs_from_two_threads(tmp_path: Path) -> None:

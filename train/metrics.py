@@ -2,7 +2,8 @@
 
 import json
 import os
-from contextlib import suppress
+import socket
+import time
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,8 +21,6 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, step: int, epoch: int) -> None:
         """Go on after `step` updates and `epoch` finished epochs: rows of a future that was lost are cut."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = run_dir / "metrics.jsonl"
         rows = [
             row
@@ -34,7 +33,7 @@ class MetricsLog:
         self._file = self.path.open("r+b", buffering=0)
         self._pending: list[bytes] = []
         self._one_at_a_time = Lock()  # rows come from the training thread, `sync` from that of checkpoints
-        self._board: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._curves: Curves | None = Curves(run_dir / "tensorboard", step)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row."""
@@ -48,11 +47,11 @@ class MetricsLog:
                 if first_trouble:
                     tqdm.write(f"cannot write {self.path} ({error.strerror}); going on, its rows are kept in memory")
         try:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-        except OSError as error:  # of its thread, from some earlier row
+            if self._curves:
+                self._curves.write(kind, step, values)
+        except OSError as error:  # what was written of the row ends the file for TensorBoard
             tqdm.write(f"no more TensorBoard curves: {error.strerror}")
-            self._board = Unwritable()
+            self._curves = None
 
     def sync(self) -> None:
         """Bring the rows to the disk itself: none is to be older than a checkpoint and missing. Raises `OSError`."""
@@ -74,20 +73,37 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close both. Raises `OSError` when rows would be lost."""
-        with suppress(OSError):
-            self._board.close()
         with self._file:
             self.sync()
 
 
-class Unwritable:
-    """Stands for a TensorBoard writer whose disk is full."""
+class Curves:
+    """A TensorBoard events file. Rows are few: they are written at once, on the calling thread, as the thread of
+    torch's SummaryWriter tells of a full disk by a traceback of its own.
+    """
 
-    def add_scalar(self, *args: Any) -> None:
-        """Nothing."""
+    def __init__(self, folder: Path, step: int) -> None:
+        """Go on after `step` updates: TensorBoard leaves out what older files tell of later ones. Raises `OSError`."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # a quarter of a second
 
-    def close(self) -> None:
-        """Nothing."""
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._append(file_version="brain.Event:2")  # what TensorBoard's reader asks of a file's first record
+        self._append(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Append one row. Raises `OSError`."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
+        self._append(step=step, summary=Summary(value=points))
+
+    def _append(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with self._path.open("ab") as file:
+            RecordWriter(file).write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
