@@ -15,11 +15,11 @@ import pytest
 
 from pipeline.files import open_locked, read_json, write_json
 from tests.conftest import ROOT, run_ok
-from tools import ablation_run
 from tools.ablate import ANY_WIDTH, SHIPPED, ablate
-from tools.ablation_run import Run, trained
-from tools.comparison import PAPER, Entry, Figures, best_entry, figures, markdown
-from tools.draw_comparison import draw
+from tools.ablation import run as ablation_run
+from tools.ablation.comparison import PAPER, Entry, Figures, best_entry, figures, markdown
+from tools.ablation.draw_comparison import draw
+from tools.ablation.run import Run, trained
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.config import Config, flatten, parse_config
 from train.kernels import TowerColours, tower_colours

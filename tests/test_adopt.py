@@ -18,7 +18,7 @@ from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.conftest import jpeg, photo, run_python
-from tools.adopt import adopt
+from tools.packing.adopt import adopt
 
 IMAGE = jpeg(photo(np.random.default_rng(9)))
 Members = list[tuple[str, bytes]]

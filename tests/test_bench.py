@@ -11,10 +11,10 @@ from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
 from tests.conftest import ROOT, jpeg, photo, run_ok
-from tools import bench_pack
-from tools.bench_loader import Windows
-from tools.ilsvrc import read_archives
+from tools.benchmarks import pack as bench_pack
+from tools.benchmarks.loader import Windows
 from tools.make_demo import make_demo
+from tools.packing.ilsvrc import read_archives
 
 
 def test_loader(shards: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tests.test_alexnet import TORCHVISION
-from tools import bench_model
-from tools.bench_model import SplitConv2d, UnshuffledConv2d, torchvision_alexnet
+from tools.benchmarks import model as bench_model
+from tools.benchmarks.model import SplitConv2d, UnshuffledConv2d, torchvision_alexnet
 
 
 @pytest.mark.parametrize(

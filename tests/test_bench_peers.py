@@ -14,11 +14,11 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.shards import ShardSet
 from tests.conftest import run_ok, run_python
-from tools import bench_peers
-from tools.peers.check import check_batches, check_decoded
-from tools.peers.contenders import PEERS, Peer
-from tools.peers.data import CHECKED, Batches, PeerData, Permutations, extract, numbered, whole_shards
-from tools.peers.finish import finish
+from tools.benchmarks import peers as bench_peers
+from tools.benchmarks.contenders.check import check_batches, check_decoded
+from tools.benchmarks.contenders.data import CHECKED, Batches, PeerData, Permutations, extract, numbered, whole_shards
+from tools.benchmarks.contenders.finish import finish
+from tools.benchmarks.contenders.registry import PEERS, Peer
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from pipeline.files import read_json, write_json
 from pipeline.reader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
 from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
-from tools.adopt import adopt
 from tools.compute_pca import compute_pca, draw_sample
-from tools.images import crop256
 from tools.make_shards import pack
+from tools.packing.adopt import adopt
+from tools.packing.images import crop256
 
 
 def test_file(shards: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from pipeline.shards import ShardSet, open_shards
 from tests.conftest import ROOT
 from tools import doctor as program
-from tools.doctor_gpu import (
+from tools.checks.finding import Finding, answer, isolated, ok, probe
+from tools.checks.gpu import (
     all_gpus,
     check_driver,
     check_gpus,
@@ -27,7 +28,7 @@ from tools.doctor_gpu import (
     has_jpeg_engines,
     runs_on,
 )
-from tools.doctor_host import (
+from tools.checks.host import (
     cgroup_bytes,
     cgroup_cpus,
     check_cores,
@@ -39,7 +40,8 @@ from tools.doctor_host import (
     memory_limit,
     read,
 )
-from tools.doctor_shards import (
+from tools.checks.nvidia_smi import Gpu, Nvidia, ask_nvidia, parse_driver_file, parse_topology
+from tools.checks.shards import (
     check_disk,
     check_eigenbasis,
     check_file_system,
@@ -48,9 +50,7 @@ from tools.doctor_shards import (
     file_system,
     read_rate,
 )
-from tools.doctor_software import check_compiler, check_dali, check_headers, check_torch, unmet
-from tools.finding import Finding, answer, isolated, ok, probe
-from tools.nvidia_smi import Gpu, Nvidia, ask_nvidia, parse_driver_file, parse_topology
+from tools.checks.software import check_compiler, check_dali, check_headers, check_torch, unmet
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 86, (9, 0))
 HEADER = (
@@ -426,7 +426,7 @@ def test_rate_in_images(numbered_shards: Callable[..., ShardSet], monkeypatch: p
     """Images/s are MB/s over the mean size of an image; many GPUs ask for more."""
     train = numbered_shards(40, 2)
     size = sum(Path(tar).stat().st_size for tar in train.tars) / 40
-    monkeypatch.setattr("tools.doctor_shards.read_rate", lambda files: program_rate(size * 25_000))
+    monkeypatch.setattr("tools.checks.shards.read_rate", lambda files: program_rate(size * 25_000))
     assert "25,000 images/s" in check_disk(train, "ext4", 1).value
     assert [check_disk(train, "ext4", gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
     assert check_disk(train, "tmpfs", 8).status == check_disk(None, "ext4", 0).status == "-"
@@ -434,7 +434,7 @@ def test_rate_in_images(numbered_shards: Callable[..., ShardSet], monkeypatch: p
 
 def program_rate(bytes_per_s: float) -> Any:
     """A measured rate."""
-    from tools.doctor_shards import Rate
+    from tools.checks.shards import Rate
 
     return Rate(bytes_per_s, direct=True)
 

@@ -17,7 +17,7 @@ from pipeline.lighting import Lighting
 from pipeline.reader import parse_labels
 from pipeline.settings import Augmentation
 from tests.conftest import jpeg, photo
-from tools.images import crop256
+from tools.packing.images import crop256
 
 KINDS: list[tuple[str, dict[str, object]]] = [
     ("RGB", {"subsampling": "4:2:0"}),

@@ -13,7 +13,7 @@ from scipy.io import loadmat
 
 from tests.conftest import run_ok, run_python
 from tools import make_demo
-from tools.ilsvrc import read_archives
+from tools.packing.ilsvrc import read_archives
 from tools.photos import AXES, AXIS_STDS, photo
 
 

@@ -17,7 +17,7 @@ from pipeline.files import read_json
 from pipeline.shards import open_shards
 from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
 from tools.make_shards import pack
-from tools.parts import find_part
+from tools.packing.parts import find_part
 
 SMALL = ("--samples-per-shard", "9", "--workers", "2")
 

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.shards import ClassName
-from tools.listing import Listing
-from tools.plan import Options, make_plan
+from tools.packing.listing import Listing
+from tools.packing.plan import Options, make_plan
 
 CLASSES = (ClassName("n00000001", "one"), ClassName("n00000002", "two"))
 NAMES = st.one_of(

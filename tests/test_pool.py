@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 PROGRAM = """
 import multiprocessing, os, signal, time
 from multiprocessing.context import SpawnProcess
-from tools.pool import as_they_finish
+from tools.packing.pool import as_they_finish
 
 start = SpawnProcess.start
 

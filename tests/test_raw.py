@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.files import read_json
 from tests.conftest import jpeg, photo, run_python
-from tools.listing import Listing, load_listing, save_listing, stamp
 from tools.make_shards import pack
-from tools.raw import cut_validation, open_raw
+from tools.packing.listing import Listing, load_listing, save_listing, stamp
+from tools.packing.raw import cut_validation, open_raw
 
 WNIDS = ["n00000011", "n00000022", "n00000033"]
 Images = dict[str, tuple[str, str, bytes]]  # stem -> (split, wnid, file)
@@ -435,7 +435,7 @@ def test_md5(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Archives that are not the published ones are refused by name; those with the right sums pass."""
     import hashlib
 
-    from tools import ilsvrc
+    from tools.packing import ilsvrc
 
     done = run_python("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--check-md5")
     assert done.returncode == 2 and "ILSVRC2012_img_train.tar has md5" in done.stderr

@@ -12,8 +12,8 @@ import pytest
 from pipeline.files import open_locked, read_json
 from tests.conftest import ROOT
 from tests.test_pack import clean, files, small  # noqa: F401 (fixtures)
-from tools import sequential
 from tools.make_shards import pack
+from tools.packing import sequential
 
 
 @pytest.mark.parametrize("window", [10_000, 2**27])
@@ -55,7 +55,7 @@ def test_killed_while_reading(small: Path, clean: dict[str, bytes], tmp_path: Pa
     program = f"""
 import sys
 from pathlib import Path
-from tools import sequential
+from tools.packing import sequential
 from tools.make_shards import pack
 sequential.WINDOW_BYTES = 20_000
 if __name__ == "__main__":

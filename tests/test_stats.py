@@ -14,8 +14,8 @@ from pipeline.files import read_json
 from pipeline.shards import DataError
 from tests.conftest import run_python
 from tests.test_adopt import write_foreign
-from tools.adopt import adopt
-from tools.stats import stats
+from tools.packing.adopt import adopt
+from tools.packing.stats import stats
 
 
 def tables(text: str) -> list[dict[str, str]]:

@@ -13,9 +13,9 @@ from pipeline.files import read_json, sha256, write_json
 from pipeline.shards import DataError, open_shards, read_index
 from tests.conftest import jpeg, photo, run_python
 from tests.test_adopt import tar_of, write_foreign
-from tools.adopt import adopt
-from tools.check_shard import MAX_TOLD, check_image
-from tools.verify import has_runs, unmixed_shards, verify
+from tools.packing.adopt import adopt
+from tools.packing.check_shard import MAX_TOLD, check_image
+from tools.packing.verify import has_runs, unmixed_shards, verify
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_random_orders_are_not_accused() -> None:
     """Over 2,000 random orders of balanced, skewed and tiny sets no shard is taken for sorted."""
     from collections import Counter
 
-    from tools.check_shard import Report
+    from tools.packing.check_shard import Report
 
     rng = np.random.default_rng(0)
     for _ in range(2000):

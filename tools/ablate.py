@@ -17,9 +17,9 @@ from pathlib import Path
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import write_bytes, write_json
 from pipeline.shards import ShardSet, open_shards
-from tools.ablation_run import Run, ended, result_of
-from tools.comparison import BASE, as_json, best_entry, markdown
-from tools.draw_comparison import draw
+from tools.ablation.comparison import BASE, as_json, best_entry, markdown
+from tools.ablation.draw_comparison import draw
+from tools.ablation.run import Run, ended, result_of
 from train.config import parse_config
 from train.program import run_program
 

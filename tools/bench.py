@@ -44,7 +44,7 @@ def loader(
         device: Where batches end up; auto takes the first GPU if there is one.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_loader import bench_loader
+    from tools.benchmarks.loader import bench_loader
 
     bench_loader(shards, batch_size, threads, seconds, repeats, device, out)
 
@@ -78,7 +78,7 @@ def peers(
         scratch: Folder for those files, emptied again; the system's by default.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_peers import bench_peers
+    from tools.benchmarks.peers import bench_peers
 
     bench_peers(shards, batch_size, workers, seconds, repeats, peers, ffcv_python, images, scratch, out)
 
@@ -106,7 +106,7 @@ def model(
         profile: Print where the time of a step goes as well.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_model import bench_model
+    from tools.benchmarks.model import bench_model
 
     bench_model(batch_sizes, precision, seconds, repeats, device, profile, out)
 
@@ -131,7 +131,7 @@ def train(
         repeats: Measurements of each, taken in turn.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_train import bench_train
+    from tools.benchmarks.train import bench_train
 
     bench_train(shards, recipe, settings, seconds, repeats, out)
 
@@ -154,7 +154,7 @@ def pack(
         scratch: Folder to write into, as large as RAW; emptied again. Beside RAW by default.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_pack import bench_pack
+    from tools.benchmarks.pack import bench_pack
 
     bench_pack(raw, repeats, workers, scratch, out)
 
@@ -179,7 +179,7 @@ def pca(
         device: Where images are decoded and summed.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_pca import bench_pca
+    from tools.benchmarks.pca import bench_pca
 
     bench_pca(shards, batch_size, threads, repeats, device, out)
 
@@ -204,7 +204,7 @@ def lighting(
         device: Where batches end up; auto takes the first GPU if there is one.
         out: JSON-lines file to append one row per contender to.
     """
-    from tools.bench_lighting import bench_lighting
+    from tools.benchmarks.lighting import bench_lighting
 
     bench_lighting(shards, batch_size, threads, batches, repeats, device, out)
 
@@ -216,7 +216,7 @@ def plan(images: int = 14_197_122, out: Path | None = None) -> None:
         images: Number of images.
         out: JSON-lines file to append the figures to.
     """
-    from tools.bench_plan import bench_plan
+    from tools.benchmarks.plan import bench_plan
 
     bench_plan(images, out)
 

@@ -22,8 +22,8 @@ import numpy as np
 from pipeline.eigenbasis import read_eigenbasis, read_mean_image, write_eigenbasis
 from pipeline.files import atomic_writer
 from pipeline.shards import DataError, ShardSet, index_text, open_shards, read_index
-from tools.parts import Part, find_part
-from tools.pool import default_workers
+from tools.packing.parts import Part, find_part
+from tools.packing.pool import default_workers
 from tools.show_pca import draw, table
 from train.program import run_program
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.shards import ShardSet, open_shards
-from tools.doctor_gpu import all_gpus, check_driver, check_gpus, check_jpeg_engines, check_links, check_peers
-from tools.doctor_host import (
+from tools.checks.finding import Finding, answer, isolated, one_line, probe
+from tools.checks.gpu import all_gpus, check_driver, check_gpus, check_jpeg_engines, check_links, check_peers
+from tools.checks.host import (
     check_cores,
     check_locked_memory,
     check_memory,
@@ -37,7 +38,8 @@ from tools.doctor_host import (
     memory_limit,
     read,
 )
-from tools.doctor_shards import (
+from tools.checks.nvidia_smi import Nvidia, ask_nvidia
+from tools.checks.shards import (
     check_disk,
     check_eigenbasis,
     check_file_system,
@@ -46,7 +48,7 @@ from tools.doctor_shards import (
     file_system,
     shard_bytes,
 )
-from tools.doctor_software import (
+from tools.checks.software import (
     check_compiler,
     check_dali,
     check_headers,
@@ -59,8 +61,6 @@ from tools.doctor_software import (
     installed,
     wanted_python,
 )
-from tools.finding import Finding, answer, isolated, one_line, probe
-from tools.nvidia_smi import Nvidia, ask_nvidia
 from train.program import WRONG_INPUT, Parser, exit_with
 
 Checks = list[tuple[str, Callable[[], Finding]]]

@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.files import atomic_writer, read_json, write_json
-from tools.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
+from tools.packing.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
 from tools.photos import encode, photo
 from train.program import run_program
 

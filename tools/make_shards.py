@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.shards import classes_json
-from tools.adopt import adopt
-from tools.ilsvrc import check_md5
-from tools.listing import RawImageNet, random_read_rate, save_listing
-from tools.manifest import LISTING, check_output, claim, notes, unfinished, write_manifest
-from tools.pack import Done, pack_sample, run_units, write_shard
-from tools.parts import find_part
-from tools.plan import Options, Plan, make_plan
-from tools.pool import check_workers
-from tools.raw import cut_validation, open_raw
-from tools.sequential import pack_in_order
-from tools.stats import stats
-from tools.verify import verify
+from tools.packing.adopt import adopt
+from tools.packing.ilsvrc import check_md5
+from tools.packing.listing import RawImageNet, random_read_rate, save_listing
+from tools.packing.manifest import LISTING, check_output, claim, notes, unfinished, write_manifest
+from tools.packing.pack import Done, pack_sample, run_units, write_shard
+from tools.packing.parts import find_part
+from tools.packing.plan import Options, Plan, make_plan
+from tools.packing.pool import check_workers
+from tools.packing.raw import cut_validation, open_raw
+from tools.packing.sequential import pack_in_order
+from tools.packing.stats import stats
+from tools.packing.verify import verify
 from train.program import run_program
 
 SLOW_READS_PER_S = 500

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from pipeline.files import write_bytes
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import DataError, ShardSet, open_shards
-from tools.measure import processor
+from tools.benchmarks.measure import processor
 from train.device import keep_freed_memory
 from train.program import run_program
 

@@ -1,0 +1,201 @@
+"""Adopt WebDataset shards made elsewhere: links, DALI indexes and a manifest in a shard directory; nothing is copied.
+
+    python tools/make_shards.py adopt SRC SHARDS --split train --pattern 'imagenet1k-train-{0000..1023}.tar'
+
+Every tar is read once, in full (`tools/tars.py`). Of each sample the index lists the JPEG and the `.cls` alone. DALI
+picks components by the index's extension, so `.JPEG` is listed as `jpg`; it reads as many bytes as the index says, so
+white space behind a label is left out there; it never uses the names, but cuts lines at spaces, so those are replaced.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pipeline.files import read_json, write_bytes, write_json
+from pipeline.shards import (
+    FORMAT_VERSION,
+    MAX_LABEL_DIGITS,
+    ClassName,
+    check_manifest,
+    classes_json,
+    index_text,
+    open_shards,
+    read_classes,
+)
+from tools.packing.pool import check_workers
+from tools.packing.tars import HashedFile, over_shards, read_samples, sample_entries
+
+
+class Indexed(NamedTuple):
+    """What one tar holds."""
+
+    row: dict[str, Any]
+    """Its row in the manifest."""
+    index_text: bytes
+    """Its DALI index."""
+    max_label: int
+    """The largest class index in it."""
+
+
+def adopt(
+    src: Path,
+    shards: Path,
+    *,
+    split: Literal["train", "val"],
+    pattern: str,
+    classes: Path | None = None,
+    workers: int | None = None,
+) -> None:
+    """Make shards that other programs wrote usable here, by links, without copying or changing them.
+
+    Adopt the split with all classes first: the first one writes classes.json, the others have to fit it.
+
+    Args:
+        src: Folder that holds the shards; it is only read.
+        shards: Folder to write into; SHARDS/SPLIT must be new or left by the same command.
+        split: What the shards become.
+        pattern: Which files of SRC, as a glob and with braces as webdataset writes them: name-{0000..1023}.tar.
+        classes: Names of the classes: a text file with one WordNet id per line in sorted order, words behind it, or
+            a classes.json. By default classes are numbered.
+        workers: Processes; every core by default.
+    """
+    processes = check_workers(workers)
+    tars = find_tars(src, pattern)
+    directory, source = shards / split, f"adopted from {src.absolute()} with {pattern}"
+    if shards.resolve().is_relative_to(src.resolve()):
+        raise ValueError(f"{shards} lies inside {src}, which is only read; give a folder elsewhere")
+    if finished(directory, tars, source):
+        print(f"{directory} is adopted already; nothing to do")
+        return
+    found = over_shards(read_shard, tars, [tar.stat().st_size for tar in tars], processes, "reading")
+    names, told = class_names(shards, classes, max(shard.max_label for shard in found))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for tar, shard in zip(tars, found, strict=True):
+        link = directory / tar.name
+        if not link.is_symlink():
+            link.symlink_to(tar)
+        write_bytes(link.with_suffix(".idx"), shard.index_text)
+    if not (shards / "classes.json").exists():
+        write_json(shards / "classes.json", classes_json(names))
+    num_samples = sum(shard.row["samples"] for shard in found)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "split": split,
+        "num_samples": num_samples,
+        "num_classes": len(names),
+        "source": source,
+        "options": {"store": "adopted"},
+        "renamed": {},
+        "shards": [shard.row for shard in found],
+        "repairs": [],
+        "skipped": [],
+    }
+    check_manifest(manifest, directory / "manifest.json")
+    write_json(directory / "manifest.json", manifest)
+    print(f"{directory}: {num_samples} images in {len(tars)} shards, {len(names)} classes {told}")
+
+
+def find_tars(src: Path, pattern: str) -> list[Path]:
+    """Absolute paths of the shards in the order of their names. Raises `FileNotFoundError` or `ValueError`."""
+    from braceexpand import braceexpand
+
+    if not src.is_dir():
+        raise FileNotFoundError(f"{src} is no folder; SRC is the folder that holds the shards")
+    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts:
+        raise ValueError(f"--pattern {pattern!r} has to be relative to {src}, without ..")
+    try:
+        parts = list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"--pattern {pattern!r}: {error}; close every brace") from None
+    tars: dict[str, Path] = {}
+    for part in parts:
+        matches = [path.absolute() for path in src.glob(part) if path.is_file()]
+        if not matches:
+            raise FileNotFoundError(f"{src / part} is missing or matches no file; fetch it or change --pattern")
+        for path in matches:
+            if not re.fullmatch(r"[\w.-]+\.tar", path.name):
+                raise ValueError(f"{path} is not called NAME.tar (letters, digits, _ . -); unpack or rename it")
+            if tars.setdefault(path.name, path) != path:
+                raise ValueError(f"{path} and {tars[path.name]} have the same name; adopt one, or rename it")
+    return [tars[name] for name in sorted(tars)]
+
+
+def finished(directory: Path, tars: list[Path], source: str) -> bool:
+    """Whether these shards are adopted there already. Raises `ValueError` where anything else is."""
+    wanted = {name: tar for tar in tars for name in (tar.name, tar.with_suffix(".idx").name)}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.name == "manifest.json" or path.suffix == ".tmp":
+            continue
+        ours = path.name in wanted
+        if ours and path.suffix == ".tar":
+            ours = path.is_symlink() and path.readlink() == wanted[path.name]
+        if not ours:
+            raise ValueError(f"{directory} holds something else ({path.name}); give another folder or remove it")
+    path = directory / "manifest.json"
+    if not path.is_file():
+        return False
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("source") != source:
+        raise ValueError(f"{directory} was packed or adopted from elsewhere; give another folder or remove it")
+    try:
+        opened = open_shards(directory.parent, directory.name)
+    except (FileNotFoundError, ValueError):
+        return False
+    return [Path(tar).name for tar in opened.tars] == [tar.name for tar in tars]
+
+
+def class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
+    """The classes, and for the output where they come from. Raises `ValueError` where the labels do not fit."""
+    existing = shards / "classes.json"
+    given = read_class_file(file) if file is not None else None
+    if existing.exists():
+        names, place = read_classes(shards), existing
+        if given is not None and given != names:
+            raise ValueError(f"{file} and {existing} list other classes; leave --classes out or give another folder")
+    elif given is not None:
+        assert file is not None
+        names, place = given, file
+    else:
+        names = tuple(ClassName(f"{k:0{MAX_LABEL_DIGITS}}", f"class {k}") for k in range(max_label + 1))
+        return names, "(numbered 000000...; --classes FILE names them)"
+    if max_label >= len(names):
+        raise ValueError(
+            f"the shards hold label {max_label}, {place} lists {len(names)} classes; adopt the split with all classes "
+            "first, into another folder, or give the right --classes"
+        )
+    return names, f"of {place}"
+
+
+def read_class_file(path: Path) -> tuple[ClassName, ...]:
+    """Read a classes.json, or lines of a WordNet id and words. Raises `FileNotFoundError` or `ValueError`."""
+    if path.name == "classes.json":
+        return read_classes(path.parent)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; --classes is a text file of one WordNet id per line")
+    try:
+        lines = [line.split(maxsplit=1) for line in path.read_bytes().decode().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        lines = []
+    wnids = [line[0] for line in lines]
+    if not wnids or wnids != sorted(set(wnids)):
+        raise ValueError(f"{path} does not list one WordNet id per line in sorted order; labels count in that order")
+    return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
+
+
+def read_shard(path: Path) -> Indexed:
+    """Index one tar. Raises `ValueError` that names it and the sample."""
+    index, max_label = [], -1
+    with path.open("rb") as file:
+        hashed = HashedFile(file)
+        try:
+            for key, members in read_samples(hashed):
+                entries, _, label = sample_entries(key, members)
+                index.append(entries)
+                max_label = max(max_label, label)
+            if not index:
+                raise ValueError("holds no sample")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; fetch or make it again, or pack the raw images") from None
+        row = {"name": path.name, "samples": len(index), "bytes": hashed.num_bytes, "sha256": hashed.finish()}
+    return Indexed(row, index_text(index).encode(), max_label)

@@ -1,0 +1,103 @@
+"""Raw ImageNet in any of the layouts that people have it in: found out by looking, listed in place."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from pipeline.shards import ClassName
+from tools.packing.folders import kaggle_tree, read_folders, read_kaggle
+from tools.packing.ilsvrc import ARCHIVES, TRAIN_ARCHIVE, VAL_ARCHIVE, members, read_archives
+from tools.packing.listing import Listing, RawImageNet, load_listing, stamp
+from tools.packing.parquet import find_parquet, read_parquet
+
+LAYOUTS = (
+    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class>, one <class>.tar per class "
+    "or parquet files called train-*"
+)
+
+
+class Layout(NamedTuple):
+    """A layout that was recognized."""
+
+    sources: list[Path]
+    """Archives whose size and time tell whether a cached listing still holds; empty: it is not cached."""
+    read: Callable[[], RawImageNet]
+    """Lists it."""
+
+
+def find_layout(raw: Path) -> Layout:
+    """Recognize what a folder holds. Raises `FileNotFoundError` or `ValueError` when it is nothing that we know."""
+    if not raw.is_dir():
+        raise FileNotFoundError(f"{raw} is no folder; it has to hold {LAYOUTS}")
+    if (raw / TRAIN_ARCHIVE).exists() or (raw / VAL_ARCHIVE).exists():
+        return Layout([raw / name for name in ARCHIVES if (raw / name).is_file()], lambda: read_archives(raw))
+    if tree := kaggle_tree(raw):
+        return Layout([], lambda: read_kaggle(raw, tree))
+    if any((files := find_parquet(raw)).values()):
+        return Layout([*files["train"], *files["val"]], lambda: read_parquet(raw, files))
+    if (raw / "train").is_dir():
+        return Layout([], lambda: read_folders(raw))
+    if tars := sorted((path for path in raw.glob("*.tar") if path.name[0] != "."), key=lambda path: path.stem):
+        return Layout(tars, lambda: read_class_tars(raw, tars))
+    raise FileNotFoundError(f"{raw} holds nothing that can be packed; it has to hold {LAYOUTS}")
+
+
+def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | None]:
+    """List a raw data set, or take the listing from `cache` if its archives are as they were.
+
+    Returns the listing, and what `save_listing` needs to cache it (None: it came from the cache, or lists folders,
+    which are as quick to list as a cache is to read). Raises `FileNotFoundError` or `ValueError` with a remedy.
+    """
+    layout = find_layout(raw)
+    if not layout.sources:
+        return layout.read(), None
+    validity = stamp(raw, layout.sources)
+    if cached := load_listing(cache, raw, validity):
+        return cached, None
+    return layout.read(), validity
+
+
+def read_class_tars(raw: Path, tars: list[Path]) -> RawImageNet:
+    """List a folder of per-class tars, as ImageNet-21k comes: `<wnid>.tar`, no validation images.
+
+    Raises `ValueError` for shards of WebDataset, which want another command, and tars without images.
+    """
+    listing = Listing(raw)
+    for label, path in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
+        images = sorted(members(path))
+        if any(name.endswith(".cls") for name, _, _ in images[:10]):
+            raise ValueError(f"{path} is a WebDataset shard; take it over with make_shards.py adopt")
+        if not images:
+            raise ValueError(f"{path} holds no image; fetch it again or remove it")
+        archive = listing.add_file(path)
+        for name, offset, size in images:
+            listing.append(archive, name, offset, size, label)
+    return RawImageNet("per-class tars", tuple(ClassName(path.stem, path.stem) for path in tars), {"train": listing})
+
+
+def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
+    """Move `fraction` of each class, rounded, from train to a validation split that the source lacks.
+
+    Raises `ValueError` when it has one, or nothing would be left on one side.
+    """
+    if "val" in data.splits:
+        raise ValueError(f"--val-fraction is for data without validation images, but {data.layout} has them; drop it")
+    train = data.splits["train"]
+    labels = np.frombuffer(train.label, np.int32)
+    order = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels[order], np.arange(len(data.classes) + 1))
+    generator = random.Random(seed)
+    in_val = np.zeros(len(train), bool)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        in_val[order[start + np.array(generator.sample(range(end - start), round((end - start) * fraction)), int)]] = (
+            True
+        )
+    if not in_val.any() or len(np.unique(labels[~in_val])) < len(data.classes):
+        raise ValueError(f"--val-fraction {fraction} leaves a split or a class empty; choose another")
+    splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
+    return replace(data, splits=splits)
