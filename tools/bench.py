@@ -42,7 +42,7 @@ def loader(
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turn.
         device: Where batches end up; auto takes the first GPU if there is one.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.loader import bench_loader
 
@@ -76,7 +76,7 @@ def peers(
         ffcv_python: Python of an environment with FFCV; docs/benchmarks/README.md tells how to make one.
         images: Whole shards, from the first one, that hold so many images; they are also written as files.
         scratch: Folder for those files, emptied again; the system's by default.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.peers import bench_peers
 
@@ -104,7 +104,7 @@ def model(
         repeats: Measurements of each contender, taken in turn.
         device: auto takes the first GPU if there is one.
         profile: Print where the time of a step goes as well.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.model import bench_model
 
@@ -129,7 +129,7 @@ def train(
         settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
         seconds: Length of one measurement.
         repeats: Measurements of each, taken in turn.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.train import bench_train
 
@@ -152,7 +152,7 @@ def pack(
         repeats: Measurements of each contender, taken in turn; each packs all of RAW.
         workers: Processes of each contender; one per core by default.
         scratch: Folder to write into, as large as RAW; emptied again. Beside RAW by default.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.pack import bench_pack
 
@@ -177,7 +177,7 @@ def pca(
         threads: Decoding threads; one per core by default.
         repeats: Passes over the training shards by each contender, taken in turn.
         device: Where images are decoded and summed.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.pca import bench_pca
 
@@ -202,23 +202,24 @@ def lighting(
         batches: Length of one measurement.
         repeats: Measurements of each contender, taken in turn.
         device: Where batches end up; auto takes the first GPU if there is one.
-        out: JSON-lines file to append one row per contender to.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.lighting import bench_lighting
 
     bench_lighting(shards, batch_size, threads, batches, repeats, device, out)
 
 
-def plan(images: int = 14_197_122, out: Path | None = None) -> None:
+def plan(images: int = 14_197_122, repeats: int = 3, out: Path | None = None) -> None:
     """Seconds and memory that make_shards takes to plan a pack, on a generated listing (by default of ImageNet-21k).
 
     Args:
         images: Number of images.
-        out: JSON-lines file to append the figures to.
+        repeats: Measurements.
+        out: File of JSON lines to append one row per figure to; a picture comes beside it.
     """
     from tools.benchmarks.plan import bench_plan
 
-    bench_plan(images, out)
+    bench_plan(images, repeats, out)
 
 
 if __name__ == "__main__":

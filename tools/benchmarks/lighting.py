@@ -16,7 +16,7 @@ from pipeline.normalize import BatchMemory, normalize
 from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
-from tools.benchmarks.measure import record, show, take_turns
+from tools.benchmarks.measure import Table, check_out, describe, record, take_turns
 from train.device import keep_freed_memory, pick_device
 
 WARM_UP = 5
@@ -29,6 +29,7 @@ def bench_lighting(
     """See `tools/bench.py lighting`."""
     if min(batch_size, batches, threads or 1) < 1 or repeats < 2:
         raise ValueError("--batch-size, --batches and --threads must be at least 1, --repeats at least 2")
+    check_out(out)
     keep_freed_memory()  # as the trainer does
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
@@ -74,12 +75,13 @@ def bench_lighting(
 
     lit, unlit = "the loader's graph", "the same without lighting"
     measured = take_turns({unlit: lambda: run(False), lit: lambda: run(True)}, repeats)
-    print(f"{train.num_samples} images of 256x256, batch {batch_size}, {threads} threads, {repeats} repeats, on {kind}")
-    show(measured, unit="images/s", reference=unlit)
+    print(f"{describe(train)}; batch {batch_size}, {threads} threads, {repeats} repeats, on {kind}")
+    table = Table("what lighting costs", "images/s", measured, unlit)
+    table.show()
     tell("speed", [a / b for a, b in zip(measured[lit], measured[unlit], strict=True)])
     tell("processor time", [a / b for a, b in zip(processor[True][1:], processor[False][1:], strict=True)])
     if out:
-        record(out, "lighting", measured, {"shards": train.manifest_sha256, "batch_size": batch_size})
+        record(out, "lighting", [table], describe(train), {"shards": train.manifest_sha256, "batch_size": batch_size})
 
 
 def tell(what: str, ratios: list[float]) -> None:

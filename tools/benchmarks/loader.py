@@ -22,7 +22,7 @@ from pipeline.loader import train_loader
 from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards
-from tools.benchmarks.measure import rate, record, show, take_turns
+from tools.benchmarks.measure import Table, check_out, describe, rate, record, take_turns
 from train.device import keep_freed_memory, pick_device
 
 LIMIT = "libjpeg-turbo alone (simplejpeg, whole)"
@@ -36,6 +36,7 @@ def bench_loader(
     """See `tools/bench.py loader`."""
     if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
+    check_out(out)
     keep_freed_memory()  # as the trainer does
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
@@ -69,14 +70,13 @@ def bench_loader(
         measured = take_turns(contenders, repeats)
     batches.close()
 
-    size = "stored size" if train.any_size else f"{IMAGE_SIDE}x{IMAGE_SIDE}"
-    kilobytes = np.mean([len(jpeg) for jpeg in jpegs]) / 1000
-    print(f"{train.num_samples} images of {size}, {kilobytes:.0f} kB, in {len(train.tars)} shards, batch {batch_size}")
+    print(f"{describe(train)}; batch {batch_size}")
     print(f"{speed.num_threads} threads of DALI, {processes} processes of the others, {repeats} repeats")
-    show(measured, unit="images/s", reference=LIMIT)
+    table = Table("training windows", "images/s", measured, LIMIT)
+    table.show()
     if out:
         settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": speed.num_threads}
-        record(out, "loader", measured, settings)
+        record(out, "loader", [table], describe(train), settings)
 
 
 @pipeline_def(enable_checkpointing=True)

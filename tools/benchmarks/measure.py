@@ -1,4 +1,5 @@
-"""How benchmarks measure: contenders in turn, medians and ratios on the screen, rows with hardware and versions."""
+"""How benchmarks measure: contenders in turn, medians and ratios on the screen, rows with hardware and versions, and a
+figure beside them."""
 
 import json
 import os
@@ -6,16 +7,54 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.shards import IMAGE_SIDE, ClassName, ShardSet
+from tools.benchmarks.figure import draw_tables
+from tools.checks.nvidia_smi import ask_nvidia
 
 if TYPE_CHECKING:
     import torch
 
 STEPS_ON_A_GPU = 20
 """Between two waits for the GPU, so that the host runs ahead of it."""
+GENERATED = "n9"
+"""How the made-up wnids of `tools/make_demo.py` begin; those of WordNet begin with n0 or n1."""
+
+
+class Table(NamedTuple):
+    """What was measured in turn, and is compared."""
+
+    title: str
+    """What the contenders do."""
+    unit: str
+    """Of every value: "images/s", "s", "GB"."""
+    measured: dict[str, list[float]]
+    """By contender, one value a turn."""
+    reference: str
+    """Whose ratio is 1.00."""
+
+    def ratio(self, name: str) -> float:
+        """Of a contender to the reference, median over the turns."""
+        pairs = zip(self.measured[name], self.measured[self.reference], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def show(self) -> None:
+        """Print medians, spreads and ratios."""
+        width = max(40, *map(len, self.measured))
+        print(f"{self.title:<{width}} {'median':>10} {'min':>10} {'max':>10}  ratio   ({self.unit})")
+        for name, values in self.measured.items():
+            figures = " ".join(f"{number(f(values)):>10}" for f in (statistics.median, min, max))
+            print(f"{name:<{width}} {figures}  {self.ratio(name):.2f}")
+
+
+def number(value: float) -> str:
+    """Four digits, or as many as there are before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float:
@@ -46,7 +85,7 @@ def timed(step: Callable[[], Any], images: int, seconds: float, place: "torch.de
     return lambda: rate(step, images, seconds)
 
 
-def take_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Measure each contender `repeats` times, in turn, after a first round that is thrown away. Every other round goes
     backwards, so that no place in the order is an advantage."""
     measured: dict[str, list[float]] = {name: [] for name in contenders}
@@ -58,44 +97,81 @@ def take_turns(contenders: dict[str, Callable[[], float]], repeats: int) -> dict
     return measured
 
 
-def show(measured: dict[str, list[float]], unit: str, reference: str) -> None:
-    """Print a table of medians, spreads and the ratio to `reference`, turn by turn."""
-    width = max(40, *map(len, measured))
-    print(f"{'':<{width}} {'median':>10} {'min':>10} {'max':>10}  ratio   ({unit})")
-    for name, values in measured.items():
-        ratio = statistics.median(a / b for a, b in zip(values, measured[reference], strict=True))
-        figures = f"{statistics.median(values):>10.0f} {min(values):>10.0f} {max(values):>10.0f}"
-        print(f"{name:<{width}} {figures}  {ratio:.2f}")
+def describe(shards: ShardSet) -> str:
+    """Which data it was, for people: "1600 generated images of 256x256, 32 kB each, in 2 shards"."""
+    size = "stored size" if shards.any_size else f"{IMAGE_SIDE}x{IMAGE_SIDE}"
+    kilobytes = sum(Path(tar).stat().st_size for tar in shards.tars) / shards.num_samples / 1000
+    images = f"{shards.num_samples} {images_of(shards.classes)} of {size}"
+    return f"{images}, {kilobytes:.0f} kB each, in {len(shards.tars)} shards"
 
 
-def record(out: Path, subcommand: str, measured: dict[str, list[float]], settings: dict[str, Any]) -> None:
-    """Append one JSON row per contender with what a reader needs to judge and repeat it."""
+def images_of(classes: Sequence[ClassName]) -> str:
+    """What to call images of these classes: "generated images" where `tools/make_demo.py` made them up."""
+    return "generated images" if all(name.wnid.startswith(GENERATED) for name in classes) else "images"
+
+
+def check_out(out: Path | None) -> None:
+    """Find out before the measurement whether rows can be written behind it. Raises `ValueError`, `OSError`."""
+    if out and out.suffix != ".jsonl":
+        raise ValueError(f"--out {out} is a file of JSON lines: call it .jsonl; a figure, .png, comes beside it")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+
+
+def record(
+    out: Path,
+    subcommand: str,
+    tables: list[Table],
+    data: str,
+    settings: Mapping[str, Any],
+    each: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Append one JSON row per contender with what a reader needs to judge and repeat it, and draw the tables beside it.
+
+    Args:
+        out: File of JSON lines; its figure has the suffix .png, and shows this run alone.
+        subcommand: Of `tools/bench.py`.
+        tables: What was measured.
+        data: On which data, as `describe` says it.
+        settings: What every row has besides.
+        each: What a contender's row has besides.
+    """
+    about = surroundings(subcommand) | {"data": data, **settings}
+    with out.open("a") as file:
+        for table in tables:
+            for name, values in table.measured.items():
+                row = {"contender": name, "median": statistics.median(values), "unit": table.unit, "values": values}
+                more = {"table": table.title, "ratio": table.ratio(name), "reference": table.reference}
+                file.write(json.dumps(row | more | dict((each or {}).get(name, {})) | about) + "\n")
+    machine = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, no GPU"
+    draw_tables(tables, out.with_suffix(".png"), f"bench {subcommand} on {data}; {machine}; {about['commit'][:7]}")
+
+
+def surroundings(subcommand: str) -> dict[str, Any]:
+    """Commit, command, hardware and versions."""
     import nvidia.dali
-    import simplejpeg
     import torch
 
     root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    about = {
+    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    git = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return {
         "benchmark": subcommand,
         "commit": git.stdout.strip(),
         "command": " ".join(["python", "tools/bench.py", *sys.argv[1:]]),
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "driver": ask_nvidia().driver,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "dali": nvidia.dali.__version__,
-            "simplejpeg": simplejpeg.__version__,
+            **{name: version(name) for name in ("simplejpeg", "numpy", "pillow")},
         },
-        **settings,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
-        for name, values in measured.items():
-            row = {"contender": name, "median": statistics.median(values), "values": values, **about}
-            file.write(json.dumps(row) + "\n")
 
 
 def processor() -> str:

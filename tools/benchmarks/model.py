@@ -12,7 +12,7 @@ from torch import nn
 
 from model.alexnet import AlexNet, AlexNetConfig
 from model.lrn import local_response_norm
-from tools.benchmarks.measure import record, show, take_turns, timed
+from tools.benchmarks.measure import Table, check_out, record, take_turns, timed
 from train.device import can_compile, compiled, keep_freed_memory, pick_device, set_arithmetic
 from train.optimizer import PaperSGD
 from train.schedule import OptimizerConfig
@@ -38,9 +38,11 @@ def bench_model(
     sizes = batch_sizes or ([128, 256, 1024] if place.type == "cuda" else [32])
     if min([*sizes, repeats]) < 1 or seconds <= 0:
         raise ValueError("--batch-sizes and --repeats must be at least 1, --seconds positive")
+    check_out(out)
     precision = precision or ("bf16" if place.type == "cuda" else "float32")
     keep_freed_memory()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
+    tables = []
     for part, contenders, reference in (
         ("normalization of (N, 96, 55, 55), forward and backward", normalizations, THEIRS),
         ("training steps", trainings, TORCHVISION),
@@ -48,10 +50,11 @@ def bench_model(
         for size in sizes:
             steps = contenders(size, DTYPES[precision], place)
             measured = take_turns({name: timed(step, size, seconds, place) for name, step in steps.items()}, repeats)
-            print(f"{part}: batch {size}, {precision}, {repeats} repeats, on {place}")
-            show(measured, unit="images/s", reference=reference)
-            if out:
-                record(out, "model", measured, {"part": part, "batch_size": size, "precision": precision})
+            print(f"batch {size}, {precision}, {repeats} repeats, on {place}")
+            tables.append(Table(f"{part}, batch {size}", "images/s", measured, reference))
+            tables[-1].show()
+    if out:
+        record(out, "model", tables, "random numbers", {"batch_sizes": sizes, "precision": precision})
     if profile:
         print(profiled(sizes[-1], DTYPES[precision], place))
 

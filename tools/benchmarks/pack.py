@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
-from tools.benchmarks.measure import record, show, take_turns
+from tools.benchmarks.measure import Table, check_out, images_of, record, take_turns
 from tools.packing.ilsvrc import read_archives
 from tools.packing.listing import RawImage
 
@@ -43,7 +42,9 @@ def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | Non
     """Measure and print; arguments as in `tools.bench.pack`."""
     if repeats < 1 or (workers is not None and workers < 1):
         raise ValueError("--repeats and --workers must be at least 1")
-    splits = read_archives(raw).splits
+    check_out(out)
+    source = read_archives(raw)
+    splits = source.splits
     images = [image for split in splits.values() for image in split]
     random.Random(0).shuffle(images)  # packers shuffle: every contender reads at random places
     num_bytes = sum(image.size for image in images)
@@ -79,14 +80,20 @@ def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | Non
         }
         measured = take_turns(contenders, repeats)
 
-    print(f"{len(images)} images of {num_bytes / len(images) / 1e3:.0f} kB, {workers} workers, {repeats} repeats")
-    show({name: measured[name] for name in (BASELINE, CROP256, CODEC)}, unit="images/s", reference=BASELINE)
-    of_codec = statistics.median(a / b for a, b in zip(measured[CROP256], measured[CODEC], strict=True))
-    print(f"{CROP256} reaches {of_codec:.2f} of {CODEC}\n")
-    show({name: measured[name] for name in (COPY, ORIGINAL, UNVERIFIED)}, unit="images/s", reference=COPY)
+    data = f"{len(images)} {images_of(source.classes)} of {num_bytes / len(images) / 1e3:.0f} kB"
+    print(f"{data}; {workers} workers, {repeats} repeats")
+
+    def table(title: str, names: tuple[str, ...]) -> Table:
+        return Table(title, "images/s", {name: measured[name] for name in names}, names[0])
+
+    cropped = table("packed at 256x256", (BASELINE, CROP256, CODEC))
+    cropped.show()
+    print(f"{CROP256} reaches {cropped._replace(reference=CODEC).ratio(CROP256):.2f} of {CODEC}\n")
+    copied = table("packed as they are", (COPY, ORIGINAL, UNVERIFIED))
+    copied.show()
     if out:
-        settings = {"images": len(images), "bytes": num_bytes, "workers": workers, "pillow": Image.__version__}
-        record(out, "pack", measured, settings)
+        settings = {"images": len(images), "bytes": num_bytes, "workers": workers}
+        record(out, "pack", [cropped, copied], data, settings)
 
 
 def in_new_folder(parent: Path, work: Callable[[Path], float]) -> float:

@@ -1,7 +1,6 @@
 """How fast the eigenbasis is computed, beside decoding alone."""
 
 import os
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -11,7 +10,7 @@ import torch
 from pipeline.eigenbasis import Eigenbasis, Moments
 from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards
-from tools.benchmarks.measure import record, show, take_turns
+from tools.benchmarks.measure import Table, check_out, describe, record, take_turns
 from tools.compute_pca import cuda_device
 from tools.moments import batch_sums
 
@@ -20,6 +19,7 @@ def bench_pca(shards: Path, batch_size: int, threads: int | None, repeats: int, 
     """See `tools/bench.py pca`."""
     if batch_size < 1 or repeats < 1 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1")
+    check_out(out)
     train, place = open_shards(shards, "train"), cuda_device() if device == "cuda" else "cpu"
     threads = threads or len(os.sched_getaffinity(0))
 
@@ -40,13 +40,13 @@ def bench_pca(shards: Path, batch_size: int, threads: int | None, repeats: int, 
 
     decode, whole = f"DALI decode alone ({device})", f"decode + exact moments ({device})"
     measured = take_turns({decode: decoding, whole: summing}, repeats)
-    print(f"{train.num_samples} images of 256x256 in {len(train.tars)} shards, batch {batch_size}, {repeats} repeats")
-    show(measured, unit="images/s", reference=decode)
-    slower = statistics.median(a / b for a, b in zip(measured[decode], measured[whole], strict=True))
-    print(f"the eigenbasis takes {slower:.2f} times as long as decoding alone")
+    print(f"{describe(train)}; batch {batch_size}, {repeats} repeats")
+    table = Table("sums for the eigenbasis", "images/s", measured, decode)
+    table.show()
+    print(f"the eigenbasis takes {1 / table.ratio(whole):.2f} times as long as decoding alone")
     if device == "cuda":
         pairs = zip(eigenvalues(place), eigenvalues("cpu"), strict=True)
         moved = ", ".join(f"{100 * (of_gpu / of_cpu - 1):+.4f} %" for of_gpu, of_cpu in pairs)
         print(f"the GPU's decoder moves the eigenvalues by {moved}")
     if out:
-        record(out, "pca", measured, {"shards": train.manifest_sha256, "batch_size": batch_size})
+        record(out, "pca", [table], describe(train), {"shards": train.manifest_sha256, "batch_size": batch_size})

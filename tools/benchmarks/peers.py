@@ -9,11 +9,11 @@ from time import sleep
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.reader import raise_open_files
-from pipeline.shards import IMAGE_SIDE, open_shards
+from pipeline.shards import open_shards
 from tools.benchmarks.contenders.check import check_batches, check_decoded
 from tools.benchmarks.contenders.data import CHECKED, PeerData, extract, numbered, whole_shards
 from tools.benchmarks.contenders.registry import PEERS, Peer
-from tools.benchmarks.measure import rate, record, show, take_turns
+from tools.benchmarks.measure import Table, check_out, describe, rate, record, take_turns
 from train.device import keep_freed_memory
 
 CHECK_BATCH, CHECK_WORKERS = 16, 2
@@ -36,6 +36,7 @@ def bench_peers(
     if min(batch_size, repeats, images, workers or 1) < 1 or seconds <= 0:
         raise ValueError("--batch-size, --workers, --repeats and --images must be at least 1, --seconds positive")
     chosen = choose(peers)
+    check_out(out)
     train = whole_shards(open_shards(shards, "train"), max(images, CHECKED, batch_size))
     if train.any_size:
         raise ValueError(f"{shards} holds images of any size, of which contenders make other pixels; pack crop256")
@@ -59,15 +60,17 @@ def bench_peers(
             print(f"{PEERS[name].title}: {check(PEERS[name], checked)}", flush=True)
         measured = measure([PEERS[name] for name in versions], data, seconds, repeats)
 
-    print(f"{train.num_samples} images of {IMAGE_SIDE}x{IMAGE_SIDE} in {len(train.tars)} shards, batch {batch_size}")
+    print(f"{describe(train)}; batch {batch_size}")
     print(f"{workers} processes or threads each, of ours one more, {repeats} repeats")
     reference = PEERS["ours"].title
-    show(measured, unit="images/s", reference=reference if reference in measured else next(iter(measured)))
+    reference = reference if reference in measured else next(iter(measured))
+    table = Table("loaders that do the same job", "images/s", measured, reference)
+    table.show()
     print_missing(missing, measured)
     if out:
         settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
         every = {package: version for found in versions.values() for package, version in found.items()}
-        record(out, "peers", measured, settings | {"peers": every, "not_measured": missing})
+        record(out, "peers", [table], describe(train), settings | {"peers": every, "not_measured": missing})
 
 
 def choose(names: list[str] | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from pipeline.shards import ClassName
-from tools.benchmarks.measure import record
+from tools.benchmarks.measure import Table, check_out, record
 from tools.packing.listing import Listing, RawImageNet, load_listing, save_listing
 from tools.packing.plan import Options, make_plan
 
@@ -16,22 +16,32 @@ CLASSES = 21_841
 """Of ImageNet-21k, whose 14,197,122 images make the largest pack that people have."""
 
 
-def bench_plan(images: int, out: Path | None) -> None:
+READ, PLAN, MEMORY = "read the listing", "plan", "memory at most"
+
+
+def bench_plan(images: int, repeats: int, out: Path | None) -> None:
     """Measure and print; arguments as in `tools.bench.plan`."""
-    if images < 1:
-        raise ValueError(f"--images must be at least 1, but is {images}")
+    if min(images, repeats) < 1:
+        raise ValueError(f"--images and --repeats must be at least 1, but are {images} and {repeats}")
+    check_out(out)
     with (
         tempfile.TemporaryDirectory(prefix="bench-plan-") as folder,
         ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool,  # each with a peak of its own
     ):
         path = Path(folder) / "listing.jsonl"
         written = pool.submit(write_listing, path, images).result()
-        loaded, planned, peak = pool.submit(load_and_plan, path).result()
-    print(f"{images} images in {min(CLASSES, images)} archives: listing of {written / 1e6:.0f} MB")
-    print(f"read in {loaded:.1f} s, planned in {planned:.1f} s, {peak:.2f} GB of memory at most")
+        runs = [pool.submit(load_and_plan, path).result() for _ in range(repeats)]
+    data = f"{images} made-up names in {min(CLASSES, images)} archives, a listing of {written / 1e6:.0f} MB"
+    print(f"{data}; {repeats} repeats")
+    loaded, planned, peaks = (list(values) for values in zip(*runs, strict=True))
+    tables = [
+        Table("before the first image is read", "s", {READ: loaded, PLAN: planned}, READ),
+        Table("of the process", "GB", {MEMORY: peaks}, MEMORY),
+    ]
+    for table in tables:
+        table.show()
     if out:
-        measured = {"read the listing, s": [loaded], "plan, s": [planned], "peak memory, GB": [peak]}
-        record(out, "plan", measured, {"images": images})
+        record(out, "plan", tables, data, {"images": images})
 
 
 def write_listing(path: Path, images: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pipeline.loader import Batch
-from tools.benchmarks.measure import record, show, take_turns, timed
+from tools.benchmarks.measure import Table, check_out, describe, record, take_turns, timed
 from train.config import Config, parse_config
 from train.device import keep_freed_memory, pick_device, set_arithmetic
 from train.loop import Trainer
@@ -24,6 +24,7 @@ def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repea
     """See `tools/bench.py train`."""
     if repeats < 1 or seconds <= 0:
         raise ValueError("--repeats must be at least 1, --seconds positive")
+    check_out(out)
     with tempfile.TemporaryDirectory() as scratch:  # a run wants a directory; nothing is written there
         place = ["--data.shards", str(shards), "--run.dir", scratch]
         whole = parse_config(["--config", str(recipe), *settings.split(), *place])
@@ -32,11 +33,9 @@ def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repea
         measured = take_turns(contenders(trainer, seconds, waits), repeats)
         trainer.close()
     train, batch = trainer.train_shards, whole.train.batch_size
-    print(
-        f"{train.num_samples} images in {len(train.tars)} shards, batch {batch}, {whole.train.precision}, "
-        f"{repeats} repeats, on {trainer.device}"
-    )
-    show(measured, unit="images/s", reference=REAL)
+    print(f"{describe(train)}; batch {batch}, {whole.train.precision}, {repeats} repeats, on {trainer.device}")
+    table = Table("does the network wait?", "images/s", measured, REAL)
+    table.show()
     efficiency = statistics.median(
         real / min(loader, synthetic) for loader, synthetic, real in zip(*measured.values(), strict=True)
     )
@@ -46,7 +45,13 @@ def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repea
     if out:
         config = {name: section for name, section in whole.to_json().items() if name != "run"}
         about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency}
-        record(out, "train", measured, about | {"wait_ms_p50": p50, "wait_ms_p99": p99, "wait_percent": percent})
+        record(
+            out,
+            "train",
+            [table],
+            describe(train),
+            about | {"wait_ms_p50": p50, "wait_ms_p99": p99, "wait_percent": percent},
+        )
 
 
 def start(config: Config) -> Trainer:

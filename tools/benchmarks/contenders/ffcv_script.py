@@ -1,6 +1,6 @@
 """FFCV as a contender of `bench peers`, in a process of its own, as FFCV wants an environment of its own.
 
-    FFCV_PYTHON tools/peers/ffcv_script.py SETTINGS.json
+    FFCV_PYTHON tools/benchmarks/contenders/ffcv_script.py SETTINGS.json
 
 writes the JPEGs, byte for byte, into FFCV's own format, and then follows lines on its standard input:
 
