@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from tests.conftest import ROOT, jpeg, photo, run_ok
+from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
 from tools.benchmarks import pack as bench_pack
 from tools.benchmarks.loader import Windows
 from tools.make_demo import make_demo
@@ -123,6 +123,20 @@ def test_plan(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {row["contender"] for row in rows} == {"read the listing", "plan", "memory at most"}
     assert all(row["median"] > 0 for row in rows)
+
+
+def test_all(shards: Path, tmp_path: Path) -> None:
+    """Each runs by its own command, with rows and a figure; what cannot run is named, and the others still do; a wrong
+    name is found before any."""
+    text = run_ok("tools/bench.py", "all", shards, "--only", '["pca", "pack"]', "--out", tmp_path / "rows")
+    assert "pack: not measured, it needs --raw" in text and f"bench.py pca {shards} --out" in text
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {"pca.jsonl", "pca.png"}
+    done = run_python("tools/bench.py", "all", shards, "--only", '["pca", "speed"]', "--out", tmp_path / "other")
+    assert done.returncode == 2 and "not speed" in done.stderr and not (tmp_path / "other").exists()
+    done = run_python("tools/bench.py", "all", shards, "--only", '["pack"]', "--raw", tmp_path, "--out", tmp_path / "a")
+    assert done.returncode == 2 and done.stderr.endswith(
+        "error: pack failed, see above; --only pack repeats one of them\n"
+    )
 
 
 def test_pca(shards: Path) -> None:

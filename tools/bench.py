@@ -8,6 +8,7 @@
     python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
     python tools/bench.py lighting SHARDS   what lighting costs
     python tools/bench.py plan              what a pack costs before the first image is read
+    python tools/bench.py all SHARDS        all of them, one after the other
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
 printed, and the ratios are what counts. Warm-up is left out.
@@ -222,6 +223,27 @@ def plan(images: int = 14_197_122, repeats: int = 3, out: Path | None = None) ->
     bench_plan(images, repeats, out)
 
 
+def every(
+    shards: Path,
+    raw: Path | None = None,
+    out: Path = Path("benchmarks"),
+    only: list[str] | None = None,
+    ffcv_python: Path | None = None,
+) -> None:
+    """All of them, one after the other; each prints its own command. One that fails does not stop the others.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        raw: Folder of raw images, for pack.
+        out: Folder for rows and figures, a pair of files each.
+        only: Some of them, by name.
+        ffcv_python: Python of an environment with FFCV, for peers.
+    """
+    from tools.benchmarks.every import bench_every
+
+    bench_every(shards, raw, out, only, ffcv_python)
+
+
 if __name__ == "__main__":
     run_program(
         {
@@ -233,5 +255,6 @@ if __name__ == "__main__":
             "pca": pca,
             "lighting": lighting,
             "plan": plan,
+            "all": every,
         }
     )

@@ -106,6 +106,5 @@ def raised_by_us(error: BaseException) -> bool:
     if error.__cause__ is not None:  # concurrent.futures puts the worker's traceback there
         return True
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return file.parent in {
-        Path(__file__).resolve().parents[1] / room for room in ("pipeline", "model", "train", "tools")
-    }
+    root = Path(__file__).resolve().parents[1]
+    return any(file.is_relative_to(root / room) for room in ("pipeline", "model", "train", "tools"))
