@@ -41,6 +41,6 @@ def draw_tables(tables: "list[Table]", path: Path, caption: str) -> None:
             axes.set_xlim(0, 1.1 * max(max(values) for values in table.measured.values()))
             axes.invert_yaxis()
             axes.tick_params(labelsize=8)
-            axes.set_title(f"{table.title}, {table.unit} (and of {table.reference})", fontsize=9, loc="left")
+            axes.set_title(f"{table.title}: {table.unit}, and ratios to the orange bar", fontsize=9, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
         figure.supxlabel("\n".join(textwrap.wrap(caption, 120)), fontsize=7, color="dimgrey")
