@@ -96,10 +96,12 @@ def model(
     """Images per second of training on a batch that is there already, beside torchvision's network.
 
     Ours as it stands, compiled, and written in other ways. First of all, local response normalization alone, beside
-    torch's and beside copying.
+    torch's and beside copying. Last, with one tower on each of two GPUs (without a GPU: two processes), beside the
+    paper's network for one GPU, than which it takes "slightly less time to train" (section 3.2).
 
     Args:
-        batch_sizes: Images per batch, one measurement each; by default [128,256,1024] on a GPU and [32] on a CPU.
+        batch_sizes: Images per batch, one measurement each; by default [128,256,1024] on a GPU and [32] on a CPU. The
+            towers take the first.
         precision: Of activations; by default bf16 on a GPU and float32 on a CPU.
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turn.

@@ -1,5 +1,5 @@
 """How fast the network trains on a batch that is there already, beside torchvision's network and other ways to write
-ours."""
+ours; and with its towers on two devices, beside the paper's network for one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +42,7 @@ def bench_model(
     precision = precision or ("bf16" if place.type == "cuda" else "float32")
     keep_freed_memory()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
-    tables = []
+    tables, missing = [], {}
     for part, contenders, reference in (
         ("normalization of (N, 96, 55, 55), forward and backward", normalizations, THEIRS),
         ("training steps", trainings, TORCHVISION),
@@ -53,8 +53,22 @@ def bench_model(
             print(f"batch {size}, {precision}, {repeats} repeats, on {place}")
             tables.append(Table(f"{part}, batch {size}", "images/s", measured, reference))
             tables[-1].show()
+    steps.clear()  # what they hold is room for the next
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    from tools.benchmarks import towers  # which takes its steps from here
+
+    sent = towers.bytes_per_step(towers.FULL, sizes[0], DTYPES[precision])
+    try:
+        tables.append(towers.measure_towers(sizes[0], DTYPES[precision], place, seconds, repeats))
+        tables[-1].show()
+        print(f"{towers.verdict(tables[-1])}\neach of the two sends {sent / 1e6:.1f} MB in a step (docs/towers.md)")
+    except towers.NotMeasuredError as error:
+        missing = {towers.TITLE: str(error)}
+        print(f"{towers.TITLE}: not measured: {error}")
     if out:
-        record(out, "model", tables, "random numbers", {"batch_sizes": sizes, "precision": precision})
+        settings = {"batch_sizes": sizes, "precision": precision, "not_measured": missing}
+        record(out, "model", tables, "random numbers", settings, {towers.TWO_DEVICES: {"bytes_sent_per_step": sent}})
     if profile:
         print(profiled(sizes[-1], DTYPES[precision], place))
 
