@@ -41,11 +41,11 @@ def test_loader(shards: Path, tmp_path: Path) -> None:
 
 
 def test_train(shards: Path, tmp_path: Path) -> None:
-    """Loader, network and both: positive rates; efficiency, waiting and what binds are told, on the screen and in the
-    rows."""
+    """Loader, network and both: positive rates; efficiency, waiting, what binds and where the time goes are told, on
+    the screen and in the rows."""
     out, small = tmp_path / "rows.jsonl", "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false"
     config = ROOT / "train/configs/quickstart.yaml"
-    turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
+    turns = ["--seconds", "0.5", "--repeats", "2", "--profile", "--out", out]
     text = run_ok("tools/bench.py", "train", shards, "--recipe", config, "--settings", small, *turns)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["contender"].split()[0] for row in rows] == ["loader", "network", "both,"]
@@ -56,6 +56,14 @@ def test_train(shards: Path, tmp_path: Path) -> None:
     assert f"real / min(loader, network): {efficiency:.2f}" in text
     assert f"p50 {rows[0]['wait_ms_p50']:.2f} ms" in text and 0 < rows[0]["wait_percent"] < 100
     assert f"the {'loader' if loader < network else 'network'} binds" in text
+    parts = [rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")]
+    assert (
+        sum(parts) == pytest.approx(100) and min(parts[:2]) > 0 and "where 10 training steps spend their time" in text
+    )
+    if rows[0]["gpu"] is None:
+        assert rows[0]["gpu_utilization_percent"] is None and "busy_percent" not in rows[0]
+    else:
+        assert rows[0]["busy_percent"] + rows[0]["idle_percent"] == pytest.approx(100)
 
 
 def test_the_plain_loader_makes_the_same_batches(plain_basis: Eigenbasis) -> None:

@@ -120,11 +120,12 @@ def train(
     settings: str = "",
     seconds: float = 10.0,
     repeats: int = 5,
+    profile: bool = False,
     out: Path | None = None,
 ) -> None:
     """Images per second of the loader alone, of the network on a batch that is there already, and of training.
 
-    Says which of the two binds, and how long the network waits for batches.
+    Says which of the two binds, how long the network waits for batches, and how busy nvidia-smi finds the GPU.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -132,11 +133,12 @@ def train(
         settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
         seconds: Length of one measurement.
         repeats: Measurements of each, taken in turn.
+        profile: Tell as well where the time of ten training steps goes; on a GPU, how long it is busy and idle.
         out: File of JSON lines to append one row per contender to; a figure comes beside it.
     """
     from tools.benchmarks.train import bench_train
 
-    bench_train(shards, recipe, settings, seconds, repeats, out)
+    bench_train(shards, recipe, settings, seconds, repeats, profile, out)
 
 
 def pack(

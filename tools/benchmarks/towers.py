@@ -45,9 +45,6 @@ PATIENCE_S = 300.0
 """For an answer, besides ten times what the steps should take: compiling and a first step take long on few cores. Where
 a tower waits for the other one in vain, `model.peer.TIMEOUT` ends it sooner."""
 
-GOODBYE_S = 10.0
-"""For a process to end by itself."""
-
 
 class NotMeasuredError(RuntimeError):
     """Why there are no figures."""
@@ -149,7 +146,7 @@ def started(job: Job, patience_s: float) -> Iterator[Callable[[str, int], float]
             for pipe in ours:
                 pipe.close()  # who waits for an order leaves
             for process in processes:
-                process.join(GOODBYE_S)
+                process.join(10.0)
         finally:
             for process in processes:
                 if process.pid is not None:

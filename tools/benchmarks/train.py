@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.profiler import record_function
 
 from pipeline.loader import Batch
 from tools.benchmarks.measure import Table, check_out, describe, record, take_turns, timed
+from tools.benchmarks.timeline import STEP, WAIT, WINDOW, Timeline, read_timeline, traced
+from tools.benchmarks.utilization import name_of, watched
 from train.config import Config, parse_config
 from train.device import keep_freed_memory, pick_device, set_arithmetic
 from train.loop import Trainer
@@ -18,9 +21,14 @@ from train.meter import StepMeter
 from train.placement import Placement
 
 LOADER, SYNTHETIC, REAL = "loader alone", "network alone, on one batch", "both, as in training"
+WAITS, UTILIZATION = ("wait_ms_p50", "wait_ms_p99", "wait_percent"), "gpu_utilization_percent"
+UNCOUNTED, PROFILED = 5, 10
+"""Steps under the profiler."""
 
 
-def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repeats: int, out: Path | None) -> None:
+def bench_train(
+    shards: Path, recipe: Path, settings: str, seconds: float, repeats: int, profile: bool, out: Path | None
+) -> None:
     """See `tools/bench.py train`."""
     if repeats < 1 or seconds <= 0:
         raise ValueError("--repeats must be at least 1, --seconds positive")
@@ -29,8 +37,10 @@ def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repea
         place = ["--data.shards", str(shards), "--run.dir", scratch]
         whole = parse_config(["--config", str(recipe), *settings.split(), *place])
         trainer = start(whole)
-        waits: dict[str, list[float]] = {"p50": [], "p99": [], "percent": []}
-        measured = take_turns(contenders(trainer, seconds, waits), repeats)
+        batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
+        turns: list[dict[str, float]] = []
+        measured = take_turns(contenders(trainer, batches, seconds, turns), repeats)
+        timeline = profiled(trainer, batches) if profile else None
         trainer.close()
     train, batch = trainer.train_shards, whole.train.batch_size
     print(f"{describe(train)}; batch {batch}, {whole.train.precision}, {repeats} repeats, on {trainer.device}")
@@ -39,19 +49,27 @@ def bench_train(shards: Path, recipe: Path, settings: str, seconds: float, repea
     efficiency = statistics.median(
         real / min(loader, synthetic) for loader, synthetic, real in zip(*measured.values(), strict=True)
     )
-    p50, p99, percent = (statistics.median(waits[name][1:]) for name in waits)  # the first turn is thrown away
+    figures = {name: median_of(turns[1:], name) for name in (*WAITS, UTILIZATION)}  # the first turn is thrown away
+    p50, p99, percent = (figures[name] for name in WAITS)
     print(f"real / min(loader, network): {efficiency:.2f}; {binding(measured, trainer.device)} binds")
     print(f"waiting for input: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {percent:.1f} % of the time")
+    if trainer.device.type == "cuda":
+        told = figures[UTILIZATION]
+        print(f"GPU utilization in training: {'nvidia-smi tells none' if told is None else f'{told:.0f} %'}")
+    if timeline:
+        timeline.show(PROFILED)
+        if trainer.device.type == "cuda" and "busy_percent" not in timeline.percent:
+            print("torch's profiler saw no kernel: CUPTI did not start; another profiler may hold it")
     if out:
         config = {name: section for name, section in whole.to_json().items() if name != "run"}
-        about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency}
-        record(
-            out,
-            "train",
-            [table],
-            describe(train),
-            about | {"wait_ms_p50": p50, "wait_ms_p99": p99, "wait_percent": percent},
-        )
+        about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency, **figures}
+        record(out, "train", [table], describe(train), about | (timeline.percent if timeline else {}))
+
+
+def median_of(turns: list[dict[str, float]], name: str) -> float | None:
+    """Of a figure over the turns that have it; None where none has."""
+    values = [turn[name] for turn in turns if name in turn]
+    return statistics.median(values) if values else None
 
 
 def start(config: Config) -> Trainer:
@@ -65,36 +83,62 @@ def start(config: Config) -> Trainer:
     return trainer
 
 
-def contenders(trainer: Trainer, seconds: float, waits: dict[str, list[float]]) -> dict[str, Callable[[], float]]:
-    """What takes turns; the last one also adds to `waits`."""
+def contenders(
+    trainer: Trainer, batches: Iterator[Batch], seconds: float, turns: list[dict[str, float]]
+) -> dict[str, Callable[[], float]]:
+    """What takes turns; the last one also adds a turn's figures to `turns`."""
     learner, device, images = trainer.learner, trainer.device, trainer.config.train.batch_size
-    batches: Iterator[Batch] = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
     kept = Batch(*(tensor.clone() for tensor in next(batches)))
-    rates = dict.fromkeys(learner.names, 1e-9)  # the same work, and nothing that could diverge
-
-    def alone() -> None:
-        learner.step(kept, rates)
+    rates = harmless_rates(trainer)
 
     def together() -> float:
         meter = StepMeter(device, trainer.placement)
-
-        def step() -> None:
-            batch = next(batches)
-            meter.start_step()
-            loss, correct, _ = learner.step(batch, rates)
-            meter.end_step(loss, correct, batch)
-
-        speed = timed(step, images, seconds, device)()
+        with watched(name_of(device)) as utilizations:
+            speed = timed(lambda: real_step(trainer, batches, meter, rates), images, seconds, device)()
         figures = meter.read(images)
-        for name, key in (("p50", "wait_ms_p50"), ("p99", "wait_ms_p99"), ("percent", "wait_percent")):
-            waits[name].append(figures[key])
+        turns.append({name: figures[name] for name in WAITS})
+        if utilizations:
+            turns[-1][UTILIZATION] = statistics.median(utilizations)
         return speed
 
     return {
         LOADER: timed(lambda: next(batches), images, seconds, device),
-        SYNTHETIC: timed(alone, images, seconds, device),
+        SYNTHETIC: timed(lambda: learner.step(kept, rates), images, seconds, device),
         REAL: together,
     }
+
+
+def harmless_rates(trainer: Trainer) -> dict[str, float]:
+    """Of every parameter: the same work, and nothing that could diverge."""
+    return dict.fromkeys(trainer.learner.names, 1e-9)
+
+
+def real_step(trainer: Trainer, batches: Iterator[Batch], meter: StepMeter, rates: dict[str, float]) -> None:
+    """One step as in training, with the marks of a timeline."""
+    with record_function(WAIT):
+        batch = next(batches)
+    with record_function(STEP):
+        meter.start_step()
+        loss, correct, _ = trainer.learner.step(batch, rates)
+        meter.end_step(loss, correct, batch)
+
+
+def profiled(trainer: Trainer, batches: Iterator[Batch]) -> Timeline:
+    """Where the time of real training steps goes, behind some that only fill the queues."""
+    meter, rates = StepMeter(trainer.device, trainer.placement), harmless_rates(trainer)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            real_step(trainer, batches, meter, rates)
+
+    def work() -> None:
+        steps(UNCOUNTED)
+        with record_function(WINDOW):
+            steps(PROFILED)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+
+    return read_timeline(traced(work), PROFILED)
 
 
 def binding(measured: dict[str, list[float]], device: torch.device) -> str:
