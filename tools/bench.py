@@ -19,8 +19,6 @@ from typing import Literal
 
 from train.program import run_program
 
-FAST = Path(__file__).resolve().parents[1] / "train" / "configs" / "fast.yaml"
-
 
 def loader(
     shards: Path,
@@ -74,7 +72,7 @@ def peers(
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turn.
         peers: Contenders, of pillow, torchvision, webdataset, spdl, ffcv, dali and ours; all by default.
-        ffcv_python: Python of an environment with FFCV; docs/benchmarks/README.md tells how to make one.
+        ffcv_python: Python of an environment with FFCV; docs/benchmarks/details.md tells how to make one.
         images: Whole shards, from the first one, that hold so many images; they are also written as files.
         scratch: Folder for those files, emptied again; the system's by default.
         out: File of JSON lines to append one row per contender to; a figure comes beside it.
@@ -116,7 +114,7 @@ def model(
 
 def train(
     shards: Path,
-    recipe: Path = FAST,
+    recipe: Path | None = None,
     settings: str = "",
     seconds: float = 10.0,
     repeats: int = 5,
@@ -129,7 +127,7 @@ def train(
 
     Args:
         shards: Folder written by make_shards and compute_pca.
-        recipe: YAML file as for train.run; by default fast.yaml.
+        recipe: YAML file as for train.run; by default fast.yaml on a GPU and quickstart.yaml without.
         settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
         seconds: Length of one measurement.
         repeats: Measurements of each, taken in turn.

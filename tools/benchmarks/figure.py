@@ -16,6 +16,7 @@ HEIGHT_OF_A_BAR = 0.32
 
 def draw_tables(tables: "list[Table]", path: Path, caption: str) -> None:
     """A panel for each table, a bar for each contender: its median, its spread, its ratio to the reference."""
+    caption += "; beside each bar its ratio to the orange one"
     bars = [len(table.measured) + 2 for table in tables]
     with saved_figure(path) as figure:
         figure.set_size_inches(9, 0.7 + HEIGHT_OF_A_BAR * sum(bars))
@@ -41,6 +42,6 @@ def draw_tables(tables: "list[Table]", path: Path, caption: str) -> None:
             axes.set_xlim(0, 1.1 * max(max(values) for values in table.measured.values()))
             axes.invert_yaxis()
             axes.tick_params(labelsize=8)
-            axes.set_title(f"{table.title}: {table.unit}, and ratios to the orange bar", fontsize=9, loc="left")
+            axes.set_title(f"{table.title}, {table.unit}", fontsize=9, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
         figure.supxlabel("\n".join(textwrap.wrap(caption, 120)), fontsize=7, color="dimgrey")

@@ -12,10 +12,10 @@ from torch import nn
 
 from model.alexnet import AlexNet, AlexNetConfig
 from model.lrn import local_response_norm
+from tools.benchmarks import towers
 from tools.benchmarks.measure import Table, check_out, record, take_turns, timed
+from tools.benchmarks.synthetic import training_on
 from train.device import can_compile, compiled, keep_freed_memory, pick_device, set_arithmetic
-from train.optimizer import PaperSGD
-from train.schedule import OptimizerConfig
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["float32", "bf16", "fp16"]
@@ -56,8 +56,6 @@ def bench_model(
     steps.clear()  # what they hold is room for the next
     if place.type == "cuda":
         torch.cuda.empty_cache()
-    from tools.benchmarks import towers  # which takes its steps from here
-
     sent = towers.bytes_per_step(towers.FULL, sizes[0], DTYPES[precision])
     try:
         tables.append(towers.measure_towers(sizes[0], DTYPES[precision], place, seconds, repeats))
@@ -127,27 +125,6 @@ def trainings(batch_size: int, dtype: torch.dtype, place: torch.device) -> dict[
             "ours, conv1 as 3x3 on 48 maps, CUDA graphs": training(with_layers(UnshuffledConv2d, "conv1"), graphs),
         }
     return steps
-
-
-def training_on(batch_size: int, dtype: torch.dtype, place: torch.device) -> Callable[..., Callable[[], None]]:
-    """Makes steps on a synthetic batch from a network, and from what is to be done with it first."""
-    images = 50 * torch.randn(batch_size, 3, 224, 224, device=place).to(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (batch_size,), device=place)
-
-    def training(model: nn.Module, wrap: Callable[[Any], nn.Module] = lambda model: model) -> Callable[[], None]:
-        network = wrap(model.to(place))
-        optimizer = PaperSGD(model.named_parameters(), OptimizerConfig())
-        rates = {name: 1e-9 for name, _ in model.named_parameters()}
-
-        def step() -> None:
-            with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
-                loss = F.cross_entropy(network(images).float(), labels)
-            loss.backward()
-            optimizer.step(rates)
-
-        return step
-
-    return training
 
 
 def profiled(batch_size: int, dtype: torch.dtype, place: torch.device) -> str:

@@ -33,7 +33,7 @@ from model.alexnet import AlexNet, AlexNetConfig
 from model.parallel import TOWERS, Mesh, TowerAlexNet, bytes_per_image, seed_process
 from model.peer import TIMEOUT, PeerLostError
 from tools.benchmarks.measure import STEPS_ON_A_GPU, Table, take_turns
-from tools.benchmarks.model import training_on
+from tools.benchmarks.synthetic import training_on
 from train.device import can_compile, keep_freed_memory, set_arithmetic
 
 TWO_DEVICES, ONE_DEVICE = "two towers, one on each of two devices", "two towers on one device"

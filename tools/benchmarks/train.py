@@ -20,6 +20,7 @@ from train.loop import Trainer
 from train.meter import StepMeter
 from train.placement import Placement
 
+CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 LOADER, SYNTHETIC, REAL = "loader alone", "network alone, on one batch", "both, as in training"
 WAITS, UTILIZATION = ("wait_ms_p50", "wait_ms_p99", "wait_percent"), "gpu_utilization_percent"
 UNCOUNTED, PROFILED = 5, 10
@@ -27,13 +28,14 @@ UNCOUNTED, PROFILED = 5, 10
 
 
 def bench_train(
-    shards: Path, recipe: Path, settings: str, seconds: float, repeats: int, profile: bool, out: Path | None
+    shards: Path, recipe: Path | None, settings: str, seconds: float, repeats: int, profile: bool, out: Path | None
 ) -> None:
     """See `tools/bench.py train`."""
     if repeats < 1 or seconds <= 0:
         raise ValueError("--repeats must be at least 1, --seconds positive")
     check_out(out)
     with tempfile.TemporaryDirectory() as scratch:  # a run wants a directory; nothing is written there
+        recipe = recipe or CONFIGS / ("fast.yaml" if torch.cuda.is_available() else "quickstart.yaml")
         place = ["--data.shards", str(shards), "--run.dir", scratch]
         whole = parse_config(["--config", str(recipe), *settings.split(), *place])
         trainer = start(whole)

@@ -60,4 +60,4 @@ PEERS = {
     "dali": Peer("DALI, as its ImageNet example", versions_of("nvidia-dali-cuda120"), dali_batches, dali_decode),
     "ours": Peer("ours", versions_of("nvidia-dali-cuda120"), our_batches, our_decode),
 }
-"""Every contender by its name; what is true of FFmpeg's and FFCV's pixels stands in docs/benchmarks/README.md."""
+"""Every contender by its name; what is true of FFmpeg's and FFCV's pixels stands in docs/benchmarks/details.md."""
