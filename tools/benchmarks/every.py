@@ -23,8 +23,9 @@ NEEDS = {
 def bench_every(shards: Path, raw: Path | None, out: Path, only: list[str] | None, ffcv_python: Path | None) -> None:
     """See `tools/bench.py all`. Raises `ValueError` at the end where one of them failed."""
     names = list(NEEDS) if only is None else [name for name in NEEDS if name in only]
-    if unknown := sorted(set(only or []) - set(NEEDS)):
-        raise ValueError(f"--only takes some of {', '.join(NEEDS)}, not {', '.join(unknown)}")
+    unknown = sorted(set(only or []) - set(NEEDS))
+    if unknown or not names:
+        raise ValueError(f"--only takes some of {', '.join(NEEDS)}, not {', '.join(unknown) or 'none'}")
     open_shards(shards, "train")  # before an hour is spent
     out.mkdir(parents=True, exist_ok=True)
     places, failed = {"shards": shards, "raw": raw}, []

@@ -27,7 +27,7 @@ def bench_lighting(
     shards: Path, batch_size: int, threads: int | None, batches: int, repeats: int, device: str, out: Path | None
 ) -> None:
     """See `tools/bench.py lighting`."""
-    if min(batch_size, batches, threads or 1) < 1 or repeats < 2:
+    if min(batch_size, batches) < 1 or repeats < 2 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --batches and --threads must be at least 1, --repeats at least 2")
     check_out(out)
     keep_freed_memory()  # as the trainer does

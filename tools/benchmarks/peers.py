@@ -33,7 +33,7 @@ def bench_peers(
     out: Path | None,
 ) -> None:
     """See `tools/bench.py peers`."""
-    if min(batch_size, repeats, images, workers or 1) < 1 or seconds <= 0:
+    if min(batch_size, repeats, images) < 1 or seconds <= 0 or (workers is not None and workers < 1):
         raise ValueError("--batch-size, --workers, --repeats and --images must be at least 1, --seconds positive")
     chosen = choose(peers)
     check_out(out)
@@ -55,6 +55,8 @@ def bench_peers(
         workers = workers or len(os.sched_getaffinity(0))
         data = PeerData(train, extract(train, place / "all"), basis, batch_size, workers, place, ffcv_python)
         versions, missing = find(chosen, data)
+        if not versions:
+            raise ValueError("; ".join(f"{title} cannot be measured: {reason}" for title, reason in missing.items()))
         print(f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}, by {CHECK_WORKERS} workers:")
         for name in versions:
             print(f"{PEERS[name].title}: {check(PEERS[name], checked)}", flush=True)
