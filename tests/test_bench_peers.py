@@ -180,7 +180,7 @@ def test_mistakes_on_the_command_line(shards: Path) -> None:
         bench_peers.choose(["ours", "tensorflow"])
     assert bench_peers.choose(["ours", "pillow"]) == ["pillow", "ours"] and len(bench_peers.choose(None)) == 7
     none = Path("no-python")
-    with pytest.raises(ValueError, match="FFCV cannot be measured: .*no-python"):
+    with pytest.raises(ValueError, match=r"FFCV cannot be measured: .*no-python"):
         bench_peers.bench_peers(shards, 16, 1, 0.1, 1, ["ffcv"], none, 128, None, None)
     with pytest.raises(ValueError, match="--workers"):
         bench_peers.bench_peers(shards, 16, 0, 0.1, 1, ["ours"], none, 128, None, None)

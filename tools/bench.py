@@ -8,6 +8,7 @@
     python tools/bench.py pca SHARDS        how fast the eigenbasis is computed, beside decoding alone
     python tools/bench.py lighting SHARDS   what lighting costs
     python tools/bench.py plan              what a pack costs before the first image is read
+    python tools/bench.py scaling SHARDS    how speed and memory grow with threads, processes, samples and epochs
     python tools/bench.py all SHARDS        all of them, one after the other
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
@@ -225,6 +226,44 @@ def plan(images: int = 14_197_122, repeats: int = 3, out: Path | None = None) ->
     bench_plan(images, repeats, out)
 
 
+def scaling(
+    shards: Path,
+    raw: Path | None = None,
+    threads: list[int] | None = None,
+    ranks: list[int] | None = None,
+    samples: list[int] | None = None,
+    epochs: int = 20,
+    workers: list[int] | None = None,
+    gpu_rates: list[float] | None = None,
+    batch_size: int = 128,
+    seconds: float = 3.0,
+    repeats: int = 3,
+    out: Path | None = None,
+) -> None:
+    """Curves of the loader, on a CPU, over threads and processes; of its start-up and memory over the number of
+    samples; of its speed and memory over epochs; with RAW, of packing and of the eigenbasis' sums over workers.
+
+    Then, on paper, what a run on 64 GPUs would ask of its machines.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        raw: Folder of raw images, as for `pack`; without it, packing and the sums are left out.
+        threads: Numbers of DALI's threads, as in [1,2,4]; by default up to two more than there are cores.
+        ranks: Numbers of processes with a thread each, beside one process with as many threads; by default [1,2].
+        samples: Sizes of the sets that are opened; by default [10000,1281167,14197122]. They are links to one shard.
+        epochs: Epochs of one process, of the first 20,000 images.
+        workers: Numbers of packing processes, and of threads for the sums; by default up to the number of cores.
+        gpu_rates: Images per second of each GPU that the estimate assumes; by default [5000,10000,20000].
+        batch_size: Images per batch.
+        seconds: Length of one measurement of the loader.
+        repeats: Measurements of each contender, taken in turn.
+        out: File of JSON lines to append one row per contender to; a figure comes beside it.
+    """
+    from tools.benchmarks.scaling.bench import bench_scaling
+
+    bench_scaling(shards, raw, threads, ranks, samples, epochs, workers, gpu_rates, batch_size, seconds, repeats, out)
+
+
 def every(
     shards: Path,
     raw: Path | None = None,
@@ -257,6 +296,7 @@ if __name__ == "__main__":
             "pca": pca,
             "lighting": lighting,
             "plan": plan,
+            "scaling": scaling,
             "all": every,
         }
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 STEPS_ON_A_GPU = 20
 """Between two waits for the GPU, so that the host runs ahead of it."""
+Draw = Callable[[list["Table"], Path, str], None]
+"""Draws tables into a PNG file, with a caption."""
 GENERATED = "n9"
 """How the made-up wnids of `tools/make_demo.py` begin; those of WordNet begin with n0 or n1."""
 
@@ -126,8 +128,10 @@ def record(
     data: str,
     settings: Mapping[str, Any],
     each: Mapping[str, Mapping[str, Any]] | None = None,
+    also: Sequence[Mapping[str, Any]] = (),
+    draw: Draw = draw_tables,
 ) -> None:
-    """Append one JSON row per contender with what a reader needs to judge and repeat it, and draw the tables beside it.
+    """Append one JSON row per contender with what a reader needs to judge and repeat it, and a figure beside it.
 
     Args:
         out: File of JSON lines; its figure has the suffix .png, and shows this run alone.
@@ -136,6 +140,8 @@ def record(
         data: On which data, as `describe` says it.
         settings: What every row has besides.
         each: What a contender's row has besides.
+        also: Rows of what is no contender, or was not measured.
+        draw: Makes the figure; by default with a bar for each contender.
     """
     about = surroundings(subcommand) | {"data": data, **settings}
     with out.open("a") as file:
@@ -144,8 +150,10 @@ def record(
                 row = {"contender": name, "median": statistics.median(values), "unit": table.unit, "values": values}
                 more = {"table": table.title, "ratio": table.ratio(name), "reference": table.reference}
                 file.write(json.dumps(row | more | dict((each or {}).get(name, {})) | about) + "\n")
+        for extra in also:
+            file.write(json.dumps(dict(extra) | about) + "\n")
     machine = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, no GPU"
-    draw_tables(tables, out.with_suffix(".png"), f"bench {subcommand} on {data}; {machine}; {about['commit'][:7]}")
+    draw(tables, out.with_suffix(".png"), f"bench {subcommand} on {data}; {machine}; {about['commit'][:7]}")
 
 
 def surroundings(subcommand: str) -> dict[str, Any]:
