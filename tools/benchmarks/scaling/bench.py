@@ -9,7 +9,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks.figure import draw_panels
 from tools.benchmarks.measure import check_out, describe, record
-from tools.benchmarks.scaling.estimate import SAMPLES, Constants, estimate, estimate_rows, show_estimates
+from tools.benchmarks.scaling.estimate import SAMPLES, Constants, estimate, estimate_row, show_estimates
 from tools.benchmarks.scaling.loader import scale_epochs, scale_loader
 from tools.benchmarks.scaling.offline import scale_offline
 from tools.benchmarks.scaling.part import num_cores, up_to
@@ -79,7 +79,7 @@ def bench_scaling(
             describe(train),
             {"shards": train.manifest_sha256, "batch_size": batch_size},
             {name: more for part in parts for name, more in part.each.items()},
-            [*(row for part in parts for row in part.missing), estimate_rows(constants, estimates)],
+            [*(row for part in parts for row in part.missing), estimate_row(constants, estimates)],
             lambda _, path, caption: draw_panels(panels, path, caption),
         )
 

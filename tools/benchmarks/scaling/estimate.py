@@ -78,7 +78,7 @@ def estimate(images_per_gpu_s: float, constants: Constants, gpus: int = GPUS, ba
     )
 
 
-def estimate_rows(constants: Constants, estimates: Sequence[Estimate]) -> dict[str, Any]:
+def estimate_row(constants: Constants, estimates: Sequence[Estimate]) -> dict[str, Any]:
     """The row of the file."""
     assumed = {"gpus": GPUS, "batch_size_per_gpu": BATCH_SIZE, "samples": SAMPLES}
     return {

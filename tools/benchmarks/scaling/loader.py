@@ -49,6 +49,8 @@ def scale_loader(
     busy: dict[str, list[float]] = {name: [] for name in names.values()}
     with ExitStack() as stack:
         pools = {size: stack.enter_context(loading_pool(shards, batch_size, *size)) for size in sizes}
+        for ready in [pools[size].submit(wait_for_all) for size in sizes for _ in range(size[0])]:
+            ready.result()  # all of them start at once, which takes seconds
 
         def measure(size: tuple[int, int]) -> float:
             rates, cores = zip(*pools[size].map(share_rate, [seconds] * size[0]), strict=True)
@@ -122,9 +124,14 @@ def start_loading(
     BARRIER.append(barrier)
 
 
+def wait_for_all() -> None:
+    """Wait until every worker of the contender is there."""
+    BARRIER[0].wait()
+
+
 def share_rate(seconds: float) -> tuple[float, float]:
     """Images per second of this worker while all others of its contender measure, and how many cores it keeps busy."""
-    BARRIER[0].wait()
+    wait_for_all()
     started, worked = perf_counter(), process_time()
     size = len(next(ENDLESS[0]).labels)
     images_per_s = rate(lambda: next(ENDLESS[0]), size, seconds)
