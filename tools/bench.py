@@ -275,7 +275,7 @@ def every(
 
     Args:
         shards: Folder written by make_shards and compute_pca.
-        raw: Folder of raw images, for pack.
+        raw: Folder of raw images, for pack and scaling.
         out: Folder for rows and figures, a pair of files each.
         only: Some of them, by name.
         ffcv_python: Python of an environment with FFCV, for peers.

@@ -16,6 +16,7 @@ NEEDS = {
     "lighting": ["shards"],
     "peers": ["shards"],
     "plan": [],
+    "scaling": ["shards"],
 }
 """What each is given, in this order."""
 
@@ -35,6 +36,7 @@ def bench_every(shards: Path, raw: Path | None, out: Path, only: list[str] | Non
             print(f"\n{name}: not measured, it needs --raw")
             continue
         more = ["--ffcv-python", str(ffcv_python)] if name == "peers" and ffcv_python else []
+        more += ["--raw", str(raw)] if name == "scaling" and raw else []
         arguments = [name, *map(str, given), *more, "--out", str(out / f"{name}.jsonl")]
         print(f"\npython tools/bench.py {' '.join(arguments)}", flush=True)
         started = perf_counter()
