@@ -1,10 +1,14 @@
 """Exit codes tell how a program ended; only a user's mistake hides the traceback."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, run_python
+from train.program import BROKEN_PIPE, DIVERGED
 
 CASES = {
     "raise ValueError('give a folder')": (2, "error: give a folder\n"),
@@ -42,6 +46,32 @@ def test_help_of_every_program() -> None:
     assert "--samples-per-shard" in run_python("tools/make_shards.py", "pack", "--help").stdout
     done = run_python("tools/bench.py", "model", "--batch-sizes", "[0]")  # a list
     assert done.returncode == 2 and "--batch-sizes and --repeats must be at least 1" in done.stderr
+
+
+TALKATIVE = """
+from tqdm import tqdm
+from train.program import *
+def main():
+    for _ in range(100):
+        print("x" * 100_000, flush=True)
+        tqdm.write("x")
+        tqdm(range(9)).update()
+    raise DivergedError("the loss is nan")
+if sys.argv[1:]:
+    outlive_full_disk()
+exit_with(main)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "-u"])
+def test_a_full_disk_under_the_log(unbuffered: str) -> None:
+    """A program that asked for it works on where neither output can be written, and ends with its own code; another
+    one ends at its first word. A reader that leaves ends it all the same."""
+    codes = []
+    for command in ("> /dev/full 2>&1", "outlives > /dev/full 2>&1", "outlives 2>/dev/full | head -c 9"):
+        command = f"set -o pipefail; {shlex.quote(sys.executable)} {unbuffered} -c {shlex.quote(TALKATIVE)} {command}"
+        codes.append(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False).returncode)
+    assert codes[0] in (2, 120) and codes[1:] == [DIVERGED, BROKEN_PIPE]  # 120: Python's own, where it cannot flush
 
 
 def test_a_reader_that_leaves(shards: Path) -> None:

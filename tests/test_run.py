@@ -136,6 +136,15 @@ def test_full_disk(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_log_on_a_full_disk(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Where nothing of what it tells can be written, a run trains to its end."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, *TRAIN, *arguments(shards, tmp_path)]
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, check=False).returncode == 0
+    assert same_weights(final(tmp_path), final(undisturbed)) and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
 def test_disk_full_at_the_end(shards: Path, tmp_path: Path) -> None:
     """Where the last checkpoint cannot be written, that is an error with code 2 which names it; the run goes on from
     the one before."""

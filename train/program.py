@@ -5,13 +5,14 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 """
 
 import errno
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
@@ -20,6 +21,13 @@ from pipeline.shards import DataError
 WRONG_INPUT, DATA_FAILED, DIVERGED = 2, 3, 4
 BROKEN_PIPE = 141
 """As a shell tells of a program that SIGPIPE ended."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDIES = {
+    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys((errno.EISDIR, errno.EEXIST, errno.ENOTDIR), "move away what lies there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "set its permissions"),
+}
+"""What a user can do about a file that cannot be written, by the error's number."""
 
 
 class DivergedError(RuntimeError):
@@ -74,6 +82,32 @@ def told_once() -> Iterator[None]:
         sys.exit(WRONG_INPUT)
 
 
+class Outlet(io.FileIO):
+    """A descriptor to tell things through: what a full disk does not take is lost."""
+
+    def write(self, data: Any) -> int:
+        """As its base, but for a full disk."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return memoryview(data).nbytes
+
+
+def outlive_full_disk() -> None:
+    """Let no message that a full disk does not take end this process: for programs whose work matters more than what
+    they tell of it."""
+
+    def outlet(stream: TextIO) -> TextIO:
+        stream.flush()
+        file = io.BufferedWriter(Outlet(stream.fileno(), "w", closefd=False))
+        at_once = stream.isatty() or stream is sys.stderr or getattr(stream, "write_through", False)  # python -u
+        return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=at_once)
+
+    sys.stdout, sys.stderr = (stream and outlet(stream) for stream in (sys.stdout, sys.stderr))  # None if closed
+
+
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and leave the process with the exit code that tells how it ended."""
     try:
@@ -86,8 +120,9 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
             raise  # a library refuses what we gave it: our mistake, to be seen in full
         code, message = WRONG_INPUT, str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "free some space and run it again" if full else "give another place or set its permissions"
+            remedy = f"give another place or {REMEDIES.get(error.errno or 0, 'set its permissions')}"
+            if error.errno in FULL:
+                remedy = f"{REMEDIES[error.errno]} and run it again"
             message = f"cannot use {error.filename}: {error.strerror}; {remedy}"
     except DataError as error:
         code, message = DATA_FAILED, str(error)
@@ -97,7 +132,8 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
         code, message = 130, "interrupted"
     else:
         sys.exit(0)
-    sys.stderr.write(f"error: {message}\n")
+    with suppress(OSError):  # the exit code tells
+        sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
 
 

@@ -21,7 +21,7 @@ from train.loop import Trainer
 from train.metrics import MetricsLog
 from train.pictures import draw_pictures
 from train.placement import Placement, lost_processes_told
-from train.program import exit_with, told_once
+from train.program import exit_with, outlive_full_disk, told_once
 from train.report import report
 from train.state import restore
 from train.stop import StopSignal, StopVote
@@ -103,4 +103,5 @@ def describe(trainer: Trainer, arithmetic: str) -> None:
 
 
 if __name__ == "__main__":
+    outlive_full_disk()
     exit_with(lambda: run(parse_config()))
