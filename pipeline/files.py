@@ -8,6 +8,7 @@ new one.
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -49,9 +50,12 @@ def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
 
 
 def open_locked(path: Path, wait: bool) -> BinaryIO:
-    """Open or create `path` and lock it; a file that its owner renamed while we waited is let go."""
+    """Open or create `path` and lock it; a file that its owner renamed while we waited is let go. Raises `OSError`."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        except io.UnsupportedOperation:  # a pipe, a device
+            raise FileExistsError(errno.EEXIST, "not a regular file", str(path)) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):

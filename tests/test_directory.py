@@ -52,6 +52,13 @@ def test_lock_is_the_kernels(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_lock_is_no_file(tmp_path: Path) -> None:
+    """A pipe of that name is an error that names it."""
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(FileExistsError, match=r"not a regular file: '.*/lock'"):
+        RunDirectory(tmp_path).claim()
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "checkpoints", "config.yaml"])
 def test_somebody_elses(tmp_path: Path, name: str) -> None:
     """A file of another kind, and one of ours without a run's configuration: refused by name, nothing is added."""
