@@ -54,10 +54,14 @@ class MetricsLog:
             self._curves = None
 
     def sync(self) -> None:
-        """Bring the rows to the disk itself: none is to be older than a checkpoint and missing. Raises `OSError`."""
-        with self._one_at_a_time:
-            self._append()
-        os.fsync(self._file.fileno())
+        """Bring the rows to the disk itself: none is to be older than a checkpoint and missing. Raises `OSError` that
+        names the file."""
+        try:
+            with self._one_at_a_time:
+                self._append()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _append(self) -> None:
         """Write what is not written yet. Raises `OSError`."""
