@@ -50,6 +50,33 @@ def test_best_and_chosen_ones_stay(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003.pt"
 
 
+def test_best_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It keeps no run from saving: said once, and written anew when there is a best one."""
+    writer = CheckpointWriter(tmp_path, keep=1)
+    best = tmp_path / "checkpoints" / "BEST"
+    best.parent.mkdir()
+    best.write_bytes(b"\xff\xfe")
+    for step in (1, 2):
+        writer.start(step, content(step), before=lambda: None)
+        assert writer.wait() is None
+    assert capsys.readouterr().out.count(f"{best} names no checkpoint") == 1
+    writer.start(3, content(3, best={"step": 3}), before=lambda: None)
+    assert writer.wait() is None and best.read_text() == "step-00000003.pt\n" and not capsys.readouterr().out
+
+
+def test_what_cannot_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An old checkpoint that cannot be removed is told of once; the new ones are saved, and other old ones go."""
+    writer = CheckpointWriter(tmp_path, keep=1)
+    for name in ("step-00000001.pt", "step-00000009.pt.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for step in (2, 3, 4):
+        writer.start(step, content(step), before=lambda: None)
+        assert writer.wait() is None and writer.latest == find_checkpoint(tmp_path)
+    assert names(tmp_path) == ["LATEST", "step-00000001", "step-00000004", "step-00000009.pt.tmp"]
+    told = [Path(line.split()[2]).name for line in capsys.readouterr().out.splitlines()]
+    assert told == ["step-00000001.pt", "step-00000009.pt.tmp"]
+
+
 def test_any_flipped_byte(tmp_path: Path) -> None:
     """Whichever bit flips, the checkpoint is refused, and the one before it is offered."""
     before = save_checkpoint(tmp_path, 6, content(6), keep=3)
@@ -70,7 +97,7 @@ def test_damage(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1], b"", b"PK"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"is damaged or no checkpoint of this program; use an older"):
+        with pytest.raises(ValueError, match=r"is damaged or no checkpoint of this program; none before it is sound"):
             load_checkpoint(path)
     torch.save({"format_version": 1, "step": 1, "x": Path("/")}, path)
     with pytest.raises(ValueError, match="is damaged"):

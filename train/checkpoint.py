@@ -18,10 +18,12 @@ from threading import Thread
 from typing import IO, Any, BinaryIO, cast
 
 import torch
+from tqdm import tqdm
 
 from pipeline.files import atomic_writer, write_bytes
 
 FORMAT_VERSION = 1
+NAME = r"step-\d{8}\.pt"
 
 
 class CheckpointWriter:
@@ -32,6 +34,7 @@ class CheckpointWriter:
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         self._run_dir, self._keep = run_dir, keep
+        self._told: set[str] = set()
         self._thread: Thread | None = None
         self._error: Exception | None = None
         self.latest: Path | None = None
@@ -52,9 +55,14 @@ class CheckpointWriter:
     def _write(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int]) -> None:
         try:
             before()
-            self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep)
+            self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep, self._tell_once)
         except Exception as error:  # of a thread nobody would hear
             self._error = error
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            tqdm.write(line)
 
     def wait(self) -> OSError | None:
         """Wait for the one that is being written. Returns what kept it from being written, once; raises what is a
@@ -68,11 +76,17 @@ class CheckpointWriter:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, content: dict[str, Any], keep: int, keep_steps: Collection[int] = ()
+    run_dir: Path,
+    step: int,
+    content: dict[str, Any],
+    keep: int,
+    keep_steps: Collection[int] = (),
+    tell: Callable[[str], object] = tqdm.write,
 ) -> Path:
     """Write a checkpoint, point LATEST to it, and BEST if it is (`content["best"]` tells). Of those up to this step
     all but the newest `keep` and those of `keep_steps` are removed; one of a later step, from where somebody went back,
-    stays until it is written anew. Returns its path. Raises `OSError`; then the one before stays the latest.
+    stays until it is written anew. Returns its path. Raises `OSError`; then the one before stays the latest. What
+    cannot be removed is told of.
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,13 +102,23 @@ def save_checkpoint(
     if content.get("best") and (best_path := checkpoint_name(directory, content["best"]["step"])).exists():
         write_bytes(best, f"{best_path.name}\n".encode())  # its own writing may have failed
     kept = {checkpoint_name(directory, number) for number in keep_steps}
-    kept |= {directory / best.read_text().strip()} if best.is_file() else set()
-    for old in sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep]:
-        if old not in kept:
-            old.unlink()
-    for abandoned in directory.glob("step-*.pt.tmp"):  # of a process that was killed while it wrote
-        abandoned.unlink()
+    if best.is_file():
+        kept.add(directory / (name := named_by(best)))
+        if not re.fullmatch(NAME, name):
+            tell(f"{best} names no checkpoint: none is kept as the best one until the run finds a better one")
+    old = sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep]
+    abandoned = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
+    for each in (*(each for each in old if each not in kept), *abandoned):
+        try:
+            each.unlink()
+        except OSError as error:
+            tell(f"cannot remove {each} ({error.strerror}); going on")
     return path
+
+
+def named_by(pointer: Path) -> str:
+    """What LATEST or BEST says."""
+    return pointer.read_bytes().decode(errors="replace").strip()
 
 
 def checkpoint_name(directory: Path, step: int) -> Path:
@@ -113,8 +137,8 @@ def find_checkpoint(place: Path) -> Path | None:
     if not latest.is_file():
         found = sorted(latest.parent.glob("step-*.pt"))  # whole, each of them: a kill came before LATEST was written
         return found[-1] if found else None
-    name = latest.read_bytes().decode(errors="replace").strip()
-    if not re.fullmatch(r"step-\d{8}\.pt", name) or not (path := latest.with_name(name)).is_file():
+    name = named_by(latest)
+    if not re.fullmatch(NAME, name) or not (path := latest.with_name(name)).is_file():
         raise FileNotFoundError(
             f"{latest} names {name or 'nothing'}, which is missing; write the name of another step-*.pt into LATEST"
         )
@@ -146,11 +170,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is no file; give a checkpoint (RUN/checkpoints/step-*.pt) or a run directory")
     content = read_content(path)
     if content is None:
-        remedy = "use an older step-*.pt"
-        for older in sorted(path.parent.glob("step-*.pt"), reverse=True):
-            if older < path and re.fullmatch(r"step-\d{8}\.pt", path.name) and read_content(older):
-                remedy = f"the one before it is sound: echo {older.name} > {path.parent}/LATEST goes on from there"
-                break
+        remedy = "give a sound step-*.pt"
+        if re.fullmatch(NAME, path.name):
+            older = (each for each in sorted(path.parent.glob("step-*.pt"), reverse=True) if each < path)
+            sound = next((each for each in older if read_content(each)), None)
+            remedy = "none before it is sound: put one back from a copy, or begin anew in another directory"
+            if sound:
+                remedy = f"the one before it is sound: echo {sound.name} > {path.parent}/LATEST goes on from there"
         raise ValueError(f"{path} is damaged or no checkpoint of this program; {remedy}")
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}")
