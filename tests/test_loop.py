@@ -1,6 +1,8 @@
 """A step is one update of the paper's rule, however it is cut up and in whatever precision, and never waits in
 between."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,27 @@ def test_the_rate_of_a_row_is_the_steps(trainer_of: Any) -> None:
 
     trainer.train_epoch(Log(), StopVote(trainer.placement, lambda: trainer.step >= 12))  # type: ignore[arg-type]
     assert rows == pytest.approx([0.005 * (step - 0.5) / 44 for step in (4, 8, 12)])
+
+
+def test_what_saving_tells(trainer_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Why a checkpoint cannot be written is told when the reason is another one than before, with what helps; so is
+    the first one that is written again."""
+    trainer = trainer_of()
+
+    class Log:
+        def sync(self) -> None:
+            if reason:
+                raise OSError(reason, os.strerror(reason), "metrics.jsonl")
+
+    for reason in (errno.ENOSPC, errno.ENOSPC, errno.EACCES, errno.EISDIR, errno.EIO, 0, 0, errno.ENOSPC):
+        trainer.step += 1
+        trainer.save(Log())  # type: ignore[arg-type]
+    trainer.tell_trouble()
+    lines = capsys.readouterr().out.splitlines()
+    helps = ["free some space", "set its permissions", "move away what lies there", "look after the disk"]
+    assert [line.split("; ")[-1] for line in [*lines[:4], lines[5]]] == [*helps, helps[0]]
+    assert all(line.startswith("could not save: metrics.jsonl: ") for line in [*lines[:4], lines[5]])
+    assert lines[4].startswith("saving works again: ") and lines[4].endswith("step-00000006.pt") and len(lines) == 6
 
 
 def steps(trainer: Trainer, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -27,7 +27,7 @@ from train.learner import Learner
 from train.meter import StepMeter
 from train.metrics import MetricsLog
 from train.placement import Placement
-from train.program import DIVERGED, DivergedError
+from train.program import DIVERGED, REMEDIES, DivergedError
 from train.schedule import RateSchedule
 from train.state import capture
 from train.stop import StopVote
@@ -72,6 +72,8 @@ class Trainer:
         self.kept: list[int] = []
         """Steps of checkpoints that are kept for good."""
         self.writer = CheckpointWriter(config.run.dir, config.run.keep)
+        self.trouble: OSError | None = None
+        """What kept the last checkpoint from being written."""
         self.alarms = Alarms(classes, tqdm.write if placement.is_first else lambda line: None)
 
     def build(self) -> None:
@@ -238,15 +240,26 @@ class Trainer:
         error = self.writer.wait()
         if error:
             raise error
+        self.tell_saved()
 
     def tell_trouble(self) -> None:
-        """Wait for the checkpoint before, and say so if it could not be written."""
+        """Wait for the checkpoint before, and say so if it could not be written, for another reason than the one before
+        that."""
         error = self.writer.wait()
-        if error:
+        if error is None:
+            self.tell_saved()
+        elif self.trouble is None or error.errno != self.trouble.errno:
             tqdm.write(
                 f"could not save: {error.filename}: {error.strerror}; going on, the last good checkpoint is "
-                f"{self.writer.latest or 'none'}; free some space"
+                f"{self.writer.latest or 'none'}; {REMEDIES.get(error.errno or 0, 'look after the disk')}"
             )
+            self.trouble = error
+
+    def tell_saved(self) -> None:
+        """Say that saving works again, if it did not."""
+        if self.trouble:
+            tqdm.write(f"saving works again: {self.writer.latest}")
+        self.trouble = None
 
     def close(self) -> None:
         """Stop the loaders, once what is being written is written."""
