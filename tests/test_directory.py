@@ -80,9 +80,59 @@ def test_ones_own(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match="holds something else"):
         RunDirectory(tmp_path).claim()
-    (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000007.pt").write_text("")
     RunDirectory(tmp_path).claim()
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints", "tensorboard"])
+def test_of_the_wrong_kind(tmp_path: Path, name: str, link: bool) -> None:
+    """A folder in place of a file, the reverse, and a link to a disk that is not mounted are refused by name, and
+    nothing is changed."""
+    RunDirectory(tmp_path).prepare(shipped("quickstart"))
+    (tmp_path / "checkpoints" / "step-00000007.pt").write_text("")
+    path = tmp_path / name
+    if path.exists():
+        path.rename(tmp_path / "aside")
+    if link:
+        path.symlink_to(tmp_path / "not mounted")
+    elif "." in name:
+        path.mkdir()
+    else:
+        path.write_text("")
+    before = {each: each.lstat().st_mtime_ns for each in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"{path} is no (file|folder)" + " but a link to .*not mounted;" * link):
+        RunDirectory(tmp_path).claim()
+    assert {each: each.lstat().st_mtime_ns for each in tmp_path.iterdir()} == before
+
+
+def test_lost_checkpoints(tmp_path: Path) -> None:
+    """Where rows tell of checkpoints and there is none, or no folder of them, the run is refused and keeps its rows;
+    killed before its first checkpoint, it begins again."""
+    RunDirectory(tmp_path).prepare(shipped("quickstart"))
+    metrics, row = tmp_path / "metrics.jsonl", '{"kind": "train", "step": %d, "epoch": 0}\n'
+    metrics.write_text(row % 4 + row % 8)
+    RunDirectory(tmp_path).claim()
+    lost = rf"{metrics} tells of 8 steps, but {tmp_path}/checkpoints holds none .* remove {metrics} to begin anew"
+    (tmp_path / "checkpoints").rmdir()
+    with pytest.raises(ValueError, match=lost):
+        RunDirectory(tmp_path).claim()
+    (tmp_path / "checkpoints").mkdir()
+    metrics.write_text(row % 4 + (row % 8).replace("}", ', "saved_step": 6}'))
+    with pytest.raises(ValueError, match=lost):
+        RunDirectory(tmp_path).claim()
+    (tmp_path / "checkpoints" / "step-00000006.pt").write_text("")
+    RunDirectory(tmp_path).claim()
+
+
+def test_unwritable_checkpoints(tmp_path: Path) -> None:
+    """A folder of checkpoints in which nothing can be made is an error that names it, before training."""
+    RunDirectory(tmp_path).prepare(shipped("quickstart"))
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to("/proc")
+    with pytest.raises(OSError) as raised:
+        RunDirectory(tmp_path).claim()
+    assert str(raised.value.filename).startswith(f"{tmp_path}/checkpoints")
 
 
 def test_unwritable() -> None:

@@ -119,13 +119,14 @@ def test_what_saving_tells(trainer_of: Any, capsys: pytest.CaptureFixture[str]) 
     the first one that is written again."""
     trainer = trainer_of()
 
+    reasons = iter((errno.ENOSPC, errno.ENOSPC, errno.EACCES, errno.EISDIR, errno.EIO, 0, 0, errno.ENOSPC))
+
     class Log:
         def sync(self) -> None:
-            if reason:
+            if reason := next(reasons):
                 raise OSError(reason, os.strerror(reason), "metrics.jsonl")
 
-    for reason in (errno.ENOSPC, errno.ENOSPC, errno.EACCES, errno.EISDIR, errno.EIO, 0, 0, errno.ENOSPC):
-        trainer.step += 1
+    for trainer.step in range(1, 9):
         trainer.save(Log())  # type: ignore[arg-type]
     trainer.tell_trouble()
     lines = capsys.readouterr().out.splitlines()

@@ -239,6 +239,14 @@ def test_refusals(shards: Path, undisturbed: Path, more: list[str], message: str
     assert (undisturbed / "config.yaml").read_bytes() == before
 
 
+def test_lost_checkpoints(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A run whose checkpoints are gone is not begun anew over its rows."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("step-*", "LATEST", "BEST"))
+    assert "tells of 132 steps, but" in train_refuses(*arguments(shards, run))
+    assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
 def test_foreign_directory_and_missing_basis(shards: Path, tmp_path: Path) -> None:
     """A directory that holds something else, and shards without pca.json."""
     (tmp_path / "novel.txt").write_text("x")

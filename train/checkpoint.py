@@ -126,6 +126,11 @@ def checkpoint_name(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}.pt"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that its name tells."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def find_checkpoint(place: Path) -> Path | None:
     """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None.
 

@@ -19,7 +19,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import train_loader, val_loader
 from pipeline.shards import DataError, open_shards
 from train.alarms import Alarms
-from train.checkpoint import CheckpointWriter
+from train.checkpoint import CheckpointWriter, step_of
 from train.config import Config
 from train.evaluate import Accuracy, evaluate
 from train.findings import Findings
@@ -156,6 +156,8 @@ class Trainer:
         figures = self.meter.read(self.config.train.batch_size)
         if self.save_ms:
             figures["save_ms"], self.save_ms = self.save_ms, 0.0
+        if self.writer.latest:
+            figures["saved_step"] = step_of(self.writer.latest)  # by which lost checkpoints are missed
         figures["gradient_norm"] = norm.item()
         if self.device.type == "cuda":
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
