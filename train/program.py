@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
 
 from pipeline.shards import DataError
+from train.recipe import check_recipe
 
 WRONG_INPUT, DATA_FAILED, DIVERGED = 2, 3, 4
 BROKEN_PIPE = 141
@@ -41,6 +42,7 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As its base; but a cut option (`--train.epoch`) is an unknown one."""
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._reading = ""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too. A
@@ -51,11 +53,20 @@ class Parser(ArgumentParser):
                 kwargs = {name: value for name, value in kwargs.items() if name != "type"} | {"action": "store_true"}
         return super().add_argument(*args, **kwargs)
 
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Read a --config file. Raises `ValueError` where it is none; `error` names it meanwhile."""
+        options = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        check_recipe(Path(path), options)
+        self._reading = f"{path}: "
+        settings = super().parse_path(path, *args, **kwargs)
+        self._reading = ""
+        return settings
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the command line and leave with exit code 2."""
         one_line = " ".join(str(message).split())
         if speaks():
-            sys.stderr.write(f"error: {one_line} (--help lists every option)\n")
+            sys.stderr.write(f"error: {self._reading}{one_line} (--help lists every option)\n")
         sys.exit(WRONG_INPUT)
 
 

@@ -1,0 +1,58 @@
+"""What is wrong in a YAML file of settings is told in one sentence with its name, whichever program reads it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, run_python, train_refuses
+from train.config import parse_config
+
+QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
+PLACE = ["--data.shards", "s", "--run.dir", "r"]
+NO_SECTION = "optimizer is a section of settings; write them below it, or leave it out"
+CASES = {
+    b"# gr\xfc\n": ", line 1: this is not UTF-8; save the file as UTF-8",
+    b"train:\n  seed: 1\noptimizer: 5\n": f", line 3: {NO_SECTION}",
+    b"optimizer:\ntrain: {seed: 1}\n": f", line 1: {NO_SECTION}",
+    b"data:\n  augmentation: {lighting: 3}\n": ", line 2: data.augmentation.lighting is a section",
+    b"optimizer: {lr: 1}\n\noptimizer: {momentum: 0}\n": ", line 3: optimizer comes a second time; keep one",
+    b"train: {seed: 1, epochs: 2, seed: 1}\n": ", line 1: seed comes a second time; keep one",
+    b"train:\n  seed: 010\n": ", line 2: YAML reads 010 as an octal number; leave its leading zeros out",
+    b"train: [1\n": ", line 2: while parsing a flow sequence, expected ',' or ']'",
+    b"? [1, 2]\n: 3\n": ", line 1: a list is no name of a setting",
+    b"train: \x01\n": " is not YAML: unacceptable character",
+    b"[" * 100_000: " is not YAML: maximum recursion depth exceeded",
+    b"# nothing yet\n": " holds no settings",
+    b"- 5\n": " holds no settings",
+    b"train: {seed: one}\n": ': Parser key "train.seed"',
+}
+
+
+@pytest.mark.parametrize("text", CASES, ids=lambda text: text[:20].decode(errors="replace"))
+def test_mistakes_name_the_file(text: bytes, tmp_path: Path) -> None:
+    """Of two files the one that is wrong; and the line, where it is on one."""
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    assert f"error: {path}{CASES[text]}" in train_refuses("--config", QUICKSTART, "--config", path, *PLACE)
+
+
+def test_what_is_right_passes(tmp_path: Path) -> None:
+    """Anchors, a merge that a key overrides, a text of digits, and a section that is in another file."""
+    (tmp_path / "section.yaml").write_text("lr: 0.25\n")
+    text = "data:\n  augmentation:\n    lighting: &a {strength: 0.5}\n"
+    text += "train: {seed: 0, weights: '007'}\noptimizer: section.yaml\nmodel: {hidden: 20}\n"
+    text += "run: {log_every: 1_0}  # \N{SNOWMAN}\n"
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, "utf-8-sig")
+    config = parse_config(["--config", str(QUICKSTART), "--config", str(path), *PLACE])
+    assert (config.optimizer.lr, config.train.seed, config.model.hidden, config.run.log_every) == (0.25, 0, 20, 10)
+    assert config.train.weights == Path("007") and config.data.augmentation.lighting.strength == 0.5
+
+
+def test_other_programs(tmp_path: Path) -> None:
+    """Tools read their own options from such a file, too, as do their subcommands."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\nseed: 2\n")
+    for arguments in (("tools/preview.py", "--config", path, "s"), ("tools/bench.py", "train", "--config", path, "s")):
+        done = run_python(*arguments)
+        assert (done.returncode, done.stderr) == (2, f"error: {path}, line 2: seed comes a second time; keep one\n")
