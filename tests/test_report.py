@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.shards import ClassName
 from tests.conftest import look_at
-from train.charts import png_of
+from train.charts import figures_of, png_of
 from train.evaluate import Accuracy
 from train.findings import Findings
 from train.page import Story, build_page, colours_told
@@ -161,6 +161,21 @@ def test_runs_that_lack_something(story: Story) -> None:
     assert "one tower" in parsed.text and speed_of(old) == [] == speed_of([])
     memory = [{**old[0], "gpu_memory_gb": value} for value in (1.0, 3.0)]
     assert speed_of(memory) == [("GPU memory, at most", "3.0 GB")]
+
+
+def test_figures_that_are_none(story: Story) -> None:
+    """A row with a text, a list or a number without end in a figure's place, or with a step beyond all bounds, costs no
+    other its place in tables and charts."""
+    names = ("loss", "top1_error", "images_per_s", "wait_percent", "gpu_memory_gb")
+    odd = ["b", "12", [1.0], {}, 10**400, -1e300, float("nan"), float("inf")]
+    rows = [
+        {"kind": "train", "step": step, "epoch": 0, **dict.fromkeys(names, value)} for step, value in enumerate(odd)
+    ]
+    rows += [{**rows[0], "step": step, **dict.fromkeys(names, 7.0)} for step in (20, 10**400)]
+    steps, values = figures_of(rows, "train", "loss")
+    assert (steps.tolist(), values.tolist()) == ([20], [7])
+    assert ("GPU memory, at most", "7.0 GB") in speed_of(rows)
+    assert "Median over the rows: 7 images/s" in Parsed(build_page(replace(story, rows=rows))).text
 
 
 def test_colours_are_told(story: Story) -> None:

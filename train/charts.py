@@ -25,6 +25,7 @@ Rows = Sequence[dict[str, Any]]
 """Of metrics.jsonl."""
 TRAINING, VALIDATION = "training, augmented, with dropout", "validation, centre crop"
 TOWER_COLOURS = ("tab:blue", "tab:orange")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 NAMED_CLASSES = 40
 """Classes up to which a picture of confusions has room for their names."""
 
@@ -62,10 +63,17 @@ def png_of(draw: "Callable[[Figure], Any]") -> bytes:
 
 
 def figures_of(rows: Rows, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows of a kind ("train" or "eval") that have the figure of that name."""
-    found = [(row["step"], row[name]) for row in rows if row["kind"] == kind and row.get(name) is not None]
+    """Steps and values of the rows of a kind ("train" or "eval") that have a number of that name; what a disk
+    or a hand made no number is left out."""
+    of_kind = [(row["step"], row.get(name)) for row in rows if row["kind"] == kind]
+    found = [point for point in of_kind if all(map(drawable, point))]
     steps, values = zip(*found, strict=True) if found else ((), ())
     return np.array(steps, float), np.array(values, float)
+
+
+def drawable(value: Any) -> bool:
+    """Whether it is a number, finite and of a size that matplotlib has room for."""
+    return isinstance(value, int | float) and -FLOAT32_MAX <= value <= FLOAT32_MAX
 
 
 def draw_lines(axes: "Axes", title: str, unit: str, lines: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
