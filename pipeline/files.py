@@ -49,6 +49,15 @@ def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Raise the `OSError` that `atomic_writer` would raise at once, before the work whose result is to be written.
+    Makes the folder; leaves no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open_locked(temporary, wait=True):
+        temporary.unlink()
+
+
 def open_locked(path: Path, wait: bool) -> BinaryIO:
     """Open or create `path` and lock it; a file that its owner renamed while we waited is let go. Raises `OSError`."""
     while True:

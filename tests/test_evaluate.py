@@ -181,6 +181,23 @@ def test_wrong_weights(tmp_path: Path, shards: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_outputs_that_cannot_be_written(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of before an image is looked at; an evaluation that fails leaves no file."""
+    path, out = tmp_path / "w.safetensors", tmp_path / "out"
+    tiny(path, shards)
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise ValueError("it was evaluated")
+
+    monkeypatch.setattr("train.evaluate.evaluate", fails)
+    for options in ({"per_class": Path("/proc/x.csv")}, {"confusion": Path("/proc/x.png")}):
+        with pytest.raises(FileNotFoundError, match="/proc/x"):
+            evaluate_checkpoint(path, shards, device="cpu", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="it was evaluated"):
+        evaluate_checkpoint(path, shards, 64, "cpu", out / "x.csv", out / "x.png")
+    assert not list(out.iterdir())
+
+
 @pytest.mark.slow
 def test_over_processes(tmp_path: Path, shards: Path) -> None:
     """Three processes print once, and write, what one does, to the byte."""

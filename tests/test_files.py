@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import atomic_writer, read_json, write_json
+from pipeline.files import atomic_writer, check_writable, read_json, write_json
 from tests.conftest import ROOT, run_python
 
 
@@ -18,6 +18,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"half of the new")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_whether_a_file_can_be_written(tmp_path: Path) -> None:
+    """What keeps it from being written is raised with its name; what is there stays as it is."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    check_writable(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    check_writable(tmp_path / "new" / "folder" / "file")
+    assert not list((tmp_path / "new" / "folder").iterdir())
+    with pytest.raises(OSError, match="file"):
+        check_writable(path / "in a file")
+    with pytest.raises(OSError, match="/proc/file"):
+        check_writable(Path("/proc/file"))
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

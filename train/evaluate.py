@@ -17,7 +17,7 @@ from torch import nn
 
 from model.alexnet import AlexNet
 from pipeline.draws import CROP_SIDE
-from pipeline.files import write_bytes
+from pipeline.files import check_writable, write_bytes
 from pipeline.loader import Loader, val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
@@ -194,12 +194,12 @@ def check_arguments(batch_size: int, per_class: Path | None, confusion: Path | N
 
 
 def prepare_outputs(classes: int, per_class: Path | None, confusion: Path | None) -> None:
-    """Make the folders of what is to be written, before the work. Raises `ValueError` or `OSError`."""
+    """Find out before the work whether all can be written behind it. Raises `ValueError` or `OSError`."""
     if confusion and classes > CONFUSION_LIMIT:
         raise ValueError(f"{classes} classes are too many for a picture; leave --confusion out")
     for path in (per_class, confusion):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
 
 
 def open_for(trained: Trained, shards: Path) -> ShardSet:
