@@ -11,10 +11,12 @@ import torch
 from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
-from tests.conftest import run_ok, train_refuses
+from tests.conftest import ROOT, run_ok, train_refuses
 from tests.test_evaluate import tiny
 from tests.test_run import TRAIN, arguments, final
-from train.trained import initial_state
+from train.checkpoint import save_checkpoint
+from train.config import parse_config
+from train.trained import initial_state, read_trained
 
 CONFIG = AlexNetConfig("original", channels=(8, 16, 16, 16, 16), hidden=64, num_classes=10)
 
@@ -72,6 +74,20 @@ def test_another_network(
     config = replace(CONFIG, **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=re.escape(message)):
         initial_state(tmp_path / "w.safetensors", config, basis, 1.0, AlexNet(config).state_dict())
+
+
+def test_a_checkpoint_that_contradicts_itself(tmp_path: Path, basis: Eigenbasis) -> None:
+    """Tensors of another network than its configuration tells: one sentence with the file."""
+    place = ["--config", str(ROOT / "train/configs/quickstart.yaml"), "--data.shards", "s", "--run.dir", "r"]
+    small = ["--model.channels", "[8,16,16,16,16]", "--model.hidden", "64"]
+    config = parse_config([*place, *small])
+    content = {"config": config.to_json(), "model": AlexNet(config.model).state_dict(), "wnids": ["n0"] * 10}
+    content |= {"eigenbasis": basis.to_json()}
+    assert read_trained(save_checkpoint(tmp_path, 1, content, keep=2)).config == config.model
+    content["config"] = parse_config([*place, *small, "--model.hidden", "32"]).to_json()
+    path = save_checkpoint(tmp_path, 2, content, keep=2)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is of another network than it says: its tensors"):
+        read_trained(path)
 
 
 def test_refused_before_anything_is_written(tmp_path: Path, shards: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from model.alexnet import AlexNetConfig
-from model.weights import read_weights
+from model.weights import check_tensors, read_weights
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.settings import Augmentation
@@ -54,7 +54,7 @@ def read_trained(path: Path) -> Trained:
         basis = replace(
             Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
         )
-        return Trained(
+        trained = Trained(
             path,
             AlexNetConfig.from_json(saved["model"]),
             content["model"],
@@ -65,6 +65,11 @@ def read_trained(path: Path) -> Trained:
         )
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
+    try:
+        check_tensors(trained.state, trained.config)
+    except ValueError as error:
+        raise ValueError(f"{path} is of another network than it says: {error}; give another checkpoint") from None
+    return trained
 
 
 def check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
