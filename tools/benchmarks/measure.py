@@ -161,12 +161,9 @@ def surroundings(subcommand: str) -> dict[str, Any]:
     import nvidia.dali
     import torch
 
-    root = Path(__file__).resolve().parents[2]
-    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    git = subprocess.run(describe, capture_output=True, text=True, check=False)
     return {
         "benchmark": subcommand,
-        "commit": git.stdout.strip(),
+        "commit": commit(),
         "command": " ".join(["python", "tools/bench.py", *sys.argv[1:]]),
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -180,6 +177,15 @@ def surroundings(subcommand: str) -> dict[str, Any]:
             **{name: version(name) for name in ("simplejpeg", "numpy", "pillow")},
         },
     }
+
+
+def commit() -> str:
+    """Of the code that was measured; "-dirty" behind it where a file of it was changed. Empty outside of git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    code = ["pipeline", "model", "train", "tools"]
+    changed = head and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return f"{head}-dirty" if changed else head
 
 
 def processor() -> str:
