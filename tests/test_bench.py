@@ -123,6 +123,12 @@ def test_plain_packers(tmp_path: Path) -> None:
     assert bench_pack.codec_rate(images) > 0
 
 
+def test_processes_of_packers_start_at_once() -> None:
+    """Their start is a part of what is timed, and make_shards' is not: they import little."""
+    code = "import sys, tools.benchmarks.pack; print([name for name in ('torch', 'matplotlib') if name in sys.modules])"
+    assert run_ok("-c", code) == "[]\n"
+
+
 def test_plan(tmp_path: Path) -> None:
     """Planning a hundred thousand images is told in seconds and memory, which stays far below that of a Python object
     each."""

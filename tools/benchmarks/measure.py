@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.shards import IMAGE_SIDE, ClassName, ShardSet
-from tools.benchmarks.figure import draw_tables
 from tools.checks.nvidia_smi import ask_nvidia
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def record(
     settings: Mapping[str, Any],
     each: Mapping[str, Mapping[str, Any]] | None = None,
     also: Sequence[Mapping[str, Any]] = (),
-    draw: Draw = draw_tables,
+    draw: Draw | None = None,
 ) -> None:
     """Append one JSON row per contender with what a reader needs to judge and repeat it, and a figure beside it.
 
@@ -143,6 +142,8 @@ def record(
         also: Rows of what is no contender, or was not measured.
         draw: Makes the figure; by default with a bar for each contender.
     """
+    from tools.benchmarks.figure import draw_tables  # not above: contenders' processes import this file, and are timed
+
     about = surroundings(subcommand) | {"data": data, **settings}
     with out.open("a") as file:
         for table in tables:
@@ -153,7 +154,9 @@ def record(
         for extra in also:
             file.write(json.dumps(dict(extra) | about) + "\n")
     machine = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, no GPU"
-    draw(tables, out.with_suffix(".png"), f"bench {subcommand} on {data}; {machine}; {about['commit'][:7]}")
+    (draw or draw_tables)(
+        tables, out.with_suffix(".png"), f"bench {subcommand} on {data}; {machine}; {about['commit'][:7]}"
+    )
 
 
 def surroundings(subcommand: str) -> dict[str, Any]:
