@@ -108,7 +108,7 @@ def test_pack(tmp_path: Path) -> None:
     assert len({row["contender"] for row in rows}) == len(rows) == 6
     assert all(row["median"] > 0 and len(row["values"]) == 1 and row["images"] == 40 for row in rows)
     assert all(f"\n{row['contender']} " in text for row in rows) and text.count(" 1.00\n") >= 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl", "rows.png"]
 
 
 def test_plain_packers(tmp_path: Path) -> None:
