@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline.eigenbasis import Eigenbasis
 from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
 from tools.benchmarks import pack as bench_pack
 from tools.benchmarks.loader import Windows
+from tools.benchmarks.measure import rate
 from tools.make_demo import make_demo
 from tools.packing.ilsvrc import read_archives
 
@@ -153,7 +155,19 @@ def test_all(shards: Path, tmp_path: Path) -> None:
     )
 
 
+def test_what_is_timed_begins_behind_the_warm_up() -> None:
+    """A quarter of the time is not counted; what is told of the steps, such as their waits, begins where counting
+    does."""
+    told: list[str] = []
+    images_per_s = rate(lambda: (sleep(0.01), told.append("step")), 5, 0.4, begin=lambda: told.append("begin"))
+    warm_up, counted = told.index("begin"), len(told) - told.index("begin") - 1
+    assert told.count("begin") == 1 and 1 <= warm_up <= 11 and counted >= warm_up
+    assert images_per_s <= 5 / 0.01 and images_per_s == pytest.approx(5 * counted / 0.4, rel=0.3)
+
+
 def test_pca(shards: Path) -> None:
-    """Decoding alone and with the sums, and how many times as long that takes."""
+    """Decoding alone and with the sums, and how many times as long that takes; a set of one batch is no set to time."""
+    done = run_python("tools/bench.py", "pca", shards, "--batch-size", "1438")
+    assert done.returncode == 2 and "1438 images, no second batch; take a smaller --batch-size" in done.stderr
     output = run_ok("tools/bench.py", "pca", shards, "--repeats", "1")
     assert "decode + exact moments" in output and float(output.rsplit("takes ", 1)[1].split(" times")[0]) > 0

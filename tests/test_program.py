@@ -79,3 +79,15 @@ def test_a_reader_that_leaves(shards: Path) -> None:
     command = f"'{sys.executable}' -u tools/make_shards.py stats '{shards}' | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+
+
+def test_a_killed_worker() -> None:
+    """One sentence and exit code 2, from whatever pool of processes."""
+    code = (
+        "import os\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from train.program import exit_with\n"
+        "exit_with(lambda: ProcessPoolExecutor(1).submit(os._exit, 9).result())\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 2 and done.stderr.startswith("error: a worker process was killed"), done.stderr

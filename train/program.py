@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -135,6 +136,8 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
             if error.errno in FULL:
                 remedy = f"{REMEDIES[error.errno]} and run it again"
             message = f"cannot use {error.filename}: {error.strerror}; {remedy}"
+    except BrokenProcessPool:
+        code, message = WRONG_INPUT, "a worker process was killed; was there memory enough? run it again with fewer"
     except DataError as error:
         code, message = DATA_FAILED, str(error)
     except DivergedError as error:

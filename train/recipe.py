@@ -28,7 +28,7 @@ class StrictLoader(yaml.SafeLoader):
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         """As its base. Raises `yaml.MarkedYAMLError` for a number with leading zeros."""
         node = super().compose_scalar_node(anchor)
-        if node.style is None and re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+        if node.style is None and re.fullmatch(r"[-+]?0[0-7_]+", node.value):
             raise yaml.MarkedYAMLError(
                 problem=f"YAML reads {node.value} as an octal number; leave its leading zeros out",
                 problem_mark=node.start_mark,
@@ -43,6 +43,8 @@ def check_recipe(path: Path, options: Collection[str]) -> None:
         path: The file.
         options: Dotted names of all settings, such as "optimizer.lr", by which sections are known.
     """
+    if not path.expanduser().is_file():
+        return  # a pipe can be read once; what is missing is told by jsonargparse
     text = path.expanduser().read_bytes()
     try:
         root = yaml.compose(text.decode(), StrictLoader)

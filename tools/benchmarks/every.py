@@ -1,5 +1,6 @@
 """Every benchmark after the other, each in a process of its own: their settings of memory and threads differ."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,16 @@ def bench_every(shards: Path, raw: Path | None, out: Path, only: list[str] | Non
         more = ["--ffcv-python", str(ffcv_python)] if name == "peers" and ffcv_python else []
         more += ["--raw", str(raw)] if name == "scaling" and raw else []
         arguments = [name, *map(str, given), *more, "--out", str(out / f"{name}.jsonl")]
-        print(f"\npython tools/bench.py {' '.join(arguments)}", flush=True)
+        print(f"\npython tools/bench.py {shlex.join(arguments)}", flush=True)
         started = perf_counter()
         program = Path(__file__).resolve().parents[1] / "bench.py"
-        if subprocess.run([sys.executable, str(program), *arguments], check=False).returncode:
-            failed.append(name)
+        with subprocess.Popen([sys.executable, str(program), *arguments]) as process:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # it has heard that as well, and removes its files
+                process.wait()
+                raise
+        failed += [name] if code else []
         print(f"({perf_counter() - started:.0f} s)")
     if failed:
         raise ValueError(f"{', '.join(failed)} failed, see above; --only {failed[0]} repeats one of them")

@@ -78,10 +78,13 @@ def bench_lighting(
     print(f"{describe(train)}; batch {batch_size}, {threads} threads, {repeats} repeats, on {kind}")
     table = Table("what lighting costs", "images/s", measured, unlit)
     table.show()
+    shares = [a / b for a, b in zip(processor[True][1:], processor[False][1:], strict=True)]
     tell("speed", [a / b for a, b in zip(measured[lit], measured[unlit], strict=True)])
-    tell("processor time", [a / b for a, b in zip(processor[True][1:], processor[False][1:], strict=True)])
+    tell("processor time", shares)
     if out:
-        record(out, "lighting", [table], describe(train), {"shards": train.manifest_sha256, "batch_size": batch_size})
+        settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads, "batches": batches}
+        settings |= {"device": kind, "processor_time": statistics.mean(shares)}
+        record(out, "lighting", [table], describe(train), settings)
 
 
 def tell(what: str, ratios: list[float]) -> None:

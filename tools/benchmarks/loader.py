@@ -76,6 +76,7 @@ def bench_loader(
     table.show()
     if out:
         settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": speed.num_threads}
+        settings |= {"processes": processes, "seconds": seconds, "device": place.type}
         record(out, "loader", [table], describe(train), settings)
 
 

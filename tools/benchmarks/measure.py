@@ -4,6 +4,7 @@ figure beside them."""
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.files import check_writable
 from pipeline.shards import IMAGE_SIDE, ClassName, ShardSet
 from tools.checks.nvidia_smi import ask_nvidia
 
@@ -58,12 +60,15 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float:
+def rate(
+    step: Callable[[], Any], images_per_step: int, seconds: float, begin: Callable[[], Any] = lambda: None
+) -> float:
     """Images per second of calling `step` for about `seconds`, behind an uncounted quarter of that: batches that were
-    made ahead are no speed, and contenders before us may still be making theirs."""
+    made ahead are no speed, and contenders before us may still be making theirs. Calls `begin` between the two."""
     begun = perf_counter()
     while perf_counter() - begun < seconds / 4:
         step()
+    begin()
     steps, started, elapsed = 0, perf_counter(), 0.0
     while elapsed < seconds:
         step()
@@ -71,8 +76,14 @@ def rate(step: Callable[[], Any], images_per_step: int, seconds: float) -> float
     return steps * images_per_step / elapsed
 
 
-def timed(step: Callable[[], Any], images: int, seconds: float, place: "torch.device") -> Callable[[], float]:
-    """Measures images per second, the GPU's work included."""
+def timed(
+    step: Callable[[], Any],
+    images: int,
+    seconds: float,
+    place: "torch.device",
+    begin: Callable[[], Any] = lambda: None,
+) -> Callable[[], float]:
+    """Measures images per second as `rate` does, the GPU's work included."""
 
     import torch
 
@@ -82,8 +93,8 @@ def timed(step: Callable[[], Any], images: int, seconds: float, place: "torch.de
         torch.cuda.synchronize(place)
 
     if place.type == "cuda":
-        return lambda: rate(steps_on_a_gpu, STEPS_ON_A_GPU * images, seconds)
-    return lambda: rate(step, images, seconds)
+        return lambda: rate(steps_on_a_gpu, STEPS_ON_A_GPU * images, seconds, begin)
+    return lambda: rate(step, images, seconds, begin)
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -116,8 +127,10 @@ def check_out(out: Path | None) -> None:
     if out and out.suffix != ".jsonl":
         raise ValueError(f"--out {out} is a file of JSON lines: call it .jsonl; a figure, .png, comes beside it")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()
+        check_writable(out.with_suffix(".png"))
+        check_writable(out)
+        if out.exists():
+            out.open("a").close()
 
 
 def record(
@@ -153,7 +166,8 @@ def record(
                 file.write(json.dumps(row | more | dict((each or {}).get(name, {})) | about) + "\n")
         for extra in also:
             file.write(json.dumps(dict(extra) | about) + "\n")
-    machine = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, no GPU"
+    on_gpu = about["gpu"] and about.get("device", "cuda") != "cpu"
+    machine = about["gpu"] if on_gpu else f"{about['cpu']}, {about['cores']} cores, no GPU"
     (draw or draw_tables)(
         tables, out.with_suffix(".png"), f"bench {subcommand} on {data}; {machine}; {about['commit'][:7]}"
     )
@@ -167,7 +181,7 @@ def surroundings(subcommand: str) -> dict[str, Any]:
     return {
         "benchmark": subcommand,
         "commit": commit(),
-        "command": " ".join(["python", "tools/bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),

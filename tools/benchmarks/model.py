@@ -65,7 +65,8 @@ def bench_model(
         missing = {towers.TITLE: str(error)}
         print(f"{towers.TITLE}: not measured: {error}")
     if out:
-        settings = {"batch_sizes": sizes, "precision": precision, "not_measured": missing}
+        settings: dict[str, Any] = {"batch_sizes": sizes, "precision": precision, "not_measured": missing}
+        settings |= {"seconds": seconds, "device": place.type}
         record(out, "model", tables, "random numbers", settings, {towers.TWO_DEVICES: {"bytes_sent_per_step": sent}})
     if profile:
         print(profiled(sizes[-1], DTYPES[precision], place))

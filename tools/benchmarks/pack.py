@@ -42,8 +42,8 @@ def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | Non
     """Measure and print; arguments as in `tools.bench.pack`."""
     if repeats < 1 or (workers is not None and workers < 1):
         raise ValueError("--repeats and --workers must be at least 1")
-    check_out(out)
     source = read_archives(raw)
+    check_out(out)
     splits = source.splits
     images = [image for split in splits.values() for image in split]
     random.Random(0).shuffle(images)  # packers shuffle: every contender reads at random places
@@ -125,10 +125,10 @@ def baseline(workers: int, images: list[RawImage], target: Path) -> float:
     started = perf_counter()
     pattern = str(target / "%06d.tar")
     with (
-        multiprocessing.get_context("spawn").Pool(workers) as pool,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         webdataset.ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, start_shard=0, verbose=0) as writer,
     ):
-        jpegs = pool.imap(crop_with_pillow, images, chunksize=16)
+        jpegs = pool.map(crop_with_pillow, images, chunksize=16)
         for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
             writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})
     return len(images) / (perf_counter() - started)

@@ -71,6 +71,7 @@ def bench_peers(
     print_missing(missing, measured)
     if out:
         settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
+        settings |= {"seconds": seconds, "device": "cpu"}
         every = {package: version for found in versions.values() for package, version in found.items()}
         record(out, "peers", [table], describe(train), settings | {"peers": every, "not_measured": missing})
 

@@ -5,6 +5,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def bench_train(
     if out:
         config = {name: section for name, section in whole.to_json().items() if name != "run"}
         about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency, **figures}
+        about |= {"seconds": seconds, "device": trainer.device.type}
         record(out, "train", [table], describe(train), about | (timeline.percent if timeline else {}))
 
 
@@ -96,7 +98,8 @@ def contenders(
     def together() -> float:
         meter = StepMeter(device, trainer.placement)
         with watched(name_of(device)) as utilizations:
-            speed = timed(lambda: real_step(trainer, batches, meter, rates), images, seconds, device)()
+            begin = partial(meter.read, images)  # what the queue held before is no figure of training
+            speed = timed(lambda: real_step(trainer, batches, meter, rates), images, seconds, device, begin)()
         figures = meter.read(images)
         turns.append({name: figures[name] for name in WAITS})
         if utilizations:

@@ -84,5 +84,8 @@ def ffcv_versions(data: PeerData) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ImportError((done.stderr.strip().splitlines() or ["its interpreter fails"])[-1])
-    found = json.loads(done.stdout.splitlines()[-1])
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise ImportError(f"{data.ffcv_python} is no Python") from None
     return {name if name == "ffcv" else f"{name} of ffcv": version for name, version in found.items()}

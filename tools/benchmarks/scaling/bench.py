@@ -71,13 +71,15 @@ def bench_scaling(
     estimates = [estimate(rate, constants) for rate in rates]
     show_estimates(constants, estimates)
     if out:
+        settings = {"shards": train.manifest_sha256, "batch_size": batch_size}
+        settings |= {"seconds": seconds, "epochs": epochs, "device": "cpu"}
         panels = [panel for part in parts for panel in part.panels]
         record(
             out,
             "scaling",
             [table for part in parts for table in part.tables],
             describe(train),
-            {"shards": train.manifest_sha256, "batch_size": batch_size},
+            settings,
             {name: more for part in parts for name, more in part.each.items()},
             [*(row for part in parts for row in part.missing), estimate_row(constants, estimates)],
             lambda _, path, caption: draw_panels(panels, path, caption),

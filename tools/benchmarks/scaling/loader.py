@@ -35,6 +35,8 @@ ENDLESS: list[Iterator[Batch]] = []
 """What a worker process takes batches from."""
 BARRIER: list[Barrier] = []
 """Where it waits for the others of its contender."""
+PATIENCE_S = 300.0
+"""With them: one of them may have been killed."""
 
 
 def scale_loader(
@@ -125,8 +127,8 @@ def start_loading(
 
 
 def wait_for_all() -> None:
-    """Wait until every worker of the contender is there."""
-    BARRIER[0].wait()
+    """Wait until every worker of the contender is there. Raises `BrokenBarrierError` where one never comes."""
+    BARRIER[0].wait(PATIENCE_S)
 
 
 def share_rate(seconds: float) -> tuple[float, float]:
