@@ -141,6 +141,7 @@ def test_plan(tmp_path: Path) -> None:
     assert all(row["median"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_all(shards: Path, tmp_path: Path) -> None:
     """Each runs by its own command, with rows and a figure; what cannot run is named, and the others still do; a wrong
     name is found before any."""

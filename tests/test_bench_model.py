@@ -50,6 +50,7 @@ def test_torchvisions_layers() -> None:
     assert shapes == list(TORCHVISION.values())
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All three tables and the profile come, with a line for each contender; towers also with a verdict, what travels,
     and rows."""

@@ -26,6 +26,7 @@ TOO_MANY = 10**12
 """Samples: no machine holds their index."""
 
 
+@pytest.mark.slow
 def test_scaling(shards: Path, tmp_path: Path) -> None:
     """A row for each contender with what it was given, one for the estimate, a figure; the screen shows the same."""
     out = tmp_path / "rows.jsonl"
