@@ -137,7 +137,8 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
                 remedy = f"{REMEDIES[error.errno]} and run it again"
             message = f"cannot use {error.filename}: {error.strerror}; {remedy}"
     except BrokenProcessPool:
-        code, message = WRONG_INPUT, "a worker process was killed; was there memory enough? run it again with fewer"
+        code = WRONG_INPUT
+        message = "a worker process was killed; was there memory enough? run it again with fewer of them"
     except DataError as error:
         code, message = DATA_FAILED, str(error)
     except DivergedError as error:

@@ -30,7 +30,7 @@ class StrictLoader(yaml.SafeLoader):
         node = super().compose_scalar_node(anchor)
         if node.style is None and re.fullmatch(r"[-+]?0[0-7_]+", node.value):
             raise yaml.MarkedYAMLError(
-                problem=f"YAML reads {node.value} as an octal number; leave its leading zeros out",
+                problem=f"YAML reads {node.value} as an octal number; leave its leading zeros out, or quote it",
                 problem_mark=node.start_mark,
             )
         return node

@@ -11,6 +11,7 @@ from tools.benchmarks.figure import draw_panels
 from tools.benchmarks.measure import check_out, describe, record
 from tools.benchmarks.scaling.estimate import SAMPLES, Constants, estimate, estimate_row, show_estimates
 from tools.benchmarks.scaling.loader import scale_epochs, scale_loader
+from tools.benchmarks.scaling.offline import BATCH_SIZE as SUMMED
 from tools.benchmarks.scaling.offline import scale_offline
 from tools.benchmarks.scaling.part import num_cores, up_to
 from tools.benchmarks.scaling.samples import scale_samples
@@ -53,6 +54,8 @@ def bench_scaling(
     check_batch(train, batch_size, max(rank_counts))
     sizes = numbers("--samples", samples, list(SIZES), at_least=batch_size)
     if raw is not None:
+        if train.num_samples <= SUMMED:  # the first batch of the sums is the start of their pipeline
+            raise ValueError(f"{shards} holds {train.num_samples} images, too few to time their sums; leave --raw out")
         read_archives(raw)  # an hour later it would be too late
     check_out(out)
 
