@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.machine import num_cores
 from pipeline.shards import IMAGE_SIDE, ShardSet, read_index
 
 PATIENCE_S = 120
@@ -29,7 +29,7 @@ def find_damage(shards: ShardSet) -> str:
         if problem := shard_damage(Path(tar), Path(index), samples):
             return problem
     deadline = time.monotonic() + PATIENCE_S
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         for whole in (False, True):
             chunks = chunked(shards)
             while time.monotonic() < deadline and (some := list(itertools.islice(chunks, 64))):

@@ -27,8 +27,9 @@ from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, train_pipeline, val_pipeline
 from pipeline.lighting import Lighting, moved_means
+from pipeline.machine import raise_open_files, resident_bytes
 from pipeline.normalize import BatchMemory, normalize
-from pipeline.reader import check_index, check_memory, data_errors, parse_labels, raise_open_files, resident_bytes
+from pipeline.reader import check_index, check_memory, data_errors, parse_labels
 from pipeline.settings import DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
 

@@ -1,8 +1,6 @@
-"""What stands around every DALI pipeline that reads shards: enough file handles, an index that fits, errors in one
-sentence. And the plain reader, which decodes each image once."""
+"""What stands around every DALI pipeline that reads shards: an index that fits, errors in one sentence. And the plain
+reader, which decodes each image once."""
 
-import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ from nvidia.dali import Pipeline
 
 from pipeline.diagnose import find_damage
 from pipeline.graph import decode_pipeline
+from pipeline.machine import available_bytes, processes_here, raise_open_files, share_of_cores
 from pipeline.shards import DataError, ShardSet
 
 INDEX_BYTES = 455
@@ -37,7 +36,7 @@ def decoded_batches(
         shards,
         "gpu" if device.type == "cuda" else "cpu",
         batch_size=batch_size,
-        num_threads=threads or len(os.sched_getaffinity(0)),
+        num_threads=threads or share_of_cores(),
         device_id=(device.index or 0) if device.type == "cuda" else None,
         seed=0,
     )
@@ -92,27 +91,9 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
 def check_memory(shards: ShardSet) -> None:
     """Warn when the index, which every process holds as a whole, takes a large part of the free memory."""
     needed = INDEX_BYTES * shards.num_samples
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
-    processes = int(sharing) if sharing.isdecimal() else 1
-    free = 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    processes, free = processes_here(), available_bytes()
     if needed * processes > free / 4:
         print(
             f"warning: DALI's index of {shards.num_samples} samples takes about {needed / 1e9:.1f} GB in each of "
             f"{processes} processes here, {free / 1e9:.0f} GB are free; use fewer processes a machine, or a larger one"
         )
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def raise_open_files(num_shards: int) -> None:
-    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `ValueError`."""
-    needed = num_shards + 256  # besides shards: libraries, pipes, logs
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

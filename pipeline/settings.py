@@ -1,11 +1,11 @@
 """What a user can set about the data."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pipeline.lighting import Lighting
+from pipeline.machine import share_of_cores
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Speed:
     shards of each rank. `tools/tune_pipeline.py` finds the best ones for a machine."""
 
     threads: int | None = None
-    """DALI's CPU threads; by default one more than this process has cores, so that none idles while a thread waits."""
+    """DALI's CPU threads; by default one more than the cores of this process (those of the machine are shared among
+    the processes on it), so that none idles while a thread waits."""
     affinity: bool = False
     """Pin DALI's threads to cores."""
     prefetch: int = 2
@@ -59,7 +60,7 @@ class Speed:
     @property
     def num_threads(self) -> int:
         """`threads`, or their default."""
-        return self.threads or len(os.sched_getaffinity(0)) + 1
+        return self.threads or share_of_cores() + 1
 
     def __post_init__(self) -> None:
         if (self.threads is not None and self.threads < 1) or self.prefetch < 1 or self.read_ahead < 1:

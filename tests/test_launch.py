@@ -11,7 +11,7 @@ import torch
 from tests.conftest import ROOT, train_refuses
 from tests.test_placement import arguments
 from train.evaluate import pick_device
-from train.launch import PORTS, find_launch, find_task, first_host
+from train.launch import PORTS, find_launch, find_task, first_host, local_rank
 from train.metrics import read_metrics
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
@@ -54,7 +54,7 @@ def test_a_task_of_srun_gets_what_torchrun_sets() -> None:
 def test_an_allocation_is_no_launch(environment: dict[str, str]) -> None:
     """What a script or a shell starts without srun is one process, which waits for nobody."""
     assert launched(environment) == {}
-    assert find_task(environment) in (None, (0, 1))
+    assert find_task(environment)[:2] == (0, 1)
 
 
 def test_torchrun_comes_first() -> None:
@@ -139,6 +139,24 @@ def test_broken_values(name: str, value: str | None) -> None:
     broken = {key: text for key, text in (TASK | {name: value}).items() if text is not None}
     with pytest.raises(ValueError, match=name):
         launched(broken)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world"), [("4", "4"), ("1", "0"), ("x", "2"), ("-1", "4"), ("1", ""), (None, "2"), ("0", None)]
+)
+def test_broken_values_of_torchrun(rank: str | None, world: str | None) -> None:
+    """Likewise, whether or not Slurm has its say."""
+    given = {name: text for name, text in (("RANK", rank), ("WORLD_SIZE", world)) if text is not None}
+    with pytest.raises(ValueError, match=r"RANK|WORLD_SIZE"):
+        find_task(TASK | given)
+
+
+def test_the_place_on_a_machine() -> None:
+    """torchrun's variable comes first."""
+    assert local_rank({}) == 0 and local_rank({"LOCAL_RANK": ""}) == 0
+    assert local_rank({"SLURM_LOCALID": "3"}) == 3 and local_rank({"SLURM_LOCALID": "3", "LOCAL_RANK": "1"}) == 1
+    with pytest.raises(ValueError, match="LOCAL_RANK"):
+        local_rank({"LOCAL_RANK": "first"})
 
 
 def test_the_trainer_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,9 +115,6 @@ def test_wrong_parts(part: str) -> None:
     """They are refused by name."""
     with pytest.raises(ValueError, match="--part"):
         find_part(part, {})
-    number, of = (part + "/").split("/")[:2]
-    with pytest.raises(ValueError, match="RANK/WORLD_SIZE"):
-        find_part(None, {"RANK": number, "WORLD_SIZE": of if of != "2" else "x"})
 
 
 def test_two_packers_by_mistake(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ import numpy as np
 
 from pipeline.eigenbasis import read_eigenbasis, read_mean_image, write_eigenbasis
 from pipeline.files import atomic_writer
+from pipeline.machine import share_of_cores
 from pipeline.shards import DataError, ShardSet, index_text, open_shards, read_index
-from tools.packing.parts import Part, find_part
-from tools.packing.pool import default_workers
+from tools.packing.parts import find_part
 from tools.show_pca import draw, table
+from train.launch import Task
 from train.program import run_program
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def compute_pca(
 
     if is_done(shards, train, wanted, mean_image):
         print(f"{shards / 'pca.json'} fits these shards already; nothing to do")
-    elif not count(shards, train, wanted, mean_image, mine, batch_size, threads or default_workers(), device):
+    elif not count(shards, train, wanted, mean_image, mine, batch_size, threads or share_of_cores(), device):
         return
     if show:
         content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
@@ -101,7 +102,7 @@ def count(
     train: ShardSet,
     wanted: dict[str, int] | None,
     mean_image: bool,
-    mine: Part,
+    mine: Task,
     batch_size: int,
     threads: int,
     device: Literal["cpu", "cuda"],
@@ -120,9 +121,9 @@ def count(
             chosen = draw_sample(train, wanted["images"], wanted["seed"], Path(folder))
         of = {"manifest": train.manifest_sha256, "decoder": decoder, "sample": wanted}
         tally = Tally(shards, chosen, of, mean_image)
-        ours = range(mine.number, len(tally.groups), mine.of)
-        if mine.of > 1:
-            print(f"part {mine.number + 1} of {mine.of} (from {mine.source})", flush=True)
+        ours = range(mine.rank, len(tally.groups), mine.world)
+        if mine.world > 1:
+            print(f"part {mine.rank + 1} of {mine.world} (from {mine.source})", flush=True)
         started = perf_counter()
         images = tally.count([k for k in ours if tally.read(k) is None], batch_size, threads, place)
     seconds = perf_counter() - started
@@ -189,12 +190,10 @@ def cuda_device() -> "torch.device":
     import torch
 
     from train.device import pick_device
+    from train.launch import find_launch
 
-    pick_device("cuda")
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    if not local.isdecimal():
-        raise ValueError(f"LOCAL_RANK or SLURM_LOCALID has to be a number from 0, but is {local!r}; unset it")
-    return torch.device("cuda", int(local) % torch.cuda.device_count())
+    find_launch(os.environ, torch.cuda.device_count())
+    return pick_device("cuda")
 
 
 def degenerate(eigenvalues: list[float], num_images: int) -> str:

@@ -20,7 +20,6 @@ import functools
 import gzip
 import io
 import multiprocessing
-import os
 import signal
 import tarfile
 import tempfile
@@ -34,6 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.files import atomic_writer, read_json, write_json
+from pipeline.machine import num_cores
 from tools.packing.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
 from tools.photos import encode, photo
 from train.program import run_program
@@ -130,7 +130,7 @@ def write_photos(raw: Path, count: int, seed: int) -> None:
         if not in_val[number]:
             train[DIGIT_TO_WNID[digit]].append(number)
 
-    cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    cores, context = num_cores(), multiprocessing.get_context("spawn")
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
     with (
         ProcessPoolExecutor(cores, context, initializer=signal.signal, initargs=ignore_interrupt) as pool,

@@ -88,7 +88,7 @@ def pack(
         print("no validation images: training wants some, --val-fraction .02 sets them aside")
     plans = [make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()]
     if data.sequential or sequential_read:
-        if mine.of > 1:
+        if mine.world > 1:
             raise ValueError("reading in order cannot be shared out; pack parquet files and hard disks in one part")
     else:
         warn_of_slow_reads(raw, data, workers)
@@ -101,10 +101,10 @@ def pack(
         save_listing(shards / LISTING, listed, validity)
 
     started, done = time.perf_counter(), []
-    if mine.of > 1:
-        print(f"part {mine.number + 1} of {mine.of}: every {mine.of}th shard; the other parts have to run as well")
+    if mine.world > 1:
+        print(f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; the other parts have to run as well")
     left = [(plan, number) for plan in plans for number in unfinished(plan)]
-    own = [(plan, number) for plan, number in left if number % mine.of == mine.number]
+    own = [(plan, number) for plan, number in left if number % mine.world == mine.rank]
     if data.sequential or sequential_read:
         for plan in plans:
             if numbers := [number for owner, number in own if owner is plan]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
+from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards, read_index
 from train.program import run_program
@@ -181,12 +182,12 @@ def views(
     from pipeline.draws import OFFSETS, draw
     from pipeline.graph import Decoder, square_graph, train_graph
     from pipeline.lighting import moved_means
-    from pipeline.reader import check_index, data_errors, raise_open_files
+    from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
     raise_open_files(len(shards.tars))
     decoder = Decoder("cpu", shards.any_size)
-    pipe = Pipeline(batch_size=count, num_threads=len(os.sched_getaffinity(0)), device_id=None, prefetch_queue_depth=1)
+    pipe = Pipeline(batch_size=count, num_threads=num_cores(), device_id=None, prefetch_queue_depth=1)
     with pipe:
         encoded, digits = read()
         draws = draw(augmentation, seed, rank)

@@ -17,7 +17,6 @@ import contextlib
 import gc
 import itertools
 import math
-import os
 import platform
 import shlex
 import sys
@@ -34,6 +33,7 @@ import yaml
 from tqdm import tqdm
 
 from pipeline.files import write_bytes
+from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import DataError, ShardSet, open_shards
 from tools.benchmarks.measure import processor
@@ -131,7 +131,7 @@ def tune(
     place = pick_device(device)
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     start = Knobs(threads=Speed().num_threads, decode="gpu" if place.type == "cuda" else "cpu")
     axes = list_axes(cores, on_gpu=place.type == "cuda")
     at_most = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
@@ -350,7 +350,7 @@ def header(train: ShardSet, batch_size: int, device: "torch.device", decode: str
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     about = {
         "machine": f"{platform.node()}, {processor()}",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "gpu": gpu,
         "images are decoded on the": decode,
         "shards": f"{train.manifest_sha256} (SHA-256 of train/manifest.json)",

@@ -9,6 +9,7 @@ import torch
 
 from model.alexnet import AlexNet
 from model.parallel import TowerAlexNet
+from train.launch import local_rank
 
 
 def pick_device(name: str) -> torch.device:
@@ -18,7 +19,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
-    place = int(os.environ.get("LOCAL_RANK", "0"))
+    place = local_rank(os.environ)
     if name != "cpu" and place >= torch.cuda.device_count() > 0:
         raise ValueError(
             f"this machine has {torch.cuda.device_count()} GPUs and more processes than that; start one for each"

@@ -1,4 +1,5 @@
-"""Slurm's srun as a launcher: its variables become those of torchrun, which everything else reads.
+"""Which process this is among those that torchrun or Slurm's srun started together: the one place that reads their
+variables. For training, srun's become those of torchrun.
 
     srun --ntasks 8 python -m train.run --config FILE ...
 
@@ -19,26 +20,37 @@ STEPS_APART = 61
 
 
 class Task(NamedTuple):
-    """A process among those that one srun started."""
+    """A process among those that were started together."""
 
     rank: int
     """0 to `world` - 1."""
     world: int
     """Number of processes."""
+    source: str
+    """What tells: the names of variables, or of an option."""
 
 
-def find_task(environment: Mapping[str, str]) -> Task | None:
-    """This process's place in a step of Slurm; None where no srun started it.
+def find_task(environment: Mapping[str, str]) -> Task:
+    """This process's place among those of a torchrun or of a step of Slurm; (0, 1) where it was started alone.
 
     Raises `ValueError` that names the variable when one is missing or no such number.
     """
-    if "SLURM_STEP_NUM_TASKS" not in environment:
-        return None
-    world = read_number(environment, "SLURM_STEP_NUM_TASKS")
-    rank = read_number(environment, "SLURM_PROCID")
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        names = "RANK", "WORLD_SIZE"
+    elif "SLURM_STEP_NUM_TASKS" in environment:
+        names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+    else:
+        return Task(0, 1, "")
+    rank, world = (read_number(environment, name) for name in names)
     if rank >= world:
-        raise ValueError(f"SLURM_PROCID is {rank}, but SLURM_STEP_NUM_TASKS says that there are {world} tasks")
-    return Task(rank, world)
+        raise ValueError(f"{names[0]} is {rank}, but {names[1]} says that there are {world} processes")
+    return Task(rank, world, "/".join(names))
+
+
+def local_rank(environment: Mapping[str, str]) -> int:
+    """Its number among those of its machine; 0 where it was started alone. Raises `ValueError`."""
+    name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
+    return read_number(environment, name) if environment.get(name) else 0
 
 
 def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
@@ -52,7 +64,7 @@ def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return
     task = find_task(environment)
-    if task is None or task.world == 1:
+    if task.world == 1:
         return
     environment["RANK"], environment["WORLD_SIZE"] = str(task.rank), str(task.world)
     place = read_number(environment, "SLURM_LOCALID")
@@ -86,7 +98,7 @@ def read_number(environment: Mapping[str, str], name: str) -> int:
     """A variable that holds a number from 0. Raises `ValueError` when it does not, or is missing."""
     value = environment.get(name)
     if value is None:
-        raise ValueError(f"srun started this process, but {name} is not set; start it by srun or torchrun again")
+        raise ValueError(f"a launcher started this process, but {name} is not set; start it by srun or torchrun again")
     if not (value.isascii() and value.isdigit()):
         raise ValueError(f"{name} has to be a number from 0, but is {value!r}")
     return int(value)

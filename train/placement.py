@@ -18,6 +18,7 @@ from model.parallel import TOWERS, Mesh, TowerAlexNet, join_state, seed_process,
 from model.peer import TIMEOUT, PeerLostError, reason_of
 from pipeline.loader import Batch
 from pipeline.shards import DataError
+from train.launch import find_task
 from train.program import DATA_FAILED, WRONG_INPUT
 
 State = dict[str, torch.Tensor]
@@ -41,7 +42,7 @@ class Placement:
 
     def __init__(self, config: ParallelConfig, device: torch.device) -> None:
         """Meet the other processes. Raises `ValueError` when their number does not fit."""
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = find_task(os.environ)[:2]
         towers = config.placement == "towers"
         if towers and self.world % TOWERS:
             raise ValueError(
@@ -219,8 +220,8 @@ def lost_processes_told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         told = any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out", "peer"))
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        if alone or isinstance(error, DataError) or not (told or isinstance(error, dist.DistError)):
+        told = told or isinstance(error, dist.DistError)
+        if find_task(os.environ).world == 1 or isinstance(error, DataError) or not told:
             raise
         reason = str(error)
         if not isinstance(error, PeerLostError):

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
 
 from pipeline.shards import DataError
+from train.launch import local_rank
 from train.recipe import check_recipe
 
 WRONG_INPUT, DATA_FAILED, DIVERGED = 2, 3, 4
@@ -80,7 +81,7 @@ def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
 def speaks() -> bool:
     """Whether this process tells what all processes of its machine know alike, such as a mistake on their command
     line."""
-    return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+    return local_rank(os.environ) == 0
 
 
 @contextmanager

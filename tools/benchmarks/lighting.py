@@ -1,7 +1,6 @@
 """What lighting costs: the loader's graph with it and without it, in turn, by the clock and by the processor's time."""
 
 import gc
-import os
 import statistics
 from pathlib import Path
 from time import perf_counter, process_time
@@ -12,8 +11,8 @@ import torch
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, train_pipeline
 from pipeline.lighting import moved_means
+from pipeline.machine import num_cores, raise_open_files
 from pipeline.normalize import BatchMemory, normalize
-from pipeline.reader import raise_open_files
 from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
 from tools.benchmarks.measure import Table, check_out, describe, record, take_turns
@@ -33,7 +32,7 @@ def bench_lighting(
     keep_freed_memory()  # as the trainer does
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or num_cores()
     place = pick_device(device)
     kind: Literal["gpu", "cpu"] = "gpu" if place.type == "cuda" else "cpu"
     raise_open_files(len(train.tars))

@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import Decoder, decode_extents, read_graph, trace_window, window_graph
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
-from pipeline.reader import raise_open_files
+from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards
 from tools.benchmarks.measure import Table, check_out, describe, rate, record, take_turns
@@ -40,7 +39,7 @@ def bench_loader(
     keep_freed_memory()  # as the trainer does
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    processes, speed = threads or len(os.sched_getaffinity(0)), Speed(threads=threads)
+    processes, speed = threads or num_cores(), Speed(threads=threads)
     place, config = pick_device(device), DataConfig(shards, speed=speed)
     batches = train_loader(train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))

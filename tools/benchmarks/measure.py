@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.files import check_writable
+from pipeline.machine import num_cores
 from pipeline.shards import IMAGE_SIDE, ClassName, ShardSet
 from tools.checks.nvidia_smi import ask_nvidia
 
@@ -183,7 +184,7 @@ def surroundings(subcommand: str) -> dict[str, Any]:
         "commit": commit(),
         "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
         "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": ask_nvidia().driver,

@@ -25,6 +25,7 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
+from pipeline.machine import num_cores
 from tools.benchmarks.measure import Table, check_out, images_of, record, take_turns
 from tools.packing.ilsvrc import read_archives
 from tools.packing.listing import RawImage
@@ -48,7 +49,7 @@ def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | Non
     images = [image for split in splits.values() for image in split]
     random.Random(0).shuffle(images)  # packers shuffle: every contender reads at random places
     num_bytes = sum(image.size for image in images)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or num_cores()
     chunks = [images[start : start + SAMPLES_PER_SHARD] for start in range(0, len(images), SAMPLES_PER_SHARD)]
     slices = [images[:MAX_IN_MEMORY][worker::workers] for worker in range(workers)]
     spawn = multiprocessing.get_context("spawn")

@@ -1,6 +1,5 @@
 """How fast the eigenbasis is computed, beside decoding alone."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -8,6 +7,7 @@ from time import perf_counter
 import torch
 
 from pipeline.eigenbasis import Eigenbasis, Moments
+from pipeline.machine import num_cores
 from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards
 from tools.benchmarks.measure import Table, check_out, describe, record, take_turns
@@ -23,7 +23,7 @@ def bench_pca(shards: Path, batch_size: int, threads: int | None, repeats: int, 
     if train.num_samples <= batch_size:  # the first batch is the start of the pipeline
         raise ValueError(f"{shards} holds {train.num_samples} images, no second batch; take a smaller --batch-size")
     check_out(out)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or num_cores()
 
     def of_pass(counts: Iterator[int]) -> float:
         next(counts)  # the pipeline starts

@@ -1,14 +1,13 @@
 """Ours beside the loaders of others, which do the same job on the same JPEGs, and show it before they are timed."""
 
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.reader import raise_open_files
+from pipeline.machine import num_cores, raise_open_files
 from pipeline.shards import open_shards
 from tools.benchmarks.contenders.check import check_batches, check_decoded
 from tools.benchmarks.contenders.data import CHECKED, PeerData, extract, numbered, whole_shards
@@ -52,7 +51,7 @@ def bench_peers(
         checked = PeerData(
             few, extract(few, place / "few"), basis, CHECK_BATCH, CHECK_WORKERS, place, ffcv_python, show=True
         )
-        workers = workers or len(os.sched_getaffinity(0))
+        workers = workers or num_cores()
         data = PeerData(train, extract(train, place / "all"), basis, batch_size, workers, place, ffcv_python)
         versions, missing = find(chosen, data)
         if not versions:

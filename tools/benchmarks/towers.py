@@ -11,7 +11,6 @@ and how many steps: counted once, so that both take the same number.
 """
 
 import multiprocessing
-import os
 import signal
 import statistics
 import tempfile
@@ -32,6 +31,7 @@ import yaml
 from model.alexnet import AlexNet, AlexNetConfig
 from model.parallel import TOWERS, Mesh, TowerAlexNet, bytes_per_image, seed_process
 from model.peer import TIMEOUT, PeerLostError
+from pipeline.machine import num_cores
 from tools.benchmarks.measure import STEPS_ON_A_GPU, Table, take_turns
 from tools.benchmarks.synthetic import training_on
 from train.device import can_compile, keep_freed_memory, set_arithmetic
@@ -91,7 +91,7 @@ def measure_towers(
     on_gpu = place.type == "cuda"
     if on_gpu and torch.cuda.device_count() < TOWERS:
         raise NotMeasuredError("needs two GPUs")
-    threads = max(1, len(os.sched_getaffinity(0)) // TOWERS)
+    threads = max(1, num_cores() // TOWERS)
     job = Job(two_towers, one_gpu or one_gpu_net(), batch_size, dtype, on_gpu, can_compile(place), threads)
     with started(job, PATIENCE_S + 10 * seconds) as take_steps:
 

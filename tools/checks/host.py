@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.machine import OTHER_FILES, num_cores
 from tools.checks.finding import Finding, nothing, ok, problem, warning
 
 SMALL_SHM = 1e9
 """Bytes of /dev/shm below which NCCL may find too little between several GPUs (Docker gives 64 MiB by itself)."""
-OTHER_FILES = 256
-"""Open files of a run besides its shards, as `pipeline.reader.raise_open_files` counts."""
 
 
 def cgroup_folders(membership: str, root: Path, controller: str) -> Iterator[Path]:
@@ -156,4 +155,4 @@ def check_shared_memory(path: Path, gpus: int) -> Finding:
 
 def cores() -> tuple[int, int | None, float | None]:
     """Arguments of `check_cores` here."""
-    return len(os.sched_getaffinity(0)), os.cpu_count(), cpu_quota(read(Path("/proc/self/cgroup")))
+    return num_cores(), os.cpu_count(), cpu_quota(read(Path("/proc/self/cgroup")))

@@ -13,23 +13,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from pipeline.machine import share_of_cores
 from pipeline.shards import DataError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def default_workers() -> int:
-    """Every core that is ours, shared with the other processes that torchrun starts on this machine."""
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, len(os.sched_getaffinity(0)) // (int(sharing) if sharing.isdecimal() and int(sharing) else 1))
-
-
 def check_workers(workers: int | None) -> int:
     """The number of processes. Raises `ValueError` for none."""
     if workers is not None and workers < 1:
         raise ValueError(f"--workers must be at least 1, but is {workers}")
-    return workers or default_workers()
+    return workers or share_of_cores()
 
 
 def as_they_finish(

@@ -6,6 +6,7 @@ import torch
 
 from model.alexnet import AlexNet, AlexNetConfig
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.machine import num_cores
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks.figure import draw_panels
 from tools.benchmarks.measure import check_out, describe, record
@@ -13,7 +14,7 @@ from tools.benchmarks.scaling.estimate import SAMPLES, Constants, estimate, esti
 from tools.benchmarks.scaling.loader import scale_epochs, scale_loader
 from tools.benchmarks.scaling.offline import BATCH_SIZE as SUMMED
 from tools.benchmarks.scaling.offline import scale_offline
-from tools.benchmarks.scaling.part import num_cores, up_to
+from tools.benchmarks.scaling.part import up_to
 from tools.benchmarks.scaling.samples import scale_samples
 from tools.packing.ilsvrc import read_archives
 

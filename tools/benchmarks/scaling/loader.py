@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import Batch, Loader, train_loader
-from pipeline.reader import resident_bytes
+from pipeline.machine import resident_bytes
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks.contenders.data import whole_shards

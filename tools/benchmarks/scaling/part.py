@@ -1,7 +1,6 @@
 """What the parts of `bench scaling` have in common."""
 
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -45,11 +44,6 @@ def up_to(cores: int, beyond: int = 0) -> list[int]:
     """1, 2, 4, ... up to the cores, and `beyond` more one by one: on two cores all numbers."""
     doubled = [2**power for power in range(cores.bit_length())]
     return sorted({*doubled, *range(cores, cores + beyond + 1)})
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def in_new_process(work: Callable[..., T], *arguments: Any) -> T:

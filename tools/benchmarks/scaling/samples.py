@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from pipeline.eigenbasis import read_eigenbasis
 from pipeline.files import read_json, sha256, write_bytes, write_json
-from pipeline.reader import INDEX_BYTES, resident_bytes
+from pipeline.machine import resident_bytes
+from pipeline.reader import INDEX_BYTES
 from pipeline.shards import DataError, ShardSet, index_text, open_shards, read_index
 from tools.benchmarks.figure import Panel
 from tools.benchmarks.measure import Table, take_turns
