@@ -10,30 +10,30 @@ import nvidia.dali
 import torch
 
 from train.config import flatten
-from train.loop import Trainer
+from train.state import TrainState
 
 ROOMS = ("pipeline", "model", "train")
 
 
-def facts(trainer: Trainer, checkpoint: Path | None) -> dict[str, Any]:
+def facts(state: TrainState, checkpoint: Path | None) -> dict[str, Any]:
     """Name -> value, as this process sees it. Where shards and runs lie may differ, what is in them may not."""
     config = {
         name: value
-        for name, value in flatten(trainer.config.to_json()).items()
+        for name, value in flatten(state.config.to_json()).items()
         if name not in ("data.shards", "run.dir", "train.weights") and not name.startswith("data.speed.")
     }
     return {
-        "the number of processes": trainer.placement.world,
+        "the number of processes": state.placement.world,
         "the newest checkpoint in run.dir": checkpoint.name if checkpoint else "none",
         **config,
-        "train/manifest.json": trainer.train_shards.manifest_sha256[:12],
-        "val/manifest.json": trainer.val_shards.manifest_sha256[:12],
-        "pca.json": short_hash(json.dumps(trainer.basis.to_json(), sort_keys=True).encode()),
+        "train/manifest.json": state.train_shards.manifest_sha256[:12],
+        "val/manifest.json": state.val_shards.manifest_sha256[:12],
+        "pca.json": short_hash(json.dumps(state.basis.to_json(), sort_keys=True).encode()),
         "the program's source": source_hash(),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "DALI": nvidia.dali.__version__,
-        "the device": trainer.device.type,
+        "the device": state.device.type,
     }
 
 

@@ -32,12 +32,12 @@ class CheckpointWriter:
     A checkpoint that cannot be written, because a disk is full, does not end a run: the one before stays the latest.
     """
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
+    def __init__(self, run_dir: Path, keep: int, latest: Path | None = None) -> None:
         self._run_dir, self._keep = run_dir, keep
         self._told: set[str] = set()
         self._thread: Thread | None = None
         self._error: Exception | None = None
-        self.latest: Path | None = None
+        self.latest = latest
         """The newest one that is whole."""
 
     @property

@@ -19,26 +19,26 @@ from train.charts import draw_curves, saved_figure, short_names
 from train.directory import PICTURES
 from train.evaluate import MIDDLE
 from train.findings import Example, Findings
-from train.loop import Trainer
 from train.metrics import read_metrics
+from train.state import TrainState
 
 if TYPE_CHECKING:  # it takes a third of a second, and every start of a run would wait for it
     from matplotlib.figure import Figure
 
 
-def draw_pictures(trainer: Trainer, network: AlexNet, findings: Findings) -> list[Path]:
+def draw_pictures(state: TrainState, network: AlexNet, findings: Findings) -> list[Path]:
     """Draw every picture; returns their paths."""
-    paths = [trainer.config.run.dir / name for name in PICTURES]
+    paths = [state.config.run.dir / name for name in PICTURES]
     curves, kernels, augmentation, predictions = paths
-    rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
+    rows = read_metrics(state.config.run.dir / "metrics.jsonl")
     with saved_figure(curves) as figure:
-        draw_curves(figure, rows, trainer.train_loader.steps_per_epoch, trainer.config.model.num_classes)
+        draw_curves(figure, rows, state.train_loader.steps_per_epoch, state.config.model.num_classes)
     with saved_figure(kernels) as figure:
         draw_kernels(figure, network)
     with saved_figure(augmentation) as figure:
-        draw_augmentation(figure, trainer)
+        draw_augmentation(figure, state)
     with saved_figure(predictions) as figure:
-        draw_predictions(figure, trainer, findings)
+        draw_predictions(figure, state, findings)
     return paths
 
 
@@ -57,24 +57,24 @@ def draw_kernels(figure: "Figure", network: AlexNet) -> None:
         axes.axis("off")
 
 
-def draw_augmentation(figure: "Figure", trainer: Trainer) -> None:
+def draw_augmentation(figure: "Figure", state: TrainState) -> None:
     """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
-    augmentation, basis = trainer.config.data.augmentation, trainer.basis
-    images_NHWC = next(decoded_batches(trainer.train_shards, 16)).numpy()
+    augmentation, basis = state.config.data.augmentation, state.basis
+    images_NHWC = next(decoded_batches(state.train_shards, 16)).numpy()
     (image_HWC,) = most_colourful(images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE], 1)
     amounts = range(-3, 4)
     rows = [moved_along(image_HWC, axis, amounts, basis, augmentation.lighting) for axis in range(3)]
     loader = train_loader(
-        trainer.train_shards,
+        state.train_shards,
         basis,
         replace(
-            trainer.config.data,
+            state.config.data,
             decode="cpu",
             speed=Speed(),
             augmentation=replace(augmentation, mean="channel", share_window=1),
         ),
-        batch_size=min(14, trainer.train_shards.num_samples),
-        seed=trainer.config.train.seed,
+        batch_size=min(14, state.train_shards.num_samples),
+        seed=state.config.train.seed,
         rank=0,
         num_ranks=1,
         device="cpu",
@@ -97,12 +97,12 @@ def draw_augmentation(figure: "Figure", trainer: Trainer) -> None:
     panels[3].axis("off")
 
 
-def draw_predictions(figure: "Figure", trainer: Trainer, findings: Findings) -> None:
+def draw_predictions(figure: "Figure", state: TrainState, findings: Findings) -> None:
     """Ten validation images with their five most probable classes over all views: the surest mistakes, and what was
     right but close."""
     wrong, right = findings.mistakes, findings.close_calls
     shown = (wrong[: max(5, 10 - len(right))] + right)[:10]
-    names = short_names(trainer.val_shards.classes)
+    names = short_names(state.val_shards.classes)
     figure.set_size_inches(12, 7)
     panels = figure.subplots(4, 5, height_ratios=[2, 1, 2, 1])
     for axes in panels.flat:
@@ -110,7 +110,7 @@ def draw_predictions(figure: "Figure", trainer: Trainer, findings: Findings) -> 
     for place, example in enumerate(shown):
         row, column = place // 5 * 2, place % 5
         picture, bars = panels[row, column], panels[row + 1, column]
-        picture.imshow(example_pixels(example, trainer))
+        picture.imshow(example_pixels(example, state))
         picture.set_title(names[example.label], color="black" if example.correct else "firebrick")
         bars.axis("on")
         bars.barh(
@@ -123,10 +123,10 @@ def draw_predictions(figure: "Figure", trainer: Trainer, findings: Findings) -> 
     figure.suptitle("validation images: the surest mistakes (red), then what was right but close")
 
 
-def example_pixels(example: Example, trainer: Trainer) -> np.ndarray:
+def example_pixels(example: Example, state: TrainState) -> np.ndarray:
     """An image that was looked at as uint8 (256, 256, 3) RGB."""
     image_HWC = example.image.permute(1, 2, 0).float().numpy()
-    return to_pixels(image_HWC * trainer.config.data.augmentation.std, trainer.basis.mean)
+    return to_pixels(image_HWC * state.config.data.augmentation.std, state.basis.mean)
 
 
 def most_colourful(images_NHWC: np.ndarray, count: int) -> np.ndarray:

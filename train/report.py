@@ -10,33 +10,33 @@ from pipeline.files import write_bytes
 from train.charts import Rows, figures_of
 from train.evaluate import Accuracy
 from train.findings import Findings
-from train.loop import Trainer
 from train.metrics import read_metrics
 from train.page import Story, build_page
 from train.pictures import example_pixels
+from train.state import TrainState
 
 
-def report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, findings: Findings, pictures: list[Path]) -> None:
+def report(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings, pictures: list[Path]) -> None:
     """Print what was trained on, how well and how fast, and where the pictures lie; write the page. Raises
     `OSError`."""
-    rows = read_metrics(trainer.config.run.dir / "metrics.jsonl")
-    data = data_of(trainer, accuracy)
+    rows = read_metrics(state.config.run.dir / "metrics.jsonl")
+    data = data_of(state, accuracy)
     print()
     for name, value in [*data, *accuracy.rows(), *speed_of(rows)]:
         print(f"{name + ':':<27} {value}")
     print("pictures:")
     for picture in pictures:
         print(f"  {picture}")
-    page = trainer.config.run.dir / "report.html"
-    write_bytes(page, build_page(tell(trainer, network, accuracy, findings, rows)))
+    page = state.config.run.dir / "report.html"
+    write_bytes(page, build_page(tell(state, network, accuracy, findings, rows)))
     print(f"all of this on one page:\n  {page}")
 
 
-def data_of(trainer: Trainer, accuracy: Accuracy) -> list[tuple[str, str]]:
+def data_of(state: TrainState, accuracy: Accuracy) -> list[tuple[str, str]]:
     """(name, value) of the data's sizes."""
     return [
-        ("images", f"{trainer.train_shards.num_samples} train, {accuracy.samples} validation"),
-        ("shards", f"{len(trainer.train_shards.tars)} train, {len(trainer.val_shards.tars)} validation"),
+        ("images", f"{state.train_shards.num_samples} train, {accuracy.samples} validation"),
+        ("shards", f"{len(state.train_shards.tars)} train, {len(state.val_shards.tars)} validation"),
     ]
 
 
@@ -51,19 +51,19 @@ def speed_of(rows: Rows) -> list[tuple[str, str]]:
     return table + ([("GPU memory, at most", f"{memory.max():.1f} GB")] if len(memory) else [])
 
 
-def tell(trainer: Trainer, network: AlexNet, accuracy: Accuracy, findings: Findings, rows: Rows) -> Story:
+def tell(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings, rows: Rows) -> Story:
     """What the page tells."""
-    config, run_dir = trainer.config, trainer.config.run.dir
+    config, run_dir = state.config, state.config.run.dir
     return Story(
         name=run_dir.resolve().name,
-        summary=summary(accuracy, trainer.epoch, trainer.step, trainer.step * config.train.batch_size),
+        summary=summary(accuracy, state.epoch, state.step, state.step * config.train.batch_size),
         accuracy=accuracy.rows(),
-        facts=[*data_of(trainer, accuracy), *facts_of(trainer, network), *speed_of(rows)],
+        facts=[*data_of(state, accuracy), *facts_of(state, network), *speed_of(rows)],
         rows=rows,
-        steps_per_epoch=trainer.train_loader.steps_per_epoch,
-        classes=trainer.val_shards.classes,
+        steps_per_epoch=state.train_loader.steps_per_epoch,
+        classes=state.val_shards.classes,
         findings=findings,
-        pixels=lambda example: example_pixels(example, trainer),
+        pixels=lambda example: example_pixels(example, state),
         conv1=network.conv1.weight.detach().float().cpu().numpy(),
         towers=config.model.num_towers,
         kernels=(run_dir / "kernels.png").read_bytes(),
@@ -72,23 +72,23 @@ def tell(trainer: Trainer, network: AlexNet, accuracy: Accuracy, findings: Findi
     )
 
 
-def facts_of(trainer: Trainer, network: AlexNet) -> list[tuple[str, str]]:
+def facts_of(state: TrainState, network: AlexNet) -> list[tuple[str, str]]:
     """(name, value) of what was trained, and where."""
-    model = trainer.config.model.spelled_out()
+    model = state.config.model.spelled_out()
     towers, maps = f"{model.towers} tower{'s' * (model.towers != 1)}", "-".join(map(str, model.maps))
     facts = [
-        ("classes", f"{len(trainer.val_shards.classes):,}"),
+        ("classes", f"{len(state.val_shards.classes):,}"),
         (
             "network",
             f"{model.variant}, {towers}, maps {maps}, {model.hidden} units in fc6, fc7",
         ),
         ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
-        ("device", device_name(trainer.device)),
-        ("processes", str(trainer.placement.world)),
+        ("device", device_name(state.device)),
+        ("processes", str(state.placement.world)),
         ("versions", versions()),
     ]
-    if trainer.best:
-        error, step = trainer.best["top1_error"], trainer.best["step"]
+    if state.best:
+        error, step = state.best["top1_error"], state.best["step"]
         facts.append(("best epoch", f"up to step {step:,.0f}: centre top-1 accuracy {100 - error:.1f} %"))
     return facts
 

@@ -23,7 +23,7 @@ from train.pictures import draw_pictures
 from train.placement import Placement, lost_processes_told
 from train.program import exit_with, outlive_full_disk, told_once
 from train.report import report
-from train.state import restore
+from train.state import TrainState
 from train.stop import StopSignal, StopVote
 
 
@@ -39,61 +39,58 @@ def run(config: Config) -> None:
             placement = Placement(config.parallel, device)
         directory = RunDirectory(config.run.dir)
         placement.first_does(directory.claim)
-        trainer = placement.together(lambda: Trainer(config, device, placement))
-        set_out(trainer, directory)
-        describe(trainer, arithmetic)
-        train(trainer, StopVote(placement, requested))
+        state = placement.together(lambda: TrainState(config, device, placement))
+        set_out(state, directory)
+        describe(state, arithmetic)
+        train(state, StopVote(placement, requested))
     placement.leave()
 
 
-def set_out(trainer: Trainer, directory: RunDirectory) -> None:
+def set_out(state: TrainState, directory: RunDirectory) -> None:
     """Build the network and go to where the run stands, or to the weights that it starts from."""
-    config, placement = trainer.config, trainer.placement
+    config, placement = state.config, state.placement
     checkpoint = placement.together(lambda: find_checkpoint(config.run.dir))
-    placement.agree(facts(trainer, checkpoint))
-    trainer.build()
+    placement.agree(facts(state, checkpoint))
+    state.build()
     told = ""
     if checkpoint:
-        path = placement.together(lambda: restore(trainer, checkpoint))
-        told = f"going on from {path} (epoch {trainer.epoch}, step {trainer.step})"
+        path = placement.together(lambda: state.restore(checkpoint))
+        told = f"going on from {path} (epoch {state.epoch}, step {state.step})"
     elif config.train.weights:
-        told = trainer.start_from(config.train.weights)
+        told = state.start_from(config.train.weights)
     placement.first_does(lambda: directory.prepare(config))
     if told and placement.is_first:
         print(told)
 
 
-def train(trainer: Trainer, stop: StopVote) -> None:
-    """Train to the end or until stopped; the first process tells and writes."""
-    config, placement = trainer.config, trainer.placement
-    log = MetricsLog(config.run.dir, trainer.step, trainer.epoch) if placement.is_first else None
-    findings = Findings(config.model.num_classes, trainer.device)
-    finished = trainer.fit(log, stop)
-    accuracy = trainer.evaluate(stop, all_views=True, findings=findings) if finished else None
+def train(state: TrainState, stop: StopVote) -> None:
+    """Train to the end or until stopped, evaluate; the first process tells and writes."""
+    log = MetricsLog(state.config.run.dir, state.step, state.epoch) if state.placement.is_first else None
+    trainer, findings = Trainer(state, log, stop), Findings(state.config.model.num_classes, state.device)
+    finished = trainer.fit()
+    accuracy = trainer.evaluate(all_views=True, findings=findings) if finished else None
     if accuracy:
-        network = trainer.learner.gather_network()
-        if placement.is_first:
-            report(trainer, network, accuracy, findings, draw_pictures(trainer, network, findings))
-    elif placement.is_first:
-        print(f"stopped and saved at step {trainer.step} (epoch {trainer.epoch}); run the same command again to go on")
-    if log:
-        log.close()
+        network = state.learner.gather_network()
+        if state.placement.is_first:
+            report(state, network, accuracy, findings, draw_pictures(state, network, findings))
+    elif state.placement.is_first:
+        print(f"stopped and saved at step {state.step} (epoch {state.epoch}); run the same command again to go on")
     trainer.close()
 
 
-def describe(trainer: Trainer, arithmetic: str) -> None:
+def describe(state: TrainState, arithmetic: str) -> None:
     """Open the shards; in the first process, say what is about to happen."""
-    loader, placement = trainer.train_loader, trainer.placement
+    loader, placement = state.train_loader, state.placement
     opening_bytes = placement.together(loader.open)
     if not placement.is_first:
         return
     everywhere = "" if placement.world == 1 else f" in each of {placement.world} processes"
-    parameters = sum(parameter.numel() for parameter in trainer.learner.model.parameters())
+    parameters = sum(parameter.numel() for parameter in state.learner.model.parameters())
     print(
-        f"{trainer.train_shards.num_samples} training and {trainer.val_shards.num_samples} validation images, "
-        f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}{everywhere}"
+        f"{state.train_shards.num_samples} training and {state.val_shards.num_samples} validation images, "
+        f"{len(state.train_shards.classes)} classes; {parameters:,} parameters on {state.device}{everywhere}"
     )
-    if trainer.device.type == "cuda":
+    if state.device.type == "cuda":
         print(arithmetic)
     left_over = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
     print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")

@@ -1,19 +1,27 @@
-"""What a checkpoint holds of a run, taken between two steps and put back."""
+"""A run's state: its data, its network, where it stands, and what a checkpoint holds of all that.
+
+The position is (finished epochs, updates) and, in the loader, the next batch. What is taken between two steps and put
+back goes on with that batch and with the same dropout masks: on a CPU the final weights are bitwise those of an
+undisturbed run.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from model.parallel import seed_process
 from model.weights import check_tensors
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.loader import train_loader, val_loader
+from pipeline.shards import open_shards
 from train.checkpoint import checkpoint_at_an_edge, load_checkpoint
-from train.config import check_same_run
-from train.trained import check_finite
-
-if TYPE_CHECKING:
-    from train.loop import Trainer
-
+from train.config import Config, check_same_run
+from train.learner import Learner
+from train.meter import StepMeter
+from train.placement import Placement
+from train.schedule import RateSchedule
+from train.trained import check_finite, initial_state
 
 PARTS = {
     *("config", "wnids", "eigenbasis", "model", "optimizer", "scale", "schedule", "epoch", "best", "kept", "ranks"),
@@ -21,95 +29,155 @@ PARTS = {
 """Of a checkpoint from which a run can go on."""
 
 
-def capture(trainer: "Trainer") -> dict[str, Any]:
-    """Everything from which the run goes on as if nothing had happened; all processes have to ask, the first one gets
-    it. Tensors are copies, on the CPU."""
-    random_state = {"cpu": torch.get_rng_state()}
-    if trainer.device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(trainer.device)
-    own = {
-        "loader": trainer.train_loader.state_dict(),
-        "random": random_state,
-        "meter": trainer.meter.state_dict(),
-    }
-    learner, image = trainer.learner, trainer.basis.mean_image
-    weights, velocities = learner.weights(), learner.velocities()
-    ranks = trainer.placement.gather(own)
-    if not trainer.placement.is_first:
-        return {}
-    return {
-        "config": trainer.config.to_json(),
-        "wnids": [name.wnid for name in trainer.train_shards.classes],
-        "eigenbasis": trainer.basis.to_json(),
-        "mean_image": None if image is None else torch.from_numpy(image),
-        "model": copies(weights),
-        "optimizer": copies(velocities),
-        "scale": copies(learner.scale.state_dict()),
-        "schedule": trainer.schedule.state_dict(),
-        "epoch": trainer.epoch,
-        "best": trainer.best,
-        "kept": list(trainer.kept),
-        "ranks": ranks,
-    }
+class TrainState:
+    """Shards, loaders, learner and position of one run."""
+
+    def __init__(self, config: Config, device: torch.device, placement: Placement) -> None:
+        """Open the data and lay out the loaders; `build` follows. Raises `ValueError` or `FileNotFoundError` when they
+        do not fit."""
+        self.config, self.device, self.placement = config, device, placement
+        shards = config.data.shards
+        self.train_shards, self.val_shards = open_shards(shards, "train"), open_shards(shards, "val")
+        self.basis = Eigenbasis.load(
+            shards / "pca.json",
+            self.train_shards.manifest_sha256,
+            with_mean_image=config.data.augmentation.mean == "image",
+        )
+        classes = len(self.train_shards.classes)
+        if classes != config.model.num_classes:
+            raise ValueError(
+                f"{shards} holds {classes} classes; say --model.num_classes {classes}, not {config.model.num_classes}"
+            )
+        placement.check_pieces(config.train.batch_size, config.train.accumulate)
+
+        place = {
+            "batch_size": placement.loader_batch(config.train.batch_size),
+            "rank": placement.loader_rank,
+            "num_ranks": placement.num_loader_ranks,
+            "device": device,
+        }
+        self.train_loader = train_loader(self.train_shards, self.basis, config.data, seed=config.train.seed, **place)
+        place |= {"rank": placement.replica, "num_ranks": placement.num_replicas}  # a pair looks at the same images
+        self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
+        self.epoch, self.step = 0, 0
+        self.best: dict[str, float] | None = None
+        """{"step", "top1_error"} of the best epoch's end."""
+        self.kept: list[int] = []
+        """Steps of checkpoints that are kept for good."""
+        self.checkpoint: Path | None = None
+        """Where it came from."""
+
+    def build(self) -> None:
+        """Build network and optimizer, in all processes together."""
+        self.learner = Learner(self.config, self.device, self.placement)
+        self.schedule = RateSchedule(self.config.optimizer, self.config.train.epochs)
+        self.meter = StepMeter(self.device, self.placement)
+
+    def start_from(self, path: Path) -> str:
+        """Take weights from a file. Returns a sentence about them. Raises `FileNotFoundError` or `ValueError`."""
+        own, model = self.learner.weights(), self.config.model
+        std = self.config.data.augmentation.std
+        state, told = self.placement.together(lambda: initial_state(path, model, self.basis, std, own))
+        self.learner.model.load_state_dict(self.placement.part(state))
+        return told
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch >= self.config.train.epochs or self.schedule.finished
+
+    def capture(self) -> dict[str, Any]:
+        """Everything from which the run goes on as if nothing had happened; all processes have to ask, the first one
+        gets it. Tensors are copies, on the CPU."""
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        own = {
+            "loader": self.train_loader.state_dict(),
+            "random": random_state,
+            "meter": self.meter.state_dict(),
+        }
+        learner, image = self.learner, self.basis.mean_image
+        weights, velocities = learner.weights(), learner.velocities()
+        ranks = self.placement.gather(own)
+        if not self.placement.is_first:
+            return {}
+        return {
+            "config": self.config.to_json(),
+            "wnids": [name.wnid for name in self.train_shards.classes],
+            "eigenbasis": self.basis.to_json(),
+            "mean_image": None if image is None else torch.from_numpy(image),
+            "model": copies(weights),
+            "optimizer": copies(velocities),
+            "scale": copies(learner.scale.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "kept": list(self.kept),
+            "ranks": ranks,
+        }
+
+    def restore(self, path: Path) -> Path:
+        """Go to a checkpoint's position, or to that of an older one at an epoch's end where `resume.allow_world_change`
+        wants it. Returns which. Raises `ValueError` when it is damaged or belongs to another run."""
+        content, config = load_checkpoint(path), self.config.to_json()
+        missing = sorted(PARTS - content.keys())
+        if missing:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}: it is no whole checkpoint, or of an older version of this "
+                "program, which can go on with it"
+            )
+        check_same_run(content["config"], config)
+        shards = self.config.data.shards
+        if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
+            raise ValueError(f"{path} was trained on other classes than {shards}/classes.json lists")
+        if content["eigenbasis"] != self.basis.to_json():
+            raise ValueError(f"{path} was trained with another {shards}/pca.json; restore that file")
+        for part in ("model", "optimizer"):
+            try:
+                check_tensors(content[part], self.config.model)
+            except ValueError as error:
+                raise ValueError(f"{path} is of another network: {error}") from None
+        check_finite(content["model"], path)
+        self.epoch, self.step = content["epoch"], content["step"]
+        self.best, self.kept = content["best"], content["kept"]
+        self.checkpoint = path
+        self.learner.load(content["model"], content["optimizer"])
+        self.learner.scale.load_state_dict(content["scale"])
+        self.schedule.load_state_dict(content["schedule"])
+        ranks, placement = content["ranks"], self.placement
+        if len(ranks) != placement.world or content["config"]["parallel"] != config["parallel"]:
+            return self._enter_another_world(ranks, path)
+        own = ranks[placement.rank]
+        self.train_loader.load_state_dict(own["loader"])
+        self.meter.load_state_dict(own["meter"])
+        random_state = own["random"]
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state:
+            torch.cuda.set_rng_state(random_state["cuda"], self.device)
+        return path
+
+    def _enter_another_world(self, ranks: list[dict[str, Any]], path: Path) -> Path:
+        """Go on from an epoch's end where there were other processes, or others that held each part."""
+        if not self.config.resume.allow_world_change:
+            raise ValueError(
+                f"{path} is of {len(ranks)} processes, not {self.placement.world}; start that many, or say "
+                "--resume.allow_world_change true, which goes on from the end of an epoch"
+            )
+        state = ranks[0]["loader"]
+        if not state["ended"]:
+            return self.restore(checkpoint_at_an_edge(path))
+        nobodys = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
+        self.train_loader.load_state_dict(state | {"fingerprint": nobodys}, allow_world_change=True)
+        seed_process(self.config.train.seed, self.placement.rank, self.epoch)
+        return path
+
+    def close(self) -> None:
+        """Stop the loaders."""
+        self.train_loader.close()
+        self.val_loader.close()
 
 
 def copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Of tensors, on the CPU: training goes on while they are written."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-
-
-def restore(trainer: "Trainer", path: Path) -> Path:
-    """Go to a checkpoint's position, or to that of an older one at an epoch's end where `resume.allow_world_change`
-    wants it. Returns which. Raises `ValueError` when it is damaged or belongs to another run."""
-    content, config = load_checkpoint(path), trainer.config.to_json()
-    missing = sorted(PARTS - content.keys())
-    if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: it is no whole checkpoint, or of an older version of this program, "
-            "which can go on with it"
-        )
-    check_same_run(content["config"], config)
-    shards = trainer.config.data.shards
-    if content["wnids"] != [name.wnid for name in trainer.train_shards.classes]:
-        raise ValueError(f"{path} was trained on other classes than {shards}/classes.json lists")
-    if content["eigenbasis"] != trainer.basis.to_json():
-        raise ValueError(f"{path} was trained with another {shards}/pca.json; restore that file")
-    for part in ("model", "optimizer"):
-        try:
-            check_tensors(content[part], trainer.config.model)
-        except ValueError as error:
-            raise ValueError(f"{path} is of another network: {error}") from None
-    check_finite(content["model"], path)
-    trainer.epoch, trainer.step = content["epoch"], content["step"]
-    trainer.best, trainer.kept = content["best"], content["kept"]
-    trainer.writer.latest = path
-    trainer.learner.load(content["model"], content["optimizer"])
-    trainer.learner.scale.load_state_dict(content["scale"])
-    trainer.schedule.load_state_dict(content["schedule"])
-    ranks, placement = content["ranks"], trainer.placement
-    if len(ranks) != placement.world or content["config"]["parallel"] != config["parallel"]:
-        return enter_another_world(trainer, ranks, path)
-    own = ranks[placement.rank]
-    trainer.train_loader.load_state_dict(own["loader"])
-    trainer.meter.load_state_dict(own["meter"])
-    random_state = own["random"]
-    torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state:
-        torch.cuda.set_rng_state(random_state["cuda"], trainer.device)
-    return path
-
-
-def enter_another_world(trainer: "Trainer", ranks: list[dict[str, Any]], path: Path) -> Path:
-    """Go on from an epoch's end where there were other processes, or others that held each part."""
-    if not trainer.config.resume.allow_world_change:
-        raise ValueError(
-            f"{path} is of {len(ranks)} processes, not {trainer.placement.world}; start that many, or say "
-            "--resume.allow_world_change true, which goes on from the end of an epoch"
-        )
-    state = ranks[0]["loader"]
-    if not state["ended"]:
-        return restore(trainer, checkpoint_at_an_edge(path))
-    nobodys = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
-    trainer.train_loader.load_state_dict(state | {"fingerprint": nobodys}, allow_world_change=True)
-    seed_process(trainer.config.train.seed, trainer.placement.rank, trainer.epoch)
-    return path

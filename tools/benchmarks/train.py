@@ -17,9 +17,9 @@ from tools.benchmarks.timeline import STEP, WAIT, WINDOW, Timeline, read_timelin
 from tools.benchmarks.utilization import name_of, watched
 from train.config import Config, parse_config
 from train.device import keep_freed_memory, pick_device, set_arithmetic
-from train.loop import Trainer
 from train.meter import StepMeter
 from train.placement import Placement
+from train.state import TrainState
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 LOADER, SYNTHETIC, REAL = "loader alone", "network alone, on one batch", "both, as in training"
@@ -39,14 +39,14 @@ def bench_train(
         recipe = recipe or CONFIGS / ("fast.yaml" if torch.cuda.is_available() else "quickstart.yaml")
         place = ["--data.shards", str(shards), "--run.dir", scratch]
         whole = parse_config(["--config", str(recipe), *settings.split(), *place])
-        trainer = start(whole)
-        batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
+        state = start(whole)
+        batches = itertools.chain.from_iterable(itertools.repeat(state.train_loader))
         turns: list[dict[str, float]] = []
-        measured = take_turns(contenders(trainer, batches, seconds, turns), repeats)
-        timeline = profiled(trainer, batches) if profile else None
-        trainer.close()
-    train, batch = trainer.train_shards, whole.train.batch_size
-    print(f"{describe(train)}; batch {batch}, {whole.train.precision}, {repeats} repeats, on {trainer.device}")
+        measured = take_turns(contenders(state, batches, seconds, turns), repeats)
+        timeline = profiled(state, batches) if profile else None
+        state.close()
+    train, batch = state.train_shards, whole.train.batch_size
+    print(f"{describe(train)}; batch {batch}, {whole.train.precision}, {repeats} repeats, on {state.device}")
     table = Table("does the network wait?", "images/s", measured, REAL)
     table.show()
     efficiency = statistics.median(
@@ -54,19 +54,19 @@ def bench_train(
     )
     figures = {name: median_of(turns[1:], name) for name in (*WAITS, UTILIZATION)}  # the first turn is thrown away
     p50, p99, percent = (figures[name] for name in WAITS)
-    print(f"real / min(loader, network): {efficiency:.2f}; {binding(measured, trainer.device)} binds")
+    print(f"real / min(loader, network): {efficiency:.2f}; {binding(measured, state.device)} binds")
     print(f"waiting for input: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {percent:.1f} % of the time")
-    if trainer.device.type == "cuda":
+    if state.device.type == "cuda":
         told = figures[UTILIZATION]
         print(f"GPU utilization in training: {'nvidia-smi tells none' if told is None else f'{told:.0f} %'}")
     if timeline:
         timeline.show(PROFILED)
-        if trainer.device.type == "cuda" and "busy_percent" not in timeline.percent:
+        if state.device.type == "cuda" and "busy_percent" not in timeline.percent:
             print("torch's profiler saw no kernel: CUPTI did not start; another profiler may hold it")
     if out:
         config = {name: section for name, section in whole.to_json().items() if name != "run"}
         about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency, **figures}
-        about |= {"seconds": seconds, "device": trainer.device.type}
+        about |= {"seconds": seconds, "device": state.device.type}
         record(out, "train", [table], describe(train), about | (timeline.percent if timeline else {}))
 
 
@@ -76,30 +76,30 @@ def median_of(turns: list[dict[str, float]], name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def start(config: Config) -> Trainer:
+def start(config: Config) -> TrainState:
     """As `train.run` starts a run, in one process."""
     keep_freed_memory()
     set_arithmetic(config.run.deterministic)
     device = pick_device(config.run.device)
-    trainer = Trainer(config, device, Placement(config.parallel, device))
-    trainer.build()
-    trainer.learner.model.train()
-    return trainer
+    state = TrainState(config, device, Placement(config.parallel, device))
+    state.build()
+    state.learner.model.train()
+    return state
 
 
 def contenders(
-    trainer: Trainer, batches: Iterator[Batch], seconds: float, turns: list[dict[str, float]]
+    state: TrainState, batches: Iterator[Batch], seconds: float, turns: list[dict[str, float]]
 ) -> dict[str, Callable[[], float]]:
     """What takes turns; the last one also adds a turn's figures to `turns`."""
-    learner, device, images = trainer.learner, trainer.device, trainer.config.train.batch_size
+    learner, device, images = state.learner, state.device, state.config.train.batch_size
     kept = Batch(*(tensor.clone() for tensor in next(batches)))
-    rates = harmless_rates(trainer)
+    rates = harmless_rates(state)
 
     def together() -> float:
-        meter = StepMeter(device, trainer.placement)
+        meter = StepMeter(device, state.placement)
         with watched(name_of(device)) as utilizations:
             begin = partial(meter.read, images)  # what the queue held before is no figure of training
-            speed = timed(lambda: real_step(trainer, batches, meter, rates), images, seconds, device, begin)()
+            speed = timed(lambda: real_step(state, batches, meter, rates), images, seconds, device, begin)()
         figures = meter.read(images)
         turns.append({name: figures[name] for name in WAITS})
         if utilizations:
@@ -113,35 +113,35 @@ def contenders(
     }
 
 
-def harmless_rates(trainer: Trainer) -> dict[str, float]:
+def harmless_rates(state: TrainState) -> dict[str, float]:
     """Of every parameter: the same work, and nothing that could diverge."""
-    return dict.fromkeys(trainer.learner.names, 1e-9)
+    return dict.fromkeys(state.learner.names, 1e-9)
 
 
-def real_step(trainer: Trainer, batches: Iterator[Batch], meter: StepMeter, rates: dict[str, float]) -> None:
+def real_step(state: TrainState, batches: Iterator[Batch], meter: StepMeter, rates: dict[str, float]) -> None:
     """One step as in training, with the marks of a timeline."""
     with record_function(WAIT):
         batch = next(batches)
     with record_function(STEP):
         meter.start_step()
-        loss, correct, _ = trainer.learner.step(batch, rates)
+        loss, correct, _ = state.learner.step(batch, rates)
         meter.end_step(loss, correct, batch)
 
 
-def profiled(trainer: Trainer, batches: Iterator[Batch]) -> Timeline:
+def profiled(state: TrainState, batches: Iterator[Batch]) -> Timeline:
     """Where the time of real training steps goes, behind some that only fill the queues."""
-    meter, rates = StepMeter(trainer.device, trainer.placement), harmless_rates(trainer)
+    meter, rates = StepMeter(state.device, state.placement), harmless_rates(state)
 
     def steps(number: int) -> None:
         for _ in range(number):
-            real_step(trainer, batches, meter, rates)
+            real_step(state, batches, meter, rates)
 
     def work() -> None:
         steps(UNCOUNTED)
         with record_function(WINDOW):
             steps(PROFILED)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
 
     return read_timeline(traced(work), PROFILED)
 
