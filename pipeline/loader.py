@@ -23,9 +23,10 @@ import nvidia.dali
 import torch
 from nvidia.dali import Pipeline
 
+from pipeline.decode import Decoder
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Decoder, train_pipeline, val_pipeline
+from pipeline.graph import train_pipeline, val_pipeline
 from pipeline.lighting import Lighting, moved_means
 from pipeline.machine import raise_open_files, resident_bytes
 from pipeline.normalize import BatchMemory, normalize

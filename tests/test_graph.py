@@ -10,9 +10,10 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from scipy.stats import chisquare
 
+from pipeline.decode import Decoder, decode_graph
 from pipeline.draws import draw
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Decoder, decode_graph, normalize_graph, square_graph, train_graph, val_graph
+from pipeline.graph import normalize_graph, square_graph, train_graph, val_graph
 from pipeline.lighting import Lighting
 from pipeline.reader import parse_labels
 from pipeline.settings import Augmentation

@@ -21,8 +21,8 @@ from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ClassName, DataError, ShardSet
 from tests.conftest import jpeg, photo, run_python
-from tools import preview as module
-from tools.preview import View, draw_sheet, find_sample, key_of, preview, repeated_views, training_views, write
+from tools.preview import find_sample, key_of, preview, repeated_views, training_views
+from tools.preview_sheet import View, class_words, draw_sheet, write
 
 UNLIT = Augmentation(lighting=Lighting(strength=0))
 Make = Callable[..., ShardSet]
@@ -193,7 +193,7 @@ def test_what_is_wrong_is_said(numbered_shards: Make, plain_basis: Eigenbasis, t
         draw_sheet(tmp_path / "x.png", replace(shards, classes=shards.classes[:2]), views, views, Lighting(), 0)
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "preview.png").exists()
     named = replace(shards, classes=tuple(ClassName(str(k), "a $5 note, money") for k in range(3)))
-    assert {module.class_words(view, named) for view in views} == {"a $5 note"}
+    assert {class_words(view, named) for view in views} == {"a $5 note"}
 
 
 def test_damaged_image_is_named(numbered_shards: Make, plain_basis: Eigenbasis) -> None:

@@ -8,7 +8,8 @@ import pytest
 from pipeline.settings import Speed
 from pipeline.shards import DataError
 from tests.conftest import ROOT, run_ok, run_python
-from tools.tune_pipeline import Knobs, Trial, Waits, data_settings, list_axes, pick, search, table
+from tools.tune_pipeline import data_settings, table
+from tools.tuning.search import Knobs, Trial, Waits, list_axes, pick, search
 from train.config import parse_config
 
 

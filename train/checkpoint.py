@@ -8,19 +8,17 @@ Weights are in the single-device layout. Only tensors and plain Python values ar
 file is a zip archive as `torch.save` writes it, whose comment is the SHA-256 of all bytes before it.
 """
 
-import hashlib
 import re
-import struct
-import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import torch
 from tqdm import tqdm
 
 from pipeline.files import atomic_writer, write_bytes
+from train.signed import SignedWriter, is_sound
 
 FORMAT_VERSION = 1
 NAME = r"step-\d{8}\.pt"
@@ -198,65 +196,3 @@ def read_content(path: Path) -> dict[str, Any] | None:
         return content if {"format_version", "step"} <= content.keys() else None
     except Exception:  # what is raised for damage depends on where it is
         return None
-
-
-MARK, DIGEST_BYTES = b"sha256 ", 64
-
-
-class SignedWriter:
-    """What `torch.save` writes a zip archive to, front to back: appends the archive's checksum as its comment.
-
-    torch turns errors of the disk into others; the true one is kept.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha, self._last = file, hashlib.sha256(), b""
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """All of `data`, but for the last two bytes so far. Raises `OSError`."""
-        view = memoryview(data).cast("B")
-        if len(view) >= 2:
-            self._put(self._last, view[:-2])
-            self._last = bytes(view[-2:])
-        else:
-            whole = self._last + bytes(view)
-            self._put(whole[:-2])
-            self._last = whole[-2:]
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing: whoever opened the file does."""
-
-    def sign(self) -> None:
-        """Finish the archive: what one without a comment ends with is the length of that."""
-        assert self._last == b"\0\0"
-        self._put(struct.pack("<H", len(MARK) + DIGEST_BYTES))
-        self._file.write(MARK + self._sha.hexdigest().encode())
-
-    def _put(self, *parts: "bytes | memoryview") -> None:
-        try:
-            for part in parts:
-                self._file.write(part)
-                self._sha.update(part)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def is_sound(file: BinaryIO) -> bool:
-    """Whether the bytes are those that were written; leaves the file at its start."""
-    end = file.seek(-len(MARK) - DIGEST_BYTES, 2)
-    comment = file.read()
-    file.seek(0)
-    if not comment.startswith(MARK):  # from before there was one: the archive's own sums, which leave its headers out
-        with zipfile.ZipFile(file) as archive:
-            sound = not archive.comment and archive.testzip() is None
-    else:
-        sha, left = hashlib.sha256(), end
-        while left and (block := file.read(min(left, 2**20))):
-            sha.update(block)
-            left -= len(block)
-        sound = comment[len(MARK) :] == sha.hexdigest().encode()
-    file.seek(0)
-    return sound

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tools.benchmarks.measure import Table
 from train.charts import saved_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tools.benchmarks.measure import Table
-
 HEIGHT_OF_A_BAR = 0.32
 """Inches."""
 
 
-def draw_tables(tables: "list[Table]", path: Path, caption: str) -> None:
+def draw_tables(tables: list[Table], path: Path, caption: str) -> None:
     """A panel for each table, a bar for each contender: its median, its spread, its ratio to the reference."""
     caption += "; beside each bar its ratio to the orange one"
     bars = [len(table.measured) + 2 for table in tables]

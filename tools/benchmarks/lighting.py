@@ -8,14 +8,16 @@ from typing import Literal
 
 import torch
 
+from pipeline.decode import Decoder
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Decoder, train_pipeline
+from pipeline.graph import train_pipeline
 from pipeline.lighting import moved_means
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.normalize import BatchMemory, normalize
 from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
-from tools.benchmarks.measure import Table, check_out, describe, record, take_turns
+from tools.benchmarks.measure import Table, take_turns
+from tools.benchmarks.record import check_out, describe, record
 from train.device import keep_freed_memory, pick_device
 
 WARM_UP = 5

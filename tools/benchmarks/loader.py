@@ -13,15 +13,17 @@ import torch
 from nvidia.dali import pipeline_def
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline.decode import Decoder, decode_extents, trace_window
 from pipeline.draws import CROP_SIDE, OFFSETS, draw
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Decoder, decode_extents, read_graph, trace_window, window_graph
+from pipeline.graph import read_graph, window_graph
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards
-from tools.benchmarks.measure import Table, check_out, describe, rate, record, take_turns
+from tools.benchmarks.measure import Table, rate, take_turns
+from tools.benchmarks.record import check_out, describe, record
 from train.device import keep_freed_memory, pick_device
 
 LIMIT = "libjpeg-turbo alone (simplejpeg, whole)"

@@ -13,7 +13,8 @@ from torch import nn
 from model.alexnet import AlexNet, AlexNetConfig
 from model.lrn import local_response_norm
 from tools.benchmarks import towers
-from tools.benchmarks.measure import Table, check_out, record, take_turns, timed
+from tools.benchmarks.measure import Table, take_turns, timed
+from tools.benchmarks.record import check_out, record
 from tools.benchmarks.synthetic import training_on
 from train.device import can_compile, compiled, keep_freed_memory, pick_device, set_arithmetic
 

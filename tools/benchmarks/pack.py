@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.machine import num_cores
-from tools.benchmarks.measure import Table, check_out, images_of, record, take_turns
+from tools.benchmarks.measure import Table, take_turns
+from tools.benchmarks.record import check_out, images_of, record
 from tools.packing.ilsvrc import read_archives
 from tools.packing.listing import RawImage
 

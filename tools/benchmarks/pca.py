@@ -10,7 +10,8 @@ from pipeline.eigenbasis import Eigenbasis, Moments
 from pipeline.machine import num_cores
 from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards
-from tools.benchmarks.measure import Table, check_out, describe, record, take_turns
+from tools.benchmarks.measure import Table, take_turns
+from tools.benchmarks.record import check_out, describe, record
 from tools.compute_pca import cuda_device
 from tools.moments import batch_sums
 

@@ -12,7 +12,8 @@ from pipeline.shards import open_shards
 from tools.benchmarks.contenders.check import check_batches, check_decoded
 from tools.benchmarks.contenders.data import CHECKED, PeerData, extract, numbered, whole_shards
 from tools.benchmarks.contenders.registry import PEERS, Peer
-from tools.benchmarks.measure import Table, check_out, describe, rate, record, take_turns
+from tools.benchmarks.measure import Table, rate, take_turns
+from tools.benchmarks.record import check_out, describe, record
 from train.device import keep_freed_memory
 
 CHECK_BATCH, CHECK_WORKERS = 16, 2

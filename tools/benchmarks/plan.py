@@ -8,7 +8,8 @@ from pathlib import Path
 from time import perf_counter
 
 from pipeline.shards import ClassName
-from tools.benchmarks.measure import Table, check_out, record
+from tools.benchmarks.measure import Table
+from tools.benchmarks.record import check_out, record
 from tools.packing.listing import Listing, RawImageNet, load_listing, save_listing
 from tools.packing.plan import Options, make_plan
 

@@ -12,7 +12,8 @@ import torch
 from torch.profiler import record_function
 
 from pipeline.loader import Batch
-from tools.benchmarks.measure import Table, check_out, describe, record, take_turns, timed
+from tools.benchmarks.measure import Table, take_turns, timed
+from tools.benchmarks.record import check_out, describe, record
 from tools.benchmarks.timeline import STEP, WAIT, WINDOW, Timeline, read_timeline, traced
 from tools.benchmarks.utilization import name_of, watched
 from train.config import Config, parse_config

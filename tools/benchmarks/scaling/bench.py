@@ -9,7 +9,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.machine import num_cores
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks.figure import draw_panels
-from tools.benchmarks.measure import check_out, describe, record
+from tools.benchmarks.record import check_out, describe, record
 from tools.benchmarks.scaling.estimate import SAMPLES, Constants, estimate, estimate_row, show_estimates
 from tools.benchmarks.scaling.loader import scale_epochs, scale_loader
 from tools.benchmarks.scaling.offline import BATCH_SIZE as SUMMED

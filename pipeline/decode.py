@@ -1,0 +1,127 @@
+"""DALI operators that decode: whole images, and windows of images of any size.
+
+An image of any size is brought to the geometry of packed ones in one resampling of the window alone: shorter side to
+256, antialiased bicubic, central 256x256, and of that the window. So the window is traced back to the stored image, and
+on a CPU only what its pixels are made of is decoded.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nvidia.dali import fn, math, types
+
+from pipeline.shards import IMAGE_SIDE
+
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+
+
+class Decoder(NamedTuple):
+    """Where and how images are decoded."""
+
+    where: str = "cpu"
+    """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
+    any_size: bool = False
+    """Whether images are of any size; else they are 256x256."""
+    fancy_upsampling: bool = True
+    """See `Augmentation`."""
+    hw_load: float = 0.65
+    """See `Speed.hw_decoder_load`."""
+    cache_mb: int = 0
+    """GPU memory for decoded images, in MiB as DALI counts."""
+
+
+def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
+    """Encoded images to uint8 HWC RGB of their own size, where they are decoded. EXIF orientation is ignored."""
+    if decoder.where == "cpu":
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+    cache: dict[str, Any] = {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=decoder.fancy_upsampling,
+        hw_decoder_load=decoder.hw_load,
+        **cache,
+    )
+
+
+class Extent(NamedTuple):
+    """What a window is made of in one direction of the stored image, in its pixels; float32."""
+
+    start: "DataNode"
+    end: "DataNode"
+    """Edges of the window."""
+    first: "DataNode"
+    last: "DataNode"
+    """Whole pixels that it is made of."""
+
+
+def resampled_graph(
+    encoded: "DataNode",
+    decoder: Decoder,
+    side: int,
+    left: "DataNode | float",
+    top: "DataNode | float",
+    device: str,
+) -> "DataNode":
+    """A window of side x side at (left, top) of the central 256x256 of an image of any size, uint8 HWC RGB.
+
+    What `tools/make_shards.py pack` does, seen from its end: the window is traced back to the stored image, and only
+    what its pixels are made of is decoded (on a CPU) and resampled, on the GPU if there is one.
+    """
+    extents = trace_window(encoded, side, left, top)
+    if decoder.where == "cpu":
+        images, corner = decode_extents(encoded, extents), [each.first for each in extents]
+    else:
+        images, corner = decode_graph(encoded, decoder), [0.0, 0.0]
+    return fn.resize(
+        images.gpu() if device == "gpu" else images,
+        size=[side, side],
+        roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(extents, corner, strict=True))),
+        roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(extents, corner, strict=True))),
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
+
+
+def trace_window(
+    encoded: "DataNode", side: int, left: "DataNode | float", top: "DataNode | float"
+) -> tuple[Extent, Extent]:
+    """What a window of side x side at (left, top) of the central 256x256 is made of, from top to bottom and from left
+    to right."""
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
+    shorter = math.min(shape[0], shape[1])
+    return extent(shape[0], shorter, top, side), extent(shape[1], shorter, left, side)
+
+
+def decode_extents(encoded: "DataNode", extents: tuple[Extent, Extent]) -> "DataNode":
+    """Decode on the CPU what a window is made of, uint8 HWC RGB."""
+    return fn.decoders.image_slice(
+        encoded,
+        device="cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        start=fn.cast(fn.stack(*(each.first for each in extents)), dtype=types.INT32),
+        end=fn.cast(fn.stack(*(each.last for each in extents)), dtype=types.INT32),
+        axes=[0, 1],
+    )
+
+
+def extent(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Extent:
+    """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
+    scaled = rounded_quotient(size * IMAGE_SIDE, shorter)
+    pixels = fn.cast(size, dtype=types.FLOAT)  # whose thousandths float32 has to spare up to ten thousand
+    scale = pixels / scaled
+    start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
+    end = start + side * scale
+    reach = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider where an image is reduced
+    return Extent(start, end, math.max(math.floor(start - reach), 0.0), math.min(math.ceil(end + reach), pixels))
+
+
+def rounded_quotient(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
+    """`round(dividend / divisor)` of positive int64, a half to the even neighbour as Python does."""
+    doubled = 2 * dividend + divisor
+    quotient = doubled // (2 * divisor)
+    is_tie = quotient * (2 * divisor) == doubled
+    return quotient - fn.cast(is_tie, dtype=types.INT64) * (quotient - quotient // 2 * 2)
