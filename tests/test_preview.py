@@ -128,7 +128,7 @@ def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_sampl
         drawn[:] = [repeated, training]
         draw_sheet(path, train, repeated, training, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "draw_sheet", spy)
+    monkeypatch.setattr("tools.preview.draw_sheet", spy)
     preview(folder, image="s2", seed=9, strength=0.3)
     repeated, training = drawn
     assert {view.key for view in repeated} == {"s2"}
