@@ -17,47 +17,21 @@ writes N photograph-like images instead (`tools/photos.py`), for measuring speed
 """
 
 import functools
-import gzip
-import io
-import multiprocessing
-import signal
-import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.files import atomic_writer, read_json, write_json
+from pipeline.files import read_json, write_json
 from pipeline.machine import num_cores
+from tools.demo_archives import DIGIT_TO_ID, DIGIT_TO_WNID, WORDS, write_archives
 from tools.packing.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
+from tools.packing.pool import in_order
 from tools.photos import encode, photo
 from train.program import run_program
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Made-up WordNet offsets (real ones start with n0 or n1): their sorted order is 7, 2, 9, 4, 0, 8, 5, 1, 6, 3.
-DIGIT_TO_WNID = dict(
-    enumerate(
-        [
-            "n90000418",
-            "n90000731",
-            "n90000127",
-            "n90000992",
-            "n90000388",
-            "n90000602",
-            "n90000854",
-            "n90000051",
-            "n90000517",
-            "n90000256",
-        ]
-    )
-)
-# ILSVRC2012_ID counts from 1, in a third order; IDs above the number of classes are inner nodes of the hierarchy.
-DIGIT_TO_ID = {digit: identifier for identifier, digit in enumerate((3, 8, 0, 5, 9, 1, 7, 4, 2, 6), start=1)}
 MARKER = "demo.json"
 
 MIN_PHOTOS = 20  # every class then has an image to train on
@@ -130,58 +104,21 @@ def write_photos(raw: Path, count: int, seed: int) -> None:
         if not in_val[number]:
             train[DIGIT_TO_WNID[digit]].append(number)
 
-    cores, context = num_cores(), multiprocessing.get_context("spawn")
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell of
-    with (
-        ProcessPoolExecutor(cores, context, initializer=signal.signal, initargs=ignore_interrupt) as pool,
-        tqdm(total=count, desc="photos", unit="img", disable=None) as progress,
-    ):
+    numbers = [number for _, each in sorted(train.items()) for number in each] + val  # as they are asked for
+    drawn = in_order(functools.partial(photo, seed=seed), numbers, num_cores())
+    with tqdm(total=count, desc="photos", unit="img", disable=None) as progress:
 
-        def draw(names: Iterable[str], numbers: list[int]) -> Iterator[tuple[str, bytes]]:
-            drawn = pool.map(functools.partial(photo, seed=seed), numbers, chunksize=4)
-            for name, encoded in zip(names, drawn, strict=True):
+        def named(names: list[str]) -> Iterator[tuple[str, bytes]]:
+            for name in names:
                 progress.update()
-                yield name, encoded
+                yield name, next(drawn)
 
         write_archives(
             raw,
-            {wnid: draw([f"{wnid}_{n}.JPEG" for n in numbers], numbers) for wnid, numbers in train.items()},
-            draw([f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, len(val) + 1)], val),
+            {wnid: named([f"{wnid}_{n}.JPEG" for n in each]) for wnid, each in train.items()},
+            named([f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, len(val) + 1)]),
             [DIGIT_TO_ID[number_to_digit[number]] for number in val],
         )
-
-
-def write_archives(
-    raw: Path,
-    train: Mapping[str, Iterable[tuple[str, bytes]]],
-    val: Iterable[tuple[str, bytes]],
-    ground_truth: list[int],
-) -> None:
-    """Write the three archives.
-
-    Args:
-        raw: Folder to write into.
-        train: (name, content) of the training images by wnid; a class is asked for when its turn comes.
-        val: (name, content) of the validation images.
-        ground_truth: ILSVRC2012_ID of each validation image.
-    """
-    counts = {}
-    with (
-        atomic_writer(raw / TRAIN_ARCHIVE) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as outer,
-    ):
-        for wnid, images in sorted(train.items()):
-            with tempfile.TemporaryFile(dir=raw) as inner:  # its length stands in the outer tar before it
-                counts[wnid] = write_tar(inner, images)
-                info = tarfile.TarInfo(f"{wnid}.tar")
-                info.size = inner.tell()
-                inner.seek(0)
-                outer.addfile(info, inner)
-    with atomic_writer(raw / VAL_ARCHIVE) as file:
-        num_val = write_tar(file, val)
-    with atomic_writer(raw / DEVKIT_ARCHIVE) as file:
-        file.write(gzip.compress(devkit(counts, ground_truth), mtime=0))
-    print(f"{raw}: {sum(counts.values())} train and {num_val} val images of {len(WORDS)} classes")
 
 
 def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -210,53 +147,6 @@ def render(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     ink_rgb, paper_rgb = rng.uniform(0.6, 1.0, 3), rng.uniform(0.0, 0.3, 3)
     tints = paper_rgb + (ink_rgb - paper_rgb) * np.linspace(0, 1, 256)[:, None]
     return Image.fromarray(np.rint(tints * 255).astype(np.uint8)[coverage])
-
-
-def devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
-    """The devkit's tar: `meta.mat` (struct array `synsets`) and the validation labels in ILSVRC2012_ID, one a line."""
-    from scipy.io import savemat
-
-    fields = (
-        "ILSVRC2012_ID",
-        "WNID",
-        "words",
-        "gloss",
-        "num_children",
-        "children",
-        "wordnet_height",
-        "num_train_images",
-    )
-    rows: list[tuple[Any, ...]] = [
-        (DIGIT_TO_ID[digit], wnid, f"{WORDS[digit]}, {digit}", f"the digit {digit}", 0, [], 0, train_counts[wnid])
-        for digit, wnid in DIGIT_TO_WNID.items()
-    ]
-    leaves = [row[0] for row in rows]
-    rows.append((len(rows) + 1, "n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0))
-    rows.sort(key=lambda row: row[0])
-    synsets = np.zeros((len(rows), 1), dtype=[(name, object) for name in fields])
-    for position, row in enumerate(rows):
-        synsets[position, 0] = row
-    mat = io.BytesIO()
-    savemat(mat, {"synsets": synsets})
-    # savemat writes the time into the 116 bytes of free text that head the file; equal seeds are to give equal bytes.
-    content = b"MATLAB 5.0 MAT-file, demo devkit".ljust(116) + mat.getvalue()[116:]
-    labels = "".join(f"{identifier}\n" for identifier in ground_truth).encode()
-    folder = "ILSVRC2012_devkit_t12/data"
-    out = io.BytesIO()
-    write_tar(out, [(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)])
-    return out.getvalue()
-
-
-def write_tar(file: IO[bytes], members: Iterable[tuple[str, bytes]]) -> int:
-    """Write a USTAR archive of (name, content) pairs, the same bytes for the same input. Returns their number."""
-    count = 0
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-            count += 1
-    return count
 
 
 if __name__ == "__main__":
