@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 
@@ -218,5 +218,10 @@ def write_mean_image(path: Path, sums: np.ndarray, num_images: int) -> None:
         np.save(file, mean.astype(np.float32))
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
+    """The command line."""
     run_program(compute_pca)
+
+
+if __name__ == "__main__":
+    main()

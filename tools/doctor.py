@@ -58,8 +58,8 @@ from tools.checks.software import (
     check_python,
     check_torch,
     dali_distribution,
+    declared,
     installed,
-    wanted_python,
 )
 from train.program import WRONG_INPUT, Parser, exit_with
 
@@ -100,8 +100,8 @@ def checks_of_machine(nvidia: Nvidia, torch: dict[str, Any], dali: dict[str, Any
         ("JPEG engines", partial(check_jpeg_engines, gpus)),
         ("peer access", partial(check_peers, gpus, torch)),
         ("NVLink", partial(check_links, gpus, nvidia.links)),
-        ("Python", lambda: check_python(wanted_python())),
-        ("packages", check_packages),
+        ("Python", lambda: check_python(declared()[0])),
+        ("packages", lambda: check_packages(declared()[1])),
         ("PyTorch", partial(check_torch, torch)),
         ("DALI", partial(check_dali, dali, nvidia, usable > 0)),
         ("nvImageCodec", lambda: check_nvimgcodec(codec, dali_distribution())),

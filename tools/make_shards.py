@@ -12,7 +12,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pipeline.shards import classes_json
 from tools.packing.adopt import adopt
@@ -198,5 +198,10 @@ def say_what_was_done(done: list[Done], seconds: float, workers: int) -> None:
         print(f"{busy} shards are being written by another process and were left to it")
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
+    """The command line."""
     run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,11 @@
 """What a run is: one dataclass per part, each beside the code that reads it, put together here.
 
-    python -m train.run --config train/configs/NAME.yaml [--section.key value ...]
+    python -m train.run --config train/configs/NAME.yaml [--section.key value ...]     # or --config NAME
 
 Values come from the file, then from the command line; unknown keys and bad values are refused in one sentence.
 """
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from model.alexnet import AlexNetConfig
 from pipeline.settings import DataConfig
 from train.placement import ParallelConfig
 from train.program import Parser, told_once
+from train.recipe import find_recipe
 from train.schedule import LAYERS, OptimizerConfig
 
 
@@ -129,13 +131,24 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         prog="python -m train.run",
         usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]",
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of the options below; paper, fast and others are there by name.",
+    )
     parser.add_class_arguments(Config)
     with told_once():
-        parsed = parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.instantiate(parser.parse_args(with_recipes(sys.argv[1:] if arguments is None else arguments)))
         return Config(
             parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume
         )
+
+
+def with_recipes(arguments: list[str]) -> list[str]:
+    """The same, with paths in place of bare names of recipes."""
+    words = [word for each in arguments for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
+    pairs = zip(["", *words], words, strict=False)
+    return [str(find_recipe(word)) if before == "--config" else word for before, word in pairs]
 
 
 def plain(value: Any) -> Any:

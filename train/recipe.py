@@ -7,6 +7,16 @@ from typing import Any
 
 import yaml
 
+RECIPES = Path(__file__).resolve().parent / "configs"
+"""Those that come with this package."""
+
+
+def find_recipe(name: str, folder: Path = RECIPES) -> Path:
+    """The file that a user names: a path, or the bare name of one of ours (`paper`, `paper.yaml`), which an installed
+    package has somewhere. A file of that name in the working directory comes first."""
+    path, ours = Path(name), folder / f"{name.removesuffix('.yaml')}.yaml"
+    return ours if path.name == name and not path.exists() and ours.is_file() else path
+
 
 class StrictLoader(yaml.SafeLoader):
     """PyYAML takes the last of two equal keys and reads 010 as 8; both are mistakes here."""

@@ -7,6 +7,7 @@ evaluated again. Under torchrun or srun it is one run of all processes.
 """
 
 import os
+from typing import NoReturn
 
 import torch
 
@@ -99,6 +100,11 @@ def describe(state: TrainState, arithmetic: str) -> None:
         print(f"the decode cache holds {loader.cached_share:.0%} of this process's images: its hits after one epoch")
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
+    """The command line."""
     outlive_full_disk()
     exit_with(lambda: run(parse_config()))
+
+
+if __name__ == "__main__":
+    main()

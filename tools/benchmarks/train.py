@@ -22,7 +22,6 @@ from train.meter import StepMeter
 from train.placement import Placement
 from train.state import TrainState
 
-CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 LOADER, SYNTHETIC, REAL = "loader alone", "network alone, on one batch", "both, as in training"
 WAITS, UTILIZATION = ("wait_ms_p50", "wait_ms_p99", "wait_percent"), "gpu_utilization_percent"
 UNCOUNTED, PROFILED = 5, 10
@@ -37,7 +36,7 @@ def bench_train(
         raise ValueError("--repeats must be at least 1, --seconds positive")
     check_out(out)
     with tempfile.TemporaryDirectory() as scratch:  # a run wants a directory; nothing is written there
-        recipe = recipe or CONFIGS / ("fast.yaml" if torch.cuda.is_available() else "quickstart.yaml")
+        recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         place = ["--data.shards", str(shards), "--run.dir", scratch]
         whole = parse_config(["--config", str(recipe), *settings.split(), *place])
         state = start(whole)

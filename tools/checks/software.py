@@ -53,20 +53,24 @@ def unmet(requirements: list[str]) -> tuple[list[str], list[str]]:
     return missing, other
 
 
-def check_packages(project: Path = PROJECT) -> Finding:
-    """Is everything there that pyproject.toml asks for?"""
-    requirements = tomllib.loads(project.read_text())["project"]["dependencies"]
+def declared(project: Path = PROJECT) -> tuple[str, list[str]]:
+    """What this project asks for, of Python and of packages: pyproject.toml tells, or where it was installed without
+    its folder, the wheel."""
+    if project.is_file():
+        table = tomllib.loads(project.read_text())["project"]
+        return table["requires-python"], table["dependencies"]
+    wheel = importlib.metadata.metadata("alexnet-dali")
+    return wheel["Requires-Python"], wheel.get_all("Requires-Dist") or []
+
+
+def check_packages(requirements: list[str]) -> Finding:
+    """Is everything there that this project asks for?"""
     missing, other = unmet(requirements)
     if missing:
         return problem("missing: " + ", ".join(missing), INSTALL)
     if other:
         return warning("of other versions: " + ", ".join(other), INSTALL)
-    return ok(f"all {len(requirements)} that pyproject.toml asks for")
-
-
-def wanted_python(project: Path = PROJECT) -> str:
-    """The Python that pyproject.toml asks for."""
-    return str(tomllib.loads(project.read_text())["project"]["requires-python"])
+    return ok("all that this project asks for")
 
 
 def check_torch(torch: dict[str, Any]) -> Finding:
