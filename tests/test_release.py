@@ -59,10 +59,10 @@ def test_it_works_elsewhere(wheel: Path, shards: Path, tmp_path: Path) -> None:
     ):
         done = run(*words, cwd=here, PYTHONPATH=str(place))
         assert done.returncode == 0, done.stderr
-    train = [sys.executable, place / "bin" / "alexnet-train", "--data.shards", shards, "--run.dir", here / "run"]
-    train += ["--data.augmentation.mean", "channel"]  # for another, there is no file
+    train = [sys.executable, place / "bin" / "alexnet-train"]
+    rest = ["--data.shards", shards, "--run.dir", here / "run", "--data.augmentation.mean", "channel"]
     for recipe in ("--config=paper", "--config=fast.yaml"):
-        done = run(*train, recipe, cwd=here, PYTHONPATH=str(place))
+        done = run(*train, recipe, *rest, cwd=here, PYTHONPATH=str(place))
         assert done.returncode == 2 and "say --model.num_classes 10, not 1000" in done.stderr, done.stderr
-    done = run(*train, "--config", "papper", cwd=here, PYTHONPATH=str(place))
+    done = run(*train, "--config", "papper", *rest, cwd=here, PYTHONPATH=str(place))
     assert done.returncode == 2 and "papper" in done.stderr and not any(here.iterdir())
