@@ -4,29 +4,31 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.files import sha256, write_bytes, write_json
-from pipeline.shards import ShardSet, index_text, open_shards
+from pipeline.files import read_json, sha256, write_bytes, write_json
+from pipeline.shards import ShardSet, index_text, open_shards, read_index
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` or `browser` skip themselves where there is none."""
-    import torch
-
     there = {"gpu": torch.cuda.is_available(), "browser": shutil.which("chromium") is not None}
     reasons = {"gpu": "needs an NVIDIA GPU", "browser": "needs Chromium"}
     for item in items:
@@ -44,27 +46,51 @@ def run_python(*arguments: str | Path, timeout: float = 240, **options: object) 
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
-def run_ok(*arguments: str | Path) -> str:
-    """Run `python ARGUMENTS`, which has to succeed; returns its output."""
-    done = run_python(*arguments)
+def run_here(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """What `python ARGUMENTS` does where they name a program of ours, by its file or behind -m, in this process: a new
+    one takes seconds to start. For whatever is not about processes. `env` comes on top of the environment."""
+    program, *others = map(str, arguments[arguments[0] == "-m" :])
+    module = program.removesuffix(".py").replace("/", ".")
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    threads, returncode = torch.get_num_threads(), 0
+    # Real files: a program may ask its outputs for their descriptors.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *others])
+        patch.chdir(ROOT)
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that the program has been imported before
+            try:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            except SystemExit as ended:
+                returncode = int(ended.code or 0)
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()  # which may be the program's own by now
+                torch.set_num_threads(threads)
+                for number, handler in handlers:
+                    signal.signal(number, handler)
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess([program, *others], returncode, out.read(), err.read())
+
+
+def run_ok(*arguments: str | Path, run: Callable[..., subprocess.CompletedProcess[str]] = run_here) -> str:
+    """Run a program, which has to succeed; returns its output."""
+    done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def train_refuses(*arguments: str | Path) -> str:
-    """The one line with which `python -m train.run ARGUMENTS` refuses them, exit code 2; in this process, because a
-    process of its own takes seconds to start."""
-    from train.config import parse_config
-    from train.program import exit_with
-    from train.run import run
+def refuses(*arguments: str | Path) -> str:
+    """The one line with which a program refuses its arguments, exit code 2."""
+    done = run_here(*arguments)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
 
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    with redirect_stderr(io.StringIO()) as told, pytest.raises(SystemExit) as ended:
-        exit_with(lambda: run(parse_config([str(argument) for argument in arguments])))
-    for number, handler in handlers:
-        signal.signal(number, handler)
-    assert ended.value.code == 2 and len(told.getvalue().splitlines()) == 1, told.getvalue()
-    return told.getvalue()
+
+def train_refuses(*arguments: str | Path) -> str:
+    """The one line with which `python -m train.run ARGUMENTS` refuses them, exit code 2."""
+    return refuses("-m", "train.run", *arguments)
 
 
 PROBE = """<script>
@@ -107,16 +133,36 @@ def look_at(pages: dict[str, int], folder: Path) -> tuple[list[dict[str, Any]], 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo: `raw` archives, and `shards`, packed, with pca.json. Made once for all processes that run
-    tests; tests must not change it."""
+    """A folder with the demo: `raw` archives, `shards`, packed, with pca.json, and `few` of them, with their own. Made
+    once for all processes that run tests; tests must not change it."""
     base = tmp_path_factory.getbasetemp()
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
     with FileLock(f"{path}.lock"):
-        if not (path / "shards" / "pca.json").exists():
+        if not (path / "few" / "pca.json").exists():
             run_ok("tools/make_demo.py", path / "raw")
             run_ok("tools/make_shards.py", "pack", path / "raw", path / "shards", "--samples-per-shard", "180")
-            run_ok("tools/compute_pca.py", path / "shards")
+            copy_first(path / "shards", path / "few", train=3, val=1)
+            for name in ("shards", "few"):
+                run_ok("tools/compute_pca.py", path / name)
     return path
+
+
+def copy_first(shards: Path, few: Path, **counts: int) -> None:
+    """Copy the first shards of each split, with a manifest of what there is."""
+    for split, count in counts.items():
+        (few / split).mkdir(parents=True)
+        manifest = read_json(shards / split / "manifest.json")
+        manifest["shards"] = manifest["shards"][:count]
+        manifest["num_samples"] = sum(row["samples"] for row in manifest["shards"])
+        kept = set()
+        for row in manifest["shards"]:
+            tar = shards / split / row["name"]
+            kept |= {Path(entry[3]).stem for sample in read_index(tar.with_suffix(".idx")) for entry in sample}
+            for file in (tar, tar.with_suffix(".idx")):
+                shutil.copy(file, few / split)
+        manifest["repairs"] = [row for row in manifest["repairs"] if row["key"] in kept]
+        write_json(few / split / "manifest.json", manifest)
+    shutil.copy(shards / "classes.json", few)
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +175,12 @@ def raw(demo: Path) -> Path:
 def shards(demo: Path) -> Path:
     """The demo's shards."""
     return demo / "shards"
+
+
+@pytest.fixture(scope="session")
+def few(demo: Path) -> Path:
+    """The first 539 training and 179 validation images of the demo's shards, for whatever goes through all of them."""
+    return demo / "few"
 
 
 @pytest.fixture(scope="session")

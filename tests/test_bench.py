@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
+from tests.conftest import ROOT, jpeg, photo, run_ok, run_here
 from tools.benchmarks import pack as bench_pack
 from tools.benchmarks.loader import Windows
 from tools.benchmarks.measure import rate
@@ -148,9 +148,9 @@ def test_all(shards: Path, tmp_path: Path) -> None:
     text = run_ok("tools/bench.py", "all", shards, "--only", '["pca", "pack"]', "--out", tmp_path / "rows")
     assert "pack: not measured, it needs --raw" in text and f"bench.py pca {shards} --out" in text
     assert {path.name for path in (tmp_path / "rows").iterdir()} == {"pca.jsonl", "pca.png"}
-    done = run_python("tools/bench.py", "all", shards, "--only", '["pca", "speed"]', "--out", tmp_path / "other")
+    done = run_here("tools/bench.py", "all", shards, "--only", '["pca", "speed"]', "--out", tmp_path / "other")
     assert done.returncode == 2 and "not speed" in done.stderr and not (tmp_path / "other").exists()
-    done = run_python("tools/bench.py", "all", shards, "--only", '["pack"]', "--raw", tmp_path, "--out", tmp_path / "a")
+    done = run_here("tools/bench.py", "all", shards, "--only", '["pack"]', "--raw", tmp_path, "--out", tmp_path / "a")
     assert done.returncode == 2 and done.stderr.endswith(
         "error: pack failed, see above; --only pack repeats one of them\n"
     )
@@ -168,7 +168,7 @@ def test_what_is_timed_begins_behind_the_warm_up() -> None:
 
 def test_pca(shards: Path) -> None:
     """Decoding alone and with the sums, and how many times as long that takes; a set of one batch is no set to time."""
-    done = run_python("tools/bench.py", "pca", shards, "--batch-size", "1438")
+    done = run_here("tools/bench.py", "pca", shards, "--batch-size", "1438")
     assert done.returncode == 2 and "1438 images, no second batch; take a smaller --batch-size" in done.stderr
     output = run_ok("tools/bench.py", "pca", shards, "--repeats", "1")
     assert "decode + exact moments" in output and float(output.rsplit("takes ", 1)[1].split(" times")[0]) > 0

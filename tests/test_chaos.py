@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, run_ok
+from tests.conftest import ROOT, run_ok, run_python
 from tests.test_placement import arguments
 from tests.test_run import final, rows_without_times, same_weights
 from train.metrics import read_metrics
@@ -58,7 +58,7 @@ def wait_for(launcher: subprocess.Popen[str], reached: "object") -> bool:
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run from start to end in one go."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    run_ok(*TORCHRUN, "-m", "train.run", *arguments(shards, directory, *MORE))
+    run_ok(*TORCHRUN, "-m", "train.run", *arguments(shards, directory, *MORE), run=run_python)
     return directory
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.files import read_json, write_json
 from pipeline.reader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
-from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
+from tests.conftest import ROOT, jpeg, photo, run_ok, run_here
 from tools.compute_pca import compute_pca, draw_sample
 from tools.make_shards import pack
 from tools.packing.adopt import adopt
@@ -66,7 +66,7 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
     assert killed.wait() == -9, "the part was through before it could be killed"
     (first,) = firsts
     stamp = first.stat().st_mtime_ns
-    again = run_python("tools/compute_pca.py", copy, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
+    again = run_here("tools/compute_pca.py", copy, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
     assert again.returncode == 0 and "left to other parts" in again.stdout
     counted = int(re.search(r"counted (\d+) images", again.stdout)[1])  # type: ignore[index]
     ours = sum(open_shards(copy, "train").samples[0::3])
@@ -81,7 +81,7 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
             stray.unlink()
 
     task = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
-    last = run_python("tools/compute_pca.py", copy, env={**os.environ, **task})
+    last = run_here("tools/compute_pca.py", copy, env={**os.environ, **task})
     assert last.returncode == 0 and "stddev along the axes" in last.stdout and "part 2 of 3 (from SLURM" in last.stdout
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
     assert {path.name for path in copy.iterdir()} == before | {"pca.json"}
@@ -178,14 +178,14 @@ def test_degenerate_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_wrong_input(shards: Path, tmp_path: Path) -> None:
     """No shards, or a pca.json of other shards: one sentence, code 2, nothing written."""
-    none = run_python("tools/compute_pca.py", tmp_path)
+    none = run_here("tools/compute_pca.py", tmp_path)
     assert none.returncode == 2 and "manifest.json" in none.stderr and len(none.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     copy = tmp_path / "shards"
     shutil.copytree(shards, copy)
     other = json.dumps({**read_json(copy / "pca.json"), "manifest_sha256": "other"})
     (copy / "pca.json").write_text(other)
-    foreign = run_python("tools/compute_pca.py", copy)
+    foreign = run_here("tools/compute_pca.py", copy)
     assert foreign.returncode == 2 and "other shards" in foreign.stderr
     assert (copy / "pca.json").read_text() == other
 

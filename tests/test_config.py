@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, run_python, train_refuses
+from tests.conftest import ROOT, run_here, train_refuses
 from train.config import Config, check_same_run, parse_config
 from train.schedule import RateSchedule
 
@@ -31,7 +31,7 @@ def test_every_docstring_is_in_help() -> None:
     """--help lists every field with the docstring that stands under it in the source."""
     import inspect
 
-    done = run_python("-m", "train.run", "--help")
+    done = run_here("-m", "train.run", "--help")
     shown = "".join(done.stdout.split())  # lines are wrapped at hyphens too
     assert done.returncode == 0
     names = fields(Config)

@@ -19,7 +19,7 @@ from pipeline.files import read_json
 from pipeline.loader import Batch, val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
-from tests.conftest import run_ok, run_python
+from tests.conftest import refuses, run_ok, run_python
 from train.evaluate import evaluate, evaluate_checkpoint, probabilities, top_hits
 
 OFFSETS = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
@@ -119,8 +119,7 @@ def test_wrong_input(tmp_path: Path, shards: Path) -> None:
         (tmp_path, "is no file"),
         (tmp_path / "x.pt", "is damaged"),
     ):
-        done = run_python("-m", "train.evaluate", place, shards)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+        assert message in refuses("-m", "train.evaluate", place, shards)
 
 
 def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
@@ -133,15 +132,15 @@ def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
     return model.eval()
 
 
-def test_weights_per_class_and_confusion(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_per_class_and_confusion(tmp_path: Path, few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights alone are evaluated as Pillow, numpy and ten forward passes do it; the CSV has each class's error and the
     picture is one."""
-    model = tiny(tmp_path / "w.safetensors", shards)
+    model = tiny(tmp_path / "w.safetensors", few)
     out, picture = tmp_path / "new" / "classes.csv", tmp_path / "new" / "confusion.png"
-    evaluate_checkpoint(tmp_path / "w.safetensors", shards, 50, "cpu", out, picture)
-    mean = np.array(read_json(shards / "pca.json")["mean"])
+    evaluate_checkpoint(tmp_path / "w.safetensors", few, 50, "cpu", out, picture)
+    mean = np.array(read_json(few / "pca.json")["mean"])
     guesses, labels = [], []
-    for sample in webdataset.WebDataset(sorted(map(str, (shards / "val").glob("*.tar"))), shardshuffle=False):
+    for sample in webdataset.WebDataset(sorted(map(str, (few / "val").glob("*.tar"))), shardshuffle=False):
         pixels = np.asarray(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"), np.float32) - mean
         image = torch.from_numpy(pixels).float().permute(2, 0, 1)
         views = [image[:, top : top + 224, left : left + 224] for top, left in OFFSETS]
@@ -206,7 +205,7 @@ def test_over_processes(tmp_path: Path, shards: Path) -> None:
     for processes in ("1", "3"):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         out = ["--per-class", tmp_path / f"{processes}.csv", "--device", "cpu"]
-        told.append(run_ok(*launcher, "-m", "train.evaluate", tmp_path / "w.safetensors", shards, *out))
+        told.append(run_ok(*launcher, "-m", "train.evaluate", tmp_path / "w.safetensors", shards, *out, run=run_python))
     one, three = ([line for line in text.splitlines() if "accuracy" in line or "images" in line] for text in told)
     assert one == three and len(one) == 5
     assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from pipeline.files import read_json
-from tests.conftest import run_ok, run_python
+from tests.conftest import run_ok, run_here
 
 
 def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
@@ -100,7 +100,7 @@ def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp
     assert len(files) == 24
     assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
     assert "nothing to do" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
-    refused = run_python("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180", "--seed", "1")
+    refused = run_here("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180", "--seed", "1")
     assert refused.returncode == 2 and "other options" in refused.stderr
     assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
 
@@ -188,7 +188,7 @@ def test_wrong_input_is_one_sentence(raw: Path, tmp_path: Path, archive: str, co
         (broken / archive).write_bytes((raw / archive).read_bytes()[:1_000_000])
     else:
         (broken / archive).write_bytes(content(raw) if callable(content) else content)  # type: ignore[arg-type]
-    done = run_python("tools/make_shards.py", "pack", broken, tmp_path / "shards")
+    done = run_here("tools/make_shards.py", "pack", broken, tmp_path / "shards")
     assert done.returncode == 2 and message in done.stderr and archive in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "shards").exists()
@@ -197,6 +197,6 @@ def test_wrong_input_is_one_sentence(raw: Path, tmp_path: Path, archive: str, co
 def test_foreign_output_is_refused(raw: Path, tmp_path: Path) -> None:
     """A directory that holds something else is left alone."""
     (tmp_path / "holiday.jpg").write_bytes(b"x")
-    done = run_python("tools/make_shards.py", "pack", raw, tmp_path)
+    done = run_here("tools/make_shards.py", "pack", raw, tmp_path)
     assert done.returncode == 2 and "holds something else" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]

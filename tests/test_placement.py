@@ -36,7 +36,7 @@ def test_towers_learn_what_one_process_learns(shards: Path, tmp_path: Path) -> N
     same = ["--model.dropout", "0", "--run.log_every", "1"]
     run_ok("-m", "train.run", *arguments(shards, tmp_path / "one", *same))
     towers = ["--parallel.placement", "towers", "--parallel.share_images", "false"]
-    out = run_ok(*TORCHRUN, *arguments(shards, tmp_path / "two", *same, *towers))
+    out = run_ok(*TORCHRUN, *arguments(shards, tmp_path / "two", *same, *towers), run=run_python)
     assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in one] == [row["step"] for row in two] == [*range(1, STEPS + 1), STEPS]
@@ -55,7 +55,7 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
     """SIGTERM to one process stops both, who save; the same command then ends with bitwise the weights of an
     undisturbed run. Only one of them tells and writes."""
     how = ["--parallel.placement", placement]
-    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "undisturbed", *how))
+    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "undisturbed", *how), run=run_python)
     command = [sys.executable, *TORCHRUN, *arguments(shards, tmp_path / "stopped", *how)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
@@ -69,7 +69,7 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
     assert process.returncode == 0 and output.count("run the same command again") == 1, output
     stopped = final(tmp_path / "stopped")
     assert 0 < stopped["step"] < STEPS and len(stopped["ranks"]) == 2  # type: ignore[operator,arg-type]
-    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "stopped", *how))
+    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "stopped", *how), run=run_python)
     end, undisturbed = final(tmp_path / "stopped"), final(tmp_path / "undisturbed")
     assert end["step"] == STEPS and same_weights(end, undisturbed)
     assert all(
@@ -84,7 +84,7 @@ def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     """What a pair of towers began, one process goes on with, if that is allowed: from the last end of an epoch, also
     where the newest checkpoint is in the midst of one."""
     run = arguments(shards, tmp_path, "--run.save_every", "5", "--run.keep", "9", "--train.epochs", "2")
-    run_ok(*TORCHRUN, *run, "--parallel.placement", "towers")
+    run_ok(*TORCHRUN, *run, "--parallel.placement", "towers", run=run_python)
     began = final(tmp_path)
     (tmp_path / "checkpoints" / "LATEST").write_text("step-00000020.pt\n")
     assert "parallel.placement = towers" in train_refuses(*run)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.files import read_json
 from pipeline.shards import DataError
-from tests.conftest import run_python
+from tests.conftest import run_here
 from tests.test_adopt import write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.stats import stats
@@ -82,5 +82,5 @@ def test_damage_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="verify tells where"):
         stats(tmp_path / "shards")
     for folder, code in ((tmp_path / "shards", 3), (tmp_path / "src", 2)):
-        done = run_python("tools/make_shards.py", "stats", folder)
+        done = run_here("tools/make_shards.py", "stats", folder)
         assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr

@@ -13,7 +13,7 @@ from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
 from tests.conftest import ROOT, run_ok, train_refuses
 from tests.test_evaluate import tiny
-from tests.test_run import TRAIN, arguments, final
+from tests.test_run import STEPS, TRAIN, arguments, final
 from train.checkpoint import save_checkpoint
 from train.config import parse_config
 from train.trained import initial_state, read_trained
@@ -90,21 +90,21 @@ def test_a_checkpoint_that_contradicts_itself(tmp_path: Path, basis: Eigenbasis)
         read_trained(path)
 
 
-def test_refused_before_anything_is_written(tmp_path: Path, shards: Path) -> None:
+def test_refused_before_anything_is_written(tmp_path: Path, few: Path) -> None:
     """A missing file and one of another network."""
-    tiny(tmp_path / "w.safetensors", shards)  # of the paper's variant
+    tiny(tmp_path / "w.safetensors", few)  # of the paper's variant
     for name, message in (("none.safetensors", "is no file"), ("w.safetensors", "is of another network")):
         more = ["--train.weights", str(tmp_path / name)]
-        assert message in train_refuses(*arguments(shards, tmp_path / "run", *more))
+        assert message in train_refuses(*arguments(few, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_run_from_the_weights_of_another(tmp_path: Path, shards: Path) -> None:
+def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
     """At a rate of next to nothing it ends with the weights that it started from, going on or not."""
-    tiny(tmp_path / "w.safetensors", shards, variant="original")
+    tiny(tmp_path / "w.safetensors", few, variant="original")
     more = ["--train.weights", str(tmp_path / "w.safetensors"), "--optimizer.lr", "1e-12", "--train.epochs", "1"]
-    assert "starting from the weights of" in run_ok(*TRAIN, *arguments(shards, tmp_path / "run", *more))
+    assert "starting from the weights of" in run_ok(*TRAIN, *arguments(few, tmp_path / "run", *more))
     expected = (
         AlexNet(CONFIG).state_dict()
         | initial_state(tmp_path / "w.safetensors", CONFIG, Eigenbasis(np.zeros(3), np.zeros(3), np.eye(3)), 1.0, {})[0]
@@ -112,8 +112,8 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, shards: Path) -> None
     for name, tensor in final(tmp_path / "run")["model"].items():  # type: ignore[attr-defined]
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8)
     (tmp_path / "w.safetensors").unlink()  # what it started from is needed no more
-    assert "going on from" in run_ok(*TRAIN, *arguments(shards, tmp_path / "run", *more))
+    assert "going on from" in run_ok(*TRAIN, *arguments(few, tmp_path / "run", *more))
     begun = tmp_path / "run" / "checkpoints"
-    tiny(tmp_path / "w.safetensors", shards, variant="original", num_classes=10)
-    second = ["--train.weights", str(begun / "step-00000044.pt"), *more[2:]]
-    assert f"starting from the weights of {begun}" in run_ok(*TRAIN, *arguments(shards, tmp_path / "two", *second))
+    tiny(tmp_path / "w.safetensors", few, variant="original", num_classes=10)
+    second = ["--train.weights", str(begun / f"step-{STEPS:08d}.pt"), *more[2:]]
+    assert f"starting from the weights of {begun}" in run_ok(*TRAIN, *arguments(few, tmp_path / "two", *second))

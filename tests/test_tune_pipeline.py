@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.settings import Speed
 from pipeline.shards import DataError
-from tests.conftest import ROOT, run_ok, run_python
+from tests.conftest import ROOT, run_ok, run_here
 from tools.tune_pipeline import data_settings, table
 from tools.tuning.search import Knobs, Trial, Waits, list_axes, pick, search
 from train.config import parse_config
@@ -158,5 +158,5 @@ def test_program(shards: Path, tmp_path: Path) -> None:
 )
 def test_mistakes(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
     """One sentence, exit code 2, before anything is opened."""
-    done = run_python("tools/tune_pipeline.py", tmp_path, *arguments)
+    done = run_here("tools/tune_pipeline.py", tmp_path, *arguments)
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
