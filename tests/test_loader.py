@@ -1,10 +1,14 @@
 """Epochs are exact over any number of ranks, a state continues bit for bit, and failing data is told as such."""
 
 import gc
+import hashlib
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,17 +165,39 @@ def test_a_state_that_does_not_fit_is_refused(numbered_shards: Make, plain_basis
         train_loader(replace(shards, manifest_sha256="other"), plain_basis, config, **place).load_state_dict(state)
 
 
+def rank_batches(shards: Path, rank: int, num_ranks: int, state: Path, what: str) -> Iterator[str]:
+    """Two epochs of one loader rank, a line for every batch; to "stop" is to be killed in the midst, with the state
+    saved, and to "go on" begins from there."""
+    place = {"batch_size": 16, "seed": 1, "rank": rank, "num_ranks": num_ranks, "device": "cpu"}
+    train = open_shards(shards, "train")
+    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
+    loader = train_loader(train, basis, DataConfig(shards, shuffle_buffer=200), **place)  # type: ignore[arg-type]
+    if what == "go on":
+        loader.load_state_dict(json.loads(state.read_text()))
+    for epoch in range(loader.at_epoch, 2):
+        for images, labels in loader.epoch(epoch):
+            digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
+            yield f"{epoch} {loader.at_step} {digest.hexdigest()}\n"
+            if what == "stop" and loader.at_step == 5:
+                state.write_text(json.dumps(loader.state_dict()))
+                sys.stdout.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     "num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-def test_ranks_in_processes_continue(shards: Path, num_ranks: int, tmp_path: Path) -> None:
+def test_ranks_in_processes_continue(few: Path, num_ranks: int, tmp_path: Path) -> None:
     """Each rank a process of its own, killed after its state is saved in the midst of an epoch: new
     processes go on to the batches of undisturbed ones, bit for bit, through the end of that epoch and the next one."""
+    code = "import sys; from pathlib import Path; from tests.test_loader import rank_batches as batches; place = sys.argv"
+    code += "; sys.stdout.writelines(batches(Path(place[1]), *map(int, place[2:4]), Path(place[4]), place[5]))"
 
     def processes(what: str) -> list[str]:
+        command = [sys.executable, "-c", code, few]
         started = [
             subprocess.Popen(
-                [sys.executable, "-c", RANK, shards, str(rank), str(num_ranks), tmp_path / str(rank), what],
+                [*command, str(rank), str(num_ranks), tmp_path / str(rank), what],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -182,37 +208,10 @@ def test_ranks_in_processes_continue(shards: Path, num_ranks: int, tmp_path: Pat
         assert {process.returncode for process in started} == {-9 if what == "stop" else 0}
         return outputs
 
-    undisturbed = processes("all")
+    undisturbed = ["".join(rank_batches(few, rank, num_ranks, tmp_path, "all")) for rank in range(num_ranks)]
     assert all(output.count("\n") > 20 for output in undisturbed) and len(set(undisturbed)) == num_ranks
     stopped, continued = processes("stop"), processes("go on")
     assert [one + two for one, two in zip(stopped, continued, strict=True)] == undisturbed
-
-
-RANK = """
-import hashlib, json, os, signal, sys
-from pathlib import Path
-from pipeline.eigenbasis import Eigenbasis
-from pipeline.loader import train_loader
-from pipeline.settings import DataConfig
-from pipeline.shards import open_shards
-
-shards, state = Path(sys.argv[1]), Path(sys.argv[4])
-rank, num_ranks, what = int(sys.argv[2]), int(sys.argv[3]), sys.argv[5]
-train = open_shards(shards, "train")
-basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-place = {"batch_size": 32, "seed": 1, "rank": rank, "num_ranks": num_ranks, "device": "cpu"}
-loader = train_loader(train, basis, DataConfig(shards, shuffle_buffer=200), **place)
-if what == "go on":
-    loader.load_state_dict(json.loads(state.read_text()))
-for epoch in range(loader.at_epoch, 2):
-    for images, labels in loader.epoch(epoch):
-        digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
-        print(epoch, loader.at_step, digest.hexdigest(), flush=True)
-        if what == "stop" and loader.at_step == 5:
-            state.write_text(json.dumps(loader.state_dict()))
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
-"""One loader rank: a line for every batch."""
 
 
 def test_another_world_goes_on_from_an_epochs_edge(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
