@@ -54,7 +54,11 @@ def run_here(*arguments: str | Path, env: dict[str, str] | None = None) -> subpr
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     threads, returncode = torch.get_num_threads(), 0
     # Real files: a program may ask its outputs for their descriptors.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(sys, "argv", [program, *others])
         patch.chdir(ROOT)
         for name, value in (env or {}).items():

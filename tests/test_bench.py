@@ -24,14 +24,14 @@ def test_loader(few: Path, tmp_path: Path) -> None:
     beside them."""
     out = tmp_path / "rows.jsonl"
     text = run_ok(
-        "tools/bench.py", "loader", few, "--seconds", "0.2", "--repeats", "2", "--batch-size", "32", "--out", out
+        "tools/bench.py", "loader", few, "--seconds", "0.2", "--repeats", "1", "--batch-size", "32", "--out", out
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["contender"].split()[0] for row in rows] == ["libjpeg-turbo", "uint8", "loader:", "torch"]
     for row in rows:
         assert (
             row["median"] > 0
-            and len(row["values"]) == 2
+            and len(row["values"]) == 1
             and row["versions"]["dali"]
             and row["cpu"]
             and row["data"].startswith("539 generated images of 256x256, ")

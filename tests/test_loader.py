@@ -190,7 +190,9 @@ def rank_batches(shards: Path, rank: int, num_ranks: int, state: Path, what: str
 def test_ranks_in_processes_continue(few: Path, num_ranks: int, tmp_path: Path) -> None:
     """Each rank a process of its own, killed after its state is saved in the midst of an epoch: new
     processes go on to the batches of undisturbed ones, bit for bit, through the end of that epoch and the next one."""
-    code = "import sys; from pathlib import Path; from tests.test_loader import rank_batches as batches; place = sys.argv"
+    code = (
+        "import sys; from pathlib import Path; from tests.test_loader import rank_batches as batches; place = sys.argv"
+    )
     code += "; sys.stdout.writelines(batches(Path(place[1]), *map(int, place[2:4]), Path(place[4]), place[5]))"
 
     def processes(what: str) -> list[str]:

@@ -28,7 +28,7 @@ def listing_of(names: list[str]) -> Listing:
     return listing
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 3))
 @example(["0_1.JPEG", "a b.JPEG", "1_1.JPEG", "a b.JPEG"], 2, 0)
 def test_any_list_of_images(names: list[str], samples_per_shard: int, seed: int) -> None:

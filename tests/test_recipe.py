@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_here, train_refuses
+from tests.conftest import ROOT, refuses, train_refuses
 from train.config import parse_config
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
@@ -54,5 +54,4 @@ def test_other_programs(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 1\nseed: 2\n")
     for arguments in (("tools/preview.py", "--config", path, "s"), ("tools/bench.py", "train", "--config", path, "s")):
-        done = run_here(*arguments)
-        assert (done.returncode, done.stderr) == (2, f"error: {path}, line 2: seed comes a second time; keep one\n")
+        assert refuses(*arguments) == f"error: {path}, line 2: seed comes a second time; keep one\n"

@@ -174,7 +174,9 @@ def test_what_a_finished_run_leaves(few: Path, undisturbed: Path) -> None:
     assert all((undisturbed / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     rows = read_metrics(undisturbed / "metrics.jsonl")
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    assert [row["step"] for row in evals] == [STEPS, 2 * STEPS, 3 * STEPS] and [row["step"] for row in train] == list(range(4, EPOCHS * STEPS + 1, 4))
+    assert [row["step"] for row in evals] == [STEPS, 2 * STEPS, 3 * STEPS] and [row["step"] for row in train] == list(
+        range(4, EPOCHS * STEPS + 1, 4)
+    )
     assert train[-1]["loss"] < train[0]["loss"] and all(
         row["images_per_s"] > 0 and row["wait_ms_p99"] >= 0 for row in train
     )

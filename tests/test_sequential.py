@@ -50,7 +50,12 @@ def test_skipped_and_noted_images_are_the_same_too(small: Path, tmp_path: Path) 
     assert len(manifest["skipped"]) == 3 and len(manifest["repairs"]) >= 1
 
 
-def test_killed_while_reading(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:  # noqa: F811
+def test_killed_while_reading(
+    small: Path,  # noqa: F811
+    clean: dict[str, bytes],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Finished segments survive: the second run reads what the first had not, and ends with the same bytes."""
     program = f"""
 import sys
@@ -74,8 +79,8 @@ if __name__ == "__main__":
     notes[0].write_bytes(b"{")  # damage is found out and the segment read again
     with notes[1].with_suffix(".bin").open("r+b") as file:
         file.truncate(1000)
-    again = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    monkeypatch.setattr(sequential, "WINDOW_BYTES", 20_000)
+    pack(small, tmp_path / "killed", samples_per_shard=9, workers=1, sequential_read=True)
     assert files(tmp_path / "killed") == clean
 
 

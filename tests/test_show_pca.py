@@ -29,11 +29,11 @@ def test_published_figures() -> None:
     assert "121.78 (121.78)" in lines[5] and "89.37 (89.37)" in lines[7]
 
 
-def test_show(shards: Path, tmp_path: Path) -> None:
+def test_show(few: Path, tmp_path: Path) -> None:
     """`--show` on finished shards computes nothing again, prints the file's own figures and draws a picture in which
     the middle of each ramp is the mean colour."""
     copy = tmp_path / "shards"
-    shutil.copytree(shards, copy)
+    shutil.copytree(few, copy)
     output = run_ok("tools/compute_pca.py", copy, "--show")
     assert "nothing to do" in output
     content = read_json(copy / "pca.json")

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.settings import Speed
 from pipeline.shards import DataError
-from tests.conftest import ROOT, run_ok, run_here
+from tests.conftest import ROOT, refuses, run_ok
 from tools.tune_pipeline import data_settings, table
 from tools.tuning.search import Knobs, Trial, Waits, list_axes, pick, search
 from train.config import parse_config
@@ -124,18 +124,18 @@ def test_failures_are_passed_over() -> None:
         search(Knobs(4), list_axes(4, on_gpu=False), mistaken)
 
 
-def test_program(shards: Path, tmp_path: Path) -> None:
+def test_program(few: Path, tmp_path: Path) -> None:
     """A real run announces its time, marks one row, and writes settings that a run takes after its own configuration,
     whose other values stay; it writes over its own file."""
     out = tmp_path / "new" / "speed.yaml"
     arguments = ("--batch-size", "32", "--seconds", "0.02", "--device", "cpu", "--out", out)
-    text = run_ok("tools/tune_pipeline.py", shards, *arguments)
+    text = run_ok("tools/tune_pipeline.py", few, *arguments)
     assert " s in all" in text.splitlines()[0]
     rows = [line.removeprefix("*") for line in text.splitlines() if line.count("|") == 1][1:]
     assert len(rows) >= 6 and len([line for line in text.splitlines() if line.startswith("*")]) == 1
 
     base = ["--config", str(ROOT / "train/configs/quickstart.yaml")]
-    place = ["--data.shards", str(shards), "--run.dir", "r"]
+    place = ["--data.shards", str(few), "--run.dir", "r"]
     command = next(line for line in text.splitlines() if line.startswith("python -m train.run")).split()
     assert command[3:7] == ["--config", "BASE.yaml", "--config", str(out)]
     tuned, plain = parse_config([*base, "--config", str(out), *place]), parse_config([*base, *place])
@@ -158,5 +158,4 @@ def test_program(shards: Path, tmp_path: Path) -> None:
 )
 def test_mistakes(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
     """One sentence, exit code 2, before anything is opened."""
-    done = run_here("tools/tune_pipeline.py", tmp_path, *arguments)
-    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert sentence in refuses("tools/tune_pipeline.py", tmp_path, *arguments)

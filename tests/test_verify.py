@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.files import read_json, sha256, write_json
 from pipeline.shards import DataError, open_shards, read_index
-from tests.conftest import jpeg, photo, run_here
+from tests.conftest import jpeg, photo, refuses, run_here, run_ok
 from tests.test_adopt import tar_of, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.check_shard import MAX_TOLD, check_image
@@ -288,16 +288,14 @@ def test_bad_labels_and_members(copy: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_command_line(copy: Path, tmp_path: Path) -> None:
     """Exit codes 0, 3 for damage (and packing again mends it), 2 for a wrong folder; one sentence each on stderr."""
-    done = run_here("tools/make_shards.py", "verify", "--fast", copy)
-    assert done.returncode == 0 and "all sound" in done.stdout, done.stderr
+    assert "all sound" in run_ok("tools/make_shards.py", "verify", "--fast", copy)
     rewrite(copy / "train" / "train-000001.tar", lambda content: content[:5000])
     done = run_here("tools/make_shards.py", "verify", copy, "--workers", "2")
     assert done.returncode == 3 and "remove train/train-000001.tar and run the pack command again" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and "train/train-000001.tar: has 5000 bytes" in done.stdout
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "none", tmp_path / "empty"):
-        done = run_here("tools/make_shards.py", "verify", folder)
-        assert done.returncode == 2 and str(folder) in done.stderr and len(done.stderr.splitlines()) == 1
+        assert str(folder) in refuses("tools/make_shards.py", "verify", folder)
 
 
 def test_index_round_trip(shards: Path) -> None:
