@@ -26,7 +26,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_same_seed_same_bytes(raw: Path, tmp_path: Path) -> None:
-    """Rendered again, over what an interrupted run had left, archives have the same bytes; another seed gives others."""
+    """Rendered again, over what an interrupted run had left, archives have the same bytes; not so with another seed."""
     again = tmp_path / "again"
     again.mkdir()
     (again / "ILSVRC2012_img_train.tar").write_bytes(b"half")
