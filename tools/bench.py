@@ -9,10 +9,11 @@
     python tools/bench.py lighting SHARDS   what lighting costs
     python tools/bench.py plan              what a pack costs before the first image is read
     python tools/bench.py scaling SHARDS    how speed and memory grow with threads, processes, samples and epochs
-    python tools/bench.py all SHARDS        all of them, one after the other
+    python tools/bench.py soak SHARDS       what training holds of memory, threads and files, for half an hour
+    python tools/bench.py all SHARDS        all but the soak, one after the other
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
-printed, and the ratios are what counts. Warm-up is left out.
+printed, and the ratios are what counts. Warm-up is left out. Over 250 lines, as arguments are all that is in here.
 """
 
 from pathlib import Path
@@ -264,6 +265,29 @@ def scaling(
     bench_scaling(shards, raw, threads, ranks, samples, epochs, workers, gpu_rates, batch_size, seconds, repeats, out)
 
 
+def soak(
+    shards: Path,
+    recipe: str = "quickstart",
+    settings: str = "",
+    minutes: float = 30.0,
+    out: Path | None = None,
+) -> None:
+    """Resident memory, threads and open files of a training process, with its evaluations and checkpoints.
+
+    Printed are medians of two halves, behind a first quarter in which libraries load and caches fill.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        recipe: YAML file as for train.run, or a recipe of ours by its name.
+        settings: Settings over it, as for train.run: "--run.save_every 20".
+        minutes: How long.
+        out: File of JSON lines to append rows to; a figure comes beside it.
+    """
+    from tools.benchmarks.soak import bench_soak
+
+    bench_soak(shards, recipe, settings, minutes, out)
+
+
 def every(
     shards: Path,
     raw: Path | None = None,
@@ -271,7 +295,7 @@ def every(
     only: list[str] | None = None,
     ffcv_python: Path | None = None,
 ) -> None:
-    """All of them, one after the other; each prints its own command. One that fails does not stop the others.
+    """All but the soak, one after the other; each prints its own command. One that fails does not stop the others.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -297,6 +321,7 @@ if __name__ == "__main__":
             "lighting": lighting,
             "plan": plan,
             "scaling": scaling,
+            "soak": soak,
             "all": every,
         }
     )

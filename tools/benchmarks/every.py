@@ -1,4 +1,5 @@
-"""Every benchmark after the other, each in a process of its own: their settings of memory and threads differ."""
+"""Every benchmark but the soak after the other, each in a process of its own: their settings of memory and threads
+differ."""
 
 import shlex
 import subprocess
