@@ -184,7 +184,7 @@ class AlexNet(nn.Module):
         x = self.conv1(x)
         if variant == "original":
             x = self.activation(self.pool(self.normalize(x)))
-            x = self.pool(normalize_within_maps(self.normalize(self.activation(self.conv2(x)))))
+            x = self.pool(self.normalize_twice(self.activation(self.conv2(x))))
         else:
             x = self.pool(self.normalize(self.activation(x)))
             x = self.pool(self.normalize(self.activation(self.conv2(x))))
@@ -204,6 +204,10 @@ class AlexNet(nn.Module):
         """Local response normalization across the maps of each tower."""
         convention = self.config.normalization
         return x if convention == "none" else local_response_norm(x, convention, self.towers)
+
+    def normalize_twice(self, x: torch.Tensor) -> torch.Tensor:
+        """Across maps, then within each: layer 2 of the 2012 program."""
+        return x if self.config.normalization == "none" else normalize_within_maps(self.normalize(x))
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Max pooling; 55 -> 27 -> 13 -> 6 either way."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -256,3 +257,21 @@ def test_given_fields_win_over_the_variant() -> None:
     config = AlexNetConfig(variant="torchvision", lrn="paper", channels=(8, 8, 8, 8, 8))
     assert (config.num_towers, config.normalization, config.maps) == (1, "paper", (8, 8, 8, 8, 8))
     assert replace(SLIM, variant="original").normalization == "original"
+
+
+@pytest.mark.parametrize("variant", ["paper", "original"])
+def test_without_normalization(variant: Literal["paper", "original"]) -> None:
+    """What is left without biases is homogeneous: twice the pixels give twice the logits. With normalization they do
+    not, be it that across maps or that within them."""
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 100
+    sizes = {"channels": (8, 8, 8, 8, 8), "hidden": 16, "num_classes": 4}
+    ratios = {}
+    for lrn in ("none", None):
+        torch.manual_seed(1)
+        model = AlexNet(AlexNetConfig(variant, lrn=lrn, **sizes)).eval()  # type: ignore[arg-type]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(0 if name.endswith("bias") else 5)
+            ratios[lrn] = (model(2 * images) / model(images)).flatten()
+    assert torch.allclose(ratios["none"], torch.tensor(2.0), rtol=1e-4)
+    assert not torch.allclose(ratios[None], torch.tensor(2.0), rtol=1e-2)

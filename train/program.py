@@ -49,7 +49,8 @@ class Parser(ArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too. A
         bool of a function that is off by default is a plain flag: `--fast`."""
-        if args and all(name.startswith("--") and "." not in name for name in args):  # a list has --name and --name+
+        ours = all(name.startswith("--") and "." not in name for name in args)  # a list has --name and --name+
+        if args and ours and args != ("--print_config",):  # jsonargparse's own, whose value it cuts off by length
             args = tuple(dict.fromkeys(spelling for name in args for spelling in (name.replace("_", "-"), name)))
             if kwargs.get("type") is bool and kwargs.get("default") is False:
                 kwargs = {name: value for name, value in kwargs.items() if name != "type"} | {"action": "store_true"}
