@@ -2,7 +2,7 @@
 
     python tools/make_shards.py adopt SRC SHARDS --split train --pattern 'imagenet1k-train-{0000..1023}.tar'
 
-Every tar is read once, in full (`tools/tars.py`). Of each sample the index lists the JPEG and the `.cls` alone. DALI
+Every tar is read once, in full (`tars.py`). Of each sample the index lists the JPEG and the `.cls` alone. DALI
 picks components by the index's extension, so `.JPEG` is listed as `jpg`; it reads as many bytes as the index says, so
 white space behind a label is left out there; it never uses the names, but cuts lines at spaces, so those are replaced.
 """

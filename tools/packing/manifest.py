@@ -21,7 +21,7 @@ LISTING = "listing.jsonl"
 TOP_FILES = ("classes.json", LISTING, "pca.*", "mean_image.*", "preview.png")
 """What stands beside the splits, as patterns."""
 SPILL = "spill-*"
-"""Where `tools/sequential.py` keeps what it has packed; in a split's folder."""
+"""Where `sequential.py` keeps what it has packed; in a split's folder."""
 
 
 def is_top_file(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Raw images in the parquet files of a Hugging Face data set (`imagenet-1k`): columns `image: {bytes, path}`, `label`.
 
-A parquet file can be read cheaply in its own order only, so such a source is always packed by `tools/sequential.py`.
+A parquet file can be read cheaply in its own order only, so such a source is always packed by `sequential.py`.
 `pyarrow` is an extra: nothing else here needs it.
 """
 

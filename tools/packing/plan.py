@@ -88,7 +88,7 @@ class Plan:
         return f"{self.listing.label[row]}_{row}" if self.renamed[row] else stem(self.listing.name(row))
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """First and last-but-one place of a shard in the order."""
+        """First place of a shard in the order, and the one behind its last."""
         return number * len(self.order) // self.num_shards, (number + 1) * len(self.order) // self.num_shards
 
     def path(self, number: int) -> Path:
