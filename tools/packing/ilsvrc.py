@@ -22,6 +22,8 @@ TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE)
+DEVKIT_BYTES = 2**26
+"""Of each of its two files at most: a gzip file can hold a thousand times what it seems."""
 MD5 = {  # as published with the archives
     TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
@@ -168,7 +170,7 @@ def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
             files = {}
             for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
                 file = tar.extractfile(f"{folder}/{name}")
-                files[name] = file.read() if file else b""
+                files[name] = file.read(DEVKIT_BYTES) if file else b""
         synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
         by_id = {
             int(row["ILSVRC2012_ID"]): ClassName(str(row["WNID"]), str(row["words"]))
