@@ -11,6 +11,8 @@ once.
 
 `rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A
 state taken after any batch continues with the next one, bit for bit.
+
+Over 250 lines, as handing out batches, the position in them and going on there cannot be understood apart.
 """
 
 import base64

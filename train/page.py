@@ -4,7 +4,6 @@ Every text on it goes through `html.escape`, as class words and paths may hold a
 the page. `page.html` has the frame and the style.
 """
 
-import base64
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pipeline.shards import ClassName
 from train import charts
 from train.findings import Example, Findings
 from train.kernels import saturation, tower_colours
+from train.markup import inline, percent, picture, table
 
 THUMBNAIL_SIDE = 160
 """Pixels: twenty photographs of this size are about 1.5 MB."""
@@ -206,11 +206,6 @@ def card(example: Example, story: Story) -> str:
     )
 
 
-def percent(share: float) -> str:
-    """A share, 0..1, for people; the space does not break."""
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
-
-
 def settings(config: dict[str, Any]) -> str:
     """A table for each section of the configuration."""
     return f'<div class="settings">{"".join(section(each, name) for name, each in config.items())}</div>'
@@ -222,31 +217,3 @@ def section(values: dict[str, Any], name: str) -> str:
     plain = {key: each for key, each in values.items() if key not in inner}
     rows = [(key, each if isinstance(each, str) else json.dumps(each)) for key, each in plain.items()]
     return table(rows, caption=name) + "".join(section(each, f"{name}.{key}") for key, each in inner.items())
-
-
-def picture(png: bytes, alt: str, caption: str = "", css: str = "") -> str:
-    """A PNG file as a figure."""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="{css}"><img src="{inline(png)}" alt="{escape(alt)}">{below}</figure>\n'
-
-
-def inline(png: bytes) -> str:
-    """A PNG file as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def table(
-    rows: Sequence[Sequence[str]], head: Sequence[str] = (), *, numbers: int = 0, caption: str = "", css: str = ""
-) -> str:
-    """Rows of texts, the first of each its name; the `numbers` columns behind it are set to the right."""
-
-    def cells(texts: Sequence[str], every: str) -> str:
-        first, *others = [escape(text) for text in texts]
-        number = f'<{every} class="number">'
-        ends = [f"{number if place < numbers else f'<{every}>'}{text}</{every}>" for place, text in enumerate(others)]
-        return f"<th>{first}</th>{''.join(ends)}"
-
-    top = f"<caption>{escape(caption)}</caption>" if caption else ""
-    top += f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
-    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<table class="{css}">{top}<tbody>{body}</tbody></table>\n'
