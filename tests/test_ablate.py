@@ -4,9 +4,7 @@ on where it stood or says why not."""
 import json
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.files import open_locked, read_json, write_json
-from tests.conftest import ROOT, run_ok
+from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
 from tools.ablate import ANY_WIDTH, SHIPPED, ablate
 from tools.ablation import run as ablation_run
 from tools.ablation.comparison import PAPER, Entry, Figures, best_entry, figures, markdown
@@ -23,7 +21,6 @@ from tools.ablation.run import Run, trained
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.config import Config, flatten, parse_config
 from train.kernels import TowerColours, tower_colours
-from train.metrics import read_metrics
 
 CONFIGS = ROOT / "train" / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -272,11 +269,8 @@ def test_stopped_and_continued(shards: Path, tmp_path: Path) -> None:
     own.write_text("model: {towers: 1, channels: [4, 8, 8, 8, 16]}\n")
     command = ["tools/ablate.py", QUICKSTART, shards, tmp_path / "out", "--ablations", f"[{own}]", "--seeds", "[5]"]
     command += ["--settings", TINY.replace("epochs 1", "epochs 3")]
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not read_metrics(tmp_path / "out" / "base-seed5" / "metrics.jsonl"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    process = start_python(*command)
+    wait_for(lambda: rows_of(tmp_path / "out" / "base-seed5"), process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and told == "error: interrupted\n"

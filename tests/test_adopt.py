@@ -17,24 +17,10 @@ from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
-from tests.conftest import jpeg, photo, refuses, run_ok
+from tests.helpers import Members, jpeg, photo, refuses, run_ok, tar_of, write_foreign
 from tools.packing.adopt import adopt
 
 IMAGE = jpeg(photo(np.random.default_rng(9)))
-Members = list[tuple[str, bytes]]
-
-
-def write_foreign(
-    src: Path, stem: str, labels: list[int], per_shard: int, extension: str = "jpg", newline: bytes = b""
-) -> None:
-    """Shards as timm's: STEM-0000.tar, ..., a json beside image and label; images are 256x256 and of eight kinds."""
-    rng = np.random.default_rng(0)
-    images = [jpeg(photo(rng)) for _ in range(8)]
-    src.mkdir(exist_ok=True)
-    with webdataset.ShardWriter(f"{src}/{stem}-%04d.tar", maxcount=per_shard, verbose=0) as writer:
-        for number, label in enumerate(labels):
-            content = {"cls": str(label).encode() + newline, "json": b'{"a": 1}', extension: images[number % 8]}
-            writer.write({"__key__": f"{stem}_{number:05d}", **content})
 
 
 def read_foreign(src: Path, glob: str, extension: str) -> list[tuple[bytes, int]]:
@@ -146,19 +132,6 @@ def test_classes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="list other classes"):
         adopt(src, shards, split="val", pattern="val-*.tar", classes=names, workers=1)
     assert not (tmp_path / "c").exists()
-
-
-def tar_of(members: Members, format: int = tarfile.GNU_FORMAT, **fields: object) -> bytes:
-    """A tar with these files; `fields` go to the header of every one."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            for field, value in fields.items():
-                setattr(info, field, value)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def sample(label: bytes) -> Members:

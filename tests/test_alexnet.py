@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.alexnet import AlexNet, AlexNetConfig, normalize_within_maps
+from tests.helpers import TORCHVISION
 
 SLIM = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=10)
 
@@ -160,14 +161,6 @@ def test_bad_values(change: dict[str, object]) -> None:
     """Refused with the field's name."""
     with pytest.raises(ValueError, match=f"model.{next(iter(change))}"):
         replace(SLIM, **change)  # type: ignore[arg-type]
-
-
-TORCHVISION = {
-    "features.0": (64, 3, 11, 11), "features.3": (192, 64, 5, 5), "features.6": (384, 192, 3, 3),
-    "features.8": (256, 384, 3, 3), "features.10": (256, 256, 3, 3),
-    "classifier.1": (4096, 9216), "classifier.4": (4096, 4096), "classifier.6": (1000, 4096),
-}  # fmt: skip
-"""Names and shapes of weights in torchvision 0.26's `alexnet`, from its published state dict."""
 
 
 def test_torchvision_variant() -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from tests.conftest import ROOT, jpeg, photo, refuses, run_here, run_ok, run_python
+from tests.helpers import ROOT, jpeg, photo, refuses, run_here, run_ok, run_python
 from tools.benchmarks import pack as bench_pack
 from tools.benchmarks.loader import Windows
 from tools.benchmarks.measure import rate

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.alexnet import AlexNet, AlexNetConfig
-from tests.test_alexnet import TORCHVISION
+from tests.helpers import TORCHVISION
 from tools.benchmarks import model as bench_model
 from tools.benchmarks import towers
 from tools.benchmarks.measure import Table

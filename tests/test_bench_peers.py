@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.shards import ShardSet
-from tests.conftest import refuses, run_ok
+from tests.helpers import refuses, run_ok
 from tools.benchmarks import peers as bench_peers
 from tools.benchmarks.contenders.check import check_batches, check_decoded
 from tools.benchmarks.contenders.data import CHECKED, Batches, PeerData, Permutations, extract, numbered, whole_shards

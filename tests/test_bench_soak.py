@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_ok, run_python
+from tests.helpers import run_ok, run_python
 from tools.benchmarks.soak import Held, look_at, watch
 
 HOLDER = """

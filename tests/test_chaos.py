@@ -3,17 +3,26 @@
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, run_ok, run_python
-from tests.test_placement import arguments
-from tests.test_run import final, rows_without_times, same_weights
-from train.metrics import read_metrics
+from tests.helpers import (
+    TRAIN,
+    final,
+    rows_of,
+    rows_without_times,
+    run_ok,
+    run_python,
+    same_weights,
+    shared_run,
+    start_python,
+    wait_for,
+)
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EPOCHS, STEPS, KILLS = 12, 11, 30
@@ -22,8 +31,8 @@ MORE = f"--run.log_every 1 --run.save_every 4 --train.epochs {EPOCHS} --run.dete
 
 def start(shards: Path, directory: Path, *launcher: str) -> subprocess.Popen[str]:
     """Two processes, replicas of one network."""
-    command = [sys.executable, *TORCHRUN, *launcher, "-m", "train.run", *arguments(shards, directory, *MORE)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*TORCHRUN, *launcher, *TRAIN, *shared_run(shards, directory, *MORE)]
+    return start_python(*command, stderr=subprocess.STDOUT)
 
 
 def worker(launcher: subprocess.Popen[str], rank: int) -> int | None:
@@ -40,25 +49,20 @@ def worker(launcher: subprocess.Popen[str], rank: int) -> int | None:
 
 def last_step(directory: Path) -> int:
     """Of the rows written so far."""
-    return max((row["step"] for row in read_metrics(directory / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in rows_of(directory)), default=0)
 
 
-def wait_for(launcher: subprocess.Popen[str], reached: "object") -> bool:
-    """Until `reached()` is true, or the run is over; returns which of the two."""
-    deadline = time.monotonic() + 120
-    while not reached():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        if launcher.poll() is not None:
-            return False
-        time.sleep(0.01)
-    return True
+def runs_until(reached: Callable[[], Any], launcher: "subprocess.Popen[str]") -> bool:
+    """Wait until `reached()` is true, or the run is over; returns which of the two."""
+    wait_for(lambda: reached() or launcher.poll() is not None)
+    return launcher.poll() is None
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run from start to end in one go."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    run_ok(*TORCHRUN, "-m", "train.run", *arguments(shards, directory, *MORE), run=run_python)
+    run_ok(*TORCHRUN, "-m", "train.run", *shared_run(shards, directory, *MORE), run=run_python)
     return directory
 
 
@@ -77,7 +81,7 @@ def test_thirty_kills(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
             path = tmp_path / "metrics.jsonl"
             return target < 0 or (path.exists() and path.stat().st_mtime > began and last_step(tmp_path) >= target)
 
-        if not wait_for(launcher, lambda: worker(launcher, rank)) or not wait_for(launcher, due):  # noqa: B023
+        if not (runs_until(lambda: worker(launcher, rank), launcher) and runs_until(due, launcher)):  # noqa: B023
             output, _ = launcher.communicate()
             raise AssertionError(f"ended by itself after {kills} kills: {output}")
         time.sleep(float(rng.random()) * (0.2 if target >= 0 else 3))
@@ -101,7 +105,7 @@ def test_thirty_kills(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
 def test_torchrun_restarts_by_itself(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """With --max-restarts a killed process costs a restart from LATEST, and nothing of the result."""
     launcher = start(shards, tmp_path, "--max-restarts", "2")
-    assert wait_for(launcher, lambda: last_step(tmp_path) >= STEPS + 6)
+    wait_for(lambda: last_step(tmp_path) >= STEPS + 6, launcher)
     os.kill(worker(launcher, 1) or 0, signal.SIGKILL)
     output, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0 and output.count("going on from") == 1, output

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from PIL import Image
 from pipeline.files import read_json, write_json
 from pipeline.reader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
-from tests.conftest import ROOT, jpeg, photo, refuses, run_here, run_ok
+from tests.helpers import jpeg, photo, refuses, run_here, run_ok, start_python, wait_for
 from tools.compute_pca import compute_pca, draw_sample
 from tools.make_shards import pack
 from tools.packing.adopt import adopt
@@ -58,13 +55,13 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
     before = {path.name for path in copy.iterdir()}
     assert "left to other parts" in run_ok("tools/compute_pca.py", copy, "--part", "3/3", "--batch-size", "7")
 
-    slow = [sys.executable, "tools/compute_pca.py", str(copy), "--batch-size", "1", "--threads", "1"]
-    killed = subprocess.Popen(slow, cwd=ROOT, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
-    while not (firsts := list(copy.glob("pca.part-*-00"))) and killed.poll() is None:
-        time.sleep(0.01)
+    slow = ["tools/compute_pca.py", str(copy), "--batch-size", "1", "--threads", "1"]
+    killed = start_python(*slow, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
+    wait_for(lambda: list(copy.glob("pca.part-*-00")), killed)
     killed.kill()
-    assert killed.wait() == -9, "the part was through before it could be killed"
-    (first,) = firsts
+    killed.communicate()
+    assert killed.returncode == -9, "the part was through before it could be killed"
+    (first,) = copy.glob("pca.part-*-00")
     stamp = first.stat().st_mtime_ns
     again = run_here("tools/compute_pca.py", copy, env={"RANK": "0", "WORLD_SIZE": "3"})
     assert again.returncode == 0 and "left to other parts" in again.stdout

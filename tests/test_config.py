@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, run_here, train_refuses
+from tests.helpers import ROOT, run_here, shipped, train_refuses
 from train.config import Config, check_same_run, parse_config
 from train.schedule import RateSchedule
 
@@ -55,11 +55,6 @@ def test_shipped_configs(path: Path) -> None:
         and config.data.shards == Path("s")
     )
     assert f"python -m train.run --config train/configs/{path.name}" in path.read_text()
-
-
-def shipped(name: str) -> Config:
-    """A configuration as it is shipped."""
-    return parse_config(["--config", str(ROOT / f"train/configs/{name}.yaml"), *REQUIRED])
 
 
 def test_paper_is_the_paper() -> None:

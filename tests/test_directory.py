@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_config import shipped
+from tests.helpers import shipped
 from train.directory import RunDirectory
 
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, auto_cli, capture_parser
 from torch.distributed.run import get_args_parser
 
 import train.program
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from train.config import parse_config
 from train.recipe import find_recipe
 

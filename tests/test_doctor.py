@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline.shards import ShardSet, open_shards
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tools import doctor as program
 from tools.checks.finding import Finding, answer, isolated, ok, probe
 from tools.checks.gpu import (

@@ -12,14 +12,13 @@ import webdataset
 from PIL import Image
 from torch import nn
 
-from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json
 from pipeline.loader import Batch, val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
-from tests.conftest import refuses, run_ok, run_python
+from tests.helpers import refuses, run_ok, run_python, tiny
 from train.evaluate import evaluate, evaluate_checkpoint, probabilities, top_hits
 
 OFFSETS = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
@@ -120,16 +119,6 @@ def test_wrong_input(tmp_path: Path, shards: Path) -> None:
         (tmp_path / "x.pt", "is damaged"),
     ):
         assert message in refuses("-m", "train.evaluate", place, shards)
-
-
-def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
-    """A network with random weights as a .safetensors file that expects the demo's mean."""
-    torch.manual_seed(3)
-    config = AlexNetConfig(**{"channels": (8, 16, 16, 16, 16), "hidden": 64, "num_classes": 10, **changes})  # type: ignore[arg-type]
-    model = AlexNet(config)
-    inputs = {"mean": read_json(shards / "pca.json")["mean"], "std": 1.0}
-    path.write_bytes(weights_bytes(model.state_dict(), config, inputs))
-    return model.eval()
 
 
 def test_weights_per_class_and_confusion(tmp_path: Path, few: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import atomic_writer, check_writable, read_json, write_json
-from tests.conftest import ROOT, run_python
+from tests.helpers import ROOT, run_python
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

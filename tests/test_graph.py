@@ -17,7 +17,7 @@ from pipeline.graph import normalize_graph, square_graph, train_graph, val_graph
 from pipeline.lighting import Lighting
 from pipeline.reader import parse_labels
 from pipeline.settings import Augmentation
-from tests.conftest import jpeg, photo
+from tests.helpers import jpeg, photo
 from tools.packing.images import crop256
 
 KINDS: list[tuple[str, dict[str, object]]] = [

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import jpeg, photo
+from tests.helpers import jpeg, photo
 from tools.packing.images import Form, crop256, decode, pack_image
 
 CROP, ORIGINAL = Form("crop256", 90, "420", True), Form("original", 90, "420", True)

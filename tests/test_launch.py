@@ -2,17 +2,14 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, train_refuses
-from tests.test_placement import arguments
+from tests.helpers import TRAIN, rows_of, run_python, shared_run, start_python, train_refuses
 from train.evaluate import pick_device
 from train.launch import PORTS, find_launch, find_task, first_host, local_rank
-from train.metrics import read_metrics
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
 # shell of salloc, in the shell of salloc under LaunchParameters=use_interactive_step, and in srun's second task.
@@ -166,7 +163,7 @@ def test_the_trainer_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # set here, removed at the end
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    assert "SLURM_STEP_NODELIST is 'node[03'" in train_refuses(*arguments(tmp_path, tmp_path / "run"))
+    assert "SLURM_STEP_NODELIST is 'node[03'" in train_refuses(*shared_run(tmp_path, tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -174,23 +171,13 @@ def test_two_tasks_train_together(shards: Path, tmp_path: Path) -> None:
     """Two processes with srun's variables and none of torchrun's are one run; one with a batch script's is alone."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     step = TASK | {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    command = [sys.executable, "-m", "train.run", *arguments(shards, tmp_path / "two")]
-    tasks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=clean | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    command = [*TRAIN, *shared_run(shards, tmp_path / "two")]
+    each = [clean | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    tasks = [start_python(*command, env=environment, stderr=subprocess.STDOUT) for environment in each]
     told = [task.communicate(timeout=120)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], told
     assert "in each of 2 processes" in told[0] and "ten-view top-1" in told[0] and "ten-view" not in told[1]
-    assert [row["kind"] for row in read_metrics(tmp_path / "two" / "metrics.jsonl")].count("eval") == 1
+    assert [row["kind"] for row in rows_of(tmp_path / "two")].count("eval") == 1
 
-    command = [sys.executable, "-m", "train.run", *arguments(shards, tmp_path / "alone")]
-    alone = subprocess.run(command, cwd=ROOT, env=clean | SCRIPT, capture_output=True, text=True, timeout=120)
+    alone = run_python(*TRAIN, *shared_run(shards, tmp_path / "alone"), env=clean | SCRIPT)
     assert alone.returncode == 0 and "in each of" not in alone.stdout, alone.stderr

@@ -15,7 +15,7 @@ from pipeline.lighting import Lighting, relight
 from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet
-from tests.conftest import jpeg
+from tests.helpers import jpeg
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3)).astype(np.float64)
 DRAWS = np.random.default_rng(1).standard_normal((5, 3))

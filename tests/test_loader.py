@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from pipeline.loader import Loader, train_loader, val_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import DataError, ShardSet, open_shards, read_index
-from tests.conftest import ROOT, jpeg
+from tests.helpers import jpeg, start_python
 
 Make = Callable[[int, int], ShardSet]
 
@@ -196,16 +195,9 @@ def test_ranks_in_processes_continue(few: Path, num_ranks: int, tmp_path: Path) 
     code += "; sys.stdout.writelines(batches(Path(place[1]), *map(int, place[2:4]), Path(place[4]), place[5]))"
 
     def processes(what: str) -> list[str]:
-        command = [sys.executable, "-c", code, few]
-        started = [
-            subprocess.Popen(
-                [*command, str(rank), str(num_ranks), tmp_path / str(rank), what],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(num_ranks)
-        ]
+        command = ["-c", code, few]
+        ranks = range(num_ranks)
+        started = [start_python(*command, str(rank), str(num_ranks), tmp_path / str(rank), what) for rank in ranks]
         outputs = [process.communicate(timeout=120)[0] for process in started]
         assert {process.returncode for process in started} == {-9 if what == "stop" else 0}
         return outputs

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_run import arguments
+from tests.helpers import small_run
 from train.config import parse_config
 from train.loop import Trainer
 from train.placement import Placement
@@ -24,7 +24,7 @@ def state_of(shards: Path, tmp_path: Path) -> Iterator[Any]:
     made: list[TrainState] = []
 
     def build(*more: str, device: str = "cpu") -> TrainState:
-        config = parse_config(arguments(shards, tmp_path / f"run{len(made)}", *more))
+        config = parse_config(small_run(shards, tmp_path / f"run{len(made)}", *more))
         place = torch.device(device)
         state = TrainState(config, place, Placement(config.parallel, place))
         state.build()

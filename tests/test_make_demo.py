@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
-from tests.conftest import refuses, run_ok
+from tests.helpers import refuses, run_ok
 from tools import make_demo
 from tools.packing.ilsvrc import read_archives
 from tools.photos import AXES, AXIS_STDS, photo

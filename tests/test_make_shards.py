@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from pipeline.files import read_json
-from tests.conftest import refuses, run_ok
+from tests.helpers import refuses, run_ok, tar_of
 from tools.make_shards import pack
 
 
@@ -132,17 +132,6 @@ def test_a_lost_shard_is_written_again(
     assert not list(again.rglob("*-*.json"))
 
 
-def tar_of(*members: tuple[str, bytes]) -> bytes:
-    """An archive with these members."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def devkit_lacking_a_class(raw: Path) -> bytes:
     """The demo's devkit with one synset turned into an inner node."""
     from scipy.io import savemat
@@ -155,7 +144,7 @@ def devkit_lacking_a_class(raw: Path) -> bytes:
     savemat(out, {"synsets": synsets[1:]})
     truth = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
     files[truth] = files[truth].replace(b"1\n", b"2\n")
-    return gzip.compress(tar_of((name, out.getvalue()), (truth, files[truth])))
+    return gzip.compress(tar_of({name: out.getvalue(), truth: files[truth]}))
 
 
 def damaged_inner_header(raw: Path) -> bytes:
@@ -172,14 +161,14 @@ def damaged_inner_header(raw: Path) -> bytes:
     ("archive", "content", "message"),
     [
         ("ILSVRC2012_img_train.tar", damaged_inner_header, "damaged header"),
-        ("ILSVRC2012_img_train.tar", tar_of(("n90000051.tar", tar_of())), "lacks class"),
+        ("ILSVRC2012_img_train.tar", tar_of({"n90000051.tar": tar_of({})}), "lacks class"),
         ("ILSVRC2012_img_val.tar", None, "is missing"),
         ("ILSVRC2012_img_train.tar", b"this is no tar archive" * 100, "not a tar archive"),
         ("ILSVRC2012_img_train.tar", "cut", "cut short"),
         ("ILSVRC2012_devkit_t12.tar.gz", b"not gzip either", "is not the devkit"),
         ("ILSVRC2012_devkit_t12.tar.gz", devkit_lacking_a_class, "does not know class"),
-        ("ILSVRC2012_img_val.tar", tar_of(("holiday.JPEG", b"x")), "which the devkit does not label"),
-        ("ILSVRC2012_img_val.tar", tar_of(), "holds 0 images"),
+        ("ILSVRC2012_img_val.tar", tar_of({"holiday.JPEG": b"x"}), "which the devkit does not label"),
+        ("ILSVRC2012_img_val.tar", tar_of({}), "holds 0 images"),
     ],
 )
 def test_wrong_input_is_one_sentence(raw: Path, tmp_path: Path, archive: str, content: object, message: str) -> None:

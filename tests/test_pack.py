@@ -1,11 +1,9 @@
 """Packing by many processes: whatever is killed, shared out or started twice, the result is that of one clean pack."""
 
-import io
 import os
 import random
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,54 +13,16 @@ import pytest
 
 from pipeline.files import read_json
 from pipeline.shards import open_shards
-from tests.conftest import ROOT, jpeg, photo, run_ok, run_python
+from tests.helpers import ROOT, files, jpeg, photo, run_ok, run_python, start_python, tar_of, wait_for, write
 from tools.make_shards import pack
 from tools.packing.parts import find_part
 
 SMALL = ("--samples-per-shard", "9", "--workers", "2")
 
 
-def write_class_tar(path: Path, members: dict[str, bytes]) -> None:
-    """Write one class as ImageNet-21k has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """90 images in three class tars."""
-    raw, rng = tmp_path_factory.mktemp("small") / "raw", np.random.default_rng(0)
-    for wnid in ("n00000011", "n00000022", "n00000033"):
-        images = {f"{wnid}_{n}.JPEG": jpeg(photo(rng, *rng.integers(100, 300, 2))) for n in range(30)}
-        if wnid == "n00000033":  # one shard is larger than the others
-            images[f"{wnid}_0.JPEG"] = jpeg(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8))
-        write_class_tar(raw / f"{wnid}.tar", images)
-    return raw
-
-
-def files(shards: Path) -> dict[str, bytes]:
-    """Everything in a shard folder."""
-    return {str(path.relative_to(shards)): path.read_bytes() for path in shards.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def clean(small: Path) -> dict[str, bytes]:
-    """What one undisturbed process packs of it."""
-    shards = small.parent / "clean"
-    pack(small, shards, samples_per_shard=9, workers=1)
-    content = files(shards)
-    assert len(content) == 2 * 10 + 3  # tars and indexes, manifest, classes, listing
-    return content
-
-
 def start(small: Path, shards: Path, *options: str) -> "subprocess.Popen[str]":
     """Start a pack in the background."""
-    command = [sys.executable, "tools/make_shards.py", "pack", str(small), str(shards), *SMALL, *options]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return start_python("tools/make_shards.py", "pack", small, shards, *SMALL, *options)
 
 
 def test_parts_one_after_the_other(
@@ -82,9 +42,10 @@ def test_parts_at_the_same_time(small: Path, clean: dict[str, bytes], tmp_path: 
     processes = []
     for rank in range(3):
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-        command = [sys.executable, "tools/make_shards.py", "pack", str(small), str(tmp_path / "shards"), *SMALL[:2]]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+        command = ["tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL[:2]]
+        processes.append(start_python(*command, env=environment))
+    told = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], told
     assert files(tmp_path / "shards") == clean
 
 
@@ -142,9 +103,7 @@ def kill_often(raw: Path, shards: Path, kills: int, options: tuple[str, ...]) ->
     for _ in range(kills):
         before = len(list(shards.glob("*/*.json")))
         process = start(raw, shards, *options)
-        while len(list(shards.glob("*/*-*.json"))) <= before:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.002)
+        wait_for(lambda: len(list(shards.glob("*/*-*.json"))) > before, process)  # noqa: B023
         time.sleep(generator.uniform(0, 0.05))
         assert process.poll() is None, "the pack ended before the kill: make it longer"
         process.kill()
@@ -178,28 +137,24 @@ def children_of(process: "subprocess.Popen[str]") -> list[str]:
 def test_workers_die_with_the_packer(small: Path, tmp_path: Path) -> None:
     """kill -9 leaves no process behind."""
     process = start(small, tmp_path / "shards", "--samples-per-shard", "1")
-    while not list(tmp_path.glob("shards/train/*.tar")):
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_for(lambda: list(tmp_path.glob("shards/train/*.tar")), process)
     children = children_of(process)
     process.kill()
     process.communicate()
     assert len(children) >= 2
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline, "workers outlive the packer"
-        time.sleep(0.05)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), seconds=20)
 
 
 def test_a_killed_worker(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     """The packer says so in a sentence, exit code 3, and the next run goes on."""
     process = start(small, tmp_path / "shards")
-    while not list(tmp_path.glob("shards/train/plan.json")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    while len(workers := [pid for pid in children_of(process) if b"spawn_main" in command_of(pid)]) < 2:
-        assert process.poll() is None
-    os.kill(int(workers[0]), signal.SIGKILL)
+    wait_for(lambda: list(tmp_path.glob("shards/train/plan.json")), process)
+
+    def workers() -> list[str]:
+        return [pid for pid in children_of(process) if b"spawn_main" in command_of(pid)]
+
+    wait_for(lambda: len(workers()) == 2, process)
+    os.kill(int(workers()[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3 and "a worker process died" in errors and "Traceback" not in errors
     run_ok("tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL)
@@ -227,13 +182,9 @@ def group_lives(group: int) -> bool:
 def test_ctrl_c(small: Path, tmp_path: Path, delay_s: float) -> None:
     """Whenever it comes, also while workers start: one line, exit code 130, no process left, and the next run goes
     on."""
-    command = [sys.executable, "tools/make_shards.py", "pack", str(small), str(tmp_path / "shards")]
-    process = subprocess.Popen(
-        [*command, "--samples-per-shard", "1"],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    command = ["tools/make_shards.py", "pack", small, tmp_path / "shards", "--samples-per-shard", "1"]
+    process = start_python(
+        *command,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
@@ -244,10 +195,7 @@ def test_ctrl_c(small: Path, tmp_path: Path, delay_s: float) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, "error: interrupted\n")
-    deadline = time.monotonic() + 10
-    while group_lives(process.pid):
-        assert time.monotonic() < deadline, "workers outlive the packer"
-        time.sleep(0.05)
+    wait_for(lambda: not group_lives(process.pid), seconds=10)
 
 
 def test_a_full_disk(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
@@ -262,16 +210,10 @@ if __name__ == "__main__":
     runpy.run_path("tools/make_shards.py", run_name="__main__")
 """
     (tmp_path / "limited.py").write_text(program)
-    command = [sys.executable, tmp_path / "limited.py", small, tmp_path / "shards", *SMALL]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-        check=False,
-    )
+    command = [tmp_path / "limited.py", small, tmp_path / "shards", *SMALL]
+    # Nor could the process write what coverage has measured of it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    done = run_python(*command, env={**environment, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and "free some space" in done.stderr and ".tar" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / "shards").rglob("*.tmp"))
@@ -293,7 +235,8 @@ def test_undecodable_images(tmp_path: Path) -> None:
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     rng = np.random.default_rng(0)
     good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
-    write_class_tar(raw / "n00000011.tar", {**good, "n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""})
+    bad = {"n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""}
+    write(raw / "n00000011.tar", tar_of({**good, **bad}))
     with pytest.raises(ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"):
         pack(raw, shards, samples_per_shard=1, workers=1)
     assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
@@ -361,7 +304,7 @@ def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch
 
     other = tmp_path / "other"
     for tar in small.glob("*.tar"):
-        write_class_tar(other / tar.name.replace("n0", "n1"), {f"{tar.stem}_1.JPEG": b"x"})
+        write(other / tar.name.replace("n0", "n1"), tar_of({f"{tar.stem}_1.JPEG": b"x"}))
     real = make_shards.claim
 
     def claim(shards: Path, *arguments: object) -> None:
@@ -378,7 +321,7 @@ def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch
 
 def test_nothing_but_undecodable_images(tmp_path: Path) -> None:
     """There is no such thing as an empty pack."""
-    write_class_tar(tmp_path / "raw" / "n00000011.tar", {"a.JPEG": b"no image"})
+    write(tmp_path / "raw" / "n00000011.tar", tar_of({"a.JPEG": b"no image"}))
     with pytest.raises(ValueError, match="not one image of train"):
         pack(tmp_path / "raw", tmp_path / "shards", workers=1, on_bad="skip")
 

@@ -3,30 +3,28 @@
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.shards import DataError
-from tests.conftest import ROOT, run_ok, run_python, train_refuses
-from tests.test_run import final, same_weights
-from train.metrics import read_metrics
+from tests.helpers import (
+    TRAIN,
+    final,
+    rows_of,
+    run_ok,
+    run_python,
+    same_weights,
+    shared_run,
+    start_python,
+    train_refuses,
+    wait_for,
+)
 from train.placement import Placement
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.run")
-SMALL = (
-    "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --optimizer.lr 0.001 --run.log_every 2 "
-    "--train.compile false --run.device cpu --train.batch_size 128 --train.epochs 1 --train.seed 5"
-)
 STEPS = 1438 // 128
-
-
-def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
-    """A small network on the demo, 11 steps an epoch."""
-    return ["--data.shards", str(shards), "--run.dir", str(directory), *SMALL.split(), *more]
 
 
 @pytest.mark.slow
@@ -34,11 +32,11 @@ def test_towers_learn_what_one_process_learns(shards: Path, tmp_path: Path) -> N
     """Where both processes load everything and there is no dropout, the rows and weights of a run are those of one
     process, but for rounding."""
     same = ["--model.dropout", "0", "--run.log_every", "1"]
-    run_ok("-m", "train.run", *arguments(shards, tmp_path / "one", *same))
+    run_ok("-m", "train.run", *shared_run(shards, tmp_path / "one", *same))
     towers = ["--parallel.placement", "towers", "--parallel.share_images", "false"]
-    out = run_ok(*TORCHRUN, *arguments(shards, tmp_path / "two", *same, *towers), run=run_python)
+    out = run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "two", *same, *towers), run=run_python)
     assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
     assert [row["step"] for row in one] == [row["step"] for row in two] == [*range(1, STEPS + 1), STEPS]
     for a, b in zip(one[:-1], two[:-1], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
@@ -55,13 +53,10 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
     """SIGTERM to one process stops both, who save; the same command then ends with bitwise the weights of an
     undisturbed run. Only one of them tells and writes."""
     how = ["--parallel.placement", placement]
-    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "undisturbed", *how), run=run_python)
-    command = [sys.executable, *TORCHRUN, *arguments(shards, tmp_path / "stopped", *how)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not read_metrics(tmp_path / "stopped" / "metrics.jsonl"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "undisturbed", *how), run=run_python)
+    command = [*TORCHRUN, *shared_run(shards, tmp_path / "stopped", *how)]
+    process = start_python(*command, stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path / "stopped"), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(int(second), signal.SIGTERM)
@@ -69,7 +64,7 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
     assert process.returncode == 0 and output.count("run the same command again") == 1, output
     stopped = final(tmp_path / "stopped")
     assert 0 < stopped["step"] < STEPS and len(stopped["ranks"]) == 2  # type: ignore[operator,arg-type]
-    run_ok(*TORCHRUN, *arguments(shards, tmp_path / "stopped", *how), run=run_python)
+    run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "stopped", *how), run=run_python)
     end, undisturbed = final(tmp_path / "stopped"), final(tmp_path / "undisturbed")
     assert end["step"] == STEPS and same_weights(end, undisturbed)
     assert all(
@@ -83,7 +78,7 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
 def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     """What a pair of towers began, one process goes on with, if that is allowed: from the last end of an epoch, also
     where the newest checkpoint is in the midst of one."""
-    run = arguments(shards, tmp_path, "--run.save_every", "5", "--run.keep", "9", "--train.epochs", "2")
+    run = shared_run(shards, tmp_path, "--run.save_every", "5", "--run.keep", "9", "--train.epochs", "2")
     run_ok(*TORCHRUN, *run, "--parallel.placement", "towers", run=run_python)
     began = final(tmp_path)
     (tmp_path / "checkpoints" / "LATEST").write_text("step-00000020.pt\n")
@@ -93,7 +88,7 @@ def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     ended = final(tmp_path)
     assert ended["step"] == 2 * STEPS and len(ended["ranks"]) == 1  # type: ignore[arg-type]
     assert not same_weights(began, ended)
-    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
+    rows = [row for row in rows_of(tmp_path) if row["kind"] == "eval"]
     assert [row["epoch"] for row in rows] == [1, 2]
 
 
@@ -144,7 +139,7 @@ def test_what_fails_in_one_process() -> None:
 def test_divergence_is_told_once(shards: Path, tmp_path: Path) -> None:
     """By the first process, who knows the last good checkpoint."""
     jump = ["--optimizer.schedule", "hand", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]", "--train.epochs", "2"]
-    done = run_python(*TORCHRUN, *arguments(shards, tmp_path, *jump))
+    done = run_python(*TORCHRUN, *shared_run(shards, tmp_path, *jump))
     assert done.returncode == 1 and done.stderr.count("error: training diverged") == 1
     assert f"The last good checkpoint is {tmp_path}/checkpoints/step-{STEPS:08d}.pt" in done.stderr
 
@@ -161,16 +156,12 @@ def test_divergence_is_told_once(shards: Path, tmp_path: Path) -> None:
 def test_processes_that_differ(shards: Path, tmp_path: Path, more: list[str], message: str) -> None:
     """Before the first step, in one sentence, by one process, with code 2 in both, and without a trace."""
     both = 2 if "hidden" in more[0] else 1  # of which all of a machine's processes have the same
-    commands = [arguments(shards, tmp_path / "run", *(more if k or both == 2 else [])) for k in range(2)]
+    commands = [shared_run(shards, tmp_path / "run", *(more if k or both == 2 else [])) for k in range(2)]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "train.run", *command],
-            cwd=ROOT, env=os.environ | place | {"RANK": str(k), "LOCAL_RANK": str(k)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        start_python(*TRAIN, *command, env=os.environ | place | {"RANK": str(k), "LOCAL_RANK": str(k)})
         for k, command in enumerate(commands)
-    ]  # fmt: skip
+    ]
     told = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [2, 2], told
     assert told[1] == ("", "") and told[0][0] == "" and len(told[0][1].splitlines()) == 1 and message in told[0][1]
@@ -179,7 +170,7 @@ def test_processes_that_differ(shards: Path, tmp_path: Path, more: list[str], me
 
 def test_refusals(shards: Path, tmp_path: Path) -> None:
     """Towers without a partner, and batches that the processes cannot share."""
-    told = train_refuses(*arguments(shards, tmp_path / "run", "--parallel.placement", "towers"))
+    told = train_refuses(*shared_run(shards, tmp_path / "run", "--parallel.placement", "towers"))
     assert "even number of processes, not 1" in told and not (tmp_path / "run").exists()
     placement = object.__new__(Placement)
     placement.num_loader_ranks = 3

@@ -1,10 +1,9 @@
 """Worker processes that die are told of, whenever it happens."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT, run_python
 
 PROGRAM = """
 import multiprocessing, os, signal, time
@@ -29,6 +28,5 @@ if __name__ == "__main__":
 def test_a_worker_dies_while_another_starts(tmp_path: Path) -> None:
     """The pool of the standard library would wait for the new one for ever."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, str(tmp_path / "program.py")]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=20)
+    done = run_python(tmp_path / "program.py", timeout=20, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and "DataError: a worker process died" in done.stderr, done.stderr

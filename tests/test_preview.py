@@ -20,7 +20,7 @@ from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ClassName, DataError, ShardSet
-from tests.conftest import jpeg, photo, refuses
+from tests.helpers import jpeg, photo, refuses
 from tools.preview import find_sample, key_of, preview, repeated_views, training_views
 from tools.preview_sheet import View, class_words, draw_sheet, write
 

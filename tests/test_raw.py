@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.files import read_json
-from tests.conftest import jpeg, photo, refuses
+from tests.helpers import jpeg, photo, refuses, tar_of, write
 from tools.make_shards import pack
 from tools.packing.listing import Listing, load_listing, save_listing, stamp
 from tools.packing.raw import cut_validation, open_raw
@@ -36,21 +36,6 @@ def image_set() -> Images:
             data = out.getvalue()
         images[stem] = (split, wnid, data)
     return images
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file and its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    """Write a tar."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def kaggle(raw: Path, images: Images) -> None:
@@ -86,7 +71,7 @@ def class_tars(raw: Path, images: Images) -> None:
     raw.mkdir()
     for wnid in WNIDS:
         files = {f"{stem}.JPEG": data for stem, (_, of, data) in images.items() if of == wnid}
-        write_tar(raw / f"{wnid}.tar", files)
+        write(raw / f"{wnid}.tar", tar_of(files))
 
 
 def parquet(raw: Path, images: Images) -> None:
@@ -220,7 +205,7 @@ def test_the_listing_is_cached(tmp_path: Path) -> None:
     raw, cache = tmp_path / "raw", tmp_path / "listing.jsonl"
     class_tars(raw, image_set())
     (raw / f"{WNIDS[0]}.tar").unlink()
-    write_tar(raw / f"{WNIDS[0]}.tar", {os.fsdecode(b"b\xe4d na\nme.JPEG"): b"x" * 700, "é.JPEG": b"yy"})
+    write(raw / f"{WNIDS[0]}.tar", tar_of({os.fsdecode(b"b\xe4d na\nme.JPEG"): b"x" * 700, "é.JPEG": b"yy"}))
     data, validity = open_raw(raw, cache)
     assert validity is not None
     save_listing(cache, data, validity)
@@ -330,8 +315,8 @@ def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
     names = ["../../evil.JPEG", "/abs/olute.JPEG", "x.y.JPEG", "sp ace.JPEG", "new\nline.JPEG", "0_7.JPEG", "1_2.JPEG"]
     names += [os.fsdecode(b"b\xff\xfe.JPEG"), "a" * 150 + ".JPEG", "plain.JPEG", "d/twice.JPEG", "e/twice.JPEG"]
     images = [jpeg(np.full((60, 60, 3), 20 * number, np.uint8)) for number in range(len(names) + 1)]
-    write_tar(raw / "n00000011.tar", dict(zip(names, images, strict=False)))
-    write_tar(raw / "n00000022.tar", {"other.JPEG": images[-1]})
+    write(raw / "n00000011.tar", tar_of(dict(zip(names, images, strict=False))))
+    write(raw / "n00000022.tar", tar_of({"other.JPEG": images[-1]}))
     pack(raw, shards, samples_per_shard=4, workers=1, quality=97)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["raw", "shards"]
@@ -362,7 +347,7 @@ def twice(raw: Path) -> None:
         (lambda raw: (raw / "train" / "cat").mkdir(parents=True), "holds no image"),
         (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").unlink()), "LOC_val_solution.csv"),
         (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_text("a,b\n1,2\n")), "Kaggle"),
-        (lambda raw: write_tar(raw / "a.tar", {"1.jpg": b"", "1.cls": b"0"}), "make_shards.py adopt"),
+        (lambda raw: write(raw / "a.tar", tar_of({"1.jpg": b"", "1.cls": b"0"})), "make_shards.py adopt"),
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
         (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds nothing that can be packed"),
         (lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")), "no plain file"),
@@ -392,7 +377,7 @@ def test_class_tars_are_sorted_by_class(tmp_path: Path) -> None:
     """Not by file name, in which "a-b.tar" comes before "a.tar"."""
     (tmp_path / "raw").mkdir()
     for wnid in ("a", "a-b", "b"):
-        write_tar(tmp_path / "raw" / f"{wnid}.tar", {f"{wnid}_1.jpg": b"x"})
+        write(tmp_path / "raw" / f"{wnid}.tar", tar_of({f"{wnid}_1.jpg": b"x"}))
     data, _ = open_raw(tmp_path / "raw", tmp_path / "none")
     assert [name.wnid for name in data.classes] == ["a", "a-b", "b"]
     assert [image.name for image in data.splits["train"]] == ["a_1.jpg", "a-b_1.jpg", "b_1.jpg"]

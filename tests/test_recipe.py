@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, refuses, train_refuses
+from tests.helpers import ROOT, refuses, train_refuses
 from train.config import parse_config
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.shards import ClassName
-from tests.conftest import look_at
+from tests.helpers import look_at
 from train.charts import figures_of, png_of
 from train.evaluate import Accuracy
 from train.findings import Findings

@@ -17,74 +17,34 @@ from safetensors import safe_open
 from model.weights import read_weights
 from pipeline.files import read_json, write_json
 from pipeline.shards import read_index
-from tests.conftest import ROOT, look_at, run_here, run_ok, run_python, train_refuses
+from tests.helpers import (
+    EPOCHS,
+    ROOT,
+    STEPS,
+    TRAIN,
+    final,
+    look_at,
+    rows_of,
+    rows_without_times,
+    run_here,
+    run_ok,
+    run_python,
+    same_weights,
+    small_run,
+    start_python,
+    train_refuses,
+    wait_for,
+)
 from tools.export_weights import export_weights
 from train.checkpoint import find_checkpoint, load_checkpoint
-from train.metrics import read_metrics
-
-TRAIN = ("-m", "train.run")
-EPOCHS, BATCH = 3, 32
-STEPS = 539 // BATCH
-
-
-def arguments(shards: Path, directory: Path, *more: str) -> list[str]:
-    """A small network on the demo: dropout, lighting, flip and shuffling are on."""
-    small = "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
-    small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
-    small += " --run.save_every 6 --run.keep 2 --run.keep_every 1"
-    small += " --run.device cpu"  # bitwise equality is promised there
-    run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
-    return [
-        "--data.shards",
-        str(shards),
-        "--run.dir",
-        str(directory),
-        *small.split(),
-        *run.split(),
-        *more,
-    ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from start to end in one go, in this process; those that are compared with it have their own."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    assert "ten-view top-1 accuracy" in run_ok(*TRAIN, *arguments(few, directory))
+    assert "ten-view top-1 accuracy" in run_ok(*TRAIN, *small_run(few, directory))
     return directory
-
-
-def final(directory: Path) -> dict[str, object]:
-    """The newest checkpoint."""
-    path = find_checkpoint(directory)
-    assert path is not None
-    return load_checkpoint(path)
-
-
-def same_weights(one: dict[str, object], two: dict[str, object]) -> bool:
-    """Bitwise, weights and velocities."""
-    pairs = [(one[part][name], two[part][name]) for part in ("model", "optimizer") for name in one[part]]  # type: ignore[attr-defined,index]
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def started(shards: Path, directory: Path, *more: str) -> subprocess.Popen[str]:
-    """A run in the background."""
-    command = [sys.executable, *TRAIN, *arguments(shards, directory, *more)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) -> None:
-    """Until the row of this step, or a later one, is written."""
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(directory / "metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def rows_without_times(directory: Path) -> list[dict[str, object]]:
-    """The rows of a run, but for what a clock says."""
-    times = ("wait", "images_per_s", "step_ms", "next_ms", "save", "saving", "eval_s")
-    found = read_metrics(directory / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(times)} for row in found]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +55,12 @@ def test_killed_stopped_and_continued_gives_the_same_weights(
 ) -> None:
     """After kill -9 in the first epoch, and a signal inside the second, which saves and leaves with 0, the same command
     goes on to bitwise the same weights and rows."""
-    process = started(few, tmp_path)
-    wait_for_step(process, tmp_path, 8)
+    process = start_python(*TRAIN, *small_run(few, tmp_path), stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= 8, process)
     process.kill()
     process.communicate()
-    process = started(few, tmp_path)
-    wait_for_step(process, tmp_path, STEPS + 4)
+    process = start_python(*TRAIN, *small_run(few, tmp_path), stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= STEPS + 4, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "going on from" in output and "run the same command again" in output
@@ -108,7 +68,7 @@ def test_killed_stopped_and_continued_gives_the_same_weights(
     stopped = final(tmp_path)
     assert STEPS < stopped["step"] < 2 * STEPS  # type: ignore[operator]
     assert stopped["epoch"] == 1 and not same_weights(stopped, final(undisturbed))
-    assert "going on from" in run_ok(*TRAIN, *arguments(few, tmp_path))
+    assert "going on from" in run_ok(*TRAIN, *small_run(few, tmp_path))
     assert final(tmp_path)["step"] == EPOCHS * STEPS
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
@@ -118,20 +78,20 @@ def test_killed_stopped_and_continued_gives_the_same_weights(
 def test_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     """While nothing can be written, the run goes on and says so, and the last good checkpoint stays; when there is room
     again it saves again, and ends as if nothing had happened. The figures of all steps are there."""
-    process = started(few, tmp_path)
-    wait_for_step(process, tmp_path, 8)
+    process = start_python(*TRAIN, *small_run(few, tmp_path), stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= 8, process)
     unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     good = find_checkpoint(tmp_path)
     time.sleep(1)  # some checkpoints and rows
     assert process.poll() is None and find_checkpoint(tmp_path) == good and good is not None and load_checkpoint(good)
-    before = len(read_metrics(tmp_path / "metrics.jsonl"))
+    before = len(rows_of(tmp_path))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "could not save" in output and f"the last good checkpoint is {good}" in output, output
     assert output.count("its rows are kept in memory") == output.count("could not save") == 1, output
     assert output.count("saving works again") == 1, output
-    assert before < len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert before < len(rows_of(tmp_path))
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
 
@@ -140,7 +100,7 @@ def test_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> None:
 def test_log_on_a_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Where nothing of what it tells can be written, a run trains to its end."""
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, *TRAIN, *arguments(few, tmp_path)]
+        command = [sys.executable, *TRAIN, *small_run(few, tmp_path)]
         assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, check=False).returncode == 0
     assert same_weights(final(tmp_path), final(undisturbed)) and (tmp_path / "report.html").exists()
 
@@ -149,8 +109,8 @@ def test_log_on_a_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> Non
 def test_disk_full_at_the_end(few: Path, tmp_path: Path) -> None:
     """Where the last checkpoint cannot be written, that is an error with code 2 which names it; the run goes on from
     the one before."""
-    process = started(few, tmp_path)
-    wait_for_step(process, tmp_path, 8)
+    process = start_python(*TRAIN, *small_run(few, tmp_path), stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= 8, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -161,7 +121,7 @@ def test_disk_full_at_the_end(few: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_seed_gives_other_weights(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     """So equality above is no accident."""
-    run_ok(*TRAIN, *arguments(few, tmp_path, "--train.seed", "6", "--train.epochs", "1"))
+    run_ok(*TRAIN, *small_run(few, tmp_path, "--train.seed", "6", "--train.epochs", "1"))
     after_one_epoch = load_checkpoint(undisturbed / "checkpoints" / f"step-{STEPS:08d}.pt")
     assert final(tmp_path)["step"] == STEPS and not same_weights(final(tmp_path), after_one_epoch)
 
@@ -172,11 +132,10 @@ def test_what_a_finished_run_leaves(few: Path, undisturbed: Path) -> None:
     pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
     assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock", "report.html", *pictures}
     assert all((undisturbed / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
-    rows = read_metrics(undisturbed / "metrics.jsonl")
+    rows = rows_of(undisturbed)
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    assert [row["step"] for row in evals] == [STEPS, 2 * STEPS, 3 * STEPS] and [row["step"] for row in train] == list(
-        range(4, EPOCHS * STEPS + 1, 4)
-    )
+    assert [row["step"] for row in evals] == [STEPS, 2 * STEPS, 3 * STEPS]
+    assert [row["step"] for row in train] == list(range(4, EPOCHS * STEPS + 1, 4))
     assert train[-1]["loss"] < train[0]["loss"] and all(
         row["images_per_s"] > 0 and row["wait_ms_p99"] >= 0 for row in train
     )
@@ -196,7 +155,7 @@ def test_the_page_of_a_finished_run(undisturbed: Path, tmp_path: Path) -> None:
 def test_a_finished_run_again(few: Path, undisturbed: Path) -> None:
     """It only evaluates, and `train.evaluate` on the checkpoint, with another batch size, prints what it prints."""
     before = final(undisturbed)
-    again = run_ok(*TRAIN, *arguments(few, undisturbed))
+    again = run_ok(*TRAIN, *small_run(few, undisturbed))
     assert same_weights(before, final(undisturbed))
     run_lines = [" ".join(line.split()) for line in again.splitlines() if "accuracy" in line]
     evaluated = run_ok("-m", "train.evaluate", undisturbed, few, "--batch-size", "50", "--device", "cpu")
@@ -237,7 +196,7 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
 def test_refusals(few: Path, undisturbed: Path, more: list[str], message: str) -> None:
     """Another configuration than the run's is refused in one sentence, and the run is left as it was."""
     before = (undisturbed / "config.yaml").read_bytes()
-    assert message in train_refuses(*arguments(few, undisturbed, *more))
+    assert message in train_refuses(*small_run(few, undisturbed, *more))
     assert (undisturbed / "config.yaml").read_bytes() == before
 
 
@@ -245,25 +204,25 @@ def test_lost_checkpoints(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     """A run whose checkpoints are gone is not begun anew over its rows."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("step-*", "LATEST", "BEST"))
-    assert f"tells of {EPOCHS * STEPS} steps, but" in train_refuses(*arguments(few, run))
+    assert f"tells of {EPOCHS * STEPS} steps, but" in train_refuses(*small_run(few, run))
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
 def test_foreign_directory_and_missing_basis(few: Path, tmp_path: Path) -> None:
     """A directory that holds something else, and shards without pca.json."""
     (tmp_path / "novel.txt").write_text("x")
-    assert "holds something else" in train_refuses(*arguments(few, tmp_path))
+    assert "holds something else" in train_refuses(*small_run(few, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["novel.txt"]
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.yaml").write_text("theme: mine\n")
-    assert "holds something else" in train_refuses(*arguments(few, foreign))
+    assert "holds something else" in train_refuses(*small_run(few, foreign))
     assert (foreign / "config.yaml").read_text() == "theme: mine\n"
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("train", "val", "classes.json"):
         (bare / name).symlink_to(few / name)
-    assert "compute_pca" in train_refuses(*arguments(bare, tmp_path / "run"))
+    assert "compute_pca" in train_refuses(*small_run(bare, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -271,7 +230,7 @@ def test_divergence(few: Path, tmp_path: Path) -> None:
     """A rate that is far too high, behind an epoch of a good one, ends with code 4, says between which steps, which
     checkpoint is the last good one and what to do; none of the ruin is kept."""
     jump = ["--optimizer.schedule", "hand", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]"]
-    done = run_here(*TRAIN, *arguments(few, tmp_path, *jump))
+    done = run_here(*TRAIN, *small_run(few, tmp_path, *jump))
     assert done.returncode == 4 and "Traceback" not in done.stderr
     path = find_checkpoint(tmp_path)
     assert path == tmp_path / "checkpoints" / f"step-{STEPS:08d}.pt"
@@ -290,7 +249,7 @@ def test_damaged_data(few: Path, tmp_path: Path) -> None:
     tar.write_bytes(sound[:offset] + b"x" * size + sound[offset + size :])
     # The order of the shards alone is shuffled, so that the damage is not read at once.
     more = ["--data.shuffle_buffer", "1", "--run.save_every", "1000"]
-    done = run_python(*TRAIN, *arguments(copy, run, *more))  # a process of its own: decoders have crashed over damage
+    done = run_python(*TRAIN, *small_run(copy, run, *more))  # a process of its own: decoders have crashed over damage
     assert done.returncode == 3 and "Traceback" not in done.stderr and "what was trained is saved" in done.stderr
     assert f"{name} at offset {offset} of {tar}" in done.stderr
     assert 0 < final(run)["step"] < STEPS  # type: ignore[operator]
@@ -307,12 +266,12 @@ def test_damaged_validation_data(few: Path, tmp_path: Path) -> None:
     # Cut short: over other damage DALI 2.4's decoder was seen to crash, in one try of ten.
     tar.write_bytes(sound[: offset + size // 2] + bytes(size - size // 2) + sound[offset + size :])
     more = ["--run.save_every", "1000", "--train.epochs", "1"]
-    done = run_python(*TRAIN, *arguments(copy, run, *more))
+    done = run_python(*TRAIN, *small_run(copy, run, *more))
     assert done.returncode == 3 and name in done.stderr and "what was trained is saved" in done.stderr
     assert final(run)["step"] == STEPS and final(run)["epoch"] == 0
     tar.write_bytes(sound)
-    assert f"step {STEPS})" in run_ok(*TRAIN, *arguments(copy, run, *more))
-    assert [row["kind"] for row in read_metrics(run / "metrics.jsonl")] == ["train"] * (STEPS // 4) + ["eval"]
+    assert f"step {STEPS})" in run_ok(*TRAIN, *small_run(copy, run, *more))
+    assert [row["kind"] for row in rows_of(run)] == ["train"] * (STEPS // 4) + ["eval"]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +298,7 @@ def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str
         del content[part]
     torch.save(content, path)
     before = (run / "metrics.jsonl").read_bytes()
-    assert message in train_refuses(*arguments(few, run))
+    assert message in train_refuses(*small_run(few, run))
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -349,7 +308,7 @@ def test_another_eigenbasis_is_refused(few: Path, undisturbed: Path, tmp_path: P
         (tmp_path / name).symlink_to(few / name)
     content = read_json(few / "pca.json")
     write_json(tmp_path / "pca.json", {**content, "mean": [0.0, 0.0, 0.0]})
-    told = train_refuses(*arguments(tmp_path, undisturbed))
+    told = train_refuses(*small_run(tmp_path, undisturbed))
     assert "another" in told and "pca.json" in told
 
 
@@ -357,6 +316,6 @@ def test_another_eigenbasis_is_refused(few: Path, undisturbed: Path, tmp_path: P
 def test_on_a_gpu(few: Path, tmp_path: Path) -> None:
     """The same run on a GPU, compiled and in bfloat16, learns and reports."""
     more = ["--run.device", "cuda", "--train.compile", "true", "--train.precision", "bf16"]
-    assert "ten-view top-1 accuracy" in run_ok(*TRAIN, *arguments(few, tmp_path, *more))
-    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert "ten-view top-1 accuracy" in run_ok(*TRAIN, *small_run(few, tmp_path, *more))
+    rows = [row for row in rows_of(tmp_path) if row["kind"] == "train"]
     assert rows[-1]["loss"] < 1.5 < rows[0]["loss"] and all(row["wait_ms_p99"] >= 0 for row in rows)

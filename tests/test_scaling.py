@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards
-from tests.conftest import run_ok
+from tests.helpers import run_ok
 from tools.bench import scaling
 from tools.benchmarks.figure import Panel, draw_panels
 from tools.benchmarks.scaling import samples

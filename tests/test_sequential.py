@@ -1,25 +1,20 @@
 """Reading a source in order gives the shards that reading at random gives, within a bound of memory."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.files import open_locked, read_json
-from tests.conftest import ROOT
-from tests.test_pack import clean, files, small  # noqa: F401 (fixtures)
+from tests.helpers import ROOT, files, start_python, wait_for
 from tools.make_shards import pack
 from tools.packing import sequential
 
 
 @pytest.mark.parametrize("window", [10_000, 2**27])
 def test_the_same_shards(
-    small: Path,  # noqa: F811
-    clean: dict[str, bytes],  # noqa: F811
+    small: Path,
+    clean: dict[str, bytes],
     tmp_path: Path,
     window: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -34,7 +29,7 @@ def test_the_same_shards(
     assert sum(spilled) == 90 and (len(spilled) == 1) == (window > 10_000)
 
 
-def test_skipped_and_noted_images_are_the_same_too(small: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_skipped_and_noted_images_are_the_same_too(small: Path, tmp_path: Path) -> None:
     """What becomes of odd images does not depend on how they are read."""
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -51,8 +46,8 @@ def test_skipped_and_noted_images_are_the_same_too(small: Path, tmp_path: Path) 
 
 
 def test_killed_while_reading(
-    small: Path,  # noqa: F811
-    clean: dict[str, bytes],  # noqa: F811
+    small: Path,
+    clean: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -67,13 +62,11 @@ if __name__ == "__main__":
     pack(Path({str(small)!r}), Path({str(tmp_path / "killed")!r}), samples_per_shard=9, workers=1, sequential_read=True)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = start_python("-c", program, env=environment)
     train = tmp_path / "killed" / "train"
-    while len(list(train.glob("spill-*/*.json"))) < 5:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    wait_for(lambda: len(list(train.glob("spill-*/*.json"))) >= 5, process)
+    process.kill()
+    process.communicate()
     notes = sorted(train.glob("spill-*/*.json"))
     assert len(notes) >= 5 and not list(train.glob("*.tar"))
     notes[0].write_bytes(b"{")  # damage is found out and the segment read again
@@ -84,14 +77,14 @@ if __name__ == "__main__":
     assert files(tmp_path / "killed") == clean
 
 
-def test_it_is_one_machines_work(small: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_it_is_one_machines_work(small: Path, tmp_path: Path) -> None:
     """Each part would read the whole source; that is refused."""
     with pytest.raises(ValueError, match="cannot be shared out"):
         pack(small, tmp_path / "shards", workers=1, sequential_read=True, part="1/2")
     assert not (tmp_path / "shards").exists()
 
 
-def test_two_at_a_time(small: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_at_a_time(small: Path, tmp_path: Path) -> None:
     """The second is refused, and leaves the first's work alone."""
     pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, part="1/2")
     digest = read_json(tmp_path / "shards" / "train" / "plan.json")["plan"]
@@ -103,7 +96,7 @@ def test_two_at_a_time(small: Path, tmp_path: Path) -> None:  # noqa: F811
     assert not spill.exists(), "what another pack spilled goes when the split is whole"
 
 
-def test_spilled_images_of_another_pack_are_not_taken(small: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_spilled_images_of_another_pack_are_not_taken(small: Path, tmp_path: Path) -> None:
     """A spill that was left behind is known by its plan."""
     options = {"samples_per_shard": 9, "workers": 1}
     pack(small, tmp_path / "clean", seed=7, **options)  # type: ignore[arg-type]

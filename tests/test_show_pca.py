@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.files import read_json
-from tests.conftest import run_ok
+from tests.helpers import run_ok
 from tools.show_pca import IMAGENET, table
 
 

@@ -12,8 +12,7 @@ from PIL import Image
 
 from pipeline.files import read_json
 from pipeline.shards import DataError
-from tests.conftest import run_here
-from tests.test_adopt import write_foreign
+from tests.helpers import run_here, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.stats import stats
 

@@ -11,9 +11,7 @@ import torch
 from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
-from tests.conftest import ROOT, run_ok, train_refuses
-from tests.test_evaluate import tiny
-from tests.test_run import STEPS, TRAIN, arguments, final
+from tests.helpers import ROOT, STEPS, TRAIN, final, run_ok, small_run, tiny, train_refuses
 from train.checkpoint import save_checkpoint
 from train.config import parse_config
 from train.trained import initial_state, read_trained
@@ -95,7 +93,7 @@ def test_refused_before_anything_is_written(tmp_path: Path, few: Path) -> None:
     tiny(tmp_path / "w.safetensors", few)  # of the paper's variant
     for name, message in (("none.safetensors", "is no file"), ("w.safetensors", "is of another network")):
         more = ["--train.weights", str(tmp_path / name)]
-        assert message in train_refuses(*arguments(few, tmp_path / "run", *more))
+        assert message in train_refuses(*small_run(few, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
 
@@ -104,7 +102,7 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
     """At a rate of next to nothing it ends with the weights that it started from, going on or not."""
     tiny(tmp_path / "w.safetensors", few, variant="original")
     more = ["--train.weights", str(tmp_path / "w.safetensors"), "--optimizer.lr", "1e-12", "--train.epochs", "1"]
-    assert "starting from the weights of" in run_ok(*TRAIN, *arguments(few, tmp_path / "run", *more))
+    assert "starting from the weights of" in run_ok(*TRAIN, *small_run(few, tmp_path / "run", *more))
     expected = (
         AlexNet(CONFIG).state_dict()
         | initial_state(tmp_path / "w.safetensors", CONFIG, Eigenbasis(np.zeros(3), np.zeros(3), np.eye(3)), 1.0, {})[0]
@@ -112,8 +110,8 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
     for name, tensor in final(tmp_path / "run")["model"].items():  # type: ignore[attr-defined]
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8)
     (tmp_path / "w.safetensors").unlink()  # what it started from is needed no more
-    assert "going on from" in run_ok(*TRAIN, *arguments(few, tmp_path / "run", *more))
+    assert "going on from" in run_ok(*TRAIN, *small_run(few, tmp_path / "run", *more))
     begun = tmp_path / "run" / "checkpoints"
     tiny(tmp_path / "w.safetensors", few, variant="original", num_classes=10)
     second = ["--train.weights", str(begun / f"step-{STEPS:08d}.pt"), *more[2:]]
-    assert f"starting from the weights of {begun}" in run_ok(*TRAIN, *arguments(few, tmp_path / "two", *second))
+    assert f"starting from the weights of {begun}" in run_ok(*TRAIN, *small_run(few, tmp_path / "two", *second))

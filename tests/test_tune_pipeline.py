@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.settings import Speed
 from pipeline.shards import DataError
-from tests.conftest import ROOT, refuses, run_ok
+from tests.helpers import ROOT, refuses, run_ok
 from tools.tune_pipeline import data_settings, table
 from tools.tuning.search import Knobs, Trial, Waits, list_axes, pick, search
 from train.config import parse_config

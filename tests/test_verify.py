@@ -11,8 +11,7 @@ from PIL import Image
 
 from pipeline.files import read_json, sha256, write_json
 from pipeline.shards import DataError, open_shards, read_index
-from tests.conftest import jpeg, photo, refuses, run_here, run_ok
-from tests.test_adopt import tar_of, write_foreign
+from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.check_shard import MAX_TOLD, check_image
 from tools.packing.verify import has_runs, unmixed_shards, verify

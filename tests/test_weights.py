@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import Weights, read_weights, weights_bytes
-from tests.test_alexnet import TORCHVISION
+from tests.helpers import TORCHVISION
 
 SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), hidden=32, num_classes=7, dropout=0.25)
 INPUTS = {"mean": [120.5, 115.0, 100.0], "std": 1.0}
