@@ -4,7 +4,7 @@ BIN ?= .venv/bin
 DEMO ?= demo
 RUN ?= runs/quickstart
 
-.PHONY: install quickstart test check
+.PHONY: install quickstart test coverage check
 
 install: .venv/installed
 
@@ -22,6 +22,16 @@ quickstart: install
 # A process per core, and one thread in each: those of OpenMP wait by spinning.
 test: install
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses auto --dist loadfile
+
+# Branches that the tests take, the slow ones too, but for those that kill, train or measure memory for many minutes.
+LONG = --ignore tests/test_chaos.py --ignore tests/test_quickstart.py \
+	--deselect tests/test_pack.py::test_fifty_kills --deselect tests/test_loader.py::test_memory_stays_flat
+
+coverage: install
+	"$(BIN)/python" -m coverage erase
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m coverage run -m pytest -m "" $(LONG) --numprocesses auto --dist loadfile
+	"$(BIN)/python" -m coverage combine --quiet
+	"$(BIN)/python" -m coverage report
 
 check: install
 	"$(BIN)/python" -m ruff check .
