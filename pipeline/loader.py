@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import nvidia.dali
 import torch
 from nvidia.dali import Pipeline
 
 from pipeline.decode import Decoder
-from pipeline.draws import CROP_SIDE
+from pipeline.draws import CROP_SIDE, op_seed
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.graph import train_pipeline, val_pipeline
 from pipeline.lighting import Lighting, moved_means
@@ -243,7 +242,7 @@ class Loader:
         """Behind order and augmentation: the seed, or one derived from it where another world began in the midst."""
         if self._first_epoch == 0:
             return self._seed
-        return int(np.random.SeedSequence([self._seed, self._first_epoch]).generate_state(1)[0])
+        return op_seed(self._seed, self._first_epoch, "another world")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
