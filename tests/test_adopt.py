@@ -17,7 +17,7 @@ from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
-from tests.helpers import Members, jpeg, photo, refuses, run_ok, tar_of, write_foreign
+from tests.helpers import Members, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
 from tools.packing.adopt import adopt
 
 IMAGE = jpeg(photo(np.random.default_rng(9)))
@@ -128,6 +128,11 @@ def test_classes(tmp_path: Path) -> None:
         names.write_text(content)
         with pytest.raises(ValueError, match=message):
             adopt(src, tmp_path / "c", split="train", pattern="train-*.tar", classes=names, workers=1)
+    names.write_bytes(b"n01\nn02 \xff\nn03\n")
+    with pytest.raises(ValueError, match="in sorted order"):
+        adopt(src, tmp_path / "c", split="train", pattern="train-*.tar", classes=names, workers=1)
+    with pytest.raises(FileNotFoundError, match=r"none\.txt is missing; --classes is a text file"):
+        adopt(src, tmp_path / "c", split="train", pattern="train-*.tar", classes=tmp_path / "none.txt", workers=1)
     names.write_text("n01\nn02\nn03\nn04\n")
     with pytest.raises(ValueError, match="list other classes"):
         adopt(src, shards, split="val", pattern="val-*.tar", classes=names, workers=1)
@@ -224,6 +229,7 @@ def rename(name: str) -> Callable[[Path], object]:
         ("/x.tar", None, "has to be relative"),
         ("x-*", rename("x-1.tar.gz"), "is not called NAME.tar"),
         ("*.tar", rename("a b.tar"), "is not called NAME.tar"),
+        ("**/*.tar", lambda src: write(src / "more" / "x-0000.tar", GOOD), "have the same name; adopt one"),
     ],
 )
 def test_bad_patterns(tmp_path: Path, pattern: str, change: Callable[[Path], object] | None, message: str) -> None:

@@ -125,6 +125,14 @@ def test_fast() -> None:
             "sets a rate of conv4, which model.channels leaves out",
         ),
         (["--run.keep_every", "-1"], "run.keep_every must not be negative"),
+        (["--data.augmentation.std", "0"], "augmentation.std must be positive, not 0"),
+        (["--data.augmentation.mean", "image"], "mean_image.npy is missing, damaged or of other images"),
+        (["--data.shuffle_buffer", "0"], "data.shuffle_buffer must be at least 1"),
+        (["--data.decode", "gpu"], "data.decode=gpu needs a GPU; say data.decode=cpu"),
+        (["--data.speed.prefetch", "0"], "speed.prefetch (0)"),
+        (["--data.speed.hw_decoder_load", "2"], "speed.hw_decoder_load is a share, 0 to 1, not 2"),
+        (["--data.speed.decode_cache_gb", "-1"], "speed.decode_cache_gb must not be negative"),
+        (["--data.speed.decode_cache_gb", "1"], "memory of a GPU that decodes; set it to 0, or data.decode=gpu"),
     ],
 )
 def test_wrong_values(arguments: list[str], message: str, tmp_path: Path, shards: Path) -> None:

@@ -34,10 +34,12 @@ class Corner(nn.Module):
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
-def test_ten_views(mirrored: bool) -> None:
-    """Average softmax over four corners, the centre and their mirrors, with numpy; the centre alone beside it."""
-    images = torch.randn(4, 3, 256, 256)
-    centre, average = probabilities(Corner(), images, mirrored)
+@pytest.mark.parametrize("mean_image", [True, False])
+def test_ten_views(mirrored: bool, mean_image: bool) -> None:
+    """Average softmax over four corners, the centre and their mirrors, with numpy; the centre alone beside it. A mean
+    image is subtracted from each of them as it is, neither cut elsewhere nor mirrored."""
+    images, offset = torch.randn(4, 3, 256, 256), torch.randn(3, 224, 224)
+    centre, average = probabilities(Corner(), images, mirrored, offset if mean_image else None)
 
     def softmax(logits: np.ndarray) -> np.ndarray:
         return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -46,6 +48,7 @@ def test_ten_views(mirrored: bool) -> None:
     for top, left in OFFSETS:
         view = images.numpy()[:, :, top : top + 224, left : left + 224]
         for oriented in (view, view[:, :, :, ::-1]) if mirrored else (view,):
+            oriented = oriented - mean_image * offset.numpy()
             expected.append(softmax(np.concatenate([oriented[:, :, 0, 0], oriented[:, :, 3, 220]], 1)))
     assert len(expected) == (10 if mirrored else 5)
     np.testing.assert_allclose(average.numpy(), np.mean(expected, 0), rtol=1e-5)

@@ -1,12 +1,15 @@
 """Files are whole or not there."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.files import atomic_writer, check_writable, read_json, write_json
+from pipeline.files import atomic_writer, check_writable, read_json, write_bytes, write_json
 from tests.helpers import ROOT, run_python
 
 
@@ -68,6 +71,28 @@ with atomic_writer(Path({str(path)!r})) as file:
     with atomic_writer(path, wait=False) as file:
         file.write(b"whole")
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_file_to_lock(tmp_path: Path) -> None:
+    """A pipe in the place of the file is refused by name, and stays."""
+    os.mkfifo(path := tmp_path / "shard.tar.tmp")
+    with pytest.raises(FileExistsError, match="not a regular file"), atomic_writer(tmp_path / "shard.tar"):
+        pass
+    assert path.is_fifo()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network disks have none: files are written all the same. Any other failure to lock is told."""
+    codes = iter([errno.ENOLCK, errno.EIO])
+
+    def flock(*_: object) -> None:
+        raise OSError(code := next(codes), os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_bytes(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    with pytest.raises(OSError, match="Input/output"):
+        write_bytes(tmp_path / "other", b"content")
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -157,9 +157,18 @@ def damaged_inner_header(raw: Path) -> bytes:
     return bytes(content)
 
 
+def classes_without_images(raw: Path, *more: int) -> bytes:
+    """A train archive of every class with no image, and some of them again."""
+    with tarfile.open(raw / "ILSVRC2012_img_train.tar") as outer:
+        names = outer.getnames()
+    return tar_of([(name, tar_of({})) for name in [*names, *(names[k] for k in more)]])
+
+
 @pytest.mark.parametrize(
     ("archive", "content", "message"),
     [
+        ("ILSVRC2012_img_train.tar", classes_without_images, "holds no image of class"),
+        ("ILSVRC2012_img_train.tar", lambda raw: classes_without_images(raw, 3), "holds a class twice"),
         ("ILSVRC2012_img_train.tar", damaged_inner_header, "damaged header"),
         ("ILSVRC2012_img_train.tar", tar_of({"n90000051.tar": tar_of({})}), "lacks class"),
         ("ILSVRC2012_img_val.tar", None, "is missing"),

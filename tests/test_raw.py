@@ -92,6 +92,16 @@ def parquet(raw: Path, images: Images) -> None:
             pyarrow.parquet.write_table(table, path, row_group_size=4)
 
 
+IMAGE = {"bytes": b"", "path": "x.JPEG"}
+
+
+def parquet_of(raw: Path, row: dict[str, object]) -> None:
+    """A file of one row."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), raw / "train-0.parquet")
+
+
 def expected_square(data: bytes) -> np.ndarray:
     """The 256x256 image by Pillow alone."""
     with Image.open(io.BytesIO(data)) as image:
@@ -349,6 +359,8 @@ def twice(raw: Path) -> None:
         (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_text("a,b\n1,2\n")), "Kaggle"),
         (lambda raw: write(raw / "a.tar", tar_of({"1.jpg": b"", "1.cls": b"0"})), "make_shards.py adopt"),
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
+        (lambda raw: parquet_of(raw, {"picture": b"", "label": 0}), r"it lacks the columns image\.bytes, image\.path"),
+        (lambda raw: parquet_of(raw, {"image": IMAGE, "label": -1}), "labels row 0 as -1, which is no class"),
         (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds nothing that can be packed"),
         (lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")), "no plain file"),
         (

@@ -181,6 +181,11 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
         export_weights(undisturbed, tmp_path / "names.safetensors", "torchvision")
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
         export_weights(out, tmp_path / "again.safetensors")
+    content = final(undisturbed)
+    del content["eigenbasis"]
+    torch.save(content, tmp_path / "folder.safetensors" / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt is no checkpoint of a training run"):
+        export_weights(tmp_path / "folder.safetensors" / "x.pt", tmp_path / "again.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {out.name, "folder.safetensors"}
 
 
@@ -284,11 +289,13 @@ def test_damaged_validation_data(few: Path, tmp_path: Path) -> None:
         ("optimizer", "lacks optimizer"),
         ("model", "weights that are not finite"),
         ("fc8.bias", "is of another network: its tensors have other names or shapes"),
+        ("wnids", "was trained on other classes than"),
+        ("ranks", "is of 2 processes, not 1; start that many, or say --resume.allow_world_change true"),
     ],
 )
 def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str, message: str) -> None:
-    """One that lacks something, whose weights are no numbers, or of another model: refused in a sentence before
-    anything is written."""
+    """One that lacks something, whose weights are no numbers, or of another model, other classes or more processes:
+    refused in a sentence before anything is written."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     path = find_checkpoint(run)
@@ -298,6 +305,10 @@ def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str
         content["model"]["fc8.bias"][0] = float("nan")
     elif part == "fc8.bias":
         content["model"][part] = torch.zeros(11)
+    elif part == "wnids":
+        content[part][0] = "n00000000"
+    elif part == "ranks":
+        content[part] *= 2
     else:
         del content[part]
     torch.save(content, path)

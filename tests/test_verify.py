@@ -170,6 +170,16 @@ def test_a_garbage_manifest(copy: Path, capsys: pytest.CaptureFixture[str], cont
     assert second.startswith("val: ") and "manifest.json" in second
 
 
+def test_half_a_pack(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A split whose pack was not finished, one with the other's manifest, and a damaged list of classes."""
+    (copy / "val" / "manifest.json").unlink()
+    assert faults(copy, capsys, fast=True) == ["val: holds no manifest.json: its pack was not finished"]
+    shutil.copy(copy / "train" / "manifest.json", copy / "val")
+    assert "val: its manifest describes the split train" in faults(copy, capsys, fast=True)
+    (copy / "classes.json").write_text("[]")
+    assert all("classes.json" in line for line in faults(copy, capsys, fast=True) if line.startswith("train: "))
+
+
 def change_json(path: Path, **changes: object) -> None:
     """Replace fields of a JSON file."""
     write_json(path, read_json(path) | changes)
