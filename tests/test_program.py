@@ -15,6 +15,11 @@ CASES = {
     "raise FileNotFoundError('no such shard')": (2, "error: no such shard\n"),
     "from pipeline.shards import DataError; raise DataError('shard 3 is cut')": (3, "error: shard 3 is cut\n"),
     "raise DivergedError('the loss is nan')": (4, "error: the loss is nan\n"),
+    r"raise ValueError('\x1b[2Ja\nb\x00')": (2, "error: \\x1b[2Ja b\\x00\n"),
+    "raise ValueError('give ' + 'x' * 10**6 + '; a remedy')": (
+        2,
+        f"error: give {'x' * 995} ... {'x' * 490}; a remedy\n",
+    ),
     "open('/proc/none/file')": (
         2,
         "error: cannot use /proc/none/file: No such file or directory; give another place or set its permissions\n",

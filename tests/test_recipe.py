@@ -10,6 +10,10 @@ from train.config import parse_config
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
 PLACE = ["--data.shards", "s", "--run.dir", "r"]
 NO_SECTION = "optimizer is a section of settings; write them below it, or leave it out"
+LAUGHS = b"a: &a [1, 1]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (k + 1, k + 1, b", ".join([b"*%c" % k] * 9)) for k in b"abcdefgh"
+)
+"""A few hundred bytes that stand for a billion."""
 CASES = {
     b"# gr\xfc\n": ", line 1: this is not UTF-8; save the file as UTF-8",
     b"train:\n  seed: 1\noptimizer: 5\n": f", line 3: {NO_SECTION}",
@@ -24,6 +28,17 @@ CASES = {
     b"[" * 100_000: " is not YAML: maximum recursion depth exceeded",
     b"# nothing yet\n": " holds no settings",
     b"- 5\n": " holds no settings",
+    b"train: &a [*a]\n": ", line 1: an alias stands within what it repeats; write it out",
+    b"train:\n  seed: 1\nmodel: &m {hidden: 1, channels: [*m]}\n": ", line 3: an alias stands within",
+    b"train:\n  seed: 1:30\n": ", line 2: YAML reads 1:30 as a number in base 60; write it in base 10, or quote it",
+    b"<<: {optimizer: 3}\n": f", line 1: {NO_SECTION}",
+    b"<<: [{train: {seed: 1}}, {optimizer: }]\n": f", line 1: {NO_SECTION}",
+    b"train:\n  <<: 5\n": ", line 2: << takes settings over from a section; give its alias",
+    b"model:\n  hidden:\n": ", line 2: model.hidden has no value; give one, or leave it out",
+    b"data: {augmentation: {lighting: {strength: ~}}}\n": ", line 1: data.augmentation.lighting.strength has no value",
+    b"train: {seed: !!float abc}\n": ", line 1: leave the tag tag:yaml.org,2002:float out",
+    b"a: !!python/object/apply:os.system [id]\n": ", line 1: leave the tag tag:yaml.org,2002:python/object/apply",
+    LAUGHS: " repeats itself, by aliases, to more than 10000 values",
     b"train: {seed: one}\n": ': Parser key "train.seed"',
 }
 
@@ -55,3 +70,19 @@ def test_other_programs(tmp_path: Path) -> None:
     path.write_text("seed: 1\nseed: 2\n")
     for arguments in (("tools/preview.py", "--config", path, "s"), ("tools/bench.py", "train", "--config", path, "s")):
         assert refuses(*arguments) == f"error: {path}, line 2: seed comes a second time; keep one\n"
+
+
+def test_a_section_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """Is looked at, too: what never ends in it is told with its name."""
+    (tmp_path / "mine.yaml").write_text("model: {hidden: 4}\noptimizer: section.yaml\n")
+    for text, told in (("lr: &a [*a]\n", "an alias stands within"), ("lr:\n", "optimizer.lr has no value")):
+        (tmp_path / "section.yaml").write_text(text)
+        error = train_refuses("--config", QUICKSTART, "--config", tmp_path / "mine.yaml", *PLACE)
+        assert f"error: {tmp_path / 'section.yaml'}, line 1: {told}" in error
+
+
+def test_nothing_where_it_is_a_value(tmp_path: Path) -> None:
+    """Settings that may be nothing take it from a file."""
+    (tmp_path / "mine.yaml").write_text("train: {weights: }\nmodel: {channels: ~, lrn: null}\n")
+    config = parse_config(["--config", str(QUICKSTART), "--config", str(tmp_path / "mine.yaml"), *PLACE])
+    assert (config.train.weights, config.model.channels, config.model.lrn) == (None, None, None)

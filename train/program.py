@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, get_args
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
 
@@ -22,6 +22,8 @@ from train.launch import local_rank
 from train.recipe import check_recipe
 
 WRONG_INPUT, DATA_FAILED, DIVERGED = 2, 3, 4
+TOLD_AT_MOST = 1500
+"""Characters of a sentence."""
 BROKEN_PIPE = 141
 """As a shell tells of a program that SIGPIPE ended."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,8 +60,11 @@ class Parser(ArgumentParser):
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """Read a --config file. Raises `ValueError` where it is none; `error` names it meanwhile."""
-        options = [action.dest for action in self._actions if not action.dest.endswith(".help")]
-        check_recipe(Path(path), options)
+        actions = [action for action in self._actions if not action.dest.endswith(".help")]
+        types = {action.dest: getattr(action, "_typehint", None) for action in actions}
+        # jsonargparse takes nothing, in a file, for any of them.
+        valued = {name for name, kind in types.items() if kind and kind is not Any and type(None) not in get_args(kind)}
+        check_recipe(Path(path), types.keys(), valued)
         self._reading = f"{path}: "
         settings = super().parse_path(path, *args, **kwargs)
         self._reading = ""
@@ -67,9 +72,10 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the command line and leave with exit code 2."""
-        one_line = " ".join(str(message).split())
         if speaks():
-            sys.stderr.write(f"error: {self._reading}{one_line} (--help lists every option)\n")
+            sys.stderr.write(
+                f"error: {one_line(self._reading + ' '.join(str(message).split()))} (--help lists every option)\n"
+            )
         sys.exit(WRONG_INPUT)
 
 
@@ -150,8 +156,17 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
     else:
         sys.exit(0)
     with suppress(OSError):  # the exit code tells
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {one_line(message)}\n")
     sys.exit(code)
+
+
+def one_line(message: str) -> str:
+    """A sentence as it can be told: what it quotes may hold line breaks, codes that a terminal acts on, or pages."""
+    line = " ".join(message.splitlines())
+    if len(line) > TOLD_AT_MOST:  # a remedy stands at the end
+        line = f"{line[: TOLD_AT_MOST * 2 // 3]} ... {line[-TOLD_AT_MOST // 3 :]}"
+    shown = (each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    return "".join(shown)
 
 
 def raised_by_us(error: BaseException) -> bool:
