@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file. Raises `ValueError` that names the file when it is not JSON."""
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number may be too long, an array too deep
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
 
 

@@ -184,6 +184,8 @@ def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
             [(ext, int(offset), int(size), name) for ext, offset, size, name in zip(*[iter(row)] * 4, strict=True)]
             for row in rows
         ]
+        if any(not 0 <= number < 2**62 for row in samples for _, *numbers, _ in row for number in numbers):
+            raise ValueError
     except ValueError:
         header, samples = "", []
     if header.split() != ["v1.2", str(len(samples))]:

@@ -110,3 +110,11 @@ exit_with(lambda: write_bytes(Path({str(path)!r}), bytes(100_000)))
     done = run_python("-c", program)
     assert done.returncode == 2 and str(path) in done.stderr and "free some space" in done.stderr
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b"9" * 5000, b"\xff\xfe{", b"", b"{]"])
+def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
+    """Too deep, too long a number, of another encoding, empty, damaged: named."""
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")

@@ -1,5 +1,6 @@
 """What the packer does to one image equals Pillow's own way, and odd files get a note."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -223,3 +224,21 @@ def test_dali_reads_what_is_packed() -> None:
         for number, file in enumerate(packed):
             if number != 6 or form is CROP:  # Pillow refuses what libjpeg warns of
                 assert np.abs(images.at(number).astype(int) - pixels_of(file)).max() <= 2, number
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_that_pillow_warns_of() -> None:
+    """A TIFF that is cut, and one of numbers that are none: a reason or an image, and no line of a library's."""
+    rng = np.random.default_rng(0)
+    whole = saved(Image.fromarray(photo(rng, 40, 60)), "TIFF")
+    for end in range(8, len(whole), 97):
+        with contextlib.suppress(ValueError):
+            pack_image(whole[:end], CROP)
+    at = whole.index(b"II*\0") + 4
+    for offset in (2**31, 2**32 - 1, len(whole) - 3):
+        with pytest.raises(ValueError, match="not decodable"):
+            pack_image(whole[:at] + offset.to_bytes(4, "little") + whole[at + 4 :], CROP)
+    levels = rng.random((40, 60), np.float32)
+    levels[::3] = np.nan
+    levels[1::3] = np.inf
+    assert pixels_of(pack_image(saved(Image.fromarray(levels), "TIFF"), CROP).jpeg).shape == (256, 256, 3)

@@ -1,6 +1,7 @@
 """Layouts of raw ImageNet: each is recognized, and its images come out once, under their class, with their pixels."""
 
 import csv
+import gzip
 import io
 import os
 import tarfile
@@ -14,7 +15,10 @@ from PIL import Image
 
 from pipeline.files import read_json
 from tests.helpers import jpeg, photo, refuses, tar_of, write
+from tests.mutate import pax
+from tools.demo_archives import DIGIT_TO_WNID, devkit
 from tools.make_shards import pack
+from tools.packing.ilsvrc import read_devkit
 from tools.packing.listing import Listing, load_listing, save_listing, stamp
 from tools.packing.raw import cut_validation, open_raw
 
@@ -295,6 +299,8 @@ def members_end(content: bytes) -> int:
         (special(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
         (special(tarfile.CHRTYPE), "a link, a device or a sparse file"),
         (special(tarfile.REGTYPE, size=10 * 2**30), "cut short inside"),
+        (lambda tar: pax(b"20 GNU.sparse.size=\n", b"x") + tar, "is not a tar archive|is damaged at byte"),
+        (lambda tar: pax(b"20 GNU.sparse.map=a\n", b"x") + tar, "is not a tar archive|is damaged at byte|sparse"),
         (b"", "is not a tar archive"),
         (b"\x00" * 10240, "holds no image"),
         (lambda tar: backwards(tar), "is damaged at byte|a negative size"),
@@ -342,6 +348,56 @@ def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
         assert np.abs(colour - 20 * number).max() <= 3, name
 
 
+def odd_parquet(raw: Path, **row: object) -> None:
+    """A parquet file of one row, and of a description that is no tree."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"label": 0, **row}]).replace_schema_metadata({"huggingface": '{"info": "x"}'})
+    pyarrow.parquet.write_table(table, raw / "train-0.parquet")
+
+
+def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
+    """Is found when its images are read, and told with the file."""
+    rng = np.random.default_rng(0)
+    rows = [{"image": {"bytes": rng.bytes(5000), "path": f"{k}.JPEG"}, "label": 0} for k in range(9)]
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "raw" / "train-0.parquet"
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
+    with pytest.raises(ValueError, match=r"train-0\.parquet is damaged in row group 0"):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1)
+
+
+@pytest.mark.parametrize(("at", "value"), [(384, 0), (428, 1), (500, 1), (652, 128)])
+def test_a_devkit_that_ends_scipys_reader(tmp_path: Path, at: int, value: int) -> None:
+    """One byte of meta.mat is enough for a segmentation fault (scipy 1.17); it is a sentence here."""
+    files = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
+    with tarfile.open(fileobj=io.BytesIO(devkit(dict.fromkeys(DIGIT_TO_WNID.values(), 1), [1]))) as tar:
+        for name in files:
+            files[name] = tar.extractfile(f"ILSVRC2012_devkit_t12/data/{name}").read()  # type: ignore[union-attr]
+    path = tmp_path / "devkit.tar.gz"
+    write_devkit(path, files)
+    assert len(read_devkit(path)[0]) == 10
+    mat = bytearray(files["meta.mat"])
+    mat[at] = value
+    write_devkit(path, {**files, "meta.mat": bytes(mat)})
+    with pytest.raises(
+        ValueError, match=r"devkit.tar.gz is not the devkit .* or is damaged \(its meta.mat cannot be read"
+    ):
+        read_devkit(path)
+
+
+def write_devkit(path: Path, files: dict[str, bytes]) -> None:
+    """A devkit of these files."""
+    write_tar(path.with_suffix(""), {f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in files.items()})
+    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+
+
 def twice(raw: Path) -> None:
     """Replace a validation image by a copy of another."""
     images = sorted((raw / "ILSVRC/Data/CLS-LOC/val").iterdir())
@@ -357,6 +413,12 @@ def twice(raw: Path) -> None:
         (lambda raw: (raw / "train" / "cat").mkdir(parents=True), "holds no image"),
         (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").unlink()), "LOC_val_solution.csv"),
         (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_text("a,b\n1,2\n")), "Kaggle"),
+        (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_bytes(b"\xff\xfea")), "Kaggle"),
+        (
+            lambda raw: odd_parquet(raw, image={"bytes": "text", "path": "a"}),
+            "image.bytes is of type string, not binary",
+        ),
+        (lambda raw: odd_parquet(raw, image={"bytes": b"", "path": "a"}, label="x"), "labels row 0 as x"),
         (lambda raw: write(raw / "a.tar", tar_of({"1.jpg": b"", "1.cls": b"0"})), "make_shards.py adopt"),
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
         (lambda raw: parquet_of(raw, {"picture": b"", "label": 0}), r"it lacks the columns image\.bytes, image\.path"),

@@ -1,11 +1,12 @@
 """Reading a source in order gives the shards that reading at random gives, within a bound of memory."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.files import open_locked, read_json
+from pipeline.files import open_locked, read_json, sha256, write_json
 from tests.helpers import ROOT, files, start_python, wait_for
 from tools.make_shards import pack
 from tools.packing import sequential
@@ -108,6 +109,42 @@ def test_spilled_images_of_another_pack_are_not_taken(small: Path, tmp_path: Pat
     spill.mkdir()
     for suffix in (".bin", ".npy"):
         (spill / f"segment-000000{suffix}").write_bytes(b"other")
-    (spill / "segment-000000.json").write_text('{"sizes": [5, 5], "results": {}}')
+    note = {"bin_bytes": 5, "npy_sha256": sha256(b"other"), "results_sha256": sha256(b"{}"), "results": {}}
+    write_json(spill / "segment-000000.json", note)
     pack(small, tmp_path / "shards", seed=7, sequential_read=True, **options)  # type: ignore[arg-type]
+    assert files(tmp_path / "shards") == files(tmp_path / "clean")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".npy", lambda data: data[:-8] + b"\xff" * 8),
+        (".npy", lambda data: b"\x93NUMPY" + data[:-6]),
+        (".json", lambda data: data.replace(b'"results": {}', b'"results": {"0": ["a", "b"], "1": [["c"]]}')),
+        (".json", lambda data: b"[" * 10**5),
+        (".json", lambda data: b"[]"),
+    ],
+)
+def test_damaged_spills_are_written_again(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    """What a killed pack spilled and a disk damaged, even of the same length, is not merged."""
+    options = {"samples_per_shard": 9, "workers": 1, "sequential_read": True}
+    pack(small, tmp_path / "clean", **options)  # type: ignore[arg-type]
+
+    def stop(work: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sequential, "merge_shards", stop)
+        pack(small, tmp_path / "shards", **options)  # type: ignore[arg-type]
+    (spilled,) = (tmp_path / "shards").glob(f"train/spill-*/segment-000000{suffix}")
+    before = spilled.read_bytes()
+    spilled.write_bytes(damage(before))
+    assert spilled.read_bytes() != before
+    pack(small, tmp_path / "shards", **options)  # type: ignore[arg-type]
     assert files(tmp_path / "shards") == files(tmp_path / "clean")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import read_json, write_json
-from pipeline.shards import ShardSet, open_shards
+from pipeline.shards import ShardSet, open_shards, read_index
 
 Make = Callable[[int, int], ShardSet]
 
@@ -73,3 +73,11 @@ def edit(directory: Path, **changes: object) -> None:
     """Change fields of the train manifest."""
     path = directory / "train" / "manifest.json"
     write_json(path, {**read_json(path), **changes})
+
+
+@pytest.mark.parametrize("numbers", ["-512 3", "512 -3", f"512 {2**63}", f"{10**30} 3", "512 x", "512"])
+def test_an_index_of_no_places(tmp_path: Path, numbers: str) -> None:
+    """Offsets and sizes that no file has are refused with the index."""
+    (tmp_path / "x.idx").write_text(f"v1.2 1\njpg {numbers} a.jpg\n")
+    with pytest.raises(ValueError, match=r"x\.idx is damaged or not a DALI index"):
+        read_index(tmp_path / "x.idx")

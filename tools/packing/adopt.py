@@ -7,6 +7,7 @@ picks components by the index's extension, so `.JPEG` is listed as `jpg`; it rea
 white space behind a label is left out there; it never uses the names, but cuts lines at spaces, so those are replaced.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,9 @@ from pipeline.shards import (
 )
 from tools.packing.pool import check_workers
 from tools.packing.tars import HashedFile, over_shards, read_samples, sample_entries
+
+MOST_TARS, LONGEST_PATTERN = 100_000, 1000
+"""Names that a pattern may stand for, and its characters."""
 
 
 class Indexed(NamedTuple):
@@ -102,12 +106,17 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
 
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is no folder; SRC is the folder that holds the shards")
-    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts:
+    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts or "\0" in pattern:
         raise ValueError(f"--pattern {pattern!r} has to be relative to {src}, without ..")
+    ranges = re.findall(r"\{([+-]?\d+)\.\.([+-]?\d+)", pattern)
     try:
-        parts = list(braceexpand(pattern))
-    except ValueError as error:
+        fits = all(len(first + last) < 40 and abs(int(first) - int(last)) < MOST_TARS for first, last in ranges)
+        fits = fits and len(pattern) <= LONGEST_PATTERN
+        parts = list(itertools.islice(braceexpand(pattern), MOST_TARS + 1)) if fits else []
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--pattern {pattern!r}: {error}; close every brace") from None
+    if not 0 < len(parts) <= MOST_TARS:
+        raise ValueError(f"--pattern {pattern!r} stands for more than {MOST_TARS} names or is too long; say fewer")
     tars: dict[str, Path] = {}
     for part in parts:
         matches = [path.absolute() for path in src.glob(part) if path.is_file()]

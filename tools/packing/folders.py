@@ -114,14 +114,14 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
     solution = next((home / VAL_SOLUTION for home in homes if (home / VAL_SOLUTION).is_file()), None)
     if solution is None:
         raise FileNotFoundError(f"{raw / VAL_SOLUTION} is missing; it labels the validation images, fetch it again")
-    with solution.open(newline="") as file:
+    with solution.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         try:
             wnid_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-        except (KeyError, IndexError, AttributeError, csv.Error):
+        except (KeyError, IndexError, AttributeError, UnicodeDecodeError, csv.Error):
             raise ValueError(f"{solution} is not Kaggle's list of validation labels; fetch it again") from None
     words = solution.with_name(SYNSET_WORDS)
-    lines = words.read_text(errors="replace").splitlines() if words.is_file() else []
+    lines = words.read_text("utf-8", errors="replace").splitlines() if words.is_file() else []
     named = dict(line.split(" ", 1) for line in lines if " " in line)
     others: list[Path] = []
     wnids, train = list_train(raw, tree / "train", others)

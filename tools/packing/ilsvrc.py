@@ -6,8 +6,10 @@ order, and go through its `meta.mat`.
 """
 
 import hashlib
-import io
+import json
 import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +24,14 @@ TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE)
-DEVKIT_BYTES = 2**26
-"""Of each of its two files at most: a gzip file can hold a thousand times what it seems."""
 MD5 = {  # as published with the archives
     TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT_ARCHIVE: "fa75699e90414af021442c21a62c3abf",
 }
+
+MAX_DEVKIT_BYTES = 2**26
+"""Of a file in the devkit; the true ones have less than a megabyte."""
 
 
 def read_archives(raw: Path) -> RawImageNet:
@@ -106,7 +109,7 @@ def members(archive: Path, start: int = 0, length: int | None = None) -> Iterato
         file.seek(start)
         try:
             tar = tarfile.TarFile(fileobj=file)
-        except tarfile.TarError as error:
+        except Exception as error:  # as in `next_member`
             raise ValueError(f"{archive} is not a tar archive at byte {start} ({error}); fetch it again") from None
         while member := next_member(tar, archive):
             if member.offset >= end:
@@ -162,26 +165,33 @@ def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
 
     Raises `ValueError` when the devkit is damaged or labels a class that it does not describe.
     """
-    from scipy.io import loadmat
-
     folder = "ILSVRC2012_devkit_t12/data"
     try:
         with tarfile.open(path, "r:gz") as tar:
             files = {}
             for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
                 file = tar.extractfile(f"{folder}/{name}")
-                files[name] = file.read(DEVKIT_BYTES) if file else b""
-        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+                files[name] = file.read(MAX_DEVKIT_BYTES) if file else b""
         by_id = {
-            int(row["ILSVRC2012_ID"]): ClassName(str(row["WNID"]), str(row["words"]))
-            for row in synsets
-            if int(row["num_children"]) == 0
+            identifier: ClassName(wnid, words)
+            for identifier, wnid, words, children in read_synsets(files["meta.mat"])
+            if not children
         }
         ground_truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
-    except Exception as error:  # tarfile, zlib and scipy each have their own for damaged input
+    except Exception as error:  # tarfile and zlib each have their own for damaged input
         raise ValueError(f"{path} is not the devkit of ILSVRC-2012 or is damaged ({error}); fetch it again") from None
     if unknown := sorted(set(ground_truth) - set(by_id)):
         raise ValueError(
             f"{path} labels images as class {unknown[0]}, which its meta.mat does not describe; fetch it again"
         )
     return by_id, ground_truth
+
+
+def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
+    """(ILSVRC2012_ID, wnid, words, number of children) of each synset of `meta.mat`. Raises `ValueError`."""
+    script = Path(__file__).with_name("synsets.py")
+    done = subprocess.run([sys.executable, script], input=mat, capture_output=True, check=False)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").splitlines()[-1:] if done.returncode > 0 else []
+        raise ValueError(f"its meta.mat cannot be read{''.join(f': {line}' for line in last)}")
+    return [tuple(row) for row in json.loads(done.stdout)]

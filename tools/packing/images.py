@@ -119,6 +119,7 @@ def decode_with_pillow(raw: bytes) -> Decoded:
     """Decode CMYK JPEGs and other formats. Raises `ValueError`."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(raw))
         with image:
@@ -155,7 +156,7 @@ def grey(image: Image.Image) -> np.ndarray:
 
     Integers above 255 are taken for 16 bits, floating point numbers up to 1 for 0..1.
     """
-    levels = np.asarray(image).astype(np.float32)
+    levels = np.nan_to_num(np.asarray(image).astype(np.float32))
     largest = levels.max()
     scale = 1 / 257 if largest > 255 else 255 if image.mode == "F" and largest <= 1 else 1
     return np.rint(np.clip(levels * scale, 0, 255)).astype(np.uint8)

@@ -241,7 +241,7 @@ def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageN
             if {split: listing.digest() for split, listing in splits.items()} != header["digests"]:
                 return None
             return RawImageNet(header["layout"], classes, splits, header["sequential"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
         return None
 
 

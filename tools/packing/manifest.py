@@ -107,7 +107,7 @@ def read_note(path: Path, plan: Plan | ShardPlan, num_samples: int) -> dict[str,
         sound = shard["name"] == path.name and shard["samples"] + len(note["skipped"]) == num_samples
         sound = sound and len(shard["sha256"]) == 64 and min(shard["bytes"], shard["index_bytes"]) > 0
         sound = sound and isinstance(note["repairs"], list)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if digest != plan.digest:
         raise other_pack(path)

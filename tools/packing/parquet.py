@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pipeline.shards import MAX_LABEL_DIGITS, ClassName
 from tools.packing.listing import Listing, RawImageNet
@@ -60,12 +61,15 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                 columns = {source.schema.column(k).path for k in range(len(source.schema))}
                 if not columns >= COLUMNS:
                     raise ValueError(f"it lacks the columns {', '.join(sorted(COLUMNS - columns))}")
+                image = source.schema_arrow.field("image").type
+                if (kind := str(image.field("bytes").type)) not in ("binary", "large_binary"):
+                    raise ValueError(f"its column image.bytes is of type {kind}, not binary")
                 table = source.read(columns=["image.path", "label"])
                 metadata = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            except Exception as error:  # pyarrow raises several kinds over damaged bytes
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{path} is no data set of images and labels ({reason}); fetch it again") from None
-            words = metadata.get("info", {}).get("features", {}).get("label", {}).get("names") or words
+            words = class_words(metadata) or words
             names = table.column("image").combine_chunks().field("path").to_pylist()
             for row, (name, label) in enumerate(zip(names, table.column("label").to_pylist(), strict=True)):
                 if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
@@ -75,6 +79,13 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
     if "train" not in splits or not all(splits.values()):
         raise ValueError(f"{raw} holds no images in parquet files called train-*; fetch them again")
     return RawImageNet("Hugging Face parquet files", class_names(wnids, words), splits, sequential=True)
+
+
+def class_words(metadata: Any) -> list[str]:
+    """What Hugging Face's description of a data set calls the classes; empty where it does not tell."""
+    for name in ("info", "features", "label", "names"):
+        metadata = metadata.get(name) if isinstance(metadata, dict) else None
+    return [str(each) for each in metadata] if isinstance(metadata, list) else []
 
 
 def class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[ClassName, ...]:
@@ -91,11 +102,15 @@ def class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[ClassName
 
 
 def rows_of(path: Path, group: int) -> Iterator[bytes]:
-    """The images of one row group, in order; an empty one for a row without bytes."""
-    source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
-    for batch in source.iter_batches(batch_size=32, row_groups=[group], columns=["image.bytes"]):
-        for image in batch.column("image").field("bytes"):
-            yield image.as_py() or b""
+    """The images of one row group, in order; an empty one for a row without bytes. Raises `ValueError`."""
+    try:
+        source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
+        for batch in source.iter_batches(batch_size=32, row_groups=[group], columns=["image.bytes"]):
+            for image in batch.column("image").field("bytes"):
+                yield image.as_py() or b""
+    except OSError as error:  # of pyarrow's decoders, too
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged in row group {group} ({reason}); fetch it again") from None
 
 
 def row_groups(path: Path) -> list[int]:

@@ -6,6 +6,7 @@ once more on disk while it runs, and a bounded part of the memory; the shards ar
 segments survive a kill as finished shards do.
 """
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import atomic_writer, open_locked, write_json
+from pipeline.files import atomic_writer, open_locked, sha256, write_bytes, write_json
 from tools.packing.images import Packed
 from tools.packing.manifest import SPILL
 from tools.packing.pack import Done, pack_sample, run_units, write_packed
@@ -81,11 +82,13 @@ def merge_sort(plan: Plan, numbers: list[int], workers: int, parquet: bool, spil
 
 
 def is_spilled(path: Path) -> bool:
-    """Whether a segment is there, as long as its note says."""
+    """Whether a segment is there, as its note says."""
     try:
-        sizes = json.loads(path.with_suffix(".json").read_bytes())["sizes"]
-        return sizes == [path.with_suffix(suffix).stat().st_size for suffix in (".bin", ".npy")]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        note = json.loads(path.with_suffix(".json").read_bytes())
+        rows = path.with_suffix(".npy").read_bytes()
+        sound = note["bin_bytes"] == path.with_suffix(".bin").stat().st_size and note["npy_sha256"] == sha256(rows)
+        return sound and note["results_sha256"] == sha256(json.dumps(note["results"]).encode())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -132,21 +135,24 @@ def spill_segment(work: Segment) -> Done:
     packed: dict[int, tuple[Packed | str, int]] = {}
     for place, sample, raw in zip(work.places, work.samples, raw_files(work), strict=True):
         packed[place] = pack_sample(sample, work.options, raw)
-    rows, results, end = [], {}, 0
+    rows: list[tuple[int, int, int]] = []
+    results: dict[str, list[str]] = {}
+    end = 0
     with atomic_writer(work.path.with_suffix(".bin")) as file:
         for place, (result, size) in sorted(packed.items()):
             if isinstance(result, Packed):
                 file.write(result.jpeg)
                 end += len(result.jpeg)
                 if result.found:
-                    results[place] = [result.found, result.done]
+                    results[str(place)] = [result.found, result.done]
             else:
-                results[place] = [result]
+                results[str(place)] = [result]
             rows.append((place, end, size))
-    with atomic_writer(work.path.with_suffix(".npy")) as file:
-        np.save(file, np.array(rows, np.int64))
-    sizes = [work.path.with_suffix(suffix).stat().st_size for suffix in (".bin", ".npy")]
-    write_json(work.path.with_suffix(".json"), {"sizes": sizes, "results": results})
+    table = io.BytesIO()
+    np.save(table, np.array(rows, np.int64))
+    write_bytes(work.path.with_suffix(".npy"), table.getvalue())
+    sums = {"npy_sha256": sha256(table.getvalue()), "results_sha256": sha256(json.dumps(results).encode())}
+    write_json(work.path.with_suffix(".json"), {"bin_bytes": end, **sums, "results": results})
     return Done(len(rows), sum(size for _, _, size in rows), end)
 
 
@@ -173,7 +179,7 @@ def spilled(segments: list[Path], first: int, last: int, window: int) -> Iterato
 
 def read_window(path: Path, low: int, high: int) -> Iterator[tuple[int, tuple[Packed | str, int]]]:
     """(place, result) of what one segment has of a window: one read."""
-    rows = np.load(path.with_suffix(".npy"), mmap_mode="r")
+    rows = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
     start, stop = np.searchsorted(rows[:, 0], (low, high)).tolist()
     if start == stop:
         return

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline.files import read_json
 from pipeline.shards import DataError, open_shards, read_index
 from tools.packing.verify import present_splits
+from train.program import one_line
 
 SAMPLED_IMAGES = 500
 THREADS = 16
@@ -39,7 +40,7 @@ def stats(shards: Path) -> None:
         manifest = read_json(shards / split / "manifest.json")
         print(f"{shards / split}")
         for name, value in split_table(shards, split, manifest):
-            print(f"  {name:<20}{value}")
+            print(one_line(f"  {name:<20}{value}"))
 
 
 def split_table(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -59,6 +60,7 @@ def split_table(shards: Path, split: str, manifest: dict[str, Any]) -> list[tupl
     noted = Counter(
         re.sub(r"\b\d+\b", "N", kind)
         for row in manifest.get("repairs", ())
+        if isinstance(row, dict)
         for kind in str(row.get("found")).split("; ")
     )
     options = manifest.get("options", {})
@@ -95,11 +97,14 @@ def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
     file = os.open(tar, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead would read the whole shard
+        end = os.fstat(file).st_size
         for sample in read_index(Path(index)):
             places = {extension: (offset, size) for extension, offset, size, _ in sample}
             offset, size = places["cls"]
-            labels.append(int(os.pread(file, size, offset)))
+            labels.append(int(os.pread(file, min(size, end), offset)))
             images.append(places["jpg"])
+            if sum(places["jpg"]) > end:
+                raise ValueError("an image that the tar does not hold")
     except (KeyError, ValueError):
         raise DataError(f"{tar} or its index is damaged; make_shards.py verify tells where") from None
     finally:

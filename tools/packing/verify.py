@@ -19,6 +19,7 @@ from tools.packing.check_shard import Job, Report, check_shard
 from tools.packing.manifest import is_top_file
 from tools.packing.pool import check_workers
 from tools.packing.tars import over_shards
+from train.program import one_line
 
 SPLITS = ("train", "val")
 
@@ -58,7 +59,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     reports.append(Report(str(shards), notes=[f"{name} is no part of the shards" for name in strays]))
 
     for line in (line for report in reports for line in report.lines()):
-        print(line)
+        print(one_line(line))
     num_problems = sum(len(found) for report in reports for found in report.problems.values())
     if num_problems:
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
