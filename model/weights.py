@@ -123,11 +123,16 @@ OURS = {
 
 def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> None:
     """Raise `ValueError` unless a state has the tensors of a network."""
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in AlexNet(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in AlexNet(config).state_dict().items()}
+    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        raise ValueError(f"there is no such network ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError("what stands for its weights are no tensors")
     if {name: tensor.shape for name, tensor in state.items()} != expected:
         raise ValueError("its tensors have other names or shapes than those of its network")
-    if any(tensor.dtype not in FLOATING or tensor.is_meta for tensor in state.values()):
+    if any(each.dtype not in FLOATING or each.is_meta or each.layout != torch.strided for each in state.values()):
         raise ValueError("its tensors are no floating-point numbers")
 
 

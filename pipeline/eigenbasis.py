@@ -144,9 +144,10 @@ class Eigenbasis:
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Eigenbasis":
         """From the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`."""
-        mean, eigenvalues, eigenvectors = (
-            np.asarray(content[name], np.float64) for name in ("mean", "eigenvalues", "eigenvectors")
-        )
+        found = [np.asarray(content[name]) for name in ("mean", "eigenvalues", "eigenvectors")]
+        if not all(array.dtype.kind in "if" for array in found):  # "1" and true would do
+            raise ValueError("mean, eigenvalues or eigenvectors are no numbers; run tools/compute_pca.py again")
+        mean, eigenvalues, eigenvectors = (array.astype(np.float64) for array in found)
         shapes = [mean.shape, eigenvalues.shape, eigenvectors.shape]
         finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
         sound = shapes == [(3,), (3,), (3, 3)] and finite and (eigenvalues >= 0).all()
@@ -183,6 +184,11 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
         raise ValueError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
     try:
         Eigenbasis.from_json(content)
+        sample = content.get("sample")
+        described = type(content["num_images"]) is int and isinstance(content["decoder"], str)
+        if not described or not (sample is None or "seed" in dict(sample)):
+            raise ValueError("it does not tell what it was made of")
+        np.asarray(content["axis_stddev"], np.float64)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
     return content
@@ -195,7 +201,11 @@ def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:
     except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
         return None
     fits = isinstance(image, np.ndarray) and image.dtype == np.float32 and image.shape == (IMAGE_SIDE, IMAGE_SIDE, 3)
-    return image if fits and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5) else None
+    return (
+        image
+        if fits and np.isfinite(image).all() and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
+        else None
+    )
 
 
 def write_eigenbasis(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import CheckpointWriter, checkpoint_at_an_edge, find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def content(step: int, **more: object) -> dict[str, object]:
@@ -164,3 +164,12 @@ def test_full_disk(tmp_path: Path, limit: int) -> None:
     assert error and error.strerror == "File too large" and str(error.filename).endswith("step-00000002.pt")
     assert writer.wait() is None and names(tmp_path) == ["LATEST", "step-00000001"]
     assert writer.latest == find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001.pt"
+
+
+@pytest.mark.parametrize("ranks", [[], {}, None, 3, [3], [{}], [{"loader": None}], [{"loader": {}}]])
+def test_edges_in_what_others_wrote(tmp_path: Path, ranks: object) -> None:
+    """A sound file whose positions are of another form is no epoch's end."""
+    save_checkpoint(tmp_path, 1, content(1, ranks=[{"loader": {"ended": True}}]), keep=5)
+    save_checkpoint(tmp_path, 2, content(2, ranks=ranks), keep=5)
+    folder = tmp_path / "checkpoints"
+    assert checkpoint_at_an_edge(folder / "step-00000003.pt") == folder / "step-00000001.pt"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.eigenbasis import Eigenbasis, Moments, read_mean_image, write_eigenbasis
 
 
 def test_equals_numpy(tmp_path: Path) -> None:
@@ -83,6 +83,14 @@ def test_degenerate_colours(tmp_path: Path) -> None:
         ({"eigenvectors": None}, "damaged"),
         ({"mean": ["x", 1, 2]}, "damaged"),
         ({"mean": [float("nan")] * 3}, "damaged"),
+        ({"mean": ["1", "2", "3"]}, "damaged"),
+        ({"mean": [True, False, True]}, "damaged"),
+        ({"mean": [10**30, 1, 1]}, "damaged"),
+        ({"num_images": "many"}, "damaged"),
+        ({"decoder": None}, "damaged"),
+        ({"sample": 3}, "damaged"),
+        ({"sample": {"images": 3}}, "damaged"),
+        ({"axis_stddev": ["x"]}, "damaged"),
         ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}, "damaged"),
         ({"scale": 1}, "other pixels"),
         ({"channel_order": "BGR"}, "other pixels"),
@@ -98,3 +106,12 @@ def test_foreign_file(tmp_path: Path, change: dict[str, object], message: str) -
     (tmp_path / "pca.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(ValueError, match=message):
         Eigenbasis.load(tmp_path / "pca.json", "m")
+
+
+@pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("error")
+def test_mean_images_that_are_not_finite(tmp_path: Path, level: float) -> None:
+    """Are none, and numpy does not complain."""
+    image = np.full((256, 256, 3), level, np.float32)
+    np.save(tmp_path / "mean_image.npy", image)
+    assert read_mean_image(tmp_path / "mean_image.npy", image[0, 0]) is None

@@ -94,3 +94,33 @@ def test_sum_of_images() -> None:
     """Equal to numpy's, for the brightest images too."""
     images = np.random.default_rng(0).integers(250, 256, (300, 5, 4, 3), dtype=np.uint8)
     np.testing.assert_array_equal(sum_of(torch.from_numpy(images)).numpy(), images.sum(0, dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("counts", np.array(5)),
+        ("counts", np.array([3, 5])),
+        ("counts", np.array([3, 3 * 65536]) * 1.0),
+        ("sum", np.array([])),
+        ("sum", np.array([1, 2])),
+        ("sum", np.array(["a", "b", "c"])),
+        ("sum", np.array([np.nan] * 3)),
+        ("sum", np.array([-1, 2, 3])),
+        ("sum_products", np.zeros((3, 3), int)),
+        ("image", np.zeros((2, 2, 3), int)),
+        ("image", np.full((256, 256, 3), "x")),
+    ],
+)
+def test_sums_of_another_form(
+    numbered_shards: Callable[[int, int], ShardSet], tmp_path: Path, name: str, value: np.ndarray
+) -> None:
+    """A whole file of ours by its name, whose arrays are not what was counted, is none."""
+    tally = Tally(tmp_path, numbered_shards(6, 2), OF, with_image=True)
+    tally.write(0, Sums(Moments(3, 3 * 65536, (1,) * 3, (1,) * 9), np.zeros((256, 256, 3), np.int64)))
+    assert tally.read(0) is not None
+    with np.load(tally.path(0)) as file:
+        arrays = dict(file)
+    with tally.path(0).open("wb") as stream:
+        np.savez(stream, **{**arrays, name: value})
+    assert tally.read(0) is None

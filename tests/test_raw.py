@@ -394,8 +394,8 @@ def test_a_devkit_that_ends_scipys_reader(tmp_path: Path, at: int, value: int) -
 
 def write_devkit(path: Path, files: dict[str, bytes]) -> None:
     """A devkit of these files."""
-    write_tar(path.with_suffix(""), {f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in files.items()})
-    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+    tar = tar_of({f"ILSVRC2012_devkit_t12/data/{name}": data for name, data in files.items()})
+    path.write_bytes(gzip.compress(tar))
 
 
 def twice(raw: Path) -> None:

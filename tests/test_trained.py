@@ -12,6 +12,7 @@ from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
 from tests.helpers import ROOT, STEPS, TRAIN, final, run_ok, small_run, tiny, train_refuses
+from tools.export_weights import export_weights
 from train.checkpoint import save_checkpoint
 from train.config import parse_config
 from train.trained import initial_state, read_trained
@@ -115,3 +116,40 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
     tiny(tmp_path / "w.safetensors", few, variant="original", num_classes=10)
     second = ["--train.weights", str(begun / f"step-{STEPS:08d}.pt"), *more[2:]]
     assert f"starting from the weights of {begun}" in run_ok(*TRAIN, *small_run(few, tmp_path / "two", *second))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model", [1.0]),
+        ("model", {"conv1.weight": None}),
+        (
+            "eigenbasis",
+            {"mean": ["x", 1, 2], "eigenvalues": [1, 1, 1], "eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]},
+        ),
+        (
+            "eigenbasis",
+            {"mean": [[1], 1, 2], "eigenvalues": [1, 1, 1], "eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]},
+        ),
+        ("eigenbasis", 3),
+        ("config", {"model": {"variant": 2**40}}),
+        ("config", {"model": {"hidden": 2**62}}),
+        ("config", []),
+        ("mean_image", "x"),
+    ],
+)
+def test_checkpoints_of_another_form(tmp_path: Path, basis: Eigenbasis, part: str, value: object) -> None:
+    """Whole files whose content is not what a run writes: one sentence with the file, to read and to export."""
+    place = ["--config", str(ROOT / "train/configs/quickstart.yaml"), "--data.shards", "s", "--run.dir", "r"]
+    config = parse_config([*place, "--model.channels", "[8,16,16,16,16]", "--model.hidden", "64"])
+    content = {"config": config.to_json(), "model": AlexNet(config.model).state_dict(), "wnids": ["n0"] * 10}
+    content |= {"eigenbasis": basis.to_json()}
+    if part == "config" and isinstance(value, dict):
+        value = {**config.to_json(), "model": {**config.to_json()["model"], **value["model"]}}
+    path = save_checkpoint(tmp_path, 1, {**content, part: value}, keep=2)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is (no checkpoint|of another network)"):
+        read_trained(path)
+    if part in ("model", "config"):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} (is no checkpoint|cannot be exported)"):
+            export_weights(path, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.weights import Weights, read_weights, weights_bytes
+from model.weights import OURS, Weights, read_weights, weights_bytes
 from tests.helpers import TORCHVISION
 
 SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), hidden=32, num_classes=7, dropout=0.25)
+TORCHVISIONS = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=10)
 INPUTS = {"mean": [120.5, 115.0, 100.0], "std": 1.0}
 
 
@@ -149,3 +150,17 @@ def test_only_torchvisions_network_has_its_names() -> None:
         config = replace(plain, **change)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
             weights_bytes(AlexNet(config).state_dict(), config, INPUTS, "torchvision")
+
+
+def test_tensors_that_are_none(tmp_path: Path) -> None:
+    """Sparse ones, such without data, and other things in their place are refused before anything is computed of
+    them."""
+    state = {theirs: AlexNet(TORCHVISIONS).state_dict()[ours] for theirs, ours in OURS.items()}
+    path, name = tmp_path / "x.pth", "classifier.6.weight"
+    torch.save(state, path)
+    assert read_weights(path).config.hidden == TORCHVISIONS.hidden
+    sound = state[name]
+    for odd in (sound.to_sparse(), torch.empty(sound.shape, device="meta"), [1.0] * len(sound), None, sound.bool()):
+        torch.save({**state, name: odd}, path)
+        with pytest.raises(ValueError, match=r"x\.pth holds no weights of this network"):
+            read_weights(path)

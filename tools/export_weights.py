@@ -33,9 +33,12 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
             "std": content["config"]["data"]["augmentation"]["std"],
         }
         step, with_image = content["step"], content.get("mean_image") is not None
-        data = weights_bytes(state, config, inputs, names)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
+    try:
+        data = weights_bytes(state, config, inputs, names)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be exported: {error}; give another checkpoint") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, data)
     print(f"{out}: step {step} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")

@@ -137,9 +137,15 @@ class Tally:
             with np.load(self.path(number), allow_pickle=False) as arrays:
                 counts, sums, products = (arrays[name].tolist() for name in ("counts", "sum", "sum_products"))
                 image = arrays["image"] if self.with_image else None
+                images = sum(self.shards.samples[shard] for shard in self.groups[number])
+                shapes = [arrays[name].shape for name in ("sum", "sum_products")]
+            sound = shapes == [(3,), (9,)] and counts == [images, images * IMAGE_SIDE**2]
+            sound = sound and all(type(each) is int and each >= 0 for each in (*counts, *sums, *products))
+            if image is not None:
+                sound = sound and (image.dtype, image.shape) == (np.dtype(np.int64), (IMAGE_SIDE, IMAGE_SIDE, 3))
         except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
             return None
-        return Sums(Moments(counts[0], counts[1], tuple(sums), tuple(products)), image)
+        return Sums(Moments(counts[0], counts[1], tuple(sums), tuple(products)), image) if sound else None
 
     def count(self, numbers: Sequence[int], batch_size: int, threads: int, device: torch.device | str) -> int:
         """Count groups and keep their sums; returns how many images were decoded for it."""

@@ -10,6 +10,7 @@ file is a zip archive as `torch.save` writes it, whose comment is the SHA-256 of
 
 import re
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any, cast
@@ -153,8 +154,9 @@ def checkpoint_at_an_edge(newest: Path) -> Path:
     kept."""
     for path in sorted(newest.parent.glob("step-*.pt"), reverse=True):
         content = read_content(path) if path < newest else None
-        if content and "ranks" in content and content["ranks"][0]["loader"]["ended"]:
-            return path
+        with suppress(KeyError, TypeError, IndexError):  # another program's
+            if content and content["ranks"][0]["loader"]["ended"]:
+                return path
     raise ValueError(
         f"{newest.parent} keeps none of an epoch's end, from where another number of processes could go on; let "
         "the run reach one as it is, or with a larger --run.keep"

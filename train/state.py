@@ -120,7 +120,15 @@ class TrainState:
     def restore(self, path: Path) -> Path:
         """Go to a checkpoint's position, or to that of an older one at an epoch's end where `resume.allow_world_change`
         wants it. Returns which. Raises `ValueError` when it is damaged or belongs to another run."""
-        content, config = load_checkpoint(path), self.config.to_json()
+        content = load_checkpoint(path)
+        try:
+            return self._go_to(content, path)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(f"{path} is not as this program writes checkpoints; put back one that is") from None
+
+    def _go_to(self, content: dict[str, Any], path: Path) -> Path:
+        """As `restore`, to what a checkpoint holds. Raises about anything where values are of other kinds than ours."""
+        config = self.config.to_json()
         missing = sorted(PARTS - content.keys())
         if missing:
             raise ValueError(

@@ -49,7 +49,6 @@ def read_trained(path: Path) -> Trained:
     path = checkpoint_path(path)
     content = load_checkpoint(path)
     try:
-        check_finite(content["model"], path)
         saved, image = content["config"], content.get("mean_image")  # checkpoints of before there was one lack it
         basis = replace(
             Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
@@ -63,12 +62,13 @@ def read_trained(path: Path) -> Trained:
             Augmentation(**{**saved["data"]["augmentation"], "lighting": Lighting(strength=0)}),
             saved["data"]["decode"],
         )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
     try:
         check_tensors(trained.state, trained.config)
     except ValueError as error:
         raise ValueError(f"{path} is of another network than it says: {error}; give another checkpoint") from None
+    check_finite(trained.state, path)
     return trained
 
 
