@@ -22,7 +22,7 @@ def ffcv_batches(data: PeerData) -> Batches:
         while True:
             ask(f"show {file}" if data.show else "next")
             if data.show:
-                with np.load(file) as batch:
+                with np.load(file, allow_pickle=False) as batch:
                     yield torch.from_numpy(batch["images"]), torch.from_numpy(batch["labels"])
             else:
                 yield None, None
@@ -33,7 +33,7 @@ def ffcv_decode(data: PeerData) -> Iterator[np.ndarray]:
     file = data.scratch / "decoded.npy"
     with ffcv_process(data) as ask:
         ask(f"decode {file}")
-    yield from np.load(file)
+    yield from np.load(file, allow_pickle=False)
 
 
 @contextmanager
