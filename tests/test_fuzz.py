@@ -38,12 +38,12 @@ from model.weights import OURS, read_weights, weights_bytes
 from pipeline.diagnose import find_damage
 from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
 from pipeline.shards import open_shards, read_index
-from tests.conftest import ROOT, jpeg, photo
+from tests.helpers import ROOT, jpeg, photo
 from tests.mutate import NAMES, make_tar, mutate_bytes, mutate_json, mutate_tar, mutate_text, mutate_tree, mutate_yaml
 from tools.checks.shards import check_eigenbasis, check_mean_image
 from tools.compute_pca import draw_sample, is_done
+from tools.demo_archives import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
 from tools.export_weights import export_weights
-from tools.make_demo import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
 from tools.make_shards import pack
 from tools.moments import Sums, Tally
 from tools.packing import ilsvrc as ilsvrc_module
@@ -61,7 +61,6 @@ from tools.packing.verify import verify
 from tools.show_pca import table
 from train import charts
 from train.checkpoint import (
-    SignedWriter,
     checkpoint_at_an_edge,
     checkpoint_path,
     find_checkpoint,
@@ -73,6 +72,7 @@ from train.directory import RunDirectory
 from train.metrics import MetricsLog, read_metrics
 from train.program import exit_with
 from train.report import speed_of
+from train.signed import SignedWriter
 from train.trained import read_trained
 
 LIMIT_S = 60.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 ROOMS = ("pipeline", "model", "train", "tools")
 FORBIDDEN = {
