@@ -18,8 +18,9 @@ from tests.helpers import jpeg, photo, refuses, tar_of, write
 from tests.mutate import pax
 from tools.demo_archives import DIGIT_TO_WNID, devkit
 from tools.make_shards import pack
+from tools.packing.cache import load_listing, save_listing, stamp
 from tools.packing.ilsvrc import read_devkit
-from tools.packing.listing import Listing, load_listing, save_listing, stamp
+from tools.packing.listing import Listing
 from tools.packing.raw import cut_validation, open_raw
 
 WNIDS = ["n00000011", "n00000022", "n00000033"]

@@ -16,8 +16,9 @@ from typing import Literal, NoReturn
 
 from pipeline.shards import classes_json
 from tools.packing.adopt import adopt
+from tools.packing.cache import save_listing
 from tools.packing.ilsvrc import check_md5
-from tools.packing.listing import RawImageNet, random_read_rate, save_listing
+from tools.packing.listing import RawImageNet, random_read_rate
 from tools.packing.manifest import LISTING, check_output, claim, notes, unfinished, write_manifest
 from tools.packing.pack import Done, pack_sample, run_units, write_shard
 from tools.packing.parts import find_part

@@ -10,7 +10,8 @@ from time import perf_counter
 from pipeline.shards import ClassName
 from tools.benchmarks.measure import Table
 from tools.benchmarks.record import check_out, record
-from tools.packing.listing import Listing, RawImageNet, load_listing, save_listing
+from tools.packing.cache import load_listing, save_listing
+from tools.packing.listing import Listing, RawImageNet
 from tools.packing.plan import Options, make_plan
 
 CLASSES = 21_841

@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.shards import ClassName
+from tools.packing.cache import load_listing, stamp
 from tools.packing.folders import kaggle_tree, read_folders, read_kaggle
 from tools.packing.ilsvrc import ARCHIVES, TRAIN_ARCHIVE, VAL_ARCHIVE, members, read_archives
-from tools.packing.listing import Listing, RawImageNet, load_listing, stamp
+from tools.packing.listing import Listing, RawImageNet
 from tools.packing.parquet import find_parquet, read_parquet
 
 LAYOUTS = (
