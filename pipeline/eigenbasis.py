@@ -245,7 +245,6 @@ def write_eigenbasis(
 
 
 def rounded(values: Any) -> Any:
-    """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines. (So it does in the
-    directions of axes of equal variance, which only made-up images have.)"""
+    """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines."""
     array = np.asarray(values)
     return [rounded(row) for row in array] if array.ndim else float(f"{float(array):.12g}")

@@ -264,3 +264,11 @@ def test_command_line(tmp_path: Path) -> None:
     (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
     told = refuses("tools/make_shards.py", "adopt", src, tmp_path / "other", *options)
     assert "x-0001.tar: sample b at byte" in told
+
+
+def test_a_label_that_no_data_set_has(tmp_path: Path) -> None:
+    """Makes no million of numbered classes: it is told."""
+    write_foreign(tmp_path / "src", "x", [0, 999_999], 4)
+    with pytest.raises(ValueError, match="src holds label 999999, but 2 images; mend that label or give --classes"):
+        adopt(tmp_path / "src", tmp_path / "shards", split="train", pattern="x-*.tar", workers=1)
+    assert not (tmp_path / "shards").exists()

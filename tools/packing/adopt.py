@@ -28,6 +28,8 @@ from tools.packing.tars import HashedFile, over_shards, read_samples, sample_ent
 
 MOST_TARS, LONGEST_PATTERN = 100_000, 1000
 """Names that a pattern may stand for, and its characters."""
+MADE_UP_CLASSES = 200_000
+"""That are numbered without question; five times as many would take more than 1 GB."""
 
 
 class Indexed(NamedTuple):
@@ -72,7 +74,10 @@ def adopt(
         print(f"{directory} is adopted already; nothing to do")
         return
     found = over_shards(read_shard, tars, [tar.stat().st_size for tar in tars], processes, "reading")
-    names, told = class_names(shards, classes, max(shard.max_label for shard in found))
+    num_samples, max_label = sum(shard.row["samples"] for shard in found), max(shard.max_label for shard in found)
+    if max_label >= max(num_samples, MADE_UP_CLASSES) and not (classes or (shards / "classes.json").exists()):
+        raise ValueError(f"{src} holds label {max_label}, but {num_samples} images; mend that label or give --classes")
+    names, told = class_names(shards, classes, max_label)
 
     directory.mkdir(parents=True, exist_ok=True)
     for tar, shard in zip(tars, found, strict=True):
@@ -82,7 +87,6 @@ def adopt(
         write_bytes(link.with_suffix(".idx"), shard.index_text)
     if not (shards / "classes.json").exists():
         write_json(shards / "classes.json", classes_json(names))
-    num_samples = sum(shard.row["samples"] for shard in found)
     manifest = {
         "format_version": FORMAT_VERSION,
         "split": split,
