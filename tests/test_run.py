@@ -244,21 +244,14 @@ def test_divergence(few: Path, tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
 
 
-def cut_short(tar: Path, number: int) -> tuple[str, int, bytes]:
-    """Zero the second half of an image; returns its name and offset, and what the tar was before. Over other damage
-    DALI 2.4's decoder was seen to crash, in one try of ten."""
-    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[number]
-    sound = tar.read_bytes()
-    tar.write_bytes(sound[: offset + size // 2] + bytes(size - size // 2) + sound[offset + size :])
-    return name, offset, sound
-
-
 def test_damaged_data(few: Path, tmp_path: Path) -> None:
     """An image that was damaged after packing stops the run with code 3 and its name, saved where it stood."""
     copy, run = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(few, copy)
     tar = copy / "train" / "train-000001.tar"
-    name, offset, _ = cut_short(tar, 100)
+    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[100]
+    sound = tar.read_bytes()
+    tar.write_bytes(sound[:offset] + b"x" * size + sound[offset + size :])
     # The order of the shards alone is shuffled, so that the damage is not read at once.
     more = ["--data.shuffle_buffer", "1", "--run.save_every", "1000"]
     done = run_python(*TRAIN, *small_run(copy, run, *more))
@@ -273,7 +266,10 @@ def test_damaged_validation_data(few: Path, tmp_path: Path) -> None:
     copy, run = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(few, copy)
     tar = copy / "val" / "val-000000.tar"
-    name, _, sound = cut_short(tar, 7)
+    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[7]
+    sound = tar.read_bytes()
+    # Cut short: over other damage DALI 2.4's decoder was seen to crash, in one try of ten.
+    tar.write_bytes(sound[: offset + size // 2] + bytes(size - size // 2) + sound[offset + size :])
     more = ["--run.save_every", "1000", "--train.epochs", "1"]
     done = run_python(*TRAIN, *small_run(copy, run, *more))
     assert done.returncode == 3 and name in done.stderr and "what was trained is saved" in done.stderr
