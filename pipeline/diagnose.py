@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
 from functools import partial
 from pathlib import Path
 
@@ -19,21 +20,31 @@ CHUNK = 256
 """Samples that a thread looks at between two looks at the clock."""
 
 
+class Depth(Enum):
+    """How far an image is decoded to find damage in it."""
+
+    HEADER = auto()
+    PIXELS = auto()
+    WARNINGS = auto()
+    """Of libjpeg, too."""
+
+
 def find_damage(shards: ShardSet) -> str:
     """Name the first damage that is found in a split: a shard that is gone or cut short, an index that does not fit it,
     an image that cannot be decoded, by shard, offset and key. Empty when nothing is found in time.
 
-    Headers are looked at first, for every image: they are what stops a decoder.
+    Headers are looked at first, for every image: they are what stops a decoder. Last come images that libjpeg decodes
+    and warns of: of those DALI refuses some, such as cut ones.
     """
     for tar, index, samples in zip(shards.tars, shards.indexes, shards.samples, strict=True):
         if problem := shard_damage(Path(tar), Path(index), samples):
             return problem
     deadline = time.monotonic() + PATIENCE_S
     with ThreadPoolExecutor(num_cores()) as pool:
-        for whole in (False, True):
+        for depth in Depth:
             chunks = chunked(shards)
             while time.monotonic() < deadline and (some := list(itertools.islice(chunks, 64))):
-                look = partial(image_damage, any_size=shards.any_size, whole=whole)
+                look = partial(image_damage, any_size=shards.any_size, depth=depth)
                 for problem in pool.map(look, *zip(*some, strict=True)):
                     if problem:
                         return problem
@@ -64,30 +75,31 @@ def chunked(shards: ShardSet) -> Iterator[tuple[str, list[tuple[int, int, str]]]
             yield tar, images[first : first + CHUNK]
 
 
-def image_damage(tar: str, images: list[tuple[int, int, str]], any_size: bool, whole: bool) -> str:
+def image_damage(tar: str, images: list[tuple[int, int, str]], any_size: bool, depth: Depth) -> str:
     """What is wrong with the first image of these that cannot be decoded, or is not 256x256 though it should be; empty
-    if none is. Looks at headers alone unless `whole`."""
+    if none is."""
     with Path(tar).open("rb") as file:
         for offset, size, name in images:
             file.seek(offset)
             data = file.read(size)
             try:
-                height, width = decode(data, whole)
+                height, width = decode(data, depth)
             except Exception as error:  # whatever a library says of damaged bytes
                 reason = str(error).partition("\n")[0]
-                return f"{name} at offset {offset} of {tar} cannot be decoded ({reason})"
+                verdict = "may be damaged" if depth is Depth.WARNINGS else "cannot be decoded"
+                return f"{name} at offset {offset} of {tar} {verdict} ({reason})"
             if not any_size and (height, width) != (IMAGE_SIDE, IMAGE_SIDE):
                 return f"{name} at offset {offset} of {tar} is {width}x{height}, not {IMAGE_SIDE}x{IMAGE_SIDE}"
     return ""
 
 
-def decode(data: bytes, whole: bool) -> tuple[int, int]:
-    """Height and width of an image, after decoding it if `whole`; raises whatever the libraries raise."""
+def decode(data: bytes, depth: Depth) -> tuple[int, int]:
+    """Height and width of an image, decoded as far as `depth` says; raises whatever the libraries raise."""
     import simplejpeg
 
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        if whole:
+        if depth is not Depth.HEADER:
             simplejpeg.decode_jpeg(data, "RGB", strict=False)
     except Exception as error:
         try:  # another format, or colours that this library does not convert
@@ -96,4 +108,7 @@ def decode(data: bytes, whole: bool) -> tuple[int, int]:
                 image.load()
         except Exception:  # neither reads it, for whatever reason: the first one's is told
             raise error from None
+        return height, width
+    if depth is Depth.WARNINGS:
+        simplejpeg.decode_jpeg(data, "RGB", strict=True)
     return height, width

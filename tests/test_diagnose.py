@@ -1,0 +1,72 @@
+"""After DALI failed, the damage is found by looking: its place is told, and sound shards are not blamed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.diagnose import find_damage
+from pipeline.reader import decoded_batches
+from pipeline.shards import DataError, open_shards, read_index
+from tests.helpers import jpeg, photo
+
+
+@pytest.fixture
+def copy(few: Path, tmp_path: Path) -> Path:
+    """Shards to be damaged."""
+    shutil.copytree(few, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def overwrite(tar: Path, change: Callable[[bytes], bytes]) -> str:
+    """Change the image of the 12th sample, to as many bytes at most; what names it."""
+    _, offset, size, name = read_index(tar.with_suffix(".idx"))[11][0]
+    sound = tar.read_bytes()
+    changed = change(sound[offset : offset + size])
+    assert len(changed) <= size
+    tar.write_bytes(sound[:offset] + changed.ljust(size, b"\0") + sound[offset + size :])
+    return f"{name} at offset {offset} of {tar}"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda data: b"x" * len(data), "cannot be decoded"),
+        (lambda data: data[: len(data) // 2], "may be damaged"),
+        (lambda data: data[:100], "cannot be decoded"),
+        (lambda data: b"", "cannot be decoded"),
+        (lambda data: jpeg(photo(np.random.default_rng(0), 64, 48), quality=30), "is 48x64, not 256x256"),
+    ],
+)
+def test_an_image(copy: Path, change: Callable[[bytes], bytes], told: str) -> None:
+    """Is named by key, offset and shard."""
+    place = overwrite(copy / "train" / "train-000001.tar", change)
+    assert find_damage(open_shards(copy, "train")).startswith(f"{place} {told}")
+
+
+def test_a_cut_image_while_reading(copy: Path) -> None:
+    """Which DALI refuses though libjpeg decodes it: the sentence names it."""
+    place = overwrite(copy / "train" / "train-000001.tar", lambda data: data[: len(data) // 2])
+    with pytest.raises(DataError) as raised:
+        list(decoded_batches(open_shards(copy, "train"), 32))
+    assert place in str(raised.value)
+
+
+def test_files(copy: Path) -> None:
+    """A shard that is cut or gone, an index of other samples or none; nothing where all is sound."""
+    train = open_shards(copy, "train")
+    assert find_damage(train) == ""
+    tar = Path(train.tars[0])
+    index, content = tar.with_suffix(".idx"), tar.read_bytes()
+    tar.write_bytes(content[: len(content) // 2])
+    assert f"{tar} has {len(content) // 2} bytes, but" in find_damage(train)
+    tar.unlink()
+    assert find_damage(train) == f"{tar}: No such file or directory"
+    tar.write_bytes(content)
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join([f"v1.2 {len(lines) - 2}", *lines[1:-1]]) + "\n")
+    assert find_damage(train) == f"{index} lists {len(lines) - 2} samples, the manifest {len(lines) - 1}"
+    index.write_text("v1.2 x\n")
+    assert "damaged or not a DALI index" in find_damage(train)
