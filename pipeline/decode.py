@@ -30,10 +30,29 @@ class Decoder(NamedTuple):
     """GPU memory for decoded images, in MiB as DALI counts."""
 
 
+def crop_graph(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataNode | float") -> "DataNode":
+    """Decode on the CPU the window of side x side at (x, y), from 0 to 1, of 256x256 images; uint8 HWC RGB.
+
+    The window waits for a look at every header: over one that cannot be read, DALI's decoder (2.4, image_decoder.h,
+    "Prepare descs") may leave a function whose variables its other threads still use, and end the process.
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    return fn.decoders.image_crop(
+        encoded,
+        device="cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        crop=(side, side),
+        crop_pos_x=shape[1] * 0 + x,
+        crop_pos_y=y,
+    )
+
+
 def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
-    """Encoded images to uint8 HWC RGB of their own size, where they are decoded. EXIF orientation is ignored."""
+    """Encoded images to uint8 HWC RGB, where they are decoded: on a CPU 256x256 ones, on a GPU any. EXIF orientation is
+    ignored."""
     if decoder.where == "cpu":
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        return crop_graph(encoded, IMAGE_SIDE, 0.5, 0.5)
     cache: dict[str, Any] = {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
     return fn.decoders.image(
         encoded,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.decode import Decoder, decode_graph, resampled_graph
+from pipeline.decode import Decoder, crop_graph, decode_graph, resampled_graph
 from pipeline.draws import CROP_SIDE, OFFSETS, Draws, draw, op_seed
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import relight_arguments
@@ -68,15 +68,7 @@ def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder, device: st
     """Encoded images to uint8 (224, 224, 3) windows, HWC RGB; 256x256 ones are decoded on a CPU and stay there."""
     if decoder.any_size:
         return resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS, device)
-    return fn.decoders.image_crop(
-        encoded,
-        device="cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        crop=(CROP_SIDE, CROP_SIDE),
-        crop_pos_x=draws.crop_x,
-        crop_pos_y=draws.crop_y,
-    )
+    return crop_graph(encoded, CROP_SIDE, draws.crop_x, draws.crop_y)
 
 
 def val_graph(

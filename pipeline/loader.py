@@ -41,7 +41,7 @@ PADDING = -1
 
 WORLD = {"rank", "num_ranks", "batch_size"}
 """Fields of a state that may change from one epoch to the next."""
-GRAPH_VERSION = 3
+GRAPH_VERSION = 4
 """Counts up whenever the operations of the training graph change: DALI's checkpoints fit one list of them."""
 
 

@@ -79,7 +79,9 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
     except RuntimeError as error:
         report = str(error)
         lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]
-        of_data = any(name in report for name in ("decoders", "readers", "webdataset"))  # not, say, of a GPU's memory
+        of_data = any(
+            name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")
+        )  # not, say, of a GPU's memory
         reason = (find_damage(shards) if of_data else "") or (lines[0] if lines else report.splitlines()[0])
         place = Path(shards.tars[0]).parent
         raise DataError(

@@ -10,7 +10,7 @@ import pytest
 from pipeline.diagnose import find_damage
 from pipeline.reader import decoded_batches
 from pipeline.shards import DataError, open_shards, read_index
-from tests.helpers import jpeg, photo
+from tests.helpers import jpeg, photo, run_python
 
 
 @pytest.fixture
@@ -52,6 +52,36 @@ def test_a_cut_image_while_reading(copy: Path) -> None:
     with pytest.raises(DataError) as raised:
         list(decoded_batches(open_shards(copy, "train"), 32))
     assert place in str(raised.value)
+
+
+AGAIN_AND_AGAIN = """
+import sys
+from pathlib import Path
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.loader import train_loader
+from pipeline.settings import DataConfig
+from pipeline.shards import DataError, open_shards
+folder = Path(sys.argv[1])
+train = open_shards(folder, "train")
+basis = Eigenbasis.load(folder / "pca.json", train.manifest_sha256)
+config = DataConfig(folder, shuffle_buffer=1)
+for seed in range(30):
+    loader = train_loader(train, basis, config, batch_size=32, seed=seed, rank=0, num_ranks=1, device="cpu")
+    try:
+        list(loader.epoch(0))
+    except DataError as error:
+        assert sys.argv[2] in str(error), error
+    else:
+        sys.exit("no error")
+    loader.close()
+"""
+
+
+def test_no_crash_over_a_header(copy: Path) -> None:
+    """Where a header cannot be read, DALI's decoder used to end the process, now and then."""
+    place = overwrite(copy / "train" / "train-000001.tar", lambda data: b"x" * len(data))
+    done = run_python("-c", AGAIN_AND_AGAIN, copy, place)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_files(copy: Path) -> None:
