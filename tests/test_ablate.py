@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.files import open_locked, read_json, write_json
 from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
-from tools.ablate import ANY_WIDTH, SHIPPED, ablate
+from tools.ablate import ANY_WIDTH, ablate
 from tools.ablation import run as ablation_run
 from tools.ablation.comparison import PAPER, Entry, Figures, best_entry, figures, markdown
 from tools.ablation.draw_comparison import draw
@@ -21,6 +21,7 @@ from tools.ablation.run import Run, trained
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.config import Config, flatten, parse_config
 from train.kernels import TowerColours, tower_colours
+from train.recipe import ABLATIONS
 
 CONFIGS = ROOT / "train" / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -56,13 +57,13 @@ def over_paper(*more: str) -> Config:
 def test_every_shipped_ablation_is_known_here() -> None:
     """So none goes without the test below; the default ones are among them, and so are all that the paper has figures
     of."""
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} == CHANGES.keys() > {*ANY_WIDTH, *PAPER}
+    assert {path.stem for path in ABLATIONS.glob("*.yaml")} == CHANGES.keys() > {*ANY_WIDTH, *PAPER}
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_shipped_ablations(name: str) -> None:
     """Over the paper's configuration each changes what its name says, and its comments give its command."""
-    path = SHIPPED / f"{name}.yaml"
+    path = ABLATIONS / f"{name}.yaml"
     paper, ablated = (flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path))))
     assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
     assert f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml" in path.read_text()
@@ -126,7 +127,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"ablations": ["no-dropuot"]}, r"no ablation no-dropuot; .* one of abs-tanh, no-conv4, no-dropout, "),
-        ({"ablations": ["no-lrn", str(SHIPPED / "no-lrn.yaml")]}, "two of the runs would be called no-lrn"),
+        ({"ablations": ["no-lrn", str(ABLATIONS / "no-lrn.yaml")]}, "two of the runs would be called no-lrn"),
         ({"ablations": []}, "--ablations names none"),
         ({"seeds": ()}, "at least one"),
         ({"seeds": (1, 1)}, "must be different"),

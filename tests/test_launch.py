@@ -148,6 +148,15 @@ def test_broken_values_of_torchrun(rank: str | None, world: str | None) -> None:
         find_task(TASK | given)
 
 
+@pytest.mark.parametrize(("name", "value"), [("MASTER_ADDR", ""), ("MASTER_PORT", None), ("MASTER_PORT", "99999")])
+def test_nowhere_to_meet(name: str, value: str | None) -> None:
+    """Of several processes each has to know where; one needs it not."""
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1234", name: value}
+    with pytest.raises(ValueError, match=name):
+        launched({key: text for key, text in given.items() if text is not None})
+    assert launched({"RANK": "0", "WORLD_SIZE": "1"}) == {}
+
+
 def test_the_place_on_a_machine() -> None:
     """torchrun's variable comes first."""
     assert local_rank({}) == 0 and local_rank({"LOCAL_RANK": ""}) == 0

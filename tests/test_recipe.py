@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import ROOT, refuses, train_refuses
 from train.config import parse_config
+from train.recipe import RECIPES, find_recipe
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
 PLACE = ["--data.shards", "s", "--run.dir", "r"]
@@ -86,3 +87,17 @@ def test_nothing_where_it_is_a_value(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("train: {weights: }\nmodel: {channels: ~, lrn: null}\n")
     config = parse_config(["--config", str(QUICKSTART), "--config", str(tmp_path / "mine.yaml"), *PLACE])
     assert (config.train.weights, config.model.channels, config.model.lrn) == (None, None, None)
+
+
+def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours are found from everywhere; a file of that name comes first, a folder does not; another name is told."""
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("paper") == find_recipe("paper.yaml") == RECIPES / "paper.yaml"
+    assert find_recipe("no-lrn") == RECIPES / "ablations" / "no-lrn.yaml"
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "fast").write_text("train: {epochs: 3}\n")
+    assert find_recipe("paper") == RECIPES / "paper.yaml" and find_recipe("fast") == Path("fast")
+    with pytest.raises(
+        FileNotFoundError, match=r"papper is no file, and none of our recipes \(alexnet2012, fast, paper"
+    ):
+        find_recipe("papper")

@@ -22,9 +22,8 @@ from tools.ablation.draw_comparison import draw
 from tools.ablation.run import Run, ended, result_of
 from train.config import parse_config
 from train.program import run_program
-from train.recipe import RECIPES, find_recipe
+from train.recipe import ABLATIONS, find_recipe
 
-SHIPPED = RECIPES / "ablations"
 ANY_WIDTH = ("no-lrn", "no-overlapping-pooling", "no-lighting", "no-windows-and-flips", "no-dropout", "no-weight-decay")
 """Those that fit a network of any width and lighten the paper's recipe by one thing."""
 OURS = ("--data.shards", "--run.dir", "--train.seed")
@@ -59,8 +58,6 @@ def ablate(
     check_numbers(seeds, rates, error)
     files = {BASE: None} | named(list(ANY_WIDTH) if ablations is None else ablations)
     base = find_recipe(str(base))
-    if not base.is_file():
-        raise FileNotFoundError(f"{base} is no file; give a configuration such as train/configs/paper.yaml")
     each_rate: list[float | None] = [None] if rates is None else [*rates]
 
     def runs(name: str, rate: float | None) -> list[Run]:
@@ -104,12 +101,13 @@ def named(ablations: list[str]) -> dict[str, Path | None]:
     """Names of ablations and their files. Raises `ValueError` for one that is unknown or comes twice."""
     if not ablations:
         raise ValueError("--ablations names none; give some, or leave it out for those that fit any width")
-    known = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    known = sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
     files: dict[str, Path | None] = {}
     for text in ablations:
-        path = find_recipe(text, SHIPPED)
-        if not path.is_file():
-            raise ValueError(f"there is no ablation {text}; give a YAML file or one of {', '.join(known)}")
+        try:
+            path = find_recipe(text)
+        except FileNotFoundError:
+            raise ValueError(f"there is no ablation {text}; give a YAML file or one of {', '.join(known)}") from None
         if path.stem in {BASE, *files}:
             raise ValueError(f"two of the runs would be called {path.stem}; name every ablation once, and none {BASE}")
         files[path.stem] = path

@@ -241,10 +241,11 @@ def scaling(
     repeats: int = 3,
     out: Path | None = None,
 ) -> None:
-    """Curves of the loader, on a CPU, over threads and processes; of its start-up and memory over the number of
-    samples; of its speed and memory over epochs; with RAW, of packing and of the eigenbasis' sums over workers.
+    """Curves over threads, processes, samples, epochs and workers, all on a CPU.
 
-    Then, on paper, what a run on 64 GPUs would ask of its machines.
+    Of the loader over threads and processes; of its start-up and memory over the number of samples; of its speed and
+    memory over epochs; with RAW, of packing and of the eigenbasis' sums over workers. Then, on paper, what a run on 64
+    GPUs would ask of its machines.
 
     Args:
         shards: Folder written by make_shards and compute_pca.

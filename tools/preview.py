@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.files import check_writable
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig
@@ -65,6 +66,7 @@ def preview(
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     sample = find_sample(train, image)
     augmentation, path = Augmentation(lighting=lighting), out or shards / "preview.png"
+    check_writable(path)
     repeated = repeated_views(train, basis, augmentation, seed, sample)
     draw_sheet(path, train, repeated, training_views(train, basis, augmentation, seed), lighting, seed)
     print(f"picture: {path}")

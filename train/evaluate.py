@@ -134,8 +134,9 @@ def evaluate_checkpoint(
     per_class: Path | None = None,
     confusion: Path | None = None,
 ) -> None:
-    """Evaluate a network on a validation split: centre crop and ten views, top-1 and top-5; under torchrun or srun each
-    process looks at a share.
+    """Evaluate a network on a validation split: centre crop and ten views, top-1 and top-5.
+
+    Under torchrun or srun each process looks at a share.
 
     Args:
         checkpoint: A step-*.pt, a run directory, whose newest one is taken, a .safetensors file or torchvision's .pth.

@@ -41,7 +41,8 @@ def find_task(environment: Mapping[str, str]) -> Task:
         names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
     else:
         return Task(0, 1, "")
-    rank, world = (read_number(environment, name) for name in names)
+    world = read_number(environment, names[1])
+    rank = 0 if world == 1 and names[0] not in environment else read_number(environment, names[0])
     if rank >= world:
         raise ValueError(f"{names[0]} is {rank}, but {names[1]} says that there are {world} processes")
     return Task(rank, world, "/".join(names))
@@ -59,12 +60,13 @@ def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
 
     RANK or WORLD_SIZE that is there already is of another launcher, perhaps a torchrun that srun started: nothing is
     changed then. A given MASTER_ADDR or MASTER_PORT stays. `num_gpus` is the number that this process sees. Raises
-    `ValueError` that names the variable when one of Slurm's is missing or cannot be read.
+    `ValueError` that names the variable when one is missing or cannot be read.
     """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        return
     task = find_task(environment)
     if task.world == 1:
+        return
+    if "WORLD_SIZE" in environment:
+        check_meeting_point(environment)
         return
     environment["RANK"], environment["WORLD_SIZE"] = str(task.rank), str(task.world)
     place = read_number(environment, "SLURM_LOCALID")
@@ -76,6 +78,13 @@ def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
     if "MASTER_PORT" not in environment:
         job, step = (read_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         environment["MASTER_PORT"] = str(PORTS[(STEPS_APART * job + step) % len(PORTS)])
+    check_meeting_point(environment)
+
+
+def check_meeting_point(environment: Mapping[str, str]) -> None:
+    """Raise `ValueError` unless the variables say where processes meet."""
+    if not environment.get("MASTER_ADDR"):
+        raise ValueError("there are other processes, but MASTER_ADDR is not set; start all of them by torchrun or srun")
     if not 0 < read_number(environment, "MASTER_PORT") < 2**16:
         raise ValueError(f"MASTER_PORT has to lie in 1..65535, but is {environment['MASTER_PORT']}")
 

@@ -160,7 +160,7 @@ class Placement:
         return [int(number) for number in told.tolist()]
 
     def gather(self, mine: Any) -> list[Any]:
-        """What every process has, by rank, on all of them."""
+        """What every process has, by rank, on all of them; pickled between processes of one run, never from a file."""
         if self.world == 1:
             return [mine]
         everyone = [None] * self.world

@@ -12,14 +12,27 @@ NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 MOST_VALUES = 10_000
 """In a file, aliases written out; recipes have a hundred."""
 RECIPES = Path(__file__).resolve().parent / "configs"
+ABLATIONS = RECIPES / "ablations"
 """Those that come with this package."""
 
 
-def find_recipe(name: str, folder: Path = RECIPES) -> Path:
-    """The file that a user names: a path, or the bare name of one of ours (`paper`, `paper.yaml`), which an installed
-    package has somewhere. A file of that name in the working directory comes first."""
-    path, ours = Path(name), folder / f"{name.removesuffix('.yaml')}.yaml"
-    return ours if path.name == name and not path.exists() and ours.is_file() else path
+def find_recipe(name: str) -> Path:
+    """The file that a user names: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`,
+    `paper.yaml`), which an installed package has somewhere. A file of that name in the working directory comes first.
+
+    Raises `FileNotFoundError` for a name that is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():
+        return path
+    ours = {each.stem: each for folder in (RECIPES, ABLATIONS) for each in folder.glob("*.yaml")}
+    found = ours.get(name.removesuffix(".yaml"))
+    if found is None:
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(
+            f"{name} is no file, and none of our recipes ({known}); give a YAML file or one of them"
+        )
+    return found
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -35,13 +35,13 @@ from pipeline.machine import num_cores
 from tools.benchmarks.measure import STEPS_ON_A_GPU, Table, take_turns
 from tools.benchmarks.synthetic import training_on
 from train.device import can_compile, keep_freed_memory, set_arithmetic
-from train.recipe import RECIPES
+from train.recipe import ABLATIONS
 
 TWO_DEVICES, ONE_DEVICE = "two towers, one on each of two devices", "two towers on one device"
 ONE_GPU = "the paper's one-GPU net on one device"
 TITLE = "two towers on two devices"
 FULL = AlexNetConfig()
-ONE_GPU_FILE = RECIPES / "ablations" / "one-gpu.yaml"
+ONE_GPU_FILE = ABLATIONS / "one-gpu.yaml"
 PATIENCE_S = 300.0
 """For an answer, besides ten times what the steps should take: compiling and a first step take long on few cores. Where
 a tower waits for the other one in vain, `model.peer.TIMEOUT` ends it sooner."""
