@@ -34,7 +34,7 @@ Members = list[tuple[str, bytes]]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_python(*arguments: str | Path, timeout: float = 240, **options: object) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str | Path, timeout: float = 600, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in the repository's root as a user would."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, **options)  # type: ignore[call-overload, no-any-return]
