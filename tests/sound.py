@@ -25,9 +25,7 @@ from tools.demo_archives import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
 from tools.make_shards import pack
 from tools.packing import ilsvrc as ilsvrc_module
 from tools.packing.ilsvrc import read_devkit
-from train.checkpoint import (
-    save_checkpoint,
-)
+from train.checkpoint import save_checkpoint
 from train.config import parse_config
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"

@@ -31,7 +31,7 @@ MD5 = {  # as published with the archives
 }
 
 MAX_DEVKIT_BYTES = 2**26
-"""Of a file in the devkit; the true ones have less than a megabyte."""
+"""Of a file in the devkit at most: a gzip file can hold a thousand times what it seems."""
 
 
 def read_archives(raw: Path) -> RawImageNet:

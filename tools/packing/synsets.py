@@ -12,7 +12,7 @@ import sys
 from scipy.io import loadmat
 
 MEMORY_BYTES = 2**29
-"""More than a hundred times what the true one takes."""
+"""Room for libraries and a table of some ten thousand rows, none for what damage makes of one."""
 
 
 def main() -> None:
