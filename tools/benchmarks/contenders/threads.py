@@ -28,7 +28,8 @@ def spdl_batches(data: PeerData) -> Batches:
             finish(spdl.io.to_numpy(spdl.io.load_image(data.files[number][0])), data.basis, rng, out)
         return torch.from_numpy(images), torch.tensor([data.files[number][1] for number in numbers])
 
-    builder = PipelineBuilder().add_source(Permutations(len(data.files))).aggregate(data.batch_size)
+    builder: Any = PipelineBuilder()
+    builder = builder.add_source(Permutations(len(data.files))).aggregate(data.batch_size)
     builder = builder.pipe(load, concurrency=data.workers, output_order="input").add_sink(3)
     pipeline = builder.build(num_threads=data.workers)
     with pipeline.auto_stop():
