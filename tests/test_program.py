@@ -56,6 +56,24 @@ def test_help_of_every_program() -> None:
     assert "--batch-sizes and --repeats must be at least 1" in told
 
 
+VALUES = {
+    ("--train.epochs", "x"): "a whole number, not x",
+    ("--optimizer.lr", "x"): "a number, not x",
+    ("--train.compile", "maybe"): "true or false, not maybe",
+    ("--model.lrn", "x"): "one of none, paper, original, or null, not x",
+    ("--model.channels", "[1, 2]"): "a list of whole numbers, 5 of them, or null, not [1, 2]",
+    ("--optimizer.steps", "[a]"): "a list of whole numbers, not a",
+    ("--model", "no.yaml"): "its fields one by one, or a YAML file with them; there is no file no.yaml",
+}
+
+
+@pytest.mark.parametrize(("option", "value"), VALUES)
+def test_wrong_values_in_plain_words(option: str, value: str) -> None:
+    """What an option takes is said as a user would, not as Python does."""
+    told = refuses("-m", "train.run", "--config", "quickstart", option, value, "--data.shards", "s", "--run.dir", "r")
+    assert told == f"error: {option} takes {VALUES[option, value]} (--help lists every option)\n"
+
+
 TALKATIVE = """
 from tqdm import tqdm
 from train.program import *

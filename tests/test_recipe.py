@@ -40,7 +40,7 @@ CASES = {
     b"train: {seed: !!float abc}\n": ", line 1: leave the tag tag:yaml.org,2002:float out",
     b"a: !!python/object/apply:os.system [id]\n": ", line 1: leave the tag tag:yaml.org,2002:python/object/apply",
     LAUGHS: " repeats itself, by aliases, to more than 10000 values",
-    b"train: {seed: one}\n": ': Parser key "train.seed"',
+    b"train: {seed: one}\n": ": train.seed takes a whole number, not one",
 }
 
 

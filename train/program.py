@@ -7,13 +7,14 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 import errno
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, get_args
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
 
@@ -73,10 +74,40 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the command line and leave with exit code 2."""
         if speaks():
-            sys.stderr.write(
-                f"error: {one_line(self._reading + ' '.join(str(message).split()))} (--help lists every option)\n"
-            )
+            told = self._reading + self.in_words(" ".join(str(message).split()))
+            sys.stderr.write(f"error: {one_line(told)} (--help lists every option)\n")
         sys.exit(WRONG_INPUT)
+
+    def in_words(self, message: str) -> str:
+        """What jsonargparse says of a value in Python's terms, said in those of a user: the option, what it takes, what
+        it was given."""
+        key = re.match(r'Parser key "([^"]+)"', message)
+        action = next((action for action in self._actions if key and action.dest == key[1]), None)
+        if key is None or action is None:
+            return message
+        name = key[1] if self._reading else action.option_strings[0]
+        missing = re.search(r"Unable to load config ['\"](.+?)['\"]", message)
+        if missing and not os.path.exists(missing[1]):
+            return f"{name} takes its fields one by one, or a YAML file with them; there is no file {missing[1]}"
+        given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
+        kind = words_for(getattr(action, "_typehint", None))
+        return f"{name} takes {kind}, not {given[1]}" if given and kind else message
+
+
+def words_for(kind: Any) -> str:
+    """A type, as a user would call what it holds; empty for those that no option has."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if kind in plain:
+        return plain[kind]
+    of = [each for each in get_args(kind) if each is not type(None) and each is not ...]
+    if get_origin(kind) is Literal:
+        words = f"one of {', '.join(map(str, of))}"
+    elif get_origin(kind) in (list, tuple):
+        words = f"a list of {words_for(of[0]).removeprefix('a ')}s"
+        words += f", {len(of)} of them" if len(of) > 1 else ""
+    else:
+        words = " or ".join(map(words_for, of))
+    return f"{words}, or null" if words and type(None) in get_args(kind) else words
 
 
 def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:

@@ -19,5 +19,5 @@ def find_part(part: str | None, environment: Mapping[str, str]) -> Task:
     if parts < 1:
         raise ValueError(f"--part is {part}: there has to be at least one part")
     if index > parts:
-        raise ValueError(f"--part is {part}: there are only {parts} parts")
+        raise ValueError(f"--part is {part}: there are only {parts} parts; give 1/{parts} to {parts}/{parts}")
     return Task((index - 1) % parts, parts, "--part")
