@@ -63,7 +63,7 @@ VALUES = {
     ("--model.lrn", "x"): "one of none, paper, original, or null, not x",
     ("--model.channels", "[1, 2]"): "a list of whole numbers, 5 of them, or null, not [1, 2]",
     ("--optimizer.steps", "[a]"): "a list of whole numbers, not a",
-    ("--model", "no.yaml"): "its fields one by one, or a YAML file with them; there is no file no.yaml",
+    ("--model", "no.yaml"): "its fields one by one, or the name of a YAML file with them, not no.yaml",
 }
 
 

@@ -87,8 +87,8 @@ class Parser(ArgumentParser):
             return message
         name = key[1] if self._reading else action.option_strings[0]
         missing = re.search(r"Unable to load config ['\"](.+?)['\"]", message)
-        if missing and not os.path.exists(missing[1]):
-            return f"{name} takes its fields one by one, or a YAML file with them; there is no file {missing[1]}"
+        if missing:
+            return f"{name} takes its fields one by one, or the name of a YAML file with them, not {missing[1]}"
         given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
         kind = words_for(getattr(action, "_typehint", None))
         return f"{name} takes {kind}, not {given[1]}" if given and kind else message
