@@ -2,6 +2,8 @@
 
 Every function takes a `random.Random` and something sound, and gives something that may not be. Nothing here knows a
 reader: which of it is refused, and how, is for tests/test_fuzz.py to see.
+
+Longer than others: nearly half of it is tables of odd values.
 """
 
 import copy

@@ -1,5 +1,8 @@
 """A comparison's figures are those of its runs, the shipped ablations are what their names say, and a comparison goes
-on where it stood or says why not."""
+on where it stood or says why not.
+
+Longer than others: it is one program, with tables of what each ablation changes and of what is refused.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""The network of 2012: parameters, shapes, initialization, dropout, towers."""
+"""The network of 2012: parameters, shapes, initialization, dropout, towers.
+
+Longer than others: it is one class, whose variants are written out a second time to compare with.
+"""
 
 import math
 from dataclasses import replace

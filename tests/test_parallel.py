@@ -1,5 +1,8 @@
 """Two towers on two processes, and on two replicas of two, are the network on one device; over gloo, in processes of
-their own."""
+their own.
+
+Longer than others: the processes that it starts call functions of this file, which belong beside the tests.
+"""
 
 import multiprocessing
 import os

@@ -1,4 +1,7 @@
-"""Verification: sound shards pass, and each kind of damage is told with its place."""
+"""Verification: sound shards pass, and each kind of damage is told with its place.
+
+Longer than others: it is one command, and most tests damage a copy and read the output with the same helpers.
+"""
 
 import io
 import shutil

@@ -1,0 +1,108 @@
+"""Images that a pack takes as they are, leaves out or stops at, and what it tells before it begins."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.files import read_json
+from pipeline.shards import open_shards
+from tests.helpers import files, jpeg, photo, run_ok, run_python, tar_of, write
+from tools.make_shards import pack
+
+
+def test_undecodable_images(tmp_path: Path) -> None:
+    """One stops the pack with archive, name and key; --on-bad skip leaves it out, lists it, and the counts add up, even
+    where nothing is left of a shard."""
+    raw, shards = tmp_path / "raw", tmp_path / "shards"
+    rng = np.random.default_rng(0)
+    good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
+    bad = {"n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""}
+    write(raw / "n00000011.tar", tar_of({**good, **bad}))
+    with pytest.raises(ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"):
+        pack(raw, shards, samples_per_shard=1, workers=1)
+    assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
+    pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
+    manifest = read_json(shards / "train" / "manifest.json")
+    assert manifest["num_samples"] == 6 == len(manifest["shards"]) == len(list(shards.rglob("*.tar")))
+    assert sorted(row["key"] for row in manifest["skipped"]) == ["n00000011_0b", "n00000011_bad"]
+    assert all("not decodable" in row["reason"] for row in manifest["skipped"])
+    assert open_shards(shards, "train").num_samples == 6
+    before = files(shards)
+    pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
+    assert files(shards) == before
+
+
+def test_nothing_but_undecodable_images(tmp_path: Path) -> None:
+    """There is no such thing as an empty pack."""
+    write(tmp_path / "raw" / "n00000011.tar", tar_of({"a.JPEG": b"no image"}))
+    with pytest.raises(ValueError, match="not one image of train"):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1, on_bad="skip")
+
+
+def test_an_archive_that_changes_while_it_is_packed(small: Path, tmp_path: Path) -> None:
+    """Cut short after it was listed: exit code 3, one sentence; no image of it is skipped as undecodable."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for tar in small.glob("*.tar"):
+        (raw / tar.name).write_bytes(tar.read_bytes())
+    program = """
+import sys
+from pathlib import Path
+import tools.make_shards as make_shards
+from train.program import exit_with
+raw, shards = map(Path, sys.argv[1:])
+real = make_shards.claim
+def claim(*arguments):
+    real(*arguments)
+    (raw / "n00000022.tar").write_bytes((raw / "n00000022.tar").read_bytes()[:20000])
+make_shards.claim = claim
+if __name__ == "__main__":
+    exit_with(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
+"""
+    done = run_python("-c", program, raw, tmp_path / "shards")
+    assert done.returncode == 3 and "n00000022.tar ends inside" in done.stderr
+    assert not (tmp_path / "shards" / "train" / "manifest.json").exists()
+
+
+def test_store_original(small: Path, tmp_path: Path) -> None:
+    """Every file goes in as it is; programs that take 256x256 images say so."""
+    pack(small, tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
+    expected = {}
+    for path in small.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            expected |= {m.name.removesuffix(".JPEG"): tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    found = {}
+    for path in (tmp_path / "shards" / "train").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            jpegs = [member for member in tar if member.name.endswith(".jpg")]
+            found |= {m.name.removesuffix(".jpg"): tar.extractfile(m).read() for m in jpegs}  # type: ignore[union-attr]
+    assert found == expected
+    # Statistics are of what the pipeline makes of them, the squares that crop256 stores, but for its JPEGs.
+    run_ok("tools/compute_pca.py", tmp_path / "shards")
+    pack(small, tmp_path / "squares", quality=100, subsampling="444", workers=1)
+    run_ok("tools/compute_pca.py", tmp_path / "squares")
+    ours, squares = (read_json(tmp_path / name / "pca.json") for name in ("shards", "squares"))
+    np.testing.assert_allclose(ours["mean"], squares["mean"], atol=0.2)
+    np.testing.assert_allclose(ours["axis_stddev"], squares["axis_stddev"], rtol=0.01)
+
+
+def test_dry_run(small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes nothing, and is right about the number of shards and, to a tenth, about their size."""
+    pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, dry_run=True)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "GB" in line)
+    assert "90 images in 10 shards" in line and not (tmp_path / "shards").exists()
+    size = sum(len(data) for name, data in clean.items() if name.endswith(".tar"))
+    assert float(line.split("about ")[1].split(" GB")[0]) == pytest.approx(size / 1e9, rel=0.1, abs=0.005)
+
+
+def test_a_slow_source_is_told(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below the limit the packer says what it means in hours, and the remedy."""
+    from tools import make_shards
+
+    monkeypatch.setattr(make_shards, "random_read_rate", lambda listing, readers: 0.05)
+    pack(small, tmp_path / "shards", workers=1, dry_run=True)
+    assert "0 images a second when read at random, which is 0.5 hours" in capsys.readouterr().out
