@@ -11,7 +11,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.files import read_json
-from tests.helpers import WNIDS, Images, class_tars, folders, image_set, kaggle, parquet, tar_of, write
+from tests.helpers import tar_of, write
+from tests.layouts import WNIDS, Images, class_tars, folders, image_set, kaggle, parquet
 from tools.make_shards import pack
 from tools.packing.cache import load_listing, save_listing, stamp
 from tools.packing.listing import Listing

@@ -13,7 +13,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.files import read_json
-from tests.helpers import WNIDS, class_tars, folders, image_set, jpeg, kaggle, parquet, tar_of, write
+from tests.helpers import jpeg, tar_of, write
+from tests.layouts import WNIDS, class_tars, folders, image_set, kaggle, parquet
 from tests.mutate import pax
 from tools.make_shards import pack
 
