@@ -103,7 +103,8 @@ def read_graph(
     In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
     and samples are drawn from a buffer. With `sticky` each rank keeps its shards, in one order. `pad_last_batch` is
     what makes epochs exact over several ranks: without it the tail of one epoch takes from the head of the next.
-    Without mmap a truncated shard is an error, not a SIGBUS.
+    Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and grow to the largest file
+    that they held: DALI's default is a MiB for each member of each sample in the shuffle buffer.
     """
     shuffling: dict[str, Any] = {"random_shuffle": True, "initial_fill": min(shuffle_buffer, shards.num_samples)}
     if not sticky:
@@ -118,6 +119,7 @@ def read_graph(
         seed=op_seed(seed, rank, "reader"),
         pad_last_batch=True,
         dont_use_mmap=True,
+        tensor_init_bytes=4096,
         prefetch_queue_depth=read_ahead,
         stick_to_shard=sticky or not training,
         name="reader",

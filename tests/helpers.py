@@ -191,7 +191,7 @@ def loaders(
     shards: ShardSet, basis: Eigenbasis, num_ranks: int, training: bool, batch_size: int = 8, **changes: Any
 ) -> list[Loader]:
     """One loader per rank."""
-    config = DataConfig(Path(shards.tars[0]).parent.parent, shuffle_buffer=16, **changes)
+    config = DataConfig(Path(shards.tars[0]).parent.parent, **{"shuffle_buffer": 16, **changes})
     place = {"batch_size": batch_size, "num_ranks": num_ranks, "device": "cpu"}
     if training:
         return [train_loader(shards, basis, config, seed=3, rank=rank, **place) for rank in range(num_ranks)]

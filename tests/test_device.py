@@ -1,38 +1,49 @@
-"""How a process keeps memory, seen from a process of its own by what the kernel counts."""
+"""How a process keeps memory, seen from a process of its own by what the kernel and glibc count."""
+
+import os
 
 from tests.helpers import run_python
 
 KEPT = """
+import ctypes, re, threading
 import numpy as np
 from pipeline.machine import resident_bytes
-from train.device import keep_freed_memory, release_freed_memory
+from train.device import keep_freed_memory
 
-def held():
-    return round(resident_bytes() / 1e6)
+def arenas():
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    file = libc.fopen(b"{told}", b"w")
+    libc.malloc_info(0, ctypes.c_void_p(file))
+    libc.fclose(ctypes.c_void_p(file))
+    return len(re.findall("<heap nr", open("{told}").read()))
+
+def hold():
+    block = np.ones(10_000, np.uint8)
+    together.wait()
+    del block
 
 if {keep}:
     keep_freed_memory()
-before = held()
 blocks = [np.ones(1_000_000, np.uint8) for _ in range(200)]
-anchor = np.ones(1_000_000, np.uint8)  # lies above them, so that only what is inside can be given back
-full = held()
+full = resident_bytes()
 del blocks
-freed = held()
-release_freed_memory()
-print(before, full, freed, held())
+together = threading.Barrier(12)
+threads = [threading.Thread(target=hold) for _ in range(12)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(full - resident_bytes(), arenas())
 """
 
 
-def sizes(keep: bool) -> list[int]:
-    """Resident megabytes of a process: before it takes 200 MB, with them, without them, and once they are released."""
-    process = run_python("-c", KEPT.format(keep=keep))
-    assert process.returncode == 0, process.stderr
-    return [int(word) for word in process.stdout.split()]
-
-
-def test_freed_memory_is_kept_until_it_is_released() -> None:
-    before, full, freed, released = sizes(keep=True)
-    assert full - before > 190 and full - freed < 10  # kept
-    assert freed - released > 190  # given back
-    _, full, freed, _ = sizes(keep=False)
-    assert full - freed > 190  # so does glibc by itself
+def test_freed_memory_is_kept_in_few_places(tmp_path: object) -> None:
+    """Of 200 MB that are freed nearly all stay with the process, and a dozen threads share an arena for each core; by
+    itself glibc keeps nothing and gives each thread an arena."""
+    given_back, arenas = {}, {}
+    for keep in (False, True):
+        process = run_python("-c", KEPT.format(keep=keep, told=f"{tmp_path}/arenas"))
+        assert process.returncode == 0, process.stderr
+        given_back[keep], arenas[keep] = map(int, process.stdout.split())
+    assert given_back[False] > 190e6 and given_back[True] < 10e6
+    cores = len(os.sched_getaffinity(0))
+    assert arenas[True] <= max(2, cores) and (arenas[False] >= 12 or arenas[False] == 8 * cores)

@@ -174,6 +174,20 @@ def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
     assert np.median(sizes[120:]) <= 1.02 * np.median(sizes[60:120]), sizes[::10]
 
 
+def test_the_shuffle_buffer_holds_little_more_than_its_files(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """1,200 files of a few kB, all of them in the buffer, take some MB each loader, not a MiB for each member."""
+
+    def data_mb() -> float:
+        (held,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmData:"))
+        return int(held.split()[1]) / 1024
+
+    before = data_mb()
+    (loader,) = loaders(numbered_shards(1200, 4), plain_basis, 1, training=True, shuffle_buffer=1200)
+    next(iter(loader))
+    assert data_mb() - before < 500  # 112 here, 2,262 with buffers of a MiB
+    loader.close()
+
+
 def test_kept_batches_stay_intact(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """The memory of batches is used again, but not that of batches that are kept."""
     (loader,) = loaders(numbered_shards(131, 4), plain_basis, 1, training=True)

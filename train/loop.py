@@ -15,7 +15,6 @@ from tqdm import tqdm
 from pipeline.shards import DataError
 from train.alarms import Alarms
 from train.checkpoint import CheckpointWriter, step_of
-from train.device import release_freed_memory
 from train.evaluate import Accuracy, evaluate
 from train.findings import Findings
 from train.metrics import MetricsLog
@@ -57,7 +56,6 @@ class Trainer:
                 self.save()
                 self.finish_saving()
                 raise DataError(f"{error}; what was trained is saved, the same command goes on") from None
-            release_freed_memory()
             if accuracy:
                 self.end_epoch(accuracy, perf_counter() - started)
             self.save()  # where evaluation was interrupted, going on begins with it
