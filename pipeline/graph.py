@@ -103,8 +103,8 @@ def read_graph(
     In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
     and samples are drawn from a buffer. With `sticky` each rank keeps its shards, in one order. `pad_last_batch` is
     what makes epochs exact over several ranks: without it the tail of one epoch takes from the head of the next.
-    Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and grow to the largest file
-    that they held: DALI's default is a MiB for each member of each sample in the shuffle buffer.
+    Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and follow their files:
+    DALI's default, a MiB at first for each member of each sample in the shuffle buffer, makes gigabytes.
     """
     shuffling: dict[str, Any] = {"random_shuffle": True, "initial_fill": min(shuffle_buffer, shards.num_samples)}
     if not sticky:
