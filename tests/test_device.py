@@ -5,7 +5,9 @@ import os
 from tests.helpers import run_python
 
 KEPT = """
-import ctypes, re, threading
+import ctypes, os, re, threading
+
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # with many cores a dozen threads would say nothing
 import numpy as np
 from pipeline.machine import resident_bytes
 from train.device import keep_freed_memory
@@ -45,5 +47,5 @@ def test_freed_memory_is_kept_in_few_places(tmp_path: object) -> None:
         assert process.returncode == 0, process.stderr
         given_back[keep], arenas[keep] = map(int, process.stdout.split())
     assert given_back[False] > 190e6 and given_back[True] < 10e6
-    cores = len(os.sched_getaffinity(0))
+    cores = min(2, len(os.sched_getaffinity(0)))
     assert arenas[True] <= 2 * cores and (arenas[False] >= 12 or arenas[False] == 8 * cores)

@@ -63,7 +63,10 @@ VALUES = {
     ("--model.lrn", "x"): "one of none, paper, original, or null, not x",
     ("--model.channels", "[1, 2]"): "a list of whole numbers, 5 of them, or null, not [1, 2]",
     ("--optimizer.steps", "[a]"): "a list of whole numbers, not a",
-    ("--model", "no.yaml"): "its fields one by one, or the name of a YAML file with them, not no.yaml",
+    ("--model", "no.yaml"): "its fields one by one, or the name of a YAML file with them; what was given is neither",
+    ("--train.seed", ""): "a whole number, not nothing",
+    ("--train.seed", "'Got value: 7'"): "a whole number, not Got value: 7",
+    ("--train.seed", 'Unable to load config "zz"'): 'a whole number, not Unable to load config "zz"',
 }
 
 
@@ -72,6 +75,16 @@ def test_wrong_values_in_plain_words(option: str, value: str) -> None:
     """What an option takes is said as a user would, not as Python does."""
     told = refuses("-m", "train.run", "--config", "quickstart", option, value, "--data.shards", "s", "--run.dir", "r")
     assert told == f"error: {option} takes {VALUES[option, value]} (--help lists every option)\n"
+
+
+def test_wrong_values_within() -> None:
+    """What is wrong in a section or a list given whole is called by its name, not as an option that there is not."""
+    for option, value, told in (
+        ("--model", "{lrn: foo}", "model.lrn takes one of none, paper, original, or null, not foo"),
+        ("--optimizer.changes", "[{epoch: a, lr: 1}]", "epoch takes a whole number, not a"),
+    ):
+        words = ("-m", "train.run", "--config", "quickstart", option, value, "--data.shards", "s", "--run.dir", "r")
+        assert f"error: {told}" in refuses(*words)
 
 
 TALKATIVE = """

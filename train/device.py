@@ -47,7 +47,8 @@ def keep_freed_memory() -> None:
 
     By itself it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart
     trains 1.45 times as fast with this. Threads share two arenas for each core, not eight: every arena keeps the
-    most that it ever held, and DALI's batches come from now this thread, now that. One a core decodes a tenth slower.
+    most that it ever held, and DALI's batches come from now this thread, now that. With one a core, uint8 windows
+    came a tenth slower.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # glibc's alone

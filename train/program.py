@@ -81,17 +81,21 @@ class Parser(ArgumentParser):
     def in_words(self, message: str) -> str:
         """What jsonargparse says of a value in Python's terms, said in those of a user: the option, what it takes, what
         it was given."""
-        key = re.match(r'Parser key "([^"]+)"', message)
-        action = next((action for action in self._actions if key and action.dest == key[1]), None)
-        if key is None or action is None:
+        found = re.fullmatch(r'Parser key "([^"]+)": (.*)', message)
+        action = next((action for action in self._actions if found and action.dest == found[1]), None)
+        if found is None or action is None:
             return message
-        name = key[1] if self._reading else action.option_strings[0]
-        missing = re.search(r"Unable to load config ['\"](.+?)['\"]", message)
-        if missing:
-            return f"{name} takes its fields one by one, or the name of a YAML file with them, not {missing[1]}"
-        given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
+        key, fault = found.groups()
+        typed = {word.split("=")[0] for word in sys.argv}
+        name = next((option for option in action.option_strings if option in typed), key)
+        if fault.startswith("Unable to load config "):  # neither that nor what it begins with is a field of ours
+            within = re.search(rf'Parser key "{re.escape(key)}\..*', fault)
+            fields = "takes its fields one by one, or the name of a YAML file with them"
+            return self.in_words(within[0]) if within else f"{name} {fields}; what was given is neither"
+        given = re.match(r"Expected an? .*?\. Got value: ?(.*)", fault)
+        given = given or re.match(r"Does not validate .*? Given value type: .*? Given value: ?(.*)", fault)
         kind = words_for(getattr(action, "_typehint", None))
-        return f"{name} takes {kind}, not {given[1]}" if given and kind else message
+        return f"{name} takes {kind}, not {given[1] or 'nothing'}" if given and kind else message
 
 
 def words_for(kind: Any) -> str:
@@ -100,6 +104,8 @@ def words_for(kind: Any) -> str:
     if kind in plain:
         return plain[kind]
     of = [each for each in get_args(kind) if each is not type(None) and each is not ...]
+    if get_origin(kind) is not Literal and not all(map(words_for, of)):
+        return ""
     if get_origin(kind) is Literal:
         words = f"one of {', '.join(map(str, of))}"
     elif get_origin(kind) in (list, tuple):
