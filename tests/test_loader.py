@@ -149,7 +149,7 @@ def threading_count() -> int:
 
 @pytest.mark.slow
 def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
-    """Resident memory does not grow by more than 2 % over 20 epochs, nor over 60 loaders in a row. Medians of
+    """Resident memory does not grow by more than 2 % over 40 epochs, nor over 180 loaders in a row. Medians of
     small batches, as each look sees another number of them ready; the first epochs and loaders fill caches."""
     train = open_shards(shards, "train")
 
