@@ -5,10 +5,12 @@
 Every tar is read once, in full (`tars.py`). Of each sample the index lists the JPEG and the `.cls` alone. DALI
 picks components by the index's extension, so `.JPEG` is listed as `jpg`; it reads as many bytes as the index says, so
 white space behind a label is left out there; it never uses the names, but cuts lines at spaces, so those are replaced.
+Every image is decoded: nothing can be encoded anew here, so what the pipeline might refuse is refused at once.
 """
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,8 +25,9 @@ from pipeline.shards import (
     open_shards,
     read_classes,
 )
+from tools.packing.images import find_fault
 from tools.packing.pool import check_workers
-from tools.packing.tars import HashedFile, over_shards, read_samples, sample_entries
+from tools.packing.tars import HashedFile, over_shards, plain, read_samples, sample_entries, skipped_name
 
 MOST_TARS, LONGEST_PATTERN = 100_000, 1000
 """Names that a pattern may stand for, and its characters."""
@@ -41,6 +44,8 @@ class Indexed(NamedTuple):
     """Its DALI index."""
     max_label: int
     """The largest class index in it."""
+    skipped: list[dict[str, str]]
+    """Rows for the manifest of the samples that were left out."""
 
 
 def adopt(
@@ -50,6 +55,7 @@ def adopt(
     split: Literal["train", "val"],
     pattern: str,
     classes: Path | None = None,
+    on_bad: Literal["fail", "skip"] = "fail",
     workers: int | None = None,
 ) -> None:
     """Make shards that other programs wrote usable here, by links, without copying or changing them.
@@ -63,6 +69,8 @@ def adopt(
         pattern: Which files of SRC, as a glob and with braces as webdataset writes them: name-{0000..1023}.tar.
         classes: Names of the classes: a text file with one WordNet id per line in sorted order, words behind it, or
             a classes.json. By default classes are numbered.
+        on_bad: What to do with an image that DALI might refuse or show otherwise than viewers do (other formats, CMYK,
+            damage): stop, or leave it out of the index and list it in the manifest.
         workers: Processes; every core by default.
     """
     processes = check_workers(workers)
@@ -73,8 +81,10 @@ def adopt(
     if finished(directory, tars, source):
         print(f"{directory} is adopted already; nothing to do")
         return
-    found = over_shards(read_shard, tars, [tar.stat().st_size for tar in tars], processes, "reading")
+    read = partial(read_shard, on_bad=on_bad)
+    found = over_shards(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
     num_samples, max_label = sum(shard.row["samples"] for shard in found), max(shard.max_label for shard in found)
+    skipped = [row for shard in found for row in shard.skipped]
     if max_label >= max(num_samples, MADE_UP_CLASSES) and not (classes or (shards / "classes.json").exists()):
         raise ValueError(f"{src} holds label {max_label}, but {num_samples} images; mend that label or give --classes")
     names, told = class_names(shards, classes, max_label)
@@ -97,11 +107,11 @@ def adopt(
         "renamed": {},
         "shards": [shard.row for shard in found],
         "repairs": [],
-        "skipped": [],
+        "skipped": skipped,
     }
     check_manifest(manifest, directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
-    print(f"{directory}: {num_samples} images in {len(tars)} shards, {len(names)} classes {told}")
+    print(f"{directory}: {num_samples} images in {len(tars)} shards, {len(names)} classes {told}, {len(skipped)} skipped")
 
 
 def find_tars(src: Path, pattern: str) -> list[Path]:
@@ -196,19 +206,26 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
     return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
 
 
-def read_shard(path: Path) -> Indexed:
+def read_shard(path: Path, on_bad: str) -> Indexed:
     """Index one tar. Raises `ValueError` that names it and the sample."""
     index, max_label = [], -1
+    skipped: list[dict[str, str]] = []
     with path.open("rb") as file:
         hashed = HashedFile(file)
         try:
             for key, members in read_samples(hashed):
-                entries, _, label = sample_entries(key, members)
+                entries, image, label = sample_entries(key, members)
+                if fault := find_fault(image.data):
+                    if on_bad == "fail":
+                        place = f"{plain(image.name)} at byte {image.offset} (key {plain(key)})"
+                        raise ValueError(f"{place}: {fault}; --on-bad skip leaves such images out")
+                    skipped.append({"key": plain(key), "name": skipped_name(path, key), "reason": fault})
+                    continue
                 index.append(entries)
                 max_label = max(max_label, label)
             if not index:
-                raise ValueError("holds no sample")
+                raise ValueError(f"holds no sample{' that can be read as it is' if skipped else ''}")
         except ValueError as error:
             raise ValueError(f"{path}: {error}; fetch or make it again, or pack the raw images") from None
         row = {"name": path.name, "samples": len(index), "bytes": hashed.num_bytes, "sha256": hashed.finish()}
-    return Indexed(row, index_text(index).encode(), max_label)
+    return Indexed(row, index_text(index).encode(), max_label, skipped)

@@ -1,6 +1,5 @@
 """What `verify` does to one shard, in a process of its own: read it once, and report all that is wrong with it."""
 
-import io
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,12 +7,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import simplejpeg
-from PIL import Image
-
 from pipeline.shards import read_index
-from tools.packing.images import SIDE, check_size, header
-from tools.packing.tars import HashedFile, plain, read_samples, sample_entries
+from tools.packing.images import SIDE, find_fault
+from tools.packing.jpeg import read_jpeg
+from tools.packing.tars import HashedFile, plain, read_samples, sample_entries, skipped_name
 
 MAX_TOLD = 20
 """Problems of one kind in one shard that are told; the rest are counted."""
@@ -27,10 +24,9 @@ class Job(NamedTuple):
     """Its row in the manifest."""
     num_classes: int
     store: str
-    """What the split keeps: "crop256" (256x256 JPEGs that we encoded), "original" (files that were decoded when they
-    were packed), and "adopted" or "unverified" (that were not)."""
-    warned: frozenset[str]
-    """Keys of which the manifest says that libjpeg warns."""
+    """What the split keeps: "crop256" (256x256 JPEGs), else JPEGs of any size."""
+    skipped: frozenset[str]
+    """Images in the tar that adoption left out of the index, by the manifest's names for them."""
     fast: bool
 
 
@@ -94,7 +90,10 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
         hashed = HashedFile(file)
         try:
             previous = -1
-            for number, (key, members) in enumerate(read_samples(hashed)):
+            for key, members in read_samples(hashed):
+                if skipped_name(job.path, key) in job.skipped:
+                    continue
+                number = len(report.keys)
                 report.keys.append(int.from_bytes(blake2b(key.encode(errors="replace"), digest_size=8).digest()))
                 try:
                     entries, image, label = sample_entries(key, members)
@@ -111,8 +110,7 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
                 else:
                     report.problem("label", f"{place} has label {label}, there are {job.num_classes} classes")
                 try:
-                    if note := check_image(image.data, job.store, key in job.warned):
-                        report.notes.append(f"{place}: {note}")
+                    check_image(image.data, job.store)
                 except ValueError as error:
                     report.problem("image", f"{place}: {error}")
         except ValueError as error:
@@ -123,33 +121,10 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
             report.problem("checksum", "its bytes are not those that were written (SHA-256)")
 
 
-def check_image(content: bytes, store: str, warned: bool) -> str:
-    """Decode an image; returns what is odd but bearable. Raises `ValueError` when it is not what the split keeps.
-
-    What we encoded has to be flawless. Files that are kept as they came may be what ImageNet's own are: JPEGs that
-    libjpeg warns of, listed in the manifest if the packer decoded them, and other formats under a JPEG's name.
-    """
-    height, width, _ = header(content)
-    check_size(width, height)
-    try:
-        height, width, _ = simplejpeg.decode_jpeg(content, "RGB", fastdct=True, fastupsample=True, strict=True).shape
-    except ValueError as error:
-        warning = str(error)
-    else:
-        if store == "crop256" and (width, height) != (SIDE, SIDE):
-            raise ValueError(f"is {width}x{height}, not {SIDE}x{SIDE}")
-        return ""
-    if store != "crop256":
-        try:
-            simplejpeg.decode_jpeg(content, "RGB", strict=False)
-        except ValueError:  # other formats, CMYK, and what is no image
-            try:
-                with Image.open(io.BytesIO(content)) as image:
-                    image.load()
-                    return f"{image.mode} {image.format} file"
-            except Exception:  # Pillow's decoders raise about everything
-                pass
-        else:
-            if warned or store != "original":
-                return "" if warned else f"libjpeg warns: {warning}"
-    raise ValueError(f"does not decode cleanly ({warning})")
+def check_image(content: bytes, store: str) -> None:
+    """Raise `ValueError` when an image is not what the split keeps."""
+    if fault := find_fault(content):
+        raise ValueError(fault)
+    jpeg = read_jpeg(content)
+    if store == "crop256" and (jpeg.width, jpeg.height) != (SIDE, SIDE):
+        raise ValueError(f"is {jpeg.width}x{jpeg.height}, not {SIDE}x{SIDE}")

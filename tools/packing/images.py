@@ -1,28 +1,37 @@
-"""What the packer does to one image: decode it strictly, say what was odd, and make it what the shard is to hold.
+"""What the packer does to one image: decode it, say what was odd, and make it what the shard is to hold.
 
 `crop256`: shorter side to 256 (antialiased bicubic), longer side `round(long * 256 / short)`, central 256x256 from
-offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes, unless a JPEG decoder of the pipeline would
-stumble over them. EXIF orientation is ignored, as Pillow and torchvision ignore it.
+offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes if `find_fault` finds none in them. EXIF
+orientation is ignored, as Pillow and torchvision ignore it.
 
 Three verdicts: clean (no note), kept with a note, undecodable (`ValueError`). A libjpeg warning is a note: ImageNet has
-such files, and every decoder shows them.
+such files, and every decoder shows them. libjpeg-turbo decodes what it does not warn of, and Pillow all the rest: its
+buffers start as zeros, and where it gives up it says so.
 """
 
+import contextlib
 import io
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, JpegImagePlugin
 
-from tools.packing.jpeg import DAMAGED_EXIF, exif_notes, trailing_bytes, without_exif
+from tools.packing.jpeg import DAMAGED_EXIF, Jpeg, exif_notes, read_jpeg, rewrite_header
 
 SIDE = 256
 MAX_PIXELS = 50_000_000
-"""Above this a file is refused: with 4 bytes a pixel and its copies in RGB, a process would need more than 1 GB."""
+"""Above this an image is reduced while it is decoded, or refused: with 4 bytes a pixel and its copies in RGB, a process
+would need more than 1 GB."""
+MAX_RATIO = MAX_PIXELS // SIDE**2
+"""Of longer to shorter side; brought to 256 pixels in height, a longer strip would have more than MAX_PIXELS."""
 SEPARATOR = "; "
+GREY = "grey JPEG"
 
 
 class Form(NamedTuple):
@@ -35,7 +44,7 @@ class Form(NamedTuple):
     subsampling: str
     """"420" or "444", of what is encoded."""
     verify: bool
-    """Whether an original JPEG is decoded; if not, its header is looked at alone."""
+    """Whether an original JPEG is decoded; if not, its markers are looked at alone."""
 
 
 class Packed(NamedTuple):
@@ -54,10 +63,16 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray
     """uint8 (height, width, 3), RGB."""
+    size: tuple[int, int]
+    """Height and width of the file, which is more than that of the pixels where it was reduced."""
     notes: list[tuple[str, str]]
-    """What was found, and what is done about it in a crop256 shard."""
-    needs_encoding: bool
-    """Whether the file itself cannot go into a shard."""
+    """What was found, and what is done about it."""
+    file: bytes | None
+    """What may stand in a shard: the file itself, or the same with its header written anew; None if it needs encoding."""
+
+
+class SizeError(ValueError):
+    """An image that is too large, or too long for its width."""
 
 
 def pack_image(raw: bytes, form: Form) -> Packed:
@@ -67,18 +82,57 @@ def pack_image(raw: bytes, form: Form) -> Packed:
     """
     if form.store == "original" and not form.verify and is_plain_jpeg(raw):
         return Packed(raw, "", "")
-    pixels, notes, needs_encoding = decode(raw, at_an_eighth=form.store == "original")
-    if form.store == "crop256":
-        pixels, file = crop256(pixels), None
+    decoded = decode(raw, at_an_eighth=form.store == "original")
+    notes = decoded.notes
+    if form.store == "original" and decoded.file is not None:
+        jpeg = decoded.file
+        notes = [(found, "kept as it is" if jpeg is raw or found == GREY else done) for found, done in notes]
     else:
-        file = raw if not needs_encoding else None
-        if file and any(found == DAMAGED_EXIF for found, _ in notes):
-            file = without_exif(file)
-        notes = [(found, done if file is None or found == DAMAGED_EXIF else "kept as it is") for found, done in notes]
-    jpeg = file or simplejpeg.encode_jpeg(
-        pixels, quality=form.quality, colorspace="RGB", colorsubsampling=form.subsampling, fastdct=False
-    )
+        pixels = crop256(decoded.pixels, decoded.size) if form.store == "crop256" else decoded.pixels
+        jpeg = simplejpeg.encode_jpeg(
+            pixels, quality=form.quality, colorspace="RGB", colorsubsampling=form.subsampling, fastdct=False
+        )
     return Packed(jpeg, SEPARATOR.join(found for found, _ in notes), SEPARATOR.join(done for _, done in notes))
+
+
+def is_plain_jpeg(raw: bytes) -> bool:
+    """Whether a file's bytes can go into a shard, as far as its markers tell."""
+    jpeg = read_jpeg(raw)
+    try:
+        check_shape(jpeg.height, jpeg.width)
+    except SizeError:
+        return False
+    small = jpeg.height * jpeg.width <= MAX_PIXELS
+    return small and not jpeg.oddity and all(found != DAMAGED_EXIF for found, _ in exif_notes(raw, jpeg))
+
+
+def find_fault(raw: bytes) -> str:
+    """Why a file may not stand in a shard as it is; empty if it may. The one rule for packing, adopting and verifying.
+
+    A file may if its markers are those of an 8-bit baseline or progressive JPEG of a common sampling, from its first
+    byte to its end marker, and libjpeg-turbo decodes the whole of it without a warning. Such files DALI decodes, whole
+    and in windows, to libjpeg's pixels.
+    """
+    jpeg = read_jpeg(raw)
+    if not raw.startswith(b"\xff\xd8"):
+        return f"{file_format(raw)}, not a JPEG file"
+    if jpeg.oddity:
+        return jpeg.oddity
+    try:
+        check_shape(jpeg.height, jpeg.width)
+        if jpeg.height * jpeg.width > MAX_PIXELS:
+            raise too_large(jpeg.height, jpeg.width)
+        decode_strictly(raw, jpeg, 8)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def file_format(raw: bytes) -> str:
+    """What kind of image file this is, by Pillow."""
+    with contextlib.suppress(Exception), silence(), Image.open(io.BytesIO(raw)) as image:
+        return f"{image.format} file"
+    return "no image"
 
 
 def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
@@ -89,63 +143,115 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
         at_an_eighth: Pixels are wanted only where the file needs encoding. All of the compressed data is read and
             judged then, but not every pixel computed, which saves a quarter of the time.
     """
-    if not raw.startswith(b"\xff\xd8"):
-        return decode_with_pillow(raw)
-    notes = exif_notes(raw)
-    height, width, colorspace = header(raw)
-    if colorspace in BY_PILLOW:
-        return decode_with_pillow(raw)
-    check_size(width, height)
-    if colorspace == "Gray":
-        notes.append(("grey JPEG", "converted to RGB"))
-    if (trailing := trailing_bytes(raw)) > 0:
-        notes.append((f"{trailing} bytes after the image's end", "dropped"))
-    smallest = {"min_height": 1, "min_width": 1, "min_factor": 8.0} if at_an_eighth else {}
+    jpeg = read_jpeg(raw)
+    if not jpeg.is_common:
+        return decode_with_pillow(raw, jpeg)
+    size, notes = (jpeg.height, jpeg.width), exif_notes(raw, jpeg)
+    factor = reduction(*size, jpeg.one_scan)
+    rewritten = any(found == DAMAGED_EXIF for found, _ in notes)
+    if jpeg.color == "grey":
+        notes.append((GREY, "converted to RGB"))
+    if 0 < jpeg.end < len(raw):
+        notes.append((f"{len(raw) - jpeg.end} bytes after the image's end", "dropped"))
+    if factor > 1:
+        notes.append((f"{jpeg.width}x{jpeg.height} pixels", f"reduced to 1/{factor}"))
+    fault = jpeg.oddity
     try:
-        return Decoded(simplejpeg.decode_jpeg(raw, "RGB", fastdct=False, fastupsample=False, **smallest), notes, False)
+        pixels = decode_strictly(raw, jpeg, 8 if at_an_eighth and factor == 1 and not fault else factor)
     except ValueError as error:
-        warning = str(error)
+        fault = f"libjpeg warns: {error}"
+    if not fault:
+        file = rewrite_header(raw, jpeg) if rewritten else raw
+        return Decoded(pixels, size, notes, file if factor == 1 else None)
+    file = rewrite_header(raw, jpeg)
     try:
-        pixels = simplejpeg.decode_jpeg(raw, "RGB", fastdct=False, fastupsample=False, strict=False)
-    except ValueError as error:
-        raise ValueError(f"not decodable: {error}") from None
-    notes.append((f"libjpeg warns: {warning}", "decoded as far as it goes"))
-    # Strict readers, DALI among them, refuse a file that ends too early; other damage they decode as libjpeg does.
-    return Decoded(pixels, notes, trailing < 0 or "remature end" in warning)
+        pixels = decode_strictly(file, jpeg, factor)
+    except ValueError:
+        pixels = decode_with_pillow(file + FAKE_ENDS, jpeg).pixels
+        return Decoded(pixels, size, [*notes, (fault, "decoded as far as it goes")], None)
+    odd = bool(read_jpeg(file).oddity) or factor > 1
+    return Decoded(pixels, size, [*notes, (fault, "header written anew")], None if odd else file)
 
 
-def decode_with_pillow(raw: bytes) -> Decoded:
-    """Decode CMYK JPEGs and other formats. Raises `ValueError`."""
+FAKE_ENDS = b"\xff\xd9" * 2**15
+"""End markers to fill the longest segment: what libjpeg's own memory source gives a decoder that asks for more than a file
+holds, so that Pillow, whose source would give up, shows what libjpeg shows of a file that ends too early."""
+
+
+def decode_strictly(raw: bytes, jpeg: Jpeg, factor: int) -> np.ndarray:
+    """Decode a common JPEG at 1/factor (1, 2, 4 or 8) to uint8 RGB (height, width, 3), sides rounded up.
+
+    Raises `ValueError` with libjpeg's first warning or error: after a warning, simplejpeg takes errors for warnings,
+    and gives memory that nobody has written to.
+    """
+    assert jpeg.is_common, "other frames libjpeg-turbo decodes in sizes of its own, beyond the end of the buffer"
+    height, width = (-(-side // factor) for side in (jpeg.height, jpeg.width))
+    pixels: np.ndarray = simplejpeg.decode_jpeg(
+        raw, "RGB", fastdct=False, fastupsample=False, min_height=height, min_width=width, min_factor=float(factor)
+    )
+    return pixels
+
+
+def decode_with_pillow(raw: bytes, jpeg: Jpeg) -> Decoded:
+    """Decode damaged JPEGs, CMYK ones and others that are not common, and other formats. Raises `ValueError`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(raw))
-        with image:
-            check_size(*image.size)
+        with silence(), open_with_pillow(raw) as image:
+            width, height = image.size
+            factor = reduction(height, width, jpeg.one_scan)
             kind = f"{image.mode} {image.format} file"
+            if factor > 1:
+                image.draft(image.mode, (width // factor, height // factor))
             cut = load(image)
             deep = image.mode[0] in "IF"
             pixels = np.repeat(grey(image)[:, :, None], 3, 2) if deep else np.array(image.convert("RGB"))
+    except SizeError:
+        raise
     except Exception as error:  # Pillow's decoders of damaged files raise about everything
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
-        raise ValueError(f"not decodable: {reason.removeprefix('not decodable: ')}") from None
-    notes = [(kind, "converted to RGB")]
-    return Decoded(pixels, notes + [("file ends too early", "decoded as far as it goes")] * cut, True)
+        raise ValueError(f"not decodable: {reason}") from None
+    notes = [(kind, "converted to RGB")] + [(f"{width}x{height} pixels", f"reduced to 1/{factor}")] * (factor > 1)
+    return Decoded(pixels, (height, width), notes + [("file ends too early", "decoded as far as it goes")] * cut, None)
+
+
+def open_with_pillow(raw: bytes) -> Image.Image:
+    """Open an image file; raises whatever Pillow raises, in other formats for too many pixels, too."""
+    if raw.startswith(b"\xff\xd8"):
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(raw))
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # until the end of `silence`
+    return Image.open(io.BytesIO(raw))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep Pillow's warnings and what libtiff writes to standard error from the screen."""
+    with warnings.catch_warnings(), Path(os.devnull).open("wb") as nothing:
+        warnings.simplefilter("ignore")
+        before = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def load(image: Image.Image) -> bool:
-    """Decode an image that Pillow has opened, if need be as far as it goes; returns whether that was needed."""
+    """Decode an image that Pillow has opened, if need be as far as it goes; returns whether that was needed.
+
+    Raises whatever Pillow raises, also where nothing at all was decoded.
+    """
     try:
         image.load()
     except OSError as error:
-        if "truncated" not in str(error):
+        if "truncated" not in str(error) and "broken data stream" not in str(error):
             raise
         ImageFile.LOAD_TRUNCATED_IMAGES = True
         try:
             image.load()
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
+        if not np.asarray(image).any():
+            raise
         return True
     return False
 
@@ -161,31 +267,31 @@ def grey(image: Image.Image) -> np.ndarray:
     return np.rint(np.clip(levels * scale, 0, 255)).astype(np.uint8)
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise `ValueError` for an image whose pixels would fill the memory."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"not decodable: {width}x{height} pixels are more than {MAX_PIXELS}")
+def check_shape(height: int, width: int) -> None:
+    """Raise `SizeError` for a strip that would fill the memory once its shorter side is 256 pixels long."""
+    short, long = sorted((height, width))
+    if long > MAX_RATIO * short:
+        raise SizeError(f"too narrow: {width}x{height} pixels, one side more than {MAX_RATIO} times as long as the other")
 
 
-def is_plain_jpeg(raw: bytes) -> bool:
-    """Whether the header is that of a JPEG whose bytes can go into a shard, as far as a header tells."""
-    return header(raw)[2] not in BY_PILLOW and all(found != DAMAGED_EXIF for found, _ in exif_notes(raw))
+def too_large(height: int, width: int) -> SizeError:
+    """An image whose pixels would fill the memory."""
+    return SizeError(f"too large: {width}x{height} pixels are more than {MAX_PIXELS}")
 
 
-BY_PILLOW = ("CMYK", "YCCK", "unknown")
+def reduction(height: int, width: int, can_reduce: bool) -> int:
+    """By how much an image has to be reduced while it is decoded, 1, 2, 4 or 8; raises `SizeError` if that is not
+    enough, or the image cannot be: a progressive JPEG holds all of its coefficients, at any scale."""
+    check_shape(height, width)
+    for factor in (1, 2, 4, 8) if can_reduce else (1,):
+        if -(-height // factor) * -(-width // factor) <= MAX_PIXELS:
+            return factor
+    raise too_large(height, width)
 
 
-def header(raw: bytes) -> tuple[int, int, str]:
-    """Height, width and colour space of a JPEG; "unknown" where simplejpeg, which knows the common ones, gives up."""
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(raw, strict=False)
-    except (ValueError, KeyError):
-        return 0, 0, "unknown"
-    return height, width, colorspace
-
-
-def crop256(pixels: np.ndarray) -> np.ndarray:
-    """Shorter side to 256, then the central 256x256. uint8 (height, width, 3) to uint8 (256, 256, 3), contiguous.
+def crop256(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Shorter side to 256, then the central 256x256. uint8 (height, width, 3) to uint8 (256, 256, 3), contiguous; `size`
+    is height and width of the file, which decides the geometry.
 
     Torch's antialiased bicubic filter on bytes is Pillow's with its weights rounded to 16 bits: more than three times
     as fast, and equal up to 2 levels (one in all but a few pixels).
@@ -193,10 +299,9 @@ def crop256(pixels: np.ndarray) -> np.ndarray:
     import torch
     from torch.nn.functional import interpolate
 
-    height, width = pixels.shape[:2]
+    height, width = size or pixels.shape[:2]
     short = min(height, width)
     new_height, new_width = round(height * SIDE / short), round(width * SIDE / short)
-    check_size(new_width, new_height)  # a strip of one pixel in height would grow without bound
     top, left = (new_height - SIDE) // 2, (new_width - SIDE) // 2
     # Channels last in memory; permuted after the batch's axis is added, or torch does not see it and copies twice.
     images_NCHW = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)

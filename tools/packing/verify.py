@@ -91,15 +91,10 @@ def present_splits(shards: Path) -> list[str]:
 
 def list_jobs(directory: Path, manifest: dict[str, Any], fast: bool) -> list[Job]:
     """One job a shard, from a manifest that may lack all that `check_manifest` does not ask for."""
-    options = manifest.get("options", {})
-    store = str(options.get("store", "")) if options.get("verify", True) else "unverified"
-    warned = frozenset(
-        str(row.get("key"))
-        for row in manifest.get("repairs", [])
-        if isinstance(row, dict) and "libjpeg" in str(row.get("found"))
-    )
+    store = str(manifest.get("options", {}).get("store", ""))
+    skipped = frozenset(str(row.get("name")) for row in manifest.get("skipped", []) if isinstance(row, dict))
     classes = manifest["num_classes"]
-    return [Job(directory / row["name"], row, classes, store, warned, fast) for row in manifest["shards"]]
+    return [Job(directory / row["name"], row, classes, store, skipped, fast) for row in manifest["shards"]]
 
 
 def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], reports: list[Report]) -> Report:
