@@ -1,53 +1,48 @@
-"""Which sample it was: after DALI failed, whose report does not name it, look for the damage ourselves."""
+"""Which sample it was: after DALI failed, whose report does not name it, look for the image that DALI refuses."""
 
-import io
-import itertools
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from enum import Enum, auto
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.machine import num_cores
+from pipeline.machine import share_of_cores
 from pipeline.shards import IMAGE_SIDE, ShardSet, read_index
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.data_node import DataNode
 
 PATIENCE_S = 120
 """Seconds after which the search is given up: a header takes 20 microseconds, an image a millisecond."""
-CHUNK = 256
-"""Samples that a thread looks at between two looks at the clock."""
-
-
-class Depth(Enum):
-    """How far an image is decoded to find damage in it."""
-
-    HEADER = auto()
-    PIXELS = auto()
-    WARNINGS = auto()
-    """Of libjpeg, too."""
+CHUNK = 64
+"""Images that are decoded at a time; of those that fail together each is then decoded alone."""
+Image = tuple[str, int, int, str]
+"""Shard, offset, size and name."""
 
 
 def find_damage(shards: ShardSet) -> str:
     """Name the first damage that is found in a split: a shard that is gone or cut short, an index that does not fit it,
-    an image that cannot be decoded, by shard, offset and key. Empty when nothing is found in time.
+    an image that DALI refuses, by shard, offset and key. Empty when nothing is found in time.
 
-    Headers are looked at first, for every image: they are what stops a decoder. Last come images that libjpeg decodes
-    and warns of: of those DALI refuses some, such as cut ones.
+    DALI itself is the judge, for it takes much that other decoders warn of, and the other way round. It reads all
+    headers first: over one that it cannot read, decoding may end the process.
     """
     for tar, index, samples in zip(shards.tars, shards.indexes, shards.samples, strict=True):
         if problem := shard_damage(Path(tar), Path(index), samples):
             return problem
     deadline = time.monotonic() + PATIENCE_S
-    with ThreadPoolExecutor(num_cores()) as pool:
-        for depth in Depth:
-            chunks = chunked(shards)
-            while time.monotonic() < deadline and (some := list(itertools.islice(chunks, 64))):
-                look = partial(image_damage, any_size=shards.any_size, depth=depth)
-                for problem in pool.map(look, *zip(*some, strict=True)):
-                    if problem:
-                        return problem
+    for graph in (shape_pipeline, decoded_shape_pipeline):
+        pipe = graph(batch_size=CHUNK, num_threads=share_of_cores(), device_id=None, prefetch_queue_depth=1)
+        for images in chunked(shards):
+            if time.monotonic() > deadline:
+                return ""
+            if not fits(pipe, images, shards.any_size):
+                for image in images:
+                    if not fits(pipe, [image], shards.any_size):
+                        return describe(pipe, image)
     return ""
 
 
@@ -67,48 +62,53 @@ def shard_damage(tar: Path, index: Path, samples: int) -> str:
     return ""
 
 
-def chunked(shards: ShardSet) -> Iterator[tuple[str, list[tuple[int, int, str]]]]:
-    """(shard, [(offset, size, name) of some of its images]) over a split."""
+def chunked(shards: ShardSet) -> Iterator[list[Image]]:
+    """The images of a split, some at a time."""
     for tar, index in zip(shards.tars, shards.indexes, strict=True):
-        images = [member[1:] for members in read_index(Path(index)) for member in members if member[0] == "jpg"]
+        images = [(tar, *member[1:]) for members in read_index(Path(index)) for member in members if member[0] == "jpg"]
         for first in range(0, len(images), CHUNK):
-            yield tar, images[first : first + CHUNK]
+            yield images[first : first + CHUNK]
 
 
-def image_damage(tar: str, images: list[tuple[int, int, str]], any_size: bool, depth: Depth) -> str:
-    """What is wrong with the first image of these that cannot be decoded, or is not 256x256 though it should be; empty
-    if none is."""
-    with Path(tar).open("rb") as file:
-        for offset, size, name in images:
+@pipeline_def
+def shape_pipeline() -> "DataNode":
+    """Encoded images to int64 height, width and channels, from their headers."""
+    return fn.peek_image_shape(fn.external_source(name="encoded"), adjust_orientation=False)
+
+
+@pipeline_def
+def decoded_shape_pipeline() -> "DataNode":
+    """The same of images that are decoded as a whole."""
+    encoded = fn.external_source(name="encoded")
+    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False).shape()
+
+
+def shapes(pipe: "Pipeline", images: list[Image]) -> Any:
+    """Run a pipeline of ours over images; raises `RuntimeError` where DALI does, which a later run need not mind."""
+    encoded = []
+    for tar, offset, size, _ in images:
+        with Path(tar).open("rb") as file:
             file.seek(offset)
-            data = file.read(size)
-            try:
-                height, width = decode(data, depth)
-            except Exception as error:  # whatever a library says of damaged bytes
-                reason = str(error).partition("\n")[0]
-                verdict = "may be damaged" if depth is Depth.WARNINGS else "cannot be decoded"
-                return f"{name} at offset {offset} of {tar} {verdict} ({reason})"
-            if not any_size and (height, width) != (IMAGE_SIDE, IMAGE_SIDE):
-                return f"{name} at offset {offset} of {tar} is {width}x{height}, not {IMAGE_SIDE}x{IMAGE_SIDE}"
-    return ""
+            encoded.append(np.frombuffer(file.read(size), np.uint8))
+    pipe.feed_input("encoded", encoded)
+    return pipe.run()[0].as_array()
 
 
-def decode(data: bytes, depth: Depth) -> tuple[int, int]:
-    """Height and width of an image, decoded as far as `depth` says; raises whatever the libraries raise."""
-    import simplejpeg
-
+def fits(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
+    """Whether DALI reads all of the images, and they are of the size that they should be."""
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        if depth is not Depth.HEADER:
-            simplejpeg.decode_jpeg(data, "RGB", strict=False)
-    except Exception as error:
-        try:  # another format, or colours that this library does not convert
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                image.load()
-        except Exception:  # neither reads it, for whatever reason: the first one's is told
-            raise error from None
-        return height, width
-    if depth is Depth.WARNINGS:
-        simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    return height, width
+        found = shapes(pipe, images)
+    except RuntimeError:
+        return False
+    return any_size or bool((found[:, :2] == IMAGE_SIDE).all())
+
+
+def describe(pipe: "Pipeline", image: Image) -> str:
+    """What is wrong with an image that does not fit; DALI's own reasons are numbers."""
+    tar, offset, _, name = image
+    place = f"{name} at offset {offset} of {tar}"
+    try:
+        ((height, width, _),) = shapes(pipe, [image])
+    except RuntimeError:
+        return f"{place} cannot be decoded"
+    return f"{place} is {width}x{height}, not {IMAGE_SIDE}x{IMAGE_SIDE}"

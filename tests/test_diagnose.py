@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from pipeline.diagnose import find_damage
 from pipeline.reader import decoded_batches
@@ -34,7 +35,7 @@ def overwrite(tar: Path, change: Callable[[bytes], bytes]) -> str:
     ("change", "told"),
     [
         (lambda data: b"x" * len(data), "cannot be decoded"),
-        (lambda data: data[: len(data) // 2], "may be damaged"),
+        (lambda data: data[: len(data) // 2], "cannot be decoded"),
         (lambda data: data[:100], "cannot be decoded"),
         (lambda data: b"", "cannot be decoded"),
         (lambda data: jpeg(photo(np.random.default_rng(0), 64, 48), quality=30), "is 48x64, not 256x256"),
@@ -52,6 +53,26 @@ def test_a_cut_image_while_reading(copy: Path) -> None:
     with pytest.raises(DataError) as raised:
         list(decoded_batches(open_shards(copy, "train"), 32))
     assert place in str(raised.value)
+
+
+def test_the_image_that_dali_refuses(copy: Path) -> None:
+    """Is named, not another before it of which libjpeg warns and which DALI shows."""
+    tar = copy / "train" / "train-000000.tar"
+    for number, stray in ((2, b"JFIF\0\0\0"), (5, None)):
+        _, offset, size, _ = read_index(tar.with_suffix(".idx"))[number][0]
+        content = tar.read_bytes()
+        image = content[offset : offset + size]
+        if stray:  # JFIF revision 0.0
+            image = image.replace(b"JFIF\0\1\1", stray)
+            with pytest.raises(ValueError, match="JFIF"):
+                simplejpeg.decode_jpeg(image)
+        else:
+            image = image[:-40] + bytes(40)
+        tar.write_bytes(content[:offset] + image + content[offset + size :])
+    warned, place = (read_index(tar.with_suffix(".idx"))[number][0][3] for number in (2, 5))
+    with pytest.raises(DataError) as raised:
+        list(decoded_batches(open_shards(copy, "train"), 32))
+    assert f"{place} at offset" in str(raised.value) and warned not in str(raised.value)
 
 
 AGAIN_AND_AGAIN = """

@@ -11,6 +11,7 @@ Shards depend on the raw images, the options and the seed alone, not on the numb
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -33,6 +34,8 @@ from train.program import run_program
 SLOW_READS_PER_S = 500
 """Random reads below this keep one core waiting: it packs about as many images a second."""
 WORTH_A_WARNING_S = 600
+VAL_FRACTION = 0.1
+"""Of each class, set aside for validation where no images are given for it."""
 
 
 def pack(
@@ -45,7 +48,7 @@ def pack(
     quality: int = 90,
     subsampling: Literal["420", "444"] = "420",
     on_bad: Literal["fail", "skip"] = "fail",
-    val_fraction: float = 0.0,
+    val_fraction: float | None = None,
     part: str | None = None,
     sequential_read: bool = False,
     verify: bool = True,
@@ -67,7 +70,8 @@ def pack(
         quality: JPEG quality of what is encoded, 1 to 100.
         subsampling: Chroma subsampling of what is encoded.
         on_bad: What to do with an image that cannot be decoded: stop, or leave it out and list it in the manifest.
-        val_fraction: Part of each class to set aside for validation, where the source has no validation images.
+        val_fraction: Part of each class to set aside for validation, at least one image, where the source has no
+            validation images; a tenth by default, 0 for none.
         part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default torchrun's or srun's
             variables tell, or it does everything. All parts write into the same folder.
         sequential_read: Read each archive once in order (for hard disks); needs the shards' size once more on disk.
@@ -75,7 +79,7 @@ def pack(
         check_md5: First compare the archives with the published MD5 sums.
         dry_run: Say what would be written, how big and in what time, and write nothing.
     """
-    options = Options(store, quality, subsampling, samples_per_shard, seed, val_fraction, verify, on_bad)
+    options = Options(store, quality, subsampling, samples_per_shard, seed, val_fraction or 0.0, verify, on_bad)
     mine = find_part(part, os.environ)
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
@@ -83,10 +87,16 @@ def pack(
     if check_md5:
         check_archives(raw, data)
     listed = data
-    if val_fraction:
-        data = cut_validation(data, val_fraction, seed)
+    if val_fraction is None and "val" not in data.splits:
+        options = replace(options, val_fraction=VAL_FRACTION if len(data.splits["train"]) > len(data.classes) else 0.0)
+    if options.val_fraction:
+        data = cut_validation(data, options.val_fraction, seed)
+        print(
+            f"no validation images: {len(data.splits['val'])} images, {options.val_fraction:g} of each class but at "
+            f"least one, are set aside (seed {seed}); --val-fraction 0 keeps them for training"
+        )
     elif "val" not in data.splits:
-        print("no validation images: training wants some, --val-fraction .02 sets them aside")
+        print("no validation images: training wants some")
     plans = [make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()]
     if data.sequential or sequential_read:
         if mine.world > 1:
@@ -127,7 +137,12 @@ def announce(raw: Path, shards: Path, data: RawImageNet) -> None:
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
     if others := data.passed_over:
-        print(f"passed over {len(others)} files that are no images by their names, such as {others[0]}")
+        print(
+            f"passed over {len(others)} files that are no images by their names or lie outside of class folders, such as "
+            f"{others[0]}"
+        )
+    if len(data.classes) == 1:
+        print(f"warning: there is one class, {data.classes[0].wnid!r}: nothing can be learned from that; is it meant?")
 
 
 def finish(plan: Plan, data: RawImageNet) -> None:

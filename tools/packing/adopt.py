@@ -26,7 +26,7 @@ from pipeline.shards import (
     read_classes,
 )
 from tools.packing.images import find_fault
-from tools.packing.pool import check_workers
+from tools.packing.pool import check_workers, name_work
 from tools.packing.tars import HashedFile, over_shards, plain, read_samples, sample_entries, skipped_name
 
 MOST_TARS, LONGEST_PATTERN = 100_000, 1000
@@ -215,6 +215,7 @@ def read_shard(path: Path, on_bad: str) -> Indexed:
         try:
             for key, members in read_samples(hashed):
                 entries, image, label = sample_entries(key, members)
+                name_work(f"{plain(image.name)} at byte {image.offset} of {path}")
                 if fault := find_fault(image.data):
                     if on_bad == "fail":
                         place = f"{plain(image.name)} at byte {image.offset} (key {plain(key)})"

@@ -14,7 +14,7 @@ from pipeline.files import atomic_writer
 from pipeline.shards import ClassName
 from tools.packing.listing import Listing, RawImageNet
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 BLOCK = 50_000
 """Images per line of the cache: bounds what is parsed at a time."""
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.shards import read_index
 from tools.packing.images import SIDE, find_fault
 from tools.packing.jpeg import read_jpeg
+from tools.packing.pool import name_work
 from tools.packing.tars import HashedFile, plain, read_samples, sample_entries, skipped_name
 
 MAX_TOLD = 20
@@ -101,6 +102,7 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
                     report.problem("sample", str(error))
                     continue
                 place = f"{plain(image.name)} at byte {image.offset}"
+                name_work(f"{place} of {job.path}")
                 if index is not None and number < len(index) and sorted(index[number]) != sorted(entries):
                     report.problem("index", f"line {number + 2} of its .idx does not fit {place}")
                 report.repeats += label == previous

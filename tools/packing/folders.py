@@ -11,8 +11,16 @@ from pipeline.shards import ClassName
 from tools.packing.listing import Listing, RawImageNet
 
 IMAGE_NAME = re.compile(r".+\.(jpe?g?|jfif|png|bmp|gif|webp|tiff?|p[gp]m|avif)", re.IGNORECASE | re.DOTALL)
+VAL_NAMES = ("val", "validation", "valid")
+"""What a folder or a tar of validation images may be called."""
+OTHER_SPLITS = (*VAL_NAMES, "test")
 VAL_SOLUTION = "LOC_val_solution.csv"
 SYNSET_WORDS = "LOC_synset_mapping.txt"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that systems leave behind: .DS_Store, ._photo.jpg, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def image_files(folder: Path, others: list[Path], above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
@@ -26,7 +34,7 @@ def image_files(folder: Path, others: list[Path], above: tuple[tuple[int, int], 
     if here in above:
         raise ValueError(f"{folder} is a link that leads in a circle; remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             continue
         if entry.is_dir():
             yield from image_files(Path(entry.path), others, (*above, here))
@@ -60,7 +68,7 @@ def file_size(path: Path) -> int:
 
 def class_folders(split: Path, others: list[Path]) -> list[str]:
     """The classes of a split: its folders, sorted; appends files to `others`. Raises `ValueError` for no class."""
-    entries = [entry for entry in os.scandir(split) if not entry.name.startswith(".")]
+    entries = [entry for entry in os.scandir(split) if not is_hidden(entry.name)]
     others += [Path(entry.path) for entry in entries if not entry.is_dir()]
     if not (wnids := sorted(entry.name for entry in entries if entry.is_dir())):
         raise ValueError(f"{split} holds no class folders; put the images of each class into {split}/<class>")
@@ -76,20 +84,48 @@ def list_train(raw: Path, folder: Path, others: list[Path]) -> tuple[list[str], 
     return wnids, train
 
 
-def read_folders(raw: Path) -> RawImageNet:
-    """List `train/<class>/**/*.jpg` and, if it is there, `val/<class>/**/*.jpg` (also called `validation`).
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted."""
+    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+
+
+def inner(split: Path) -> Path:
+    """A split's folder, or the one in it that holds its classes: archives of train/ unpack to train/train/ easily."""
+    visible = [entry for entry in os.scandir(split) if not is_hidden(entry.name)]
+    same = [entry for entry in visible if entry.is_dir() and entry.name == split.name]
+    return split / split.name if len(visible) == len(same) == 1 else split
+
+
+def find_class_folders(raw: Path) -> Path | None:
+    """Where a folder without train/ holds class folders: it, or the only folder in it; None where there is no image.
+
+    Raises `ValueError` where its folders are splits.
+    """
+    folders = subfolders(raw)
+    if others := [folder for folder in folders if folder.name in OTHER_SPLITS]:
+        raise ValueError(f"{raw} holds {others[0].name}/, but no train/<class>/ to learn from; add it")
+    if not any(next(image_files(folder, []), None) for folder in folders):
+        return None
+    has_images = any(IMAGE_NAME.fullmatch(entry.name) and entry.is_file() for entry in os.scandir(folders[0]))
+    return folders[0] if len(folders) == 1 and not has_images else raw
+
+
+def read_folders(raw: Path, train_folder: Path) -> RawImageNet:
+    """List `train/<class>/**/*.jpg` and, if it is there, `val/<class>/**/*.jpg` (also called `validation`), or the
+    classes of another folder.
 
     Raises `ValueError` for a class without images in train, or one that only the validation images have.
     """
     others: list[Path] = []
-    wnids, train = list_train(raw, raw / "train", others)
+    wnids, train = list_train(raw, inner(train_folder), others)
     index = {wnid: position for position, wnid in enumerate(wnids)}
     splits, val = {"train": train}, Listing(raw)
-    folder = next((raw / name for name in ("val", "validation") if (raw / name).is_dir()), None)
+    folder = next((raw / name for name in VAL_NAMES if train_folder != raw and (raw / name).is_dir()), None)
     if folder:
+        folder = inner(folder)
         for wnid in class_folders(folder, others):
             if wnid not in index:
-                raise ValueError(f"{folder / wnid} has no counterpart in {raw / 'train'}; remove it or add the class")
+                raise ValueError(f"{folder / wnid} has no counterpart in {train_folder}; remove it or add the class")
             append_folder(val, folder / wnid, index[wnid], others)
         if not val:
             raise ValueError(f"{folder} holds no image in its class folders; fill or remove it")

@@ -20,7 +20,7 @@ from pipeline.shards import index_text
 from tools.packing.images import Packed, pack_image
 from tools.packing.manifest import is_whole, read_note
 from tools.packing.plan import Options, Sample, ShardPlan
-from tools.packing.pool import as_they_finish
+from tools.packing.pool import as_they_finish, name_work
 
 READ_AHEAD = 16
 """Images that the system fetches while one is worked on: a disk is never asked for one thing at a time."""
@@ -78,6 +78,7 @@ def pack_sample(sample: Sample, options: Options, raw: bytes | None = None) -> t
     Raises `ValueError` with archive, name and key for an image that does not decode and is not to be skipped.
     """
     key, image = sample
+    name_work(f"{image.shown_name} in {image.file}")
     try:
         raw = image.read() if raw is None else raw
         return pack_image(raw, options.form()), len(raw)

@@ -29,14 +29,22 @@ def import_pyarrow() -> ModuleType:
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
     """The parquet files of each split, in `raw` or `raw/data`, by the names that Hugging Face gives; test files have
-    no labels and are left aside."""
+    no labels and are left aside.
+
+    Raises `FileNotFoundError` for a missing part and `ValueError` for one that is there twice.
+    """
     paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
-    parts: dict[tuple[str, str], set[int]] = {}
+    parts: dict[tuple[str, str], dict[int, Path]] = {}
     for path in paths:
         if match := re.match(r"(.*)-(\d+)-of-(\d{1,6})(?!\d)", path.name):
-            parts.setdefault((match[1], match[3]), set()).add(int(match[2]))
+            first = parts.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), path)
+            if first != path:  # the Hub keeps the files of earlier pushes, whose names end in another hash
+                raise ValueError(f"{path} and {first.name} are the same part of one set; keep the files of one push")
+    for name, number in parts:
+        if len(numbers := sorted(other for same, other in parts if same == name)) > 1:
+            raise ValueError(f"{raw} holds {name} in {numbers[0]} and in {numbers[1]} parts; keep the files of one push")
     for (name, number), there in parts.items():
-        if missing := sorted(set(range(int(number))) - there):
+        if missing := sorted(set(range(int(number))) - set(there)):
             raise FileNotFoundError(f"{raw} lacks {name}-{missing[0]:0{len(number)}}-of-{number}; fetch it as well")
     return {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
 

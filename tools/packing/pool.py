@@ -1,6 +1,7 @@
 """Worker processes of the offline tools: as many jobs in flight as keep them busy, results as they finish.
 
-Workers die with their parent and leave Ctrl-C to it. With one worker everything happens in this process.
+Workers die with their parent and leave Ctrl-C to it, and one that dies of an image has said before which one it is at.
+With one worker everything happens in this process.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.machine import share_of_cores
 from pipeline.shards import DataError
@@ -33,7 +34,7 @@ def as_they_finish(
     """Call `function` on every job in `workers` processes; yield (the job's number, result) as they finish.
 
     Jobs are taken from their iterable as workers get free, so that a long list of them costs no memory. Raises what the
-    first failing call raised, and `DataError` when a process dies.
+    first failing call raised, and `DataError` when a process dies, with what it last said by `name_work`.
     """
     todo = enumerate(jobs)
     if workers == 1:
@@ -41,22 +42,26 @@ def as_they_finish(
         return
     pending: dict[Future[Result], int] = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=(os.getpid(),)) as pool:
+    board, started = spawn.RawArray(ctypes.c_char, workers * LINE_BYTES), set[Any]()
+    given = (os.getpid(), board, spawn.Value("i", 0))
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=given) as pool:
         try:
             while True:
                 with contextlib.nullcontext() if pending else interrupts_ignored():
                     while len(pending) < 2 * workers and (job := next(todo, None)) is not None:
                         pending[pool.submit(function, job[1])] = job[0]
+                started.update(multiprocessing.active_children())
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool:
+            where = last_words(board.raw, started)
             for process in multiprocessing.active_children():  # the pool waits for one that it was just starting
                 process.kill()
             raise DataError(
-                "a worker process died (killed, or out of memory?); run the same command again, perhaps with fewer "
-                "--workers: what was finished is kept"
+                f"a worker process died{where}; run the same command again, perhaps with fewer --workers if memory is "
+                "short: what was finished is kept; if it dies at the same image again, take that one out"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -84,9 +89,39 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def start_worker(parent: int) -> None:
-    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), and keep torch, if it is needed, on one core."""
+def start_worker(parent: int, board: "ctypes.Array[ctypes.c_char]", count: Any) -> None:
+    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), give it a line of the board, and keep torch, if it
+    is needed, on one core."""
+    global own_line
     os.environ["OMP_NUM_THREADS"] = "1"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone already
         os._exit(1)
+    with count.get_lock():
+        own_line = memoryview(board).cast("B")[count.value * LINE_BYTES : (count.value + 1) * LINE_BYTES]
+        count.value += 1
+
+
+LINE_BYTES = 512
+"""For a process number and the name of an image, which is cut."""
+own_line: memoryview | None = None
+"""This worker's part of the board, memory that its parent sees, too."""
+
+
+def name_work(name: str) -> None:
+    """Say what this process is about to do, in case that it dies of it; half a microsecond."""
+    if own_line is not None:
+        own_line[:] = f"{os.getpid()} {name}".encode(errors="replace")[:LINE_BYTES].ljust(LINE_BYTES, b"\0")
+
+
+def last_words(board: bytes, processes: Iterable[Any]) -> str:
+    """How the first of some processes died, and what it was at, as far as is known."""
+    lines = [board[k : k + LINE_BYTES].rstrip(b"\0").decode(errors="replace") for k in range(0, len(board), LINE_BYTES)]
+    names = dict(line.split(" ", 1) for line in lines if line)
+    for process in processes:
+        if (code := process.exitcode) in (None, 0, -signal.SIGTERM):  # the pool ends the others by SIGTERM
+            continue
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        name = names.get(str(process.pid))
+        return f" ({reason})" + (f" at {name}" if name else "")
+    return ""

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from pipeline.shards import ClassName
 from tools.packing.cache import load_listing, stamp
-from tools.packing.folders import kaggle_tree, read_folders, read_kaggle
-from tools.packing.ilsvrc import ARCHIVES, TRAIN_ARCHIVE, VAL_ARCHIVE, members, read_archives
-from tools.packing.listing import Listing, RawImageNet
+from tools.packing.folders import find_class_folders, kaggle_tree, read_folders, read_kaggle
+from tools.packing.ilsvrc import ARCHIVES, TRAIN_ARCHIVE, VAL_ARCHIVE, read_archives
+from tools.packing.listing import RawImageNet
 from tools.packing.parquet import find_parquet, read_parquet
+from tools.packing.tar_layouts import read_tars
 
 LAYOUTS = (
-    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class>, one <class>.tar per class "
-    "or parquet files called train-*"
+    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one <class>.tar "
+    "per class, tars of class folders or parquet files called train-*"
 )
 
 
@@ -42,9 +41,11 @@ def find_layout(raw: Path) -> Layout:
     if any((files := find_parquet(raw)).values()):
         return Layout([*files["train"], *files["val"]], lambda: read_parquet(raw, files))
     if (raw / "train").is_dir():
-        return Layout([], lambda: read_folders(raw))
+        return Layout([], lambda: read_folders(raw, raw / "train"))
     if tars := sorted((path for path in raw.glob("*.tar") if path.name[0] != "."), key=lambda path: path.stem):
-        return Layout(tars, lambda: read_class_tars(raw, tars))
+        return Layout(tars, lambda: read_tars(raw, tars))
+    if folder := find_class_folders(raw):
+        return Layout([], lambda: read_folders(raw, raw)) if folder == raw else find_layout(folder)
     raise FileNotFoundError(f"{raw} holds nothing that can be packed; it has to hold {LAYOUTS}")
 
 
@@ -63,28 +64,11 @@ def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | Non
     return layout.read(), validity
 
 
-def read_class_tars(raw: Path, tars: list[Path]) -> RawImageNet:
-    """List a folder of per-class tars, as ImageNet-21k comes: `<wnid>.tar`, no validation images.
-
-    Raises `ValueError` for shards of WebDataset, which want another command, and tars without images.
-    """
-    listing = Listing(raw)
-    for label, path in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
-        images = sorted(members(path))
-        if any(name.endswith(".cls") for name, _, _ in images[:10]):
-            raise ValueError(f"{path} is a WebDataset shard; take it over with make_shards.py adopt")
-        if not images:
-            raise ValueError(f"{path} holds no image; fetch it again or remove it")
-        archive = listing.add_file(path)
-        for name, offset, size in images:
-            listing.append(archive, name, offset, size, label)
-    return RawImageNet("per-class tars", tuple(ClassName(path.stem, path.stem) for path in tars), {"train": listing})
-
-
 def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
-    """Move `fraction` of each class, rounded, from train to a validation split that the source lacks.
+    """Move `fraction` of each class, rounded, from train to a validation split that the source lacks: at least one
+    image, and not the last one.
 
-    Raises `ValueError` when it has one, or nothing would be left on one side.
+    Raises `ValueError` when it has one, or no class has two images.
     """
     if "val" in data.splits:
         raise ValueError(f"--val-fraction is for data without validation images, but {data.layout} has them; drop it")
@@ -95,10 +79,9 @@ def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet
     generator = random.Random(seed)
     in_val = np.zeros(len(train), bool)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        in_val[order[start + np.array(generator.sample(range(end - start), round((end - start) * fraction)), int)]] = (
-            True
-        )
-    if not in_val.any() or len(np.unique(labels[~in_val])) < len(data.classes):
-        raise ValueError(f"--val-fraction {fraction} leaves a split or a class empty; choose another")
+        number = max(0, min(end - start - 1, max(1, round((end - start) * fraction))))
+        in_val[order[start + np.array(generator.sample(range(end - start), number), int)]] = True
+    if not in_val.any():
+        raise ValueError("no class has two images, one of which could be set aside for validation; use --val-fraction 0")
     splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
     return replace(data, splits=splits)
