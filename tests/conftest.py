@@ -159,7 +159,7 @@ def clean(small: Path) -> dict[str, bytes]:
     from tools.make_shards import pack
 
     shards = small.parent / "clean"
-    pack(small, shards, samples_per_shard=9, workers=1)
+    pack(small, shards, samples_per_shard=9, val_fraction=0, workers=1)
     content = files(shards)
     assert len(content) == 2 * 10 + 3  # tars and indexes, manifest, classes, listing
     return content

@@ -1,10 +1,8 @@
 """JPEG files with one to three changes that know a JPEG's structure: markers, segments, frames, tables, scans, lengths.
 
-`corpus(number)` gives the same files each time. Every kind of change is drawn for every kind of sound file; the first
-files of a corpus are the sound ones, and those cut at each of their markers.
+`corpus(number)` gives the same files each time.
 """
 
-import io
 import random
 from collections.abc import Iterator
 
@@ -63,11 +61,13 @@ def segment(marker: int, body: bytes) -> Part:
 
 ADOBE = b"Adobe\0\x64\0\0\0\0"
 ICC = b"ICC_PROFILE\0"
+TIFF = b"II*\0\x08\0\0\0"
+EXIF = (b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff\1\2", b"XX*\0junk", b"II*\0\xff\xff\xff\xff", TIFF + b"\xff\xff" * 9)
+EXIF += tuple(TIFF + b"\1\0\x12\1" + entry for entry in (b"\3\0\1\0\0\0\x09\0\0\0", b"\2\0\xff\xff\xff\x7f\0\0\0\0"))
 INSERTED = (
     *(segment(0xE0, b"JFIF\0" + revision + b"\0\0\1\0\1\0\0") for revision in (b"\0\0", b"\1\2", b"\2\0", b"\xff\xff")),
     *(segment(0xE0, body) for body in (b"", b"JFIF\0", b"JFXX\0\x13", b"AVI1\0\0")),
-    *(segment(0xE1, b"Exif\0\0" + body) for body in (b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff\1\2", b"XX*\0junk", b"II*\0\xff\xff\xff\xff")),
-    *(segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0" + body) for body in (b"\1\0\x12\1\3\0\1\0\0\0\x09\0\0\0", b"\1\0\x12\1\2\0\xff\xff\xff\x7f\0\0\0\0", b"\xff\xff" * 9)),
+    *(segment(0xE1, b"Exif\0\0" + body) for body in EXIF),
     [b"\xe1", b"\0\2", b"", b""], [b"\xe1", b"\0\3", b"Exif\0\0", b""], [b"\xe1", b"\0\7", b"Exif\0\0", b""],
     *(segment(0xE2, ICC + numbers + b"x" * 40) for numbers in (b"\1\2", b"\2\1", b"\1\1", b"\0\0", b"\3\2")),
     *(segment(0xEE, ADOBE + transform) for transform in (b"\0", b"\1", b"\2", b"\7", b"", b"\0\0\0")),
@@ -100,8 +100,7 @@ def change(rng: random.Random, parts: list[Part]) -> None:
             for part in frames:
                 body = bytearray(part[2])
                 place = rng.randrange(len(body))
-                value = rng.choice((0, 1, 2, 8, 12, 16, 0x11, 0x12, 0x21, 0x22, 0x41, 0x14, 0x44, 255, rng.randrange(256)))
-                body[place] = value
+                body[place] = rng.choice((0, 1, 2, 8, 12, 16, *b"\x11\x12\x21\x22\x41\x14\x44", rng.randrange(256)))
                 part[2] = bytes(body)
         case 7 if tables:
             edit(rng, rng.choice(tables), 2)
@@ -131,26 +130,28 @@ def edit(rng: random.Random, part: Part, field: int) -> None:
         case 2:
             del data[place : place + rng.choice((1, 2, 9, 300))]
         case 3:
-            data[place:place] = rng.choice((b"\0", b"\xff\0", b"\xff\xd1", b"\xff\xd9", b"\xff\xc4\0\3x", rng.randbytes(5)))
+            other = (b"\0", b"\xff\0", b"\xff\xd1", b"\xff\xd9", b"\xff\xc4\0\3x", rng.randbytes(5))
+            data[place:place] = rng.choice(other)
         case _:
             data[place : place + 6] = bytes([rng.choice((0, 0xFF, 0x55))]) * 6
     part[field] = bytes(data)
 
 
 def corpus(number: int) -> Iterator[bytes]:
-    """The first `number` files."""
-    rng, sound, made = random.Random(18), sound_jpegs(), 0
-    cut = [joined(parts_of(data)[:k]) + tail for data in sound for k in range(1, len(parts_of(data))) for tail in (b"", b"\xff")]
+    """The first `number` files: sound ones, then mutated ones, a quarter of them cut at a marker, as long as there are
+    such."""
+    rng, sound = random.Random(18), sound_jpegs()
+    cut = [joined(parts_of(data)[:k]) + tail for data in sound for k in range(1, len(parts_of(data))) for tail in TAILS]
+    rng.shuffle(cut)
     endings = (b"\0" * 70, b"trailing", sound[0], b"\xff", b"\xff\xd9")
-    for data in (*sound, *cut, *(sound[k] + tail for k, tail in enumerate(endings))):
-        yield data
-        made += 1
-        if made == number:
-            return
-    while made < number:
+    first = [*sound, *(sound[k] + tail for k, tail in enumerate(endings))]
+    yield from first[:number]
+    for k in range(number - len(first)):
         parts = parts_of(rng.choice(sound))
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             change(rng, parts)
-        data = joined(parts)
-        yield data[: rng.randrange(len(data))] if rng.random() < 0.05 else data
-        made += 1
+        yield cut.pop() if cut and k % 4 == 0 else joined(parts)
+
+
+TAILS = (b"", b"\xff")
+"""Behind the place where a file is cut."""

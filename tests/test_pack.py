@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import ROOT, files, run_ok, run_python, start_python, wait_for
 from tools.make_shards import pack
 
-SMALL = ("--samples-per-shard", "9", "--workers", "2")
+SMALL = ("--samples-per-shard", "9", "--val-fraction", "0", "--workers", "2")
 
 
 def start(small: Path, shards: Path, *options: str) -> "subprocess.Popen[str]":
@@ -25,7 +25,7 @@ def test_parts_at_the_same_time(small: Path, clean: dict[str, bytes], tmp_path: 
     processes = []
     for rank in range(3):
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-        command = ["tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL[:2]]
+        command = ["tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL[:4]]
         processes.append(start_python(*command, env=environment))
     told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], told
@@ -70,7 +70,7 @@ def test_kills(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     """Three kills among 90 shards, then a last run: the bytes of a clean pack, nothing else."""
     options = ("--samples-per-shard", "1")
     kill_often(small, tmp_path / "shards", 3, options)
-    pack(small, tmp_path / "clean", samples_per_shard=1, workers=1)
+    pack(small, tmp_path / "clean", samples_per_shard=1, val_fraction=0, workers=1)
     assert files(tmp_path / "shards") == files(tmp_path / "clean")
 
 

@@ -21,16 +21,16 @@ def test_undecodable_images(tmp_path: Path) -> None:
     bad = {"n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""}
     write(raw / "n00000011.tar", tar_of({**good, **bad}))
     with pytest.raises(ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"):
-        pack(raw, shards, samples_per_shard=1, workers=1)
+        pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1)
     assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
-    pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
+    pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
     manifest = read_json(shards / "train" / "manifest.json")
     assert manifest["num_samples"] == 6 == len(manifest["shards"]) == len(list(shards.rglob("*.tar")))
     assert sorted(row["key"] for row in manifest["skipped"]) == ["n00000011_0b", "n00000011_bad"]
     assert all("not decodable" in row["reason"] for row in manifest["skipped"])
     assert open_shards(shards, "train").num_samples == 6
     before = files(shards)
-    pack(raw, shards, samples_per_shard=1, workers=1, on_bad="skip")
+    pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
     assert files(shards) == before
 
 
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 
 def test_store_original(small: Path, tmp_path: Path) -> None:
     """Every file goes in as it is; programs that take 256x256 images say so."""
-    pack(small, tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
+    pack(small, val_fraction=0, shards=tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
     expected = {}
     for path in small.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -81,7 +81,7 @@ def test_store_original(small: Path, tmp_path: Path) -> None:
     assert found == expected
     # Statistics are of what the pipeline makes of them, the squares that crop256 stores, but for its JPEGs.
     run_ok("tools/compute_pca.py", tmp_path / "shards")
-    pack(small, tmp_path / "squares", quality=100, subsampling="444", workers=1)
+    pack(small, val_fraction=0, shards=tmp_path / "squares", quality=100, subsampling="444", workers=1)
     run_ok("tools/compute_pca.py", tmp_path / "squares")
     ours, squares = (read_json(tmp_path / name / "pca.json") for name in ("shards", "squares"))
     np.testing.assert_allclose(ours["mean"], squares["mean"], atol=0.2)
@@ -90,7 +90,7 @@ def test_store_original(small: Path, tmp_path: Path) -> None:
 
 def test_dry_run(small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It writes nothing, and is right about the number of shards and, to a tenth, about their size."""
-    pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, dry_run=True)
+    pack(small, val_fraction=0, shards=tmp_path / "shards", samples_per_shard=9, workers=1, dry_run=True)
     line = next(line for line in capsys.readouterr().out.splitlines() if "GB" in line)
     assert "90 images in 10 shards" in line and not (tmp_path / "shards").exists()
     size = sum(len(data) for name, data in clean.items() if name.endswith(".tar"))
@@ -104,5 +104,5 @@ def test_a_slow_source_is_told(
     from tools import make_shards
 
     monkeypatch.setattr(make_shards, "random_read_rate", lambda listing, readers: 0.05)
-    pack(small, tmp_path / "shards", workers=1, dry_run=True)
+    pack(small, val_fraction=0, shards=tmp_path / "shards", workers=1, dry_run=True)
     assert "0 images a second when read at random, which is 0.5 hours" in capsys.readouterr().out

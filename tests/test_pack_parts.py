@@ -16,7 +16,7 @@ def test_parts_one_after_the_other(
 ) -> None:
     """Each part packs its share; only the last one finds all shards there and writes the manifest."""
     for number, done in ((3, 3), (1, 7), (2, 10)):
-        pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, part=f"{number}/3")
+        pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, part=f"{number}/3", val_fraction=0)
         assert len(list((tmp_path / "shards").rglob("*.tar"))) == done
         assert (tmp_path / "shards" / "train" / "manifest.json").exists() == (done == 10)
         assert ("shards are left to other parts" in capsys.readouterr().out) == (done < 10)
@@ -55,28 +55,28 @@ def test_wrong_parts(part: str) -> None:
 def test_damaged_notes_are_written_again(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     """A shard whose NAME.json is empty, cut or lies about its number is packed again."""
     shards = tmp_path / "shards"
-    pack(small, shards, samples_per_shard=9, workers=1, part="1/2")
+    pack(small, shards, samples_per_shard=9, workers=1, part="1/2", val_fraction=0)
     tars = sorted(shards.rglob("*.tar"))
     for tar, note in zip(tars, (b"", b"[]", b"{}", None, b"x" * 99), strict=True):
         path = tar.with_suffix(".json")
         path.write_bytes(path.read_bytes().replace(b'"samples": 9', b'"samples": 8') if note is None else note)
-    pack(small, shards, samples_per_shard=9, workers=1)
+    pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     assert files(shards) == clean
 
 
 def test_a_split_without_its_plan_is_refused(small: Path, tmp_path: Path) -> None:
     """Nobody knows of what its shards are; with another seed half of them would be wrong."""
     shards = tmp_path / "shards"
-    pack(small, shards, samples_per_shard=9, workers=1, part="1/2")
+    pack(small, shards, samples_per_shard=9, workers=1, part="1/2", val_fraction=0)
     (shards / "train" / "plan.json").unlink()
     before = files(shards)
     with pytest.raises(ValueError, match=r"no plan\.json or manifest\.json"):
-        pack(small, shards, samples_per_shard=9, workers=1, seed=1)
+        pack(small, shards, samples_per_shard=9, workers=1, seed=1, val_fraction=0)
     for note in shards.rglob("*-*.json"):  # the same, if somebody writes a plan by hand
         note.write_bytes(note.read_bytes().replace(b'"plan": "', b'"plan": "0'))
     (shards / "train" / "plan.json").write_bytes(b'{"plan": "x"}')
     with pytest.raises(ValueError, match="with other options"):
-        pack(small, shards, samples_per_shard=9, workers=1)
+        pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     assert files(shards).keys() == {*before, "train/plan.json"}
 
 
@@ -89,12 +89,12 @@ def test_packers_share_the_work(small: Path, tmp_path: Path, monkeypatch: pytest
 
     def run_units(*arguments: object) -> object:
         monkeypatch.setattr(make_shards, "run_units", real)
-        pack(small, shards, samples_per_shard=9, workers=1, part="1/2")  # the other one
+        pack(small, shards, samples_per_shard=9, workers=1, part="1/2", val_fraction=0)  # the other one
         written.append({path.name: path.stat().st_mtime_ns for path in shards.rglob("*.tar")})
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(make_shards, "run_units", run_units)
-    pack(small, shards, samples_per_shard=9, workers=1)
+    pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     after = {path.name: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
     assert len(written[0]) == 5 and len(after) == 10 and written[0].items() <= after.items()
 
@@ -110,11 +110,11 @@ def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch
 
     def claim(shards: Path, *arguments: object) -> None:
         monkeypatch.setattr(make_shards, "claim", real)
-        pack(small, shards, samples_per_shard=9, workers=1)
+        pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
         real(shards, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(make_shards, "claim", claim)
     with pytest.raises(ValueError, match="other classes"):
-        pack(other, tmp_path / "shards", samples_per_shard=9, workers=1)
+        pack(other, tmp_path / "shards", samples_per_shard=9, workers=1, val_fraction=0)
     names = [row["wnid"] for row in read_json(tmp_path / "shards" / "classes.json")["classes"]]
     assert names == ["n00000011", "n00000022", "n00000033"]

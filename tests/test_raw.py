@@ -46,7 +46,7 @@ def test_layouts(layout: Callable[[Path, Images], None], tmp_path: Path, capsys:
     images = image_set()
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     layout(raw, images)
-    pack(raw, shards, samples_per_shard=5, workers=1, quality=97, subsampling="444")
+    pack(raw, shards, samples_per_shard=5, workers=1, quality=97, subsampling="444", val_fraction=0)
     output = capsys.readouterr().out
     assert ("passed over 1 files" in output) == (layout is folders)  # hidden files are not told of
     named = {kaggle: "Kaggle", folders: "class folders", class_tars: "per-class tars", parquet: "parquet"}[layout]
@@ -123,8 +123,11 @@ def test_val_fraction(tmp_path: Path) -> None:
     assert names[0]["train"] | names[0]["val"] == {image.name for image in data.splits["train"]}
     assert np.bincount(cuts[0]["val"].label).tolist() == [5, 5, 5]
     assert np.bincount(cuts[0]["train"].label).tolist() == [15, 15, 15]
-    with pytest.raises(ValueError, match=r"--val-fraction 0\.001 leaves"):
-        cut_validation(data, 0.001, 1)
+    assert np.bincount(cut_validation(data, 0.001, 1).splits["val"].label).tolist() == [1, 1, 1]
+    assert np.bincount(cut_validation(data, 0.999, 1).splits["train"].label).tolist() == [1, 1, 1]
+    class_tars(tmp_path / "single", {wnid: ("train", wnid, b"x") for wnid in WNIDS})
+    with pytest.raises(ValueError, match="no class has two images"):
+        cut_validation(open_raw(tmp_path / "single", tmp_path / "none")[0], 0.5, 1)
 
 
 def test_the_listing_is_cached(tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
     names = ["../../evil.JPEG", "/abs/olute.JPEG", "x.y.JPEG", "sp ace.JPEG", "new\nline.JPEG", "0_7.JPEG", "1_2.JPEG"]
     names += [os.fsdecode(b"b\xff\xfe.JPEG"), "a" * 150 + ".JPEG", "plain.JPEG", "d/twice.JPEG", "e/twice.JPEG"]
     images = [jpeg(np.full((60, 60, 3), 20 * number, np.uint8)) for number in range(len(names) + 1)]
-    write(raw / "n00000011.tar", tar_of(dict(zip(names, images, strict=False))))
-    write(raw / "n00000022.tar", tar_of({"other.JPEG": images[-1]}))
-    pack(raw, shards, samples_per_shard=4, workers=1, quality=97)
+    names = [f"n00000011/{name}" for name in names]
+    write(raw / "train.tar", tar_of({**dict(zip(names, images, strict=False)), "n00000022/other.JPEG": images[-1]}))
+    pack(raw, shards, samples_per_shard=4, workers=1, quality=97, val_fraction=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["raw", "shards"]
     renamed = read_json(shards / "train" / "manifest.json")["renamed"]
@@ -174,7 +174,7 @@ def twice(raw: Path) -> None:
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
         (lambda raw: parquet_of(raw, {"picture": b"", "label": 0}), r"it lacks the columns image\.bytes, image\.path"),
         (lambda raw: parquet_of(raw, {"image": IMAGE, "label": -1}), "labels row 0 as -1, which is no class"),
-        (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds nothing that can be packed"),
+        (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds val/, but no train/"),
         (lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")), "no plain file"),
         (
             lambda raw: (folders(raw, image_set()), (raw / "train" / "n00000011" / "x.jpg").symlink_to("no")),

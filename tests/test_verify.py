@@ -76,8 +76,8 @@ def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
     (_, offset, size, name), _ = read_index(tar.with_suffix(".idx"))[5]
     start = offset + size // 2
     rewrite(tar, lambda content: content[:start] + b"\xff\xff\x00" * 100 + content[start + 300 :])
-    (line,) = [line for line in faults(copy, capsys) if "does not decode" in line]
-    assert line.startswith(f"train/train-000002.tar: {name} at byte {offset}: does not decode cleanly (")
+    (line,) = [line for line in faults(copy, capsys) if "SHA-256" not in line]
+    assert line.startswith(f"train/train-000002.tar: {name} at byte {offset}: ")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
         (lambda content: bytes(len(content)), ["holds 0 readable samples, the manifest says 180", "SHA-256"]),
         (lambda content: b"", ["has 0 bytes", "damaged or is none"]),
         (lambda content: content[7:] + content[:7], ["damaged or is none", "SHA-256"]),
-        (lambda content: content[:512] + b"x" + content[513:], ["does not decode", "SHA-256"]),
+        (lambda content: content[:512] + b"x" + content[513:], ["at byte 512: no image", "SHA-256"]),
     ],
 )
 def test_a_damaged_tar(
@@ -263,24 +263,21 @@ def test_few_classes_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_what_an_image_has_to_be() -> None:
-    """Ours are flawless 256x256 JPEGs; kept originals may be what ImageNet's are, if the manifest says so."""
+    """A JPEG that every reader takes, in any store; in shards of squares a square. What other formats, CMYK, damage and
+    libjpeg's warnings are, is refused."""
     pixels = photo(np.random.default_rng(0))
     good, small = jpeg(pixels), jpeg(pixels[:100])
     warns = good[:-2] + bytes(50) + good[-2:]  # "extraneous bytes before marker"
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
-    assert check_image(good, "crop256", False) == "" and check_image(small, "original", False) == ""
-    for content, store in [(small, "crop256"), (warns, "crop256"), (warns, "original"), (out.getvalue(), "crop256")]:
-        with pytest.raises(ValueError, match=r"256x100|does not decode"):
-            check_image(content, store, False)
-    assert check_image(warns, "original", True) == ""
-    assert check_image(warns, "adopted", False).startswith("libjpeg warns: ")
-    assert all(check_image(jpeg(pixels, mode), "adopted", False) == "" for mode in ("L", "CMYK"))
-    assert check_image(out.getvalue(), "adopted", False) == "RGB PNG file"
+    with pytest.raises(ValueError, match="256x100"):
+        check_image(small, "crop256")
     for store in ("crop256", "original", "adopted"):
-        for content in (b"", b"no image", good[:300], out.getvalue()[:300]):
-            with pytest.raises(ValueError, match="does not decode"):
-                check_image(content, store, True)
+        for content in (good, jpeg(pixels, "L"), jpeg(pixels, progressive=True)) + (small,) * (store != "crop256"):
+            check_image(content, store)
+        for content in (b"", b"no image", good[:300], out.getvalue(), jpeg(pixels, "CMYK"), warns):
+            with pytest.raises(ValueError):
+                check_image(content, store)
 
 
 def test_bad_labels_and_members(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,8 +138,8 @@ def announce(raw: Path, shards: Path, data: RawImageNet) -> None:
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
     if others := data.passed_over:
         print(
-            f"passed over {len(others)} files that are no images by their names or lie outside of class folders, such as "
-            f"{others[0]}"
+            f"passed over {len(others)} files that are no images by their names or lie outside of class folders, such "
+            f"as {others[0]}"
         )
     if len(data.classes) == 1:
         print(f"warning: there is one class, {data.classes[0].wnid!r}: nothing can be learned from that; is it meant?")

@@ -111,7 +111,9 @@ def adopt(
     }
     check_manifest(manifest, directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
-    print(f"{directory}: {num_samples} images in {len(tars)} shards, {len(names)} classes {told}, {len(skipped)} skipped")
+    print(
+        f"{directory}: {num_samples} images in {len(tars)} shards, {len(skipped)} skipped, {len(names)} classes {told}"
+    )
 
 
 def find_tars(src: Path, pattern: str) -> list[Path]:
@@ -206,7 +208,7 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
     return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
 
 
-def read_shard(path: Path, on_bad: str) -> Indexed:
+def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
     """Index one tar. Raises `ValueError` that names it and the sample."""
     index, max_label = [], -1
     skipped: list[dict[str, str]] = []

@@ -68,7 +68,7 @@ class Decoded(NamedTuple):
     notes: list[tuple[str, str]]
     """What was found, and what is done about it."""
     file: bytes | None
-    """What may stand in a shard: the file itself, or the same with its header written anew; None if it needs encoding."""
+    """What may stand in a shard: the file itself, or the same with a header of ours; None if it needs encoding."""
 
 
 class SizeError(ValueError):
@@ -174,8 +174,8 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
 
 
 FAKE_ENDS = b"\xff\xd9" * 2**15
-"""End markers to fill the longest segment: what libjpeg's own memory source gives a decoder that asks for more than a file
-holds, so that Pillow, whose source would give up, shows what libjpeg shows of a file that ends too early."""
+"""End markers, enough for the longest segment: what libjpeg's own memory source gives a decoder that asks for more than
+a file holds. With them Pillow, whose source would give up, shows what libjpeg shows of a file that ends too early."""
 
 
 def decode_strictly(raw: bytes, jpeg: Jpeg, factor: int) -> np.ndarray:
@@ -271,7 +271,7 @@ def check_shape(height: int, width: int) -> None:
     """Raise `SizeError` for a strip that would fill the memory once its shorter side is 256 pixels long."""
     short, long = sorted((height, width))
     if long > MAX_RATIO * short:
-        raise SizeError(f"too narrow: {width}x{height} pixels, one side more than {MAX_RATIO} times as long as the other")
+        raise SizeError(f"too narrow: {width}x{height} pixels; one side may be {MAX_RATIO} times the other at most")
 
 
 def too_large(height: int, width: int) -> SizeError:
@@ -290,8 +290,9 @@ def reduction(height: int, width: int, can_reduce: bool) -> int:
 
 
 def crop256(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Shorter side to 256, then the central 256x256. uint8 (height, width, 3) to uint8 (256, 256, 3), contiguous; `size`
-    is height and width of the file, which decides the geometry.
+    """Shorter side to 256, then the central 256x256. uint8 (height, width, 3) to uint8 (256, 256, 3), contiguous.
+
+    `size`: height and width of the file where it was reduced; they decide the geometry.
 
     Torch's antialiased bicubic filter on bytes is Pillow's with its weights rounded to 16 bits: more than three times
     as fast, and equal up to 2 levels (one in all but a few pixels).

@@ -5,161 +5,175 @@ frames, which it writes at other sizes and depths than asked for.
 """
 
 import re
+import struct
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
 
-DAMAGED_EXIF = "damaged EXIF block"
+EOI, SOS, APP0, APP1, APP14, APP15, COM = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 FRAMES = {marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)}
-"""SOF markers (T.81, table B.1)."""
+"""SOF0 to SOF15 (T.81, table B.1)."""
 BASELINE, PROGRESSIVE = (0xC0, 0xC1), 0xC2
-"""Huffman-coded frames whose samples are 8 or 12 bits: SOF0 and SOF1, SOF2."""
+"""The Huffman-coded frames, whose samples are 8 or 12 bits: SOF0 and SOF1, SOF2."""
+WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+"""TEM, RST0 to RST7, SOI: markers that head no segment, and are out of place outside of scans."""
+MARKER = re.compile(rb"\xff+[^\x00\xff]")
+END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+EXIF = b"Exif\0\0"
+DAMAGED_EXIF = "damaged EXIF block"
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+"""A JFIF header of revision 1.01, square pixels, no thumbnail."""
 SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
 """Luma samples to one of chroma, horizontally and vertically: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1, which nvJPEG and
 libjpeg-turbo both decode (nvImageCodec 0.8, extensions/nvjpeg/cuda_decoder.cpp)."""
 MAX_SCANS = 256
 """More than these DALI refuses (nvImageCodec 0.8, extensions/libjpeg_turbo/jpeg_handle.cpp)."""
 MAX_SEGMENTS = 10_000
-SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
-WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
-"""TEM, RST0 to RST7, SOI: markers that head no segment; out of place outside of scans."""
-MARKER = re.compile(rb"\xff+[^\x00\xff]")
-END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
+"""After these a file is not read further; photographs have some dozens."""
+
+
+class Segment(NamedTuple):
+    """A marker, and what belongs to it."""
+
+    marker: int
+    start: int
+    """First byte of the marker, fill bytes before it included."""
+    content: int
+    """First byte behind its length."""
+    end: int
+    """First byte behind it; of the header alone where it heads a scan."""
 
 
 class Jpeg(NamedTuple):
-    """What the markers of a file say; zeros where they say nothing."""
+    """What the markers of a file say."""
 
-    segments: list[tuple[int, int, int]]
-    """(marker, first byte, end) of each, over the whole file."""
-    frame: int
-    """SOF marker; 0 where the file has none, or is no JPEG."""
-    precision: int
-    """Bits a sample."""
-    height: int
-    width: int
-    sampling: list[tuple[int, int]]
-    """Horizontal and vertical factor of each component."""
-    color: str
-    """"grey", "YCbCr", "RGB" or "other"."""
-    one_scan: bool
-    """Whether the first scan holds all components of a baseline frame: libjpeg then decodes it row by row, in little
-    memory."""
-    end: int
-    """First byte behind the end marker; -1 where there is none."""
-    oddity: str
+    oddity: str = ""
     """The first thing in the markers that strict readers, DALI among them, may refuse or take for something else; empty
     if there is none."""
+    segments: Sequence[Segment] = ()
+    """Of the whole file."""
+    end: int = -1
+    """First byte behind the end marker; -1 where there is none."""
+    frame: int = 0
+    """SOF marker; 0 where there is not one frame that can be read."""
+    precision: int = 0
+    """Bits a sample."""
+    height: int = 0
+    width: int = 0
+    color: str = "other"
+    """"grey", "YCbCr", "RGB" or "other"."""
+    one_scan: bool = False
+    """Whether the first scan holds all components of a baseline frame: libjpeg then decodes it row by row, in little
+    memory."""
 
     @property
     def is_common(self) -> bool:
-        """Whether libjpeg-turbo decodes the frame to 8-bit RGB at any of its scales."""
+        """Whether libjpeg-turbo decodes the frame to 8-bit RGB, at any of its scales."""
         return self.frame in (*BASELINE, PROGRESSIVE) and self.precision == 8 and self.color != "other"
 
 
 def read_jpeg(raw: bytes) -> Jpeg:
-    """Read the markers of a file as libjpeg does: what stands before one is skipped."""
+    """Read the markers of a file as libjpeg does: stray bytes before one are skipped."""
     if not raw.startswith(b"\xff\xd8"):
-        return Jpeg([], 0, 0, 0, 0, [], "other", False, -1, "not a JPEG file")
+        return Jpeg("not a JPEG file")
     segments, end, oddity = read_segments(raw)
-    frames = [segment for segment in segments if segment[0] in FRAMES]
-    scans = [start for marker, start, _ in segments if marker == SOS]
-    if len(frames) != 1 or not scans or frames[0][1] > scans[0]:
-        return Jpeg(segments, 0, 0, 0, 0, [], "other", False, end, oddity or "not one frame before its scans")
-    frame, _, stop = frames[0]
-    body = segment_body(raw, frames[0])
-    components = body[6::3]
-    sampling = [(factors >> 4, factors & 15) for factors in body[7::3]]
-    precision, height, width = body[0] if body else 0, int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+    frames = [segment for segment in segments if segment.marker in FRAMES]
+    scans = [segment for segment in segments if segment.marker == SOS]
+    if len(frames) != 1 or not scans or scans[0].start < frames[0].start:
+        return Jpeg(oddity or "not one frame before its scans", segments, end)
+    frame, content = frames[0].marker, raw[frames[0].content : frames[0].end]
+    if len(content) < 9 or len(content) != 6 + 3 * content[5]:
+        return Jpeg(oddity or "frame header of a wrong length", segments, end)
+    precision, height, width, count = struct.unpack_from(">BHHB", content)
+    if not height or not width:
+        return Jpeg(oddity or "image without size", segments, end)
+    components = content[6::3]
     color = find_color(raw, segments, components)
-    if len(body) < 9 or len(body) != 6 + 3 * body[5] or not height or not width:
-        return Jpeg(segments, 0, 0, 0, 0, [], "other", False, end, oddity or f"bad frame header before byte {stop}")
-    first_scan = segment_body(raw, next(segment for segment in segments if segment[0] == SOS))
-    one_scan = frame in BASELINE and first_scan[:1] == body[5:6]
+    one_scan = frame in BASELINE and raw[scans[0].content] == count
     if frame not in (*BASELINE, PROGRESSIVE) or precision != 8:
-        oddity = f"JPEG frame of type SOF{frame & 15} with {precision} bits"
+        oddity = f"JPEG frame of type SOF{frame & 15}, {precision} bits"
     elif color not in ("grey", "YCbCr"):
-        oddity = f"JPEG of {len(sampling)} components, {color if color == 'RGB' else 'not YCbCr'}"
-    elif color == "YCbCr" and chroma_sampling(sampling) not in SAMPLINGS:
-        oddity = oddity or f"chroma sampling {sampling}"
+        oddity = f"JPEG of {count} components that are not YCbCr"
+    elif color == "YCbCr" and chroma_sampling(content[7::3]) not in SAMPLINGS:
+        oddity = oddity or f"chroma sampling {content[7::3].hex(' ')}"
     elif len(scans) > MAX_SCANS:
         oddity = oddity or f"{len(scans)} scans"
-    elif frame == PROGRESSIVE and not is_complete(raw, segments, components):
-        oddity = oddity or "a progressive JPEG that lacks scans"
-    return Jpeg(segments, frame, precision, height, width, sampling, color, one_scan, end, oddity)
+    elif frame == PROGRESSIVE and not is_complete(raw, scans, components):
+        oddity = oddity or "progressive JPEG that lacks scans"
+    return Jpeg(oddity, segments, end, frame, precision, height, width, color, one_scan)
 
 
-def read_segments(raw: bytes) -> tuple[list[tuple[int, int, int]], int, str]:
-    """(marker, first byte, end) of the segments, the byte behind the end marker (-1: there is none), first oddity."""
-    segments, position, oddity = [], 2, ""
+def read_segments(raw: bytes) -> tuple[list[Segment], int, str]:
+    """The segments of a JPEG, the byte behind the end marker (-1: there is none), and the first oddity."""
+    segments: list[Segment] = []
+    position, oddity = 2, ""
     while len(segments) < MAX_SEGMENTS and (match := MARKER.search(raw, position)):
-        marker, body = raw[match.end() - 1], match.end()
-        if match.start() > position:
-            oddity = oddity or f"{match.start() - position} stray bytes before marker {marker:02X}"
+        start, behind = match.span()
+        marker = raw[behind - 1]
+        if start > position:
+            oddity = oddity or f"{start - position} stray bytes before marker {marker:02X}"
         if marker == EOI:
-            return segments, body, oddity
+            return segments, behind, oddity
         if marker in WITHOUT_LENGTH:
             oddity = oddity or f"marker {marker:02X} out of place"
-            position = body
+            position = behind
             continue
-        size = int.from_bytes(raw[body : body + 2], "big")
-        position = body + size
+        size = int.from_bytes(raw[behind : behind + 2], "big")
+        position = behind + size
         if size < 2 or position > len(raw):
             return segments, -1, oddity or f"segment {marker:02X} is cut short"
-        segments.append((marker, match.start(), position))
-        if marker == 0xE1 and size < 8 and raw[body + 2 : body + 8] == b"Exif\0\0":  # DALI reads on over its end
+        segments.append(Segment(marker, start, behind + 2, position))
+        if marker == APP1 and size < 8 and raw[behind + 2 : behind + 8] == EXIF:  # DALI reads on beyond it
             oddity = oddity or "EXIF block shorter than its name"
         if marker == SOS:
-            scan_end = END_OF_SCAN.search(raw, position)
-            position = scan_end.start() if scan_end else len(raw)
+            position = end_of_scan(raw, segments[-1])
     return segments, -1, oddity or "no end marker"
 
 
-def segment_body(raw: bytes, segment: tuple[int, int, int]) -> bytes:
-    """What stands behind a segment's length."""
-    _, start, end = segment
-    while raw[start + 1] == 0xFF:  # fill bytes
-        start += 1
-    return raw[start + 4 : end]
+def end_of_scan(raw: bytes, scan: Segment) -> int:
+    """First byte behind the data of a scan."""
+    match = END_OF_SCAN.search(raw, scan.end)
+    return match.start() if match else len(raw)
 
 
-def is_complete(raw: bytes, segments: list[tuple[int, int, int]], components: bytes) -> bool:
-    """Whether the scans of a progressive frame bring every coefficient of every component to its last bit.
-
-    Where they do not, libjpeg smooths over the edges of blocks (jdcoefct.c, smoothing_ok), and DALI's windows, at whose
-    edges there are no neighbours, differ from the whole image.
-    """
-    missing = {(component, k) for component in components for k in range(64)}
-    for segment in segments:
-        if segment[0] == SOS and len(body := segment_body(raw, segment)) >= 6:
-            first, last, bits = body[-3:]
-            if not bits & 15:
-                missing -= {(component, k) for component in body[1:-3:2] for k in range(first, last + 1)}
-    return not missing
-
-
-def find_color(raw: bytes, segments: list[tuple[int, int, int]], components: bytes) -> str:
+def find_color(raw: bytes, segments: list[Segment], components: bytes) -> str:
     """The colours of a frame with these component identifiers, by libjpeg's rule (jdapimin.c,
     default_decompress_parms): JFIF means YCbCr, else Adobe's marker tells, else the identifiers."""
     if len(components) == 1:
         return "grey"
     if len(components) != 3:
         return "other"
-    bodies = [(segment[0], segment_body(raw, segment)) for segment in segments if segment[0] in (0xE0, 0xEE)]
-    if any(marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14 for marker, body in bodies):
+    told = [(each.marker, raw[each.content : each.end]) for each in segments if each.marker in (APP0, APP14)]
+    if any(marker == APP0 and content.startswith(b"JFIF\0") and len(content) >= 14 for marker, content in told):
         return "YCbCr"
-    transforms = [body[11] for marker, body in bodies if marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12]
-    if transforms:
+    adobe = [content for marker, content in told if marker == APP14 and content.startswith(b"Adobe")]
+    if transforms := [content[11] for content in adobe if len(content) >= 12]:
         return "YCbCr" if transforms[-1] else "RGB"
     return "RGB" if components == b"RGB" else "YCbCr"
 
 
-def chroma_sampling(sampling: list[tuple[int, int]]) -> tuple[float, float]:
-    """Luma samples to one of chroma, horizontally and vertically; zeros where the chroma components differ."""
-    (luma_h, luma_v), first, second = sampling
+def chroma_sampling(factors: bytes) -> tuple[float, float]:
+    """Luma samples to one of chroma, horizontally and vertically, from the factors of three components; zeros where the
+    chroma components differ."""
+    (luma_h, luma_v), first, second = ((each >> 4, each & 15) for each in factors)
     return (luma_h / first[0], luma_v / first[1]) if first == second and min(first) > 0 else (0, 0)
+
+
+def is_complete(raw: bytes, scans: list[Segment], components: bytes) -> bool:
+    """Whether the scans of a progressive frame bring every coefficient of every component to its last bit.
+
+    Where they do not, libjpeg smooths over the edges of blocks (jdcoefct.c, smoothing_ok), and DALI's windows, at whose
+    edges there are no neighbours, differ from the whole image.
+    """
+    missing = {(component, k) for component in components for k in range(64)}
+    for scan in scans:
+        if len(content := raw[scan.content : scan.end]) >= 6:
+            first, last, bits = content[-3:]
+            if bits & 15 == 0:
+                missing -= {(component, k) for component in content[1:-3:2] for k in range(first, last + 1)}
+    return not missing
 
 
 def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
@@ -169,23 +183,21 @@ def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
     data, comments, stray bytes. A JFIF header of any revision becomes one of revision 1.01.
     """
     out = [b"\xff\xd8"]
-    behind = [start for _, start, _ in jpeg.segments[1:]] + [jpeg.end if jpeg.end > 0 else len(raw)]
-    for segment, following in zip(jpeg.segments, behind, strict=True):
-        marker, start, end = segment
-        if marker == 0xE0 and segment_body(raw, segment).startswith(b"JFIF\0"):
+    for segment in jpeg.segments:
+        if segment.marker == APP0 and raw.startswith(b"JFIF\0", segment.content):
             out.append(JFIF)
-        elif marker == SOS:
-            scan_end = END_OF_SCAN.search(raw, end)
-            out.append(raw[start : scan_end.start() if scan_end else following])
-        elif marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
-            out.append(raw[start:end])
-    return b"".join(out) + (b"\xff\xd9" if jpeg.end > 0 else b"")
+        elif segment.marker == SOS:
+            out.append(raw[segment.start : end_of_scan(raw, segment)])
+        elif segment.marker == APP14 or not (APP0 <= segment.marker <= APP15 or segment.marker == COM):
+            out.append(raw[segment.start : segment.end])
+    return b"".join(out) + b"\xff\xd9" * (jpeg.end > 0)
 
 
 def exif_notes(raw: bytes, jpeg: Jpeg) -> list[tuple[str, str]]:
     """What is to be said of the EXIF blocks: damaged, or turning the image for viewers that heed it."""
     for segment in jpeg.segments:
-        if segment[0] != 0xE1 or not (block := segment_body(raw, segment)).startswith(b"Exif\0\0"):
+        block = raw[segment.content : segment.end]
+        if segment.marker != APP1 or not block.startswith(EXIF):
             continue
         try:
             with warnings.catch_warnings():

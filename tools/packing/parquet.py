@@ -40,10 +40,9 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
             first = parts.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), path)
             if first != path:  # the Hub keeps the files of earlier pushes, whose names end in another hash
                 raise ValueError(f"{path} and {first.name} are the same part of one set; keep the files of one push")
-    for name, number in parts:
-        if len(numbers := sorted(other for same, other in parts if same == name)) > 1:
-            raise ValueError(f"{raw} holds {name} in {numbers[0]} and in {numbers[1]} parts; keep the files of one push")
     for (name, number), there in parts.items():
+        if others := [other for same, other in parts if same == name and other != number]:
+            raise ValueError(f"{raw} holds {name} in {number} and in {others[0]} parts; keep the files of one push")
         if missing := sorted(set(range(int(number))) - set(there)):
             raise FileNotFoundError(f"{raw} lacks {name}-{missing[0]:0{len(number)}}-of-{number}; fetch it as well")
     return {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}

@@ -90,8 +90,8 @@ def interrupts_ignored() -> Iterator[None]:
 
 
 def start_worker(parent: int, board: "ctypes.Array[ctypes.c_char]", count: Any) -> None:
-    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), give it a line of the board, and keep torch, if it
-    is needed, on one core."""
+    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), give it a line of the board, and keep torch, if
+    it is needed, on one core."""
     global own_line
     os.environ["OMP_NUM_THREADS"] = "1"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -16,8 +16,8 @@ from tools.packing.parquet import find_parquet, read_parquet
 from tools.packing.tar_layouts import read_tars
 
 LAYOUTS = (
-    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one <class>.tar "
-    "per class, tars of class folders or parquet files called train-*"
+    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one "
+    "<class>.tar per class, tars of class folders or parquet files called train-*"
 )
 
 
@@ -82,6 +82,6 @@ def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet
         number = max(0, min(end - start - 1, max(1, round((end - start) * fraction))))
         in_val[order[start + np.array(generator.sample(range(end - start), number), int)]] = True
     if not in_val.any():
-        raise ValueError("no class has two images, one of which could be set aside for validation; use --val-fraction 0")
+        raise ValueError("no class has two images, one of them for validation; use --val-fraction 0")
     splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
     return replace(data, splits=splits)

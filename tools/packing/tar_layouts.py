@@ -62,7 +62,7 @@ def read_files(tar: Path) -> list[File]:
     """The files of a tar, without those that systems leave behind. Raises `ValueError`."""
     files = []
     for name, offset, size in members(tar):
-        *folders, base = [part for part in name.split("/") if part not in ("", ".")] or [name]
+        *folders, base = [part for part in name.split("/") if part not in ("", ".", "..")] or [name]
         if not any(map(is_hidden, (*folders, base))):
             files.append(File(tuple(folders), name, offset, size))
     check_no_shard(tar, files)
@@ -70,8 +70,7 @@ def read_files(tar: Path) -> list[File]:
 
 
 def check_no_shard(tar: Path, files: Iterable[File]) -> None:
-    """Raise `ValueError` for a shard of WebDataset, in which files of one name make a sample: it has its labels, if any,
-    in those."""
+    """Raise `ValueError` for a shard of WebDataset, in which files of one name make a sample, its label among them."""
     images: set[str] = set()
     others: dict[str, str] = {}
     for file in files:
@@ -140,8 +139,8 @@ def read_class_tars(raw: Path, tars: list[Path]) -> RawImageNet:
             raise ValueError(f"{path} holds no image; fetch it again or remove it")
         if len(folders := sorted({file.folders for file in files})) > 1:
             raise ValueError(
-                f"{path} holds several folders, such as {'/'.join(folders[-1])!r}: it is not clear what is a class; call "
-                "it train.tar if they are, or unpack it"
+                f"{path} holds several folders, such as {'/'.join(folders[-1])!r}: it is not clear what is a class; "
+                "call it train.tar if they are, or unpack it"
             )
         archive = listing.add_file(path)
         for file in sorted(files, key=lambda file: file.name):
