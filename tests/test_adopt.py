@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig
-from pipeline.shards import open_shards
+from pipeline.shards import DataError, open_shards
 from tests.helpers import Members, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
 from tools.packing.adopt import adopt
+from tools.packing.verify import verify
 
 IMAGE = jpeg(photo(np.random.default_rng(9)))
 
@@ -66,8 +68,6 @@ def test_dali_reads_what_webdataset_reads(
     (batch,) = val_loader(val, plain_basis, config, batch_size=9, **place)
     assert batch.labels.tolist() == labels[:9]
     for decoded, (content, _) in zip(next(decoded_batches(val, 9)).numpy(), expected, strict=True):
-        from PIL import Image
-
         assert np.abs(decoded.astype(int) - np.asarray(Image.open(io.BytesIO(content)))).max() <= 2
     seen = torch.cat(
         [batch.labels for batch in train_loader(train, plain_basis, config, batch_size=6, seed=1, **place)]
@@ -200,6 +200,34 @@ def test_bad_shards_are_refused(tmp_path: Path, content: bytes, message: str) ->
     assert f"{src}/b.tar: " in str(caught.value) and "\n" not in str(caught.value)
     assert not shards.exists()
     adopt(src, shards, split="train", pattern="a.tar", workers=1)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "ICO", "TGA", "PNG", "CMYK", "stray", "warns", "lossless"])
+def test_images_that_others_would_misread(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other formats under a JPEG's name, CMYK, stray bytes and damage are refused by key, or left out of the index and
+    listed; what is left verifies, and DALI reads it whole."""
+    out, pixels = io.BytesIO(), photo(np.random.default_rng(1))
+    odd = {"CMYK": jpeg(pixels, "CMYK"), "stray": IMAGE[:20] + bytes(11) + IMAGE[20:]}
+    odd |= {"warns": IMAGE[:-2] + bytes(40) + IMAGE[-2:], "lossless": IMAGE.replace(b"\xff\xc0", b"\xff\xc3")}
+    if kind not in odd:
+        Image.fromarray(pixels).save(out, kind)
+    members = [(f"k{k}.{end}", data) for k in range(6) for end, data in (("jpg", IMAGE), ("cls", b"%d" % (k % 2)))]
+    members[6] = ("k3.jpg", odd.get(kind, out.getvalue()))
+    write(tmp_path / "src" / "a-0.tar", tar_of(members))
+    command = ("tools/make_shards.py", "adopt", tmp_path / "src", tmp_path / "shards", "--split", "train", "--pattern")
+    told = refuses(*command, "a-*.tar", "--workers", "1")
+    assert "a-0.tar: k3.jpg at byte" in told and "--on-bad skip" in told and not (tmp_path / "shards").exists()
+    run_ok(*command, "a-*.tar", "--workers", "1", "--on-bad", "skip")
+    manifest = read_json(tmp_path / "shards" / "train" / "manifest.json")
+    assert manifest["num_samples"] == 5 and [row["key"] for row in manifest["skipped"]] == ["k3"]
+    verify(tmp_path / "shards", workers=1)
+    capsys.readouterr()
+    assert sum(len(batch) for batch in decoded_batches(open_shards(tmp_path / "shards", "train"), 4)) == 5
+    manifest["skipped"] = []
+    write_json(tmp_path / "shards" / "train" / "manifest.json", manifest)
+    with pytest.raises(DataError):
+        verify(tmp_path / "shards", workers=1)
+    assert "k3.jpg" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])

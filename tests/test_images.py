@@ -3,15 +3,20 @@
 import contextlib
 import io
 import re
+import struct
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helpers import jpeg, photo
+from pipeline.files import read_json
+from tests.helpers import jpeg, photo, run_ok, run_python, write
 from tools.packing.images import Form, crop256, decode, find_fault, pack_image
 
 CROP, ORIGINAL = Form("crop256", 90, "420", True), Form("original", 90, "420", True)
@@ -210,6 +215,75 @@ def test_damage() -> None:
             with pytest.raises(ValueError, match="not decodable") as error:
                 pack_image(garbage, form)
             assert "BytesIO" not in str(error.value)
+
+
+def lossless_jpeg(pixels: np.ndarray, marker: int = 0xC3) -> bytes:
+    """A lossless JPEG (T.81, annex H) of uint8 (height, width, 1 or 3): the left neighbour predicts, every length of a
+    difference has a code of four bits."""
+    height, width, count = pixels.shape
+    ids = b"RGB"[:count]
+    padded = pixels.astype(int)
+    before = np.roll(padded, 1, 1)
+    before[1:, 0], before[0, 0] = padded[:-1, 0], 128
+    bits = ""
+    for difference in (padded - before).reshape(-1).tolist():
+        size = abs(difference).bit_length()
+        value = difference if difference >= 0 else difference + 2**size - 1
+        bits += f"{size:04b}" + (f"{value:0{size}b}" if size else "")
+    data = int(bits + "1" * (-len(bits) % 8), 2).to_bytes(-(-len(bits) // 8), "big").replace(b"\xff", b"\xff\0")
+    frame = b"\x08" + struct.pack(">HHB", height, width, count) + b"".join(bytes([each, 0x11, 0]) for each in ids)
+    scan = bytes([count]) + b"".join(bytes([each, 0]) for each in ids) + b"\1\0\0"
+    table = b"\0" + bytes([0, 0, 0, 9]) + bytes(12) + bytes(range(9))
+    head = b"".join(
+        b"\xff" + bytes([each]) + (len(content) + 2).to_bytes(2, "big") + content
+        for each, content in ((marker, frame), (0xC4, table), (0xDA, scan))
+    )
+    return b"\xff\xd8" + head + data + b"\xff\xd9"
+
+
+def test_lossless_jpegs(tmp_path: Path) -> None:
+    """libjpeg-turbo does not scale them: at an eighth of the size it would write beyond the buffer's end. They, grey
+    ones too, are packed as Pillow shows them; other frames that it does not know are refused; no process dies."""
+    image = photo(np.random.default_rng(3), 200, 240)
+    assert (pixels_of(lossless_jpeg(image)) == image).all()
+    train = tmp_path / "raw" / "train" / "cat"
+    for name, data in {"rgb": lossless_jpeg(image), "grey": lossless_jpeg(image[:, :, :1])}.items():
+        write(train / f"{name}.jpg", data)
+    for marker in (0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF):
+        write(train / f"{marker:x}.jpg", lossless_jpeg(image, marker))
+    for store in ("original", "crop256"):
+        shards = tmp_path / store
+        options = ("--store", store, "--on-bad", "skip", "--workers", "1", "--val-fraction", "0", "--quality", "98")
+        run_ok("tools/make_shards.py", "pack", tmp_path / "raw", shards, *options, run=run_python)
+        manifest = read_json(shards / "train" / "manifest.json")
+        assert (manifest["num_samples"], len(manifest["skipped"])) == (2, 9)
+    (tar,) = (tmp_path / "original" / "train").glob("*.tar")
+    packed = {sample["__key__"]: sample["jpg"] for sample in webdataset.WebDataset(str(tar), shardshuffle=False)}
+    assert np.abs(pixels_of(packed["rgb"]) - image).mean() < 2
+    assert np.abs(pixels_of(packed["grey"]) - image[:, :, :1]).mean() < 2
+
+
+def test_no_line_of_a_library(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither Pillow's warnings nor what libtiff writes to standard error."""
+    palette = Image.fromarray(photo(np.random.default_rng(0), 40, 60)).quantize(16)
+    out = io.BytesIO()
+    palette.save(out, "PNG", transparency=bytes(range(16)))
+    with pytest.warns(UserWarning, match="Transparency"):
+        Image.open(io.BytesIO(out.getvalue())).convert("RGB")
+    with warnings.catch_warnings(record=True) as caught:
+        pack_image(out.getvalue(), CROP)
+    assert not caught
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(
+        out, "TIFF", compression="tiff_lzw"
+    )
+    damaged = out.getvalue()[:3000] + b"\xff" * 50 + out.getvalue()[3050:]
+    with contextlib.suppress(OSError):
+        Image.open(io.BytesIO(damaged)).load()
+    assert capfd.readouterr().err
+    with contextlib.suppress(ValueError):
+        pack_image(damaged, CROP)
+    assert not capfd.readouterr().err
 
 
 def claiming(data: bytes, height: int, width: int) -> bytes:

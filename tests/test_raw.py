@@ -11,12 +11,14 @@ import webdataset
 from PIL import Image
 
 from pipeline.files import read_json
-from tests.helpers import tar_of, write
+from tests.helpers import files, jpeg, photo, tar_of, write
 from tests.layouts import WNIDS, Images, class_tars, folders, image_set, kaggle, parquet
 from tools.make_shards import pack
 from tools.packing.cache import load_listing, save_listing, stamp
 from tools.packing.listing import Listing
 from tools.packing.raw import cut_validation, open_raw
+
+IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
 
 
 def expected_square(data: bytes) -> np.ndarray:
@@ -63,6 +65,57 @@ def test_layouts(layout: Callable[[Path, Images], None], tmp_path: Path, capsys:
         assert found[key][:2] == ("train" if layout is class_tars else split, wnid)
         pixels = np.asarray(Image.open(io.BytesIO(found[key][2]))).astype(int)
         assert np.abs(pixels - expected_square(data)).mean() < 1.5, key
+
+
+@pytest.mark.parametrize("place", ["", "images"])
+def test_class_folders_without_train(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As torchvision's ImageFolder has them, RAW or the only folder in it: read as its find_classes does. A tenth of
+    each class, at least one image, is set aside for validation, the same each time, and said; 0 keeps all."""
+    sizes = {"a": 2, "b": 10, "c": 25}
+    for name, size in sizes.items():
+        for k in range(size):
+            write(tmp_path / "raw" / place / name / f"{name}{k}.jpg", IMAGE)
+    write(tmp_path / "raw" / place / "readme.txt", b"x")
+    for shards, fraction in (("tenth", None), ("again", None), ("none", 0.0)):
+        pack(tmp_path / "raw", tmp_path / shards, workers=1, val_fraction=fraction)
+        assert ("val-fraction 0" in capsys.readouterr().out) == (fraction is None)
+    assert files(tmp_path / "tenth") == files(tmp_path / "again")
+    labels = {split: np.bincount(labels_of(tmp_path / "tenth" / split)).tolist() for split in ("train", "val")}
+    assert labels == {"train": [1, 9, 23], "val": [1, 1, 2]}
+    assert np.bincount(labels_of(tmp_path / "none" / "train")).tolist() == [2, 10, 25]
+    assert not (tmp_path / "none" / "val").exists()
+    assert [row["wnid"] for row in read_json(tmp_path / "none" / "classes.json")["classes"]] == list(sizes)
+
+
+def labels_of(split: Path) -> list[int]:
+    """The labels of a split's shards, by the webdataset library."""
+    tars = [str(path) for path in sorted(split.glob("*.tar"))]
+    return [int(sample["cls"]) for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+
+
+def test_train_in_train(tmp_path: Path) -> None:
+    """What an archive of train/ becomes when it is unpacked into train/."""
+    images = {f"{split}/{split}/{wnid}/{k}.jpg" for split in ("train", "val") for wnid in WNIDS for k in range(2)}
+    for name in images:
+        write(tmp_path / name, IMAGE)
+    data, _ = open_raw(tmp_path, tmp_path / "none")
+    assert [each.wnid for each in data.classes] == WNIDS
+    assert {image.name for listing in data.splits.values() for image in listing} == images
+
+
+@pytest.mark.parametrize("layout", ["folders", "tar", "raw"])
+def test_one_class_is_worth_a_warning(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In any layout; several are not."""
+    for name in ("one", "two"):
+        raw = tmp_path / name
+        for wnid in WNIDS[: 1 if name == "one" else 2]:
+            files = {f"{wnid}_{k}.jpg": IMAGE for k in range(2)}
+            if layout == "tar":
+                write(raw / f"{wnid}.tar", tar_of(files))
+            for file, data in files.items() if layout != "tar" else ():
+                write(raw / ("train" if layout == "folders" else "") / wnid / file, data)
+        pack(raw, tmp_path / f"{name}-shards", workers=1)
+        assert ("warning" in capsys.readouterr().out) == (name == "one")
 
 
 def test_all_layouts_give_the_same_shards(tmp_path: Path) -> None:
