@@ -286,6 +286,16 @@ def test_no_line_of_a_library(capfd: pytest.CaptureFixture[str]) -> None:
     assert not capfd.readouterr().err
 
 
+def test_no_program_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand an EPS file to Ghostscript, which runs what stands in it."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 72 72\n%%EndComments\n(x) print\n%%EOF\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was run"))
+    with pytest.raises(ValueError, match="not decodable"):
+        pack_image(eps, CROP)
+
+
 def claiming(data: bytes, height: int, width: int) -> bytes:
     """A JPEG whose frame header claims another size."""
     at = re.search(rb"\xff[\xc0-\xc3]\0[\x0b\x11\x14]", data).start() + 5  # type: ignore[union-attr]

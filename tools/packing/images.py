@@ -10,6 +10,7 @@ buffers start as zeros, and where it gives up it says so.
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -130,7 +131,7 @@ def find_fault(raw: bytes) -> str:
 
 def file_format(raw: bytes) -> str:
     """What kind of image file this is, by Pillow."""
-    with contextlib.suppress(Exception), silence(), Image.open(io.BytesIO(raw)) as image:
+    with contextlib.suppress(Exception), silence(), open_with_pillow(raw) as image:
         return f"{image.format} file"
     return "no image"
 
@@ -218,7 +219,14 @@ def open_with_pillow(raw: bytes) -> Image.Image:
     if raw.startswith(b"\xff\xd8"):
         return JpegImagePlugin.JpegImageFile(io.BytesIO(raw))
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # until the end of `silence`
-    return Image.open(io.BytesIO(raw))
+    return Image.open(io.BytesIO(raw), formats=raster_formats())
+
+
+@functools.cache
+def raster_formats() -> list[str]:
+    """Pillow's formats but for EPS: a program, which Ghostscript would run."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -56,7 +57,9 @@ def as_they_finish(
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool:
-            where = last_words(board.raw, started)
+            patience = time.monotonic() + 1  # another thread of the pool may be about to learn the exit code
+            while not (where := last_words(board.raw, started)) and time.monotonic() < patience:
+                time.sleep(0.01)
             for process in multiprocessing.active_children():  # the pool waits for one that it was just starting
                 process.kill()
             raise DataError(
