@@ -167,6 +167,27 @@ def test_headers_that_libjpeg_warns_of() -> None:
             assert (simplejpeg.decode_jpeg(packed.jpeg, fastdct=False, fastupsample=False) == expected).all()
 
 
+def test_headers_of_cmyk_files() -> None:
+    """Stray bytes before a marker cost no CMYK file a pixel either."""
+    data = jpeg(photo(np.random.default_rng(6), 300, 300), "CMYK")
+    at = data.index(b"\xff\xdb")
+    stray = data[:at] + bytes(11) + b"\xff\xd3" + data[at:]
+    assert (decode(stray).pixels == pixels_of(data)).all() and find_fault(stray)
+
+
+def test_many_scans() -> None:
+    """Each takes as long as a whole image: more than DALI takes are refused, whatever they are."""
+    data = jpeg(photo(np.random.default_rng(6), 300, 300), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    for more, refused in ((1, False), (1000, True)):
+        file = data[:-2] + data[last:-2] * more + b"\xff\xd9"
+        if refused:
+            with pytest.raises(ValueError, match="scans"):
+                pack_image(file, CROP)
+        else:
+            assert pack_image(file, CROP).jpeg
+
+
 def test_damage_in_the_middle() -> None:
     """What libjpeg warns of is encoded anew, as Pillow shows it; where it gives up before the first pixel, refused."""
     noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)

@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from tools.packing.jpeg import DAMAGED_EXIF, Jpeg, exif_notes, read_jpeg, rewrite_header
+from tools.packing.jpeg import DAMAGED_EXIF, MAX_SCANS, SOS, Jpeg, exif_notes, read_jpeg, rewrite_header
 
 SIDE = 256
 MAX_PIXELS = 50_000_000
@@ -81,7 +81,7 @@ def pack_image(raw: bytes, form: Form) -> Packed:
 
     Raises `ValueError` with the decoder's reason when the file cannot be decoded.
     """
-    if form.store == "original" and not form.verify and is_plain_jpeg(raw):
+    if form.store == "original" and not form.verify and not find_fault(raw, by_markers=True):
         return Packed(raw, "", "")
     decoded = decode(raw, at_an_eighth=form.store == "original")
     notes = decoded.notes
@@ -96,23 +96,12 @@ def pack_image(raw: bytes, form: Form) -> Packed:
     return Packed(jpeg, SEPARATOR.join(found for found, _ in notes), SEPARATOR.join(done for _, done in notes))
 
 
-def is_plain_jpeg(raw: bytes) -> bool:
-    """Whether a file's bytes can go into a shard, as far as its markers tell."""
-    jpeg = read_jpeg(raw)
-    try:
-        check_shape(jpeg.height, jpeg.width)
-    except SizeError:
-        return False
-    small = jpeg.height * jpeg.width <= MAX_PIXELS
-    return small and not jpeg.oddity and all(found != DAMAGED_EXIF for found, _ in exif_notes(raw, jpeg))
-
-
-def find_fault(raw: bytes) -> str:
+def find_fault(raw: bytes, by_markers: bool = False) -> str:
     """Why a file may not stand in a shard as it is; empty if it may. The one rule for packing, adopting and verifying.
 
     A file may if its markers are those of an 8-bit baseline or progressive JPEG of a common sampling, from its first
     byte to its end marker, and libjpeg-turbo decodes the whole of it without a warning. Such files DALI decodes, whole
-    and in windows, to libjpeg's pixels.
+    and in windows, to libjpeg's pixels. With `by_markers` it is not decoded, and a damaged EXIF block is a fault.
     """
     jpeg = read_jpeg(raw)
     if not raw.startswith(b"\xff\xd8"):
@@ -123,6 +112,8 @@ def find_fault(raw: bytes) -> str:
         check_shape(jpeg.height, jpeg.width)
         if jpeg.height * jpeg.width > MAX_PIXELS:
             raise too_large(jpeg.height, jpeg.width)
+        if by_markers:
+            return next((found for found, _ in exif_notes(raw, jpeg) if found == DAMAGED_EXIF), "")
         decode_strictly(raw, jpeg, 8)
     except ValueError as error:
         return str(error)
@@ -145,8 +136,10 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
             judged then, but not every pixel computed, which saves a quarter of the time.
     """
     jpeg = read_jpeg(raw)
+    if (scans := sum(segment.marker == SOS for segment in jpeg.segments)) > MAX_SCANS:
+        raise SizeError(f"too large: {scans} scans, each of which takes a second or so in a large image")
     if not jpeg.is_common:
-        return decode_with_pillow(raw, jpeg)
+        return decode_with_pillow(rewrite_header(raw, jpeg) if jpeg.segments else raw, jpeg)
     size, notes = (jpeg.height, jpeg.width), exif_notes(raw, jpeg)
     factor = reduction(*size, jpeg.one_scan)
     rewritten = any(found == DAMAGED_EXIF for found, _ in notes)
@@ -170,8 +163,9 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
     except ValueError:
         pixels = decode_with_pillow(file + FAKE_ENDS, jpeg).pixels
         return Decoded(pixels, size, [*notes, (fault, "decoded as far as it goes")], None)
-    odd = bool(read_jpeg(file).oddity) or factor > 1
-    return Decoded(pixels, size, [*notes, (fault, "header written anew")], None if odd else file)
+    if read_jpeg(file).oddity or factor > 1:
+        return Decoded(pixels, size, [*notes, (fault, "decoded")], None)
+    return Decoded(pixels, size, [*notes, (fault, "header written anew")], file)
 
 
 FAKE_ENDS = b"\xff\xd9" * 2**15
