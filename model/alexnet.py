@@ -44,8 +44,8 @@ class AlexNetConfig:
     """Maps of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
     hidden: int = 4096
     """Units of fc6 and of fc7, counted over both towers."""
-    num_classes: int = 1000
-    """Outputs of fc8."""
+    num_classes: int | None = None
+    """Outputs of fc8; a run takes the number of classes in its shards, else it is ImageNet's 1000."""
     activation: Literal["relu", "tanh", "sigmoid", "abs_tanh"] = "relu"
     """After conv1-5, fc6 and fc7 (section 3.1)."""
     lrn: Literal["none", "paper", "original"] | None = None
@@ -70,7 +70,7 @@ class AlexNetConfig:
             )
         if self.hidden < 1 or self.hidden % self.num_towers:
             raise ValueError(f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}")
-        if self.num_classes < 2:
+        if self.outputs < 2:
             raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
@@ -83,12 +83,18 @@ class AlexNetConfig:
 
     def spelled_out(self) -> "AlexNetConfig":
         """The same with the variant's values where fields are silent."""
-        return replace(self, towers=self.num_towers, channels=self.maps, lrn=self.normalization)  # type: ignore[arg-type]
+        silent = {"channels": self.maps, "lrn": self.normalization, "num_classes": self.outputs}
+        return replace(self, towers=self.num_towers, **silent)  # type: ignore[arg-type]
 
     @property
     def maps(self) -> tuple[int, int, int, int, int]:
         """`channels`, or the variant's."""
         return PRESETS[self.variant].channels if self.channels is None else self.channels
+
+    @property
+    def outputs(self) -> int:
+        """`num_classes`, or ImageNet's."""
+        return 1000 if self.num_classes is None else self.num_classes
 
     @property
     def padding(self) -> int:
@@ -145,7 +151,7 @@ class AlexNet(nn.Module):
         self.conv5 = nn.Conv2d(c4 or c3 or c2, c5, 3, padding=1, groups=towers) if c5 else None
         self.fc6 = nn.Linear((c5 or c4 or c3 or c2) * 6 * 6, hidden)
         self.fc7 = nn.Linear(hidden, hidden)
-        self.fc8 = nn.Linear(hidden, config.num_classes)
+        self.fc8 = nn.Linear(hidden, config.outputs)
         self.set_functions(config, towers)
         if config.variant != "torchvision":
             self.init_weights()

@@ -153,7 +153,7 @@ class TowerAlexNet(AlexNet):
         self.conv5 = nn.Conv2d(maps[3] or maps[2], maps[4], 3, padding=1) if c5 else None
         self.fc6 = MeetingLinear((c5 or c4 or c3) * 6 * 6, config.hidden // TOWERS)
         self.fc7 = MeetingLinear(config.hidden, config.hidden // TOWERS)
-        own_classes = (config.num_classes + 1 - peer.tower) // TOWERS  # as tensor_split cuts them
+        own_classes = (config.outputs + 1 - peer.tower) // TOWERS  # as tensor_split cuts them
         self.fc8 = MeetingLinear(config.hidden, own_classes)
         for layer in (self.conv3, self.fc6, self.fc7, self.fc8):
             layer.peer = peer
@@ -164,7 +164,7 @@ class TowerAlexNet(AlexNet):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Raw logits of all classes."""
         own = super().forward(images)
-        logits: torch.Tensor = GatherLogits.apply(own, self.peer, self.config.num_classes)
+        logits: torch.Tensor = GatherLogits.apply(own, self.peer, self.config.outputs)
         return logits
 
 
@@ -245,5 +245,5 @@ def bytes_per_image(config: AlexNetConfig, element_bytes: int, pixel_bytes: int 
     """
     _, c2, c3, c4, c5 = config.maps
     inputs = c2 * 13 * 13 + (c5 or c4 or c3) * 6 * 6 + 2 * config.hidden  # of conv3, fc6, fc7, fc8
-    logits = max(4, element_bytes) * config.num_classes / TOWERS  # at least float32; the mean of both, if odd
+    logits = max(4, element_bytes) * config.outputs / TOWERS  # at least float32; the mean of both, if odd
     return element_bytes * inputs + logits + pixel_bytes * 3 * 224 * 224 / TOWERS

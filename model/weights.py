@@ -65,7 +65,7 @@ def weights_bytes(
     """
     check_tensors(state, config)
     if names == "torchvision":
-        sizes = {"channels": config.maps, "hidden": config.hidden, "num_classes": config.num_classes}
+        sizes = {"channels": config.maps, "hidden": config.hidden, "num_classes": config.outputs}
         theirs = AlexNetConfig("torchvision", dropout=config.dropout, **sizes)  # type: ignore[arg-type]
         if config.spelled_out() != theirs.spelled_out() or not all(config.maps):
             raise ValueError("torchvision's alexnet is another network; only model.variant=torchvision has its names")

@@ -32,7 +32,7 @@ from pipeline.lighting import Lighting, moved_means
 from pipeline.machine import raise_open_files, resident_bytes
 from pipeline.normalize import BatchMemory, normalize
 from pipeline.reader import check_index, check_memory, data_errors, parse_labels
-from pipeline.settings import DataConfig
+from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
 
 PADDING = -1
@@ -93,7 +93,9 @@ class Loader:
             raise ValueError(
                 "data.speed.decode_cache_gb is memory of a GPU that decodes; set it to 0, or data.decode=gpu"
             )
-        self.mean_offset = self._mean_offset()
+        offset = mean_offset(basis, config.augmentation)
+        kind = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.mean_offset = None if offset is None else offset.to(self.device, kind)
         """What is to be subtracted from windows besides the mean colour, (3, 224, 224); None with `mean: channel`. In
         training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
@@ -186,19 +188,6 @@ class Loader:
         batch = self._memory.take(tuple(windows.shape))
         normalize(windows, mirrored, means, divisor, offset_HWC, batch)
         return batch, labels
-
-    def _mean_offset(self) -> torch.Tensor | None:
-        """The centre of the mean image minus the mean colour, as far as pixels are divided (2012 program: neither
-        windowed nor flipped)."""
-        augmentation, image = self._config.augmentation, self._basis.mean_image
-        if augmentation.mean == "channel":
-            return None
-        if image is None:
-            raise ValueError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
-        first = (IMAGE_SIDE - CROP_SIDE) // 2
-        centre_HWC = image[first : first + CROP_SIDE, first : first + CROP_SIDE] - self._basis.mean
-        offset = torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)
-        return offset.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
 
     def _lighting(self) -> Lighting:
         """The lighting of the present epoch."""
@@ -311,6 +300,18 @@ class Loader:
         self._pipe = self._checkpoint = None
         self._memory = BatchMemory()
         self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
+
+
+def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
+    """The centre of the mean image minus the mean colour, as far as pixels are divided, float64 (3, 224, 224) (2012
+    program: neither windowed nor flipped); None with `mean: channel`. Raises `ValueError` without a mean image."""
+    if augmentation.mean == "channel":
+        return None
+    if basis.mean_image is None:
+        raise ValueError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
+    first = (IMAGE_SIDE - CROP_SIDE) // 2
+    centre_HWC = basis.mean_image[first : first + CROP_SIDE, first : first + CROP_SIDE] - basis.mean
+    return torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)
 
 
 def train_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:

@@ -1,8 +1,13 @@
-"""How a process keeps memory, seen from a process of its own by what the kernel and glibc count."""
+"""How a process keeps memory, by what the kernel and glibc count in one of its own; what is told of GPUs."""
 
 import os
 
+import pytest
+import torch
+
 from tests.helpers import run_python
+from train import device as device_module
+from train.device import gpu_advice
 
 KEPT = """
 import ctypes, os, re, threading
@@ -49,3 +54,24 @@ def test_freed_memory_is_kept_in_few_places(tmp_path: object) -> None:
     assert given_back[False] > 190e6 and given_back[True] < 10e6
     cores = min(2, len(os.sched_getaffinity(0)))
     assert arenas[True] <= 2 * cores and (arenas[False] >= 12 or arenas[False] == 8 * cores)
+
+
+@pytest.mark.parametrize(("cuda", "named"), [(None, "without CUDA"), ("13.0", "CUDA 13.0")])
+def test_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch, cuda: str | None, named: str) -> None:
+    """Is told loudly, with what PyTorch lacks; a machine without one hears nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    for there in (True, False):
+        monkeypatch.setattr(device_module, "has_nvidia_gpu", lambda there=there: there)
+        advice = gpu_advice(torch.device("cpu"), 1, 32)
+        assert len(advice) == there and all("ON THE CPU" in line and named in line for line in advice)
+
+
+def test_gpus_that_are_used_badly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several, and few images at a time, are worth a line each; a full one is not."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    place = torch.device("cuda", 0)
+    (line,) = gpu_advice(place, 1, 1024)
+    assert "1 of 8" in line and "torchrun --standalone --nproc-per-node 8" in line
+    assert [len(gpu_advice(place, 8, images)) for images in (16, 63, 64, 128)] == [1, 1, 0, 0]

@@ -1,6 +1,7 @@
 """Runs over several processes, started by torchrun: they learn what one process learns, stop together, and go on."""
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -173,7 +174,28 @@ def test_refusals(shards: Path, tmp_path: Path) -> None:
     told = train_refuses(*shared_run(shards, tmp_path / "run", "--parallel.placement", "towers"))
     assert "even number of processes, not 1" in told and not (tmp_path / "run").exists()
     placement = object.__new__(Placement)
-    placement.num_loader_ranks = 3
+    placement.num_loader_ranks = placement.num_replicas = 3
     assert placement.loader_batch(33) == 11
-    with pytest.raises(ValueError, match=r"train.batch_size \(32\) does not divide by 3 processes"):
-        placement.loader_batch(32)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("window", [1, 6, 32])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_batches_that_can_be_shared_out(ranks: int, window: int, accumulate: int) -> None:
+    """Exactly those that each process can load in groups of one window and replicas can cut into passes, no larger
+    than the data; what a refusal says to take is taken."""
+    placement, images = object.__new__(Placement), 700
+    placement.num_loader_ranks = placement.num_replicas = ranks
+    for batch in range(1, images + 3):
+        own = batch / ranks
+        fits = own == int(own) and own % window == 0 and own % accumulate == 0 and own <= images // ranks
+        try:
+            placement.check_batch(batch, accumulate, window, images)
+            assert fits, batch
+        except ValueError as error:
+            assert not fits, batch
+            told = str(error)
+            for size in re.findall(r"\b(?:take|or|can be) (\d+)", told):
+                placement.check_batch(int(size), accumulate, window, images)
+            for smaller in re.findall(r"\bor data.augmentation.share_window (\d+)", told):
+                placement.check_batch(batch, accumulate, int(smaller), images)

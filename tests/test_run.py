@@ -1,6 +1,8 @@
 """The main job: stopped in the middle of an epoch and continued, it gives the very same weights."""
 
 import json
+import os
+import re
 import resource
 import shutil
 import signal
@@ -144,6 +146,53 @@ def test_a_finished_run_again(few: Path, undisturbed: Path) -> None:
     evaluated = run_ok("-m", "train.evaluate", undisturbed, few, "--batch-size", "50", "--device", "cpu")
     assert len(run_lines) == 4 and all(line in evaluated for line in run_lines)
     assert f"{read_json(few / 'val' / 'manifest.json')['num_samples']} images" in evaluated
+
+
+def test_resumed_by_its_folder_alone(few: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """`--run.dir DIR`, from any folder, goes on with the configuration that was saved, the number of classes included;
+    options come on top. What a schedule says of epochs to come may change, of those that have begun it may not."""
+    options = ("--optimizer.schedule", "steps", "--optimizer.steps", "[1]", "--train.epochs", "2")
+    relative = os.path.relpath(few, ROOT)
+    arguments = [
+        each for each in small_run(Path(relative), tmp_path, *options) if each not in ("--model.num_classes", "10")
+    ]
+    told = run_ok(*TRAIN, *arguments)
+    assert "10 classes" in told and "epoch 2 step" in told
+    saved = (tmp_path / "config.yaml").read_text()
+    assert f"shards: {ROOT / relative}" in saved and "num_classes: 10" in saved
+    assert "accuracy" in run_ok(*TRAIN, f"--run.dir={tmp_path}")
+    for more in (["--optimizer.steps", "[]"], ["--optimizer.steps", "[1, 2]"], ["--train.epochs", "1"]):
+        wrong = more != ["--optimizer.steps", "[1, 2]"]
+        if wrong:
+            assert "started with" in train_refuses("--run.dir", str(tmp_path), *more)
+        else:
+            longer = run_ok(*TRAIN, "--run.dir", str(tmp_path), *more, "--train.epochs", "3")
+            assert "going on from" in longer and final(tmp_path)["step"] == 3 * STEPS
+    rates = {row["epoch"]: row["lr"] for row in rows_of(tmp_path) if row["kind"] == "train"}
+    assert rates == {0: 0.005, 1: pytest.approx(0.0005), 2: pytest.approx(0.00005)}
+
+
+def test_a_line_for_each_row_without_a_terminal(few: Path, tmp_path: Path) -> None:
+    """In a log stand epoch, step, loss, rate, images a second and waiting, as often as rows of metrics."""
+    told = run_ok(*TRAIN, *small_run(few, tmp_path, "--train.epochs", "1"))
+    number = r"([\d.,]+)"
+    lines = re.findall(
+        rf"^epoch (\d+) step (\d+) loss {number} lr {number} {number} images/s wait {number} %$", told, re.M
+    )
+    rows = [row for row in rows_of(tmp_path) if row["kind"] == "train"]
+    assert [(int(epoch), int(step)) for epoch, step, *_ in lines] == [(1, row["step"]) for row in rows]
+    for (_, _, loss, lr, speed, wait), row in zip(lines, rows, strict=True):
+        assert float(loss) == pytest.approx(row["loss"], abs=1e-3) and float(lr) == pytest.approx(row["lr"])
+        assert float(speed.replace(",", "")) == pytest.approx(row["images_per_s"], abs=1)
+        assert float(wait) == pytest.approx(row["wait_percent"], abs=0.1)
+
+
+def test_all_that_is_wrong_is_told_at_once(few: Path, tmp_path: Path) -> None:
+    """Classes, mean image and batch in one sentence, with what works."""
+    wrong = ("--model.num_classes", "11", "--data.augmentation.mean", "image", "--train.batch_size", "1000")
+    told = train_refuses(*small_run(few, tmp_path / "run", *wrong))
+    assert "--model.num_classes 11" in told and "--mean-image" in told and "539" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:

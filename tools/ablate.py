@@ -138,7 +138,7 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
     runs = [run for by_rate in plan.values() for runs in by_rate.values() for run in runs]
     for run in runs:
         config, classes = run.config, len(train.classes)
-        if config.model.num_classes != classes:
+        if config.model.num_classes not in (None, classes):
             raise ValueError(
                 f"the shards hold {classes} classes, {run.name} has {config.model.num_classes}; say --settings "
                 f'"--model.num_classes {classes}"'

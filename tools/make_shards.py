@@ -57,11 +57,13 @@ def pack(
 ) -> None:
     """Pack raw images into shards.
 
-    Reads the archives of ILSVRC-2012, Kaggle's tree, class folders, per-class tars or parquet files. Run again after an
-    interruption, it does what is left.
+    Run again after an interruption, it does what is left.
 
     Args:
-        raw: Folder that holds the raw images in one of these layouts; nothing is extracted.
+        raw: Folder with the raw images, of which nothing is extracted. One of: the three archives of ILSVRC-2012;
+            Kaggle's ILSVRC/Data/CLS-LOC and LOC_val_solution.csv; class folders, as train/<class> and val/<class> or
+            as <class> alone; the same folders in train.tar and val.tar, or in one tar; a <class>.tar for each class;
+            Hugging Face's train-*.parquet and validation-*.parquet.
         shards: Folder to write into; new, empty, or begun by the same command.
         store: 256x256 JPEGs, or the files as they are.
         samples_per_shard: Images per shard, at most; shards differ by one image at most.

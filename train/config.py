@@ -6,7 +6,7 @@ Values come from the file, then from the command line; unknown keys and bad valu
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +115,11 @@ class Config:
             if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
                 raise ValueError(f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out")
 
+    def with_classes(self, classes: int) -> "Config":
+        """The same for shards of so many classes, unless `model.num_classes` says how many there have to be."""
+        known = self.model.num_classes is not None
+        return self if known else replace(self, model=replace(self.model, num_classes=classes))
+
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
         return plain(asdict(self))
@@ -138,15 +143,30 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     )
     parser.add_class_arguments(Config)
     with told_once():
-        parsed = parser.instantiate(parser.parse_args(with_recipes(sys.argv[1:] if arguments is None else arguments)))
+        words = with_saved(split_pairs(sys.argv[1:] if arguments is None else arguments))
+        parsed = parser.instantiate(parser.parse_args(with_recipes(words)))
         return Config(
             parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume
         )
 
 
-def with_recipes(arguments: list[str]) -> list[str]:
+def split_pairs(arguments: list[str]) -> list[str]:
+    """`--config=FILE` and `--run.dir=DIR` as two words, as all others may stay."""
+    pairs = ("--config=", "--run.dir=")
+    return [word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])]
+
+
+def with_saved(words: list[str]) -> list[str]:
+    """The same, with the configuration that a run was started with where nothing but its directory is named: what else
+    is given comes on top."""
+    if "--config" in words or "--data.shards" in words or "--run.dir" not in words[:-1]:
+        return words
+    saved = Path(words[words.index("--run.dir") + 1]) / "config.yaml"
+    return ["--config", str(saved), *words] if saved.is_file() else words
+
+
+def with_recipes(words: list[str]) -> list[str]:
     """The same, with paths in place of bare names of recipes."""
-    words = [word for each in arguments for word in (each.split("=", 1) if each.startswith("--config=") else [each])]
     pairs = zip(["", *words], words, strict=False)
     return [str(find_recipe(word)) if before == "--config" else word for before, word in pairs]
 
@@ -160,11 +180,12 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> None:
     """Refuse to continue a run under another configuration.
 
-    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie, and more epochs; with
-    `resume.allow_world_change` also how it is spread over processes.
+    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie; what a schedule says
+    of epochs to come, after the `begun` ones, as it was set by hand in 2012; with `resume.allow_world_change` also how
+    it is spread over processes.
     Raises `ValueError` that names the first other field.
     """
     before, after = flatten(saved), flatten(now)
@@ -173,12 +194,19 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
         moves = name.startswith("resume.") or (spread and after["resume.allow_world_change"])
         free = moves or (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
         # A cosine is laid out over all epochs.
-        longer = name == "train.epochs" and after[name] >= before[name] and after["optimizer.schedule"] != "cosine"
-        if before.get(name) != after.get(name) and not (free or longer):
+        ahead = name == "train.epochs" and after[name] >= begun and after["optimizer.schedule"] != "cosine"
+        if name in ("optimizer.steps", "optimizer.changes"):
+            ahead = past_of(before.get(name), begun) == past_of(after.get(name), begun)
+        if before.get(name) != after.get(name) and not (free or ahead):
             raise ValueError(
                 f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "
                 "continue it with the same value or give another --run.dir"
             )
+
+
+def past_of(changes: Any, begun: int) -> list[Any]:
+    """Those of a schedule's steps or changes that were made in the first `begun` epochs."""
+    return [each for each in changes or () if (each["epoch"] if isinstance(each, dict) else each) < begun]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

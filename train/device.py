@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -26,6 +27,42 @@ def pick_device(name: str) -> torch.device:
             f"this machine has {torch.cuda.device_count()} GPUs and more processes than that; start one for each"
         )
     return torch.device("cuda", place) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def gpu_advice(device: torch.device, world: int, images: int) -> list[str]:
+    """What to tell of GPUs that are there and are not used, or not well.
+
+    Args:
+        device: What the run computes on.
+        world: Number of its processes.
+        images: Of an update, in each process.
+    """
+    found = torch.cuda.device_count()
+    if device.type == "cpu" and has_nvidia_gpu() and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            reason = f"PyTorch {torch.__version__} is a build without CUDA; install one with it"
+        else:
+            reason = f"PyTorch {torch.__version__} is made for CUDA {torch.version.cuda}, for which the driver is too "
+            reason += "old, or which it cannot reach; tools/doctor.py says what it sees"
+        return [f"warning: TRAINING ON THE CPU, though this machine has an NVIDIA GPU: {reason} (docs/install.md)"]
+    if device.type == "cuda" and world == 1 and found > 1:
+        start = f"torchrun --standalone --nproc-per-node {found} -m train.run"
+        return [f"note: this run uses 1 of {found} GPUs; {start} and the same options use all"]
+    if device.type == "cuda" and images < MANY_IMAGES:
+        return [
+            f"note: {images} images a GPU at a time are few: the GPU computes faster than the host launches kernels; "
+            f"take {MANY_IMAGES} or more (--train.batch_size, or fewer processes)"
+        ]
+    return []
+
+
+MANY_IMAGES = 64
+"""At a time on a GPU, below which the host's 2.4 ms of launches a step bind (docs/tuning.md)."""
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the kernel knows of an NVIDIA GPU, whatever PyTorch thinks."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
 
 
 def set_arithmetic(deterministic: bool) -> str:

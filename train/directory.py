@@ -83,5 +83,7 @@ class RunDirectory:
         `OSError`."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()
-        write_bytes(self.path / "config.yaml", yaml.safe_dump(config.to_json(), sort_keys=False).encode())
+        content = config.to_json()
+        content["data"]["shards"] = str(config.data.shards.absolute())  # the run may go on from another folder
+        write_bytes(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
         (self.path / "checkpoints").mkdir(exist_ok=True)  # behind what tells that the directory is a run's

@@ -212,8 +212,8 @@ def open_for(trained: Trained, shards: Path) -> ShardSet:
             f"{trained.path} was trained on other classes than {shards}/classes.json lists; give the shards it was "
             "trained on"
         )
-    if len(names) != trained.config.num_classes:
-        raise ValueError(f"{trained.path} tells {trained.config.num_classes} classes apart, {shards} has {len(names)}")
+    if len(names) != trained.config.outputs:
+        raise ValueError(f"{trained.path} tells {trained.config.outputs} classes apart, {shards} has {len(names)}")
     return val
 
 

@@ -35,9 +35,7 @@ class Trainer:
         """How long training stood still for checkpoints since the last row."""
         self.trouble: OSError | None = None
         """What kept the last checkpoint from being written."""
-        self.alarms = Alarms(
-            self.config.model.num_classes, tqdm.write if self.placement.is_first else lambda line: None
-        )
+        self.alarms = Alarms(self.config.model.outputs, tqdm.write if self.placement.is_first else lambda line: None)
 
     def fit(self) -> bool:
         """Train from the present position to the end. Returns False when it was stopped; its state is saved either way.
@@ -85,7 +83,13 @@ class Trainer:
                 progress.update()
                 if norm is not None:
                     figures = self.log_row(norm, state.schedule.lr(passed))
-                    progress.set_postfix(loss=f"{figures['loss']:.3f}", images_per_s=f"{figures['images_per_s']:.0f}")
+                    told = {"loss": f"{figures['loss']:.3f}", "lr": f"{state.schedule.lr(passed):.4g}"}
+                    told |= {"images/s": f"{figures['images_per_s']:,.0f}", "wait": f"{figures['wait_percent']:.1f} %"}
+                    progress.set_postfix(told)
+                    if progress.disable and self.placement.is_first:  # no terminal: a log
+                        line = " ".join(f"{name} {value}" for name, value in told.items() if name != "images/s")
+                        line = line.replace(" wait", f" {told['images/s']} images/s wait")
+                        print(f"epoch {state.epoch + 1} step {state.step} {line}", flush=True)
                 if self.stop():
                     return True
                 if state.step % run.save_every == 0:

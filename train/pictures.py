@@ -32,7 +32,7 @@ def draw_pictures(state: TrainState, network: AlexNet, findings: Findings) -> li
     curves, kernels, augmentation, predictions = paths
     rows = read_metrics(state.config.run.dir / "metrics.jsonl")
     with saved_figure(curves) as figure:
-        draw_curves(figure, rows, state.train_loader.steps_per_epoch, state.config.model.num_classes)
+        draw_curves(figure, rows, state.train_loader.steps_per_epoch, state.config.model.outputs)
     with saved_figure(kernels) as figure:
         draw_kernels(figure, network)
     with saved_figure(augmentation) as figure:

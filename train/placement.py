@@ -1,5 +1,6 @@
 """Where this process stands among those that torchrun or srun started, and which part of the network it holds."""
 
+import math
 import os
 import platform
 import sys
@@ -76,22 +77,30 @@ class Placement:
         return f"process {self.rank} on {platform.node()}"
 
     def loader_batch(self, batch_size: int) -> int:
-        """Images that this process loads for an update. Raises `ValueError` when the processes cannot share them."""
-        if batch_size % self.num_loader_ranks:
-            raise ValueError(
-                f"train.batch_size ({batch_size}) does not divide by {self.num_loader_ranks} processes that load "
-                "images; take a multiple"
-            )
+        """Images that this process loads for an update, which `check_batch` has seen."""
         return batch_size // self.num_loader_ranks
 
-    def check_pieces(self, batch_size: int, accumulate: int) -> None:
-        """Raise `ValueError` where a replica's images of an update cannot be cut into `accumulate` equal pieces."""
-        whole = batch_size // self.num_replicas
-        if whole % accumulate:
+    def check_batch(self, batch_size: int, accumulate: int, share_window: int, num_images: int) -> None:
+        """Raise `ValueError`, with sizes that work, where the images of an update cannot be shared out equally: over
+        the processes that load them, in groups with one window, and in the passes of a replica."""
+        unit = math.lcm(self.num_loader_ranks * share_window, self.num_replicas * accumulate)
+        most = num_images // self.num_loader_ranks * self.num_loader_ranks // unit * unit
+        shared = f"{self.num_loader_ranks} processes" if self.num_loader_ranks > 1 else ""
+        shared += f"{' and ' * bool(shared)}data.augmentation.share_window {share_window}" * (share_window > 1)
+        shared += f"{' and ' * bool(shared)}train.accumulate {accumulate}" * (accumulate > 1)
+        if not most:
+            raise ValueError(f"{num_images} training images are too few for {shared}; take less of them")
+        if batch_size > most:
             raise ValueError(
-                f"the {whole} images of train.batch_size that each of {self.num_replicas} replicas has do not divide "
-                f"by train.accumulate ({accumulate}); take a number that does"
+                f"{num_images} training images do not fill a batch of {batch_size}; train.batch_size can be {most}"
             )
+        if batch_size % unit:
+            fitting = [str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size <= most]
+            remedy = f"take {' or '.join(size for size in fitting if size != '0')}"
+            if share_window > 1 and batch_size % math.lcm(self.num_loader_ranks, self.num_replicas * accumulate) == 0:
+                smaller = math.gcd(share_window, batch_size // self.num_loader_ranks)
+                remedy += f", or data.augmentation.share_window {smaller}"
+            raise ValueError(f"train.batch_size ({batch_size}) has to be a multiple of {unit} for {shared}; {remedy}")
 
     def build(self, config: AlexNetConfig, seed: int) -> AlexNet:
         """This process's part of the network, the same initial weights everywhere; then seed dropout, differently."""

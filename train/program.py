@@ -10,13 +10,14 @@ import os
 import re
 import sys
 import traceback
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
 
-from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli, set_parsing_settings
 
 from pipeline.shards import DataError
 from train.launch import local_rank
@@ -40,13 +41,21 @@ class DivergedError(RuntimeError):
     """The loss is no longer finite."""
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Help without Python's types; a default that says something stands at the end."""
+
+    def _get_help_string(self, action: Action) -> str:
+        silent = not action.option_strings or action.default in (None, False, SUPPRESS)
+        return (action.help or "") + ("" if silent else " (default: %(default)s)")
+
+
 class Parser(ArgumentParser):
     """A jsonargparse parser that spells options with dashes and complains in one sentence, without listing every
     option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As its base; but a cut option (`--train.epoch`) is an unknown one."""
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
         self._reading = ""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from train.agreement import facts
 from train.checkpoint import find_checkpoint
 from train.config import Config, parse_config
-from train.device import keep_freed_memory, pick_device, set_arithmetic
+from train.device import gpu_advice, keep_freed_memory, pick_device, set_arithmetic
 from train.directory import RunDirectory
 from train.findings import Findings
 from train.launch import find_launch
@@ -67,7 +67,7 @@ def set_out(state: TrainState, directory: RunDirectory) -> None:
 def train(state: TrainState, stop: StopVote) -> None:
     """Train to the end or until stopped, evaluate; the first process tells and writes."""
     log = MetricsLog(state.config.run.dir, state.step, state.epoch) if state.placement.is_first else None
-    trainer, findings = Trainer(state, log, stop), Findings(state.config.model.num_classes, state.device)
+    trainer, findings = Trainer(state, log, stop), Findings(state.config.model.outputs, state.device)
     finished = trainer.fit()
     accuracy = trainer.evaluate(all_views=True, findings=findings) if finished else None
     if accuracy:
@@ -93,6 +93,9 @@ def describe(state: TrainState, arithmetic: str) -> None:
     )
     if state.device.type == "cuda":
         print(arithmetic)
+    images = state.config.train.batch_size // placement.num_replicas // state.config.train.accumulate
+    for line in gpu_advice(state.device, placement.world, images) if state.config.run.device != "cpu" else ():
+        print(line)
     left_over = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
     print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")
     print(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")

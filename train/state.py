@@ -5,6 +5,8 @@ back goes on with that batch and with the same dropout masks: on a CPU the final
 undisturbed run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +37,29 @@ class TrainState:
     def __init__(self, config: Config, device: torch.device, placement: Placement) -> None:
         """Open the data and lay out the loaders; `build` follows. Raises `ValueError` or `FileNotFoundError` when they
         do not fit."""
-        self.config, self.device, self.placement = config, device, placement
+        self.device, self.placement = device, placement
         shards = config.data.shards
         self.train_shards, self.val_shards = open_shards(shards, "train"), open_shards(shards, "val")
-        self.basis = Eigenbasis.load(
-            shards / "pca.json",
-            self.train_shards.manifest_sha256,
-            with_mean_image=config.data.augmentation.mean == "image",
-        )
         classes = len(self.train_shards.classes)
-        if classes != config.model.num_classes:
-            raise ValueError(
-                f"{shards} holds {classes} classes; say --model.num_classes {classes}, not {config.model.num_classes}"
+        self.config = config = config.with_classes(classes)
+        problems: list[str] = []
+        if config.model.num_classes != classes:
+            problems.append(f"{shards} holds {classes} classes; leave --model.num_classes {config.model.outputs} out")
+        with noted(problems):
+            self.basis = Eigenbasis.load(
+                shards / "pca.json",
+                self.train_shards.manifest_sha256,
+                with_mean_image=config.data.augmentation.mean == "image",
             )
-        placement.check_pieces(config.train.batch_size, config.train.accumulate)
-
+        batch_size, accumulate = config.train.batch_size, config.train.accumulate
+        with noted(problems):
+            placement.check_batch(
+                batch_size, accumulate, config.data.augmentation.share_window, self.train_shards.num_samples
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         place = {
-            "batch_size": placement.loader_batch(config.train.batch_size),
+            "batch_size": placement.loader_batch(batch_size),
             "rank": placement.loader_rank,
             "num_ranks": placement.num_loader_ranks,
             "device": device,
@@ -135,7 +143,7 @@ class TrainState:
                 f"{path} lacks {', '.join(missing)}: it is no whole checkpoint, or of an older version of this "
                 "program, which can go on with it"
             )
-        check_same_run(content["config"], config)
+        check_same_run(content["config"], config, content["ranks"][0]["loader"]["epoch"] + 1)
         shards = self.config.data.shards
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise ValueError(f"{path} was trained on other classes than {shards}/classes.json lists")
@@ -184,6 +192,15 @@ class TrainState:
         """Stop the loaders."""
         self.train_loader.close()
         self.val_loader.close()
+
+
+@contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Note what a user has to put right, and look at the next thing: all of it is told at once."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
 
 
 def copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -93,7 +93,7 @@ def initial_state(
     Raises `FileNotFoundError` or `ValueError`.
     """
     trained = read_trained(path)
-    same = {"num_classes": config.num_classes, "dropout": config.dropout}
+    same = {"num_classes": config.outputs, "dropout": config.dropout}
     if replace(trained.config.spelled_out(), **same) != config.spelled_out():  # type: ignore[arg-type]
         theirs, ours = (each.spelled_out().__dict__ for each in (trained.config, config))
         name = next(name for name in ours if ours[name] != theirs[name] and name not in same)
@@ -102,9 +102,9 @@ def initial_state(
         )
     conv1 = trained.state["conv1.weight"] * (std / trained.augmentation.std)
     weights, told = trained.state | {"conv1.weight": conv1}, f"starting from the weights of {trained.path}"
-    if trained.config.num_classes != config.num_classes:
+    if trained.config.outputs != config.outputs:
         weights = weights | {name: tensor for name, tensor in state.items() if name.startswith("fc8.")}
-        told += f"; fc8 starts afresh, for {config.num_classes} classes instead of {trained.config.num_classes}"
+        told += f"; fc8 starts afresh, for {config.outputs} classes instead of {trained.config.outputs}"
     if np.abs(trained.basis.mean - basis.mean).max() > 0.5:
         before, now = (", ".join(f"{level:.1f}" for level in each.mean) for each in (trained.basis, basis))
         told += f"; its images were less a mean of ({before}), these are less ({now})"
