@@ -65,7 +65,11 @@ def test_paper_is_the_paper() -> None:
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.01, 0.9, 5e-4, 3)
     assert (optimizer.patience, optimizer.min_improvement, optimizer.bias_lr) == (5, 0.1, None)
     assert config.model.maps == (96, 256, 384, 384, 256) and config.model.normalization == "paper"
-    assert (config.model.hidden, config.model.num_classes, config.model.dropout) == (4096, 1000, 0.5)
+    assert (config.model.hidden, config.model.num_classes, config.model.dropout) == (
+        4096,
+        None,
+        0.5,
+    ) and config.model.outputs == 1000
     assert augmentation.lighting.convention == "eigenvalue" and augmentation.lighting.strength == 0.1
     assert (augmentation.crop, augmentation.flip, augmentation.mean) == ("random", 0.5, "image")
 
@@ -149,10 +153,10 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
 
 
 def test_same_run() -> None:
-    """Speed, logging, places and more epochs are free; anything else, fewer epochs too, is refused by name."""
+    """Speed, logging, places and epochs to come are free; anything else, epochs that have begun too, is refused by name."""
     saved = parse_config(QUICKSTART).to_json()
     free = ["--run.log_every", "3", "--data.speed.threads", "1", "--train.epochs", "11", "--data.shards", "elsewhere"]
-    check_same_run(saved, parse_config([*QUICKSTART, *free]).to_json())
+    check_same_run(saved, parse_config([*QUICKSTART, *free]).to_json(), 10)
     for name, value in [
         ("train.epochs", "9"),
         ("optimizer.lr", "0.1"),
@@ -160,11 +164,33 @@ def test_same_run() -> None:
         ("data.augmentation.flip", "0"),
     ]:
         with pytest.raises(ValueError, match=re.escape(f"started with {name} = ")):
-            check_same_run(saved, parse_config([*QUICKSTART, f"--{name}", value]).to_json())
+            check_same_run(saved, parse_config([*QUICKSTART, f"--{name}", value]).to_json(), 10)
     spread = [*QUICKSTART, "--train.accumulate", "2"]  # fewer GPUs want more passes
     with pytest.raises(ValueError, match=r"started with train\.accumulate = 1"):
-        check_same_run(saved, parse_config(spread).to_json())
-    check_same_run(saved, parse_config([*spread, "--resume.allow_world_change", "true"]).to_json())
+        check_same_run(saved, parse_config(spread).to_json(), 1)
+    check_same_run(saved, parse_config([*spread, "--resume.allow_world_change", "true"]).to_json(), 1)
     cosine = [*QUICKSTART, "--optimizer.schedule", "cosine", "--optimizer.steps", "[]"]
     with pytest.raises(ValueError, match=r"started with train\.epochs = 10"):  # the curve would be another
-        check_same_run(parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json())
+        check_same_run(parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json(), 1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "begun", "free"),
+    [
+        (9, "[8]", 9, True),
+        (9, "[8]", 10, False),
+        (10, "[8,9]", 9, True),
+        (10, "[8,9]", 10, False),
+        (10, "[5]", 5, True),
+        (10, "[5]", 6, False),
+    ],
+)
+def test_what_may_change_of_a_schedule(epochs: int, steps: str, begun: int, free: bool) -> None:
+    """What it says of epochs after those that have begun; the quickstart has 10, its rate falls at the start of the
+    eighth, counted from 0."""
+    now = parse_config([*QUICKSTART, "--train.epochs", str(epochs), "--optimizer.steps", steps]).to_json()
+    if free:
+        check_same_run(parse_config(QUICKSTART).to_json(), now, begun)
+    else:
+        with pytest.raises(ValueError, match="this run was started with"):
+            check_same_run(parse_config(QUICKSTART).to_json(), now, begun)

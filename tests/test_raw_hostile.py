@@ -149,6 +149,12 @@ def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
         pack(tmp_path / "raw", tmp_path / "shards", workers=1)
 
 
+def trees(raw: Path, *folders: str) -> None:
+    """An image in each of these folders."""
+    for number, folder in enumerate(folders):
+        write(raw / folder / f"{number}.jpg", jpeg(np.full((60, 60, 3), 20 * number, np.uint8)))
+
+
 def twice(raw: Path) -> None:
     """Replace a validation image by a copy of another."""
     images = sorted((raw / "ILSVRC/Data/CLS-LOC/val").iterdir())
@@ -174,7 +180,7 @@ def twice(raw: Path) -> None:
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
         (lambda raw: parquet_of(raw, {"picture": b"", "label": 0}), r"it lacks the columns image\.bytes, image\.path"),
         (lambda raw: parquet_of(raw, {"image": IMAGE, "label": -1}), "labels row 0 as -1, which is no class"),
-        (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "holds val/, but no train/"),
+        (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "val seems to be a split"),
         (lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")), "no plain file"),
         (
             lambda raw: (folders(raw, image_set()), (raw / "train" / "n00000011" / "x.jpg").symlink_to("no")),
@@ -186,6 +192,15 @@ def twice(raw: Path) -> None:
             "lacks train-00001-of-00002",
         ),
         (lambda raw: (kaggle(raw, image_set()), twice(raw)), "or one twice"),
+        (lambda raw: trees(raw, "Train/cat", "Train/dog", "Val/cat"), "Train seems to be a split"),
+        (lambda raw: trees(raw, "training_set/cat", "test_set/dog"), "seems to be a split"),
+        (lambda raw: trees(raw, "ILSVRC2012_img_train/n01", "ILSVRC2012_img_val"), "seems to be a split"),
+        (lambda raw: trees(raw, "imagenet/train/cat", "imagenet/val/cat", "docs"), "train seems to be a split"),
+        (lambda raw: trees(raw, "a/train/cat", "b/train/cat"), "train seems to be a split"),
+        (
+            lambda raw: (trees(raw, "cat", "dog"), write(raw / "extra.tar", tar_of({"1.jpg": IMAGE["bytes"]}))),
+            "extra.tar",
+        ),
     ],
 )
 def test_other_folders_are_refused(prepare: Callable[[Path], object], message: str, tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """Tars of raw images: what is a class is read where it is clear, and refused in a sentence where it is not."""
 
-import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipeline.files import read_json
 from pipeline.shards import open_shards
-from tests.helpers import jpeg, photo, refuses, tar_of, write
+from tests.helpers import jpeg, photo, refuses, run_ok, tar_of, write
 from tests.layouts import WNIDS
 from tools.make_shards import pack
 from tools.packing.raw import open_raw
@@ -95,6 +96,10 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
         ({"00000": ["0.jpg", "0.json", "0.txt"], "00001": ["1.jpg", "1.json", "1.txt"]}, "00000.tar"),
         ({"00000": ["a/0.jpg", "a/0.cls"]}, "make_shards.py adopt"),
         ({"train": ["a.b/0.jpg", "a.b/0.json"]}, "train.tar"),
+        ({"a": ["1.JPEG"], "b": ["2.JPEG"], "val": ["3.JPEG"]}, "val.tar"),
+        ({"imagenet": ["Train/a/1.JPEG", "Train/b/1.JPEG", "Val/a/1.JPEG"]}, "Train/"),
+        ({"imagenet": ["imagenet/train/a/1.JPEG", "imagenet/val/a/1.JPEG", "docs/logo.png"]}, "train/"),
+        ({"images": ["1.jpg", "2.jpg"], "labels": ["1.txt", "2.txt"]}, "labels.tar"),
     ],
 )
 def test_what_is_not_clear(tmp_path: Path, tars: dict[str, list[str]], named: str) -> None:
@@ -105,6 +110,21 @@ def test_what_is_not_clear(tmp_path: Path, tars: dict[str, list[str]], named: st
     options = ("--on-bad", "skip", "--workers", "1")
     told = refuses("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", *options)
     assert named in told and not (tmp_path / "shards").exists()
+
+
+def test_what_is_passed_over(tmp_path: Path) -> None:
+    """Test archives beside class tars; annotations beside images in class folders; and a file that is there twice is
+    refused, as only the last one counts when it is unpacked."""
+    for name in ("n1", "n2"):
+        write(tmp_path / "classes" / f"{name}.tar", tar_of({f"{name}.JPEG": IMAGE}))
+    write(tmp_path / "classes" / "ILSVRC2012_img_test_v10102019.tar", tar_of({"test/1.JPEG": IMAGE}))
+    assert listed(tmp_path / "classes") == {"train": [("n1", "n1.JPEG"), ("n2", "n2.JPEG")]}
+    write(tmp_path / "xml" / "train.tar", tar_of({**tree("", "train"), f"{WNIDS[0]}/train_{WNIDS[0]}_0.xml": b"<a/>"}))
+    assert listed(tmp_path / "xml") == expected("train")
+    assert len(open_raw(tmp_path / "xml", tmp_path / "none")[0].passed_over) == 1
+    write(tmp_path / "twice" / "train.tar", tar_of([("a/1.jpg", IMAGE), ("b/1.jpg", IMAGE), ("a/1.jpg", IMAGE)]))
+    with pytest.raises(ValueError, match=r"train\.tar holds a file twice"):
+        listed(tmp_path / "twice")
 
 
 def test_packed_from_tars(tmp_path: Path) -> None:
@@ -118,12 +138,29 @@ def test_packed_from_tars(tmp_path: Path) -> None:
     assert [row["wnid"] for row in classes] == WNIDS
 
 
-@pytest.mark.parametrize("names", [["a1b2", "ff00"], ["", "a1b2"], None])
-def test_two_pushes_of_parquet(tmp_path: Path, names: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00001-a1b2", "train-00000-of-00001-ff00"],
+        ["train-00000-of-00001", "train-00000-of-00001-a1b2"],
+        ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+        ["train-00000-of-00001", "train"],
+        ["train-00000-of-00001", "train_small-00000-of-00001"],
+        ["train-00000-of-00001", "validation-00000-of-00001", "val-00000-of-00001"],
+    ],
+)
+def test_two_pushes_of_parquet(tmp_path: Path, names: list[str]) -> None:
     """The Hub keeps the files of earlier pushes, under another hash or in another number of parts: every image would be
-    packed twice."""
-    parts = [f"train-00000-of-00001{'-' * bool(name)}{name}" for name in names] if names else []
-    for name in parts or ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"]:
-        write(tmp_path / "raw" / f"{name}.parquet", b"PAR1")
+    packed twice. One set alone is packed."""
+    rows = [{"image": {"bytes": IMAGE, "path": f"{k}.jpg"}, "label": k % 2} for k in range(4)]
+    table = pyarrow.Table.from_pylist(rows)
+    for name in names:
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, tmp_path / "raw" / f"{name}.parquet")
     told = refuses("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards")
-    assert re.search(r"train-0+-of|train in 0000\d", told) and not (tmp_path / "shards").exists()
+    assert "keep the files of one" in told and not (tmp_path / "shards").exists()
+    for name in names[1:]:
+        (tmp_path / "raw" / f"{name}.parquet").unlink()
+    if "of-00001" in names[0]:
+        run_ok("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", "--val-fraction", "0")
+        assert open_shards(tmp_path / "shards", "train").num_samples == 4

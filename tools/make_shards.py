@@ -94,8 +94,8 @@ def pack(
     if options.val_fraction:
         data = cut_validation(data, options.val_fraction, seed)
         print(
-            f"no validation images: {len(data.splits['val'])} images, {options.val_fraction:g} of each class but at "
-            f"least one, are set aside (seed {seed}); --val-fraction 0 keeps them for training"
+            f"no validation images: {len(data.splits['val'])} of the training images are set aside, "
+            f"{options.val_fraction:.3g} of each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
     elif "val" not in data.splits:
         print("no validation images: training wants some")

@@ -43,8 +43,7 @@ def ended(run: Run, train: ShardSet) -> dict[str, Any] | None:
     result: dict[str, Any] = read_json(path)
     try:
         same_shards, epochs = result["shards"] == train.manifest_sha256, result["config"]["train"]["epochs"]
-        config = run.config.with_classes(len(train.classes))
-        check_same_run(result["config"], config.to_json(), begun=epochs)
+        check_same_run(result["config"], run.config.to_json(), begun=epochs)
     except ValueError as error:
         reason, _, _ = str(error).partition(";")
         raise ValueError(f"{run.config.run.dir}: {reason}; give another OUT") from None

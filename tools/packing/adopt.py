@@ -27,7 +27,7 @@ from pipeline.shards import (
 )
 from tools.packing.images import find_fault
 from tools.packing.pool import check_workers, name_work
-from tools.packing.tars import HashedFile, over_shards, plain, read_samples, sample_entries, skipped_name
+from tools.packing.tars import HashedFile, over_shards, plain, read_samples, sample_entries
 
 MOST_TARS, LONGEST_PATTERN = 100_000, 1000
 """Names that a pattern may stand for, and its characters."""
@@ -44,7 +44,7 @@ class Indexed(NamedTuple):
     """Its DALI index."""
     max_label: int
     """The largest class index in it."""
-    skipped: list[dict[str, str]]
+    skipped: list[dict[str, Any]]
     """Rows for the manifest of the samples that were left out."""
 
 
@@ -211,24 +211,25 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
 def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
     """Index one tar. Raises `ValueError` that names it and the sample."""
     index, max_label = [], -1
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, Any]] = []
     with path.open("rb") as file:
         hashed = HashedFile(file)
         try:
             for key, members in read_samples(hashed):
                 entries, image, label = sample_entries(key, members)
                 name_work(f"{plain(image.name)} at byte {image.offset} of {path}")
+                max_label = max(max_label, label)
                 if fault := find_fault(image.data):
                     if on_bad == "fail":
                         place = f"{plain(image.name)} at byte {image.offset} (key {plain(key)})"
-                        raise ValueError(f"{place}: {fault}; --on-bad skip leaves such images out")
-                    skipped.append({"key": plain(key), "name": skipped_name(path, key), "reason": fault})
+                        raise ValueError(f"{place}: {fault}; leave such images out with --on-bad skip")
+                    row = {"key": plain(key), "name": plain(image.name), "reason": fault}
+                    skipped.append({**row, "shard": path.name, "offset": image.offset})
                     continue
                 index.append(entries)
-                max_label = max(max_label, label)
             if not index:
                 raise ValueError(f"holds no sample{' that can be read as it is' if skipped else ''}")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; fetch or make it again, or pack the raw images") from None
-        row = {"name": path.name, "samples": len(index), "bytes": hashed.num_bytes, "sha256": hashed.finish()}
-    return Indexed(row, index_text(index).encode(), max_label, skipped)
+            raise ValueError(f"{path}: {error}, fetch or make it again, or pack the raw images") from None
+        counted = {"name": path.name, "samples": len(index), "bytes": hashed.num_bytes, "sha256": hashed.finish()}
+    return Indexed(counted, index_text(index).encode(), max_label, skipped)

@@ -11,7 +11,7 @@ from pipeline.shards import read_index
 from tools.packing.images import SIDE, find_fault
 from tools.packing.jpeg import read_jpeg
 from tools.packing.pool import name_work
-from tools.packing.tars import HashedFile, plain, read_samples, sample_entries, skipped_name
+from tools.packing.tars import HashedFile, plain, read_samples, sample_entries
 
 MAX_TOLD = 20
 """Problems of one kind in one shard that are told; the rest are counted."""
@@ -26,8 +26,8 @@ class Job(NamedTuple):
     num_classes: int
     store: str
     """What the split keeps: "crop256" (256x256 JPEGs), else JPEGs of any size."""
-    skipped: frozenset[str]
-    """Images in the tar that adoption left out of the index, by the manifest's names for them."""
+    skipped: frozenset[tuple[str, int]]
+    """Shard and offset of the images that adoption left out of the index."""
     fast: bool
 
 
@@ -92,14 +92,15 @@ def read_through(job: Job, index: list[list[tuple[str, int, int, str]]] | None, 
         try:
             previous = -1
             for key, members in read_samples(hashed):
-                if skipped_name(job.path, key) in job.skipped:
-                    continue
-                number = len(report.keys)
-                report.keys.append(int.from_bytes(blake2b(key.encode(errors="replace"), digest_size=8).digest()))
+                number, hashed_key = len(report.keys), blake2b(key.encode(errors="replace"), digest_size=8).digest()
+                report.keys.append(int.from_bytes(hashed_key))
                 try:
                     entries, image, label = sample_entries(key, members)
                 except ValueError as error:
                     report.problem("sample", str(error))
+                    continue
+                if (job.path.name, image.offset) in job.skipped:
+                    report.keys.pop()
                     continue
                 place = f"{plain(image.name)} at byte {image.offset}"
                 name_work(f"{place} of {job.path}")

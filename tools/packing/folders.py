@@ -13,7 +13,11 @@ from tools.packing.listing import Listing, RawImageNet
 IMAGE_NAME = re.compile(r".+\.(jpe?g?|jfif|png|bmp|gif|webp|tiff?|p[gp]m|avif)", re.IGNORECASE | re.DOTALL)
 VAL_NAMES = ("val", "validation", "valid")
 """What a folder or a tar of validation images may be called."""
-OTHER_SPLITS = (*VAL_NAMES, "test")
+SPLIT_NAME = re.compile(
+    r"(ilsvrc2012_img_)?(train|training|val|valid|validation|test|testing)([-_]?(set|sets|data|images?|split|v?\d+))*",
+    re.IGNORECASE,
+)
+"""What people call a split; a class of such a name is told to be given another."""
 VAL_SOLUTION = "LOC_val_solution.csv"
 SYNSET_WORDS = "LOC_synset_mapping.txt"
 
@@ -99,15 +103,24 @@ def inner(split: Path) -> Path:
 def find_class_folders(raw: Path) -> Path | None:
     """Where a folder without train/ holds class folders: it, or the only folder in it; None where there is no image.
 
-    Raises `ValueError` where its folders are splits.
+    Raises `ValueError` where its folders, or those in them, are splits.
     """
     folders = subfolders(raw)
-    if others := [folder for folder in folders if folder.name in OTHER_SPLITS]:
-        raise ValueError(f"{raw} holds {others[0].name}/, but no train/<class>/ to learn from; add it")
     if not any(next(image_files(folder, []), None) for folder in folders):
         return None
-    has_images = any(IMAGE_NAME.fullmatch(entry.name) and entry.is_file() for entry in os.scandir(folders[0]))
-    return folders[0] if len(folders) == 1 and not has_images else raw
+    loose = any(IMAGE_NAME.fullmatch(entry.name) for entry in os.scandir(raw))
+    wraps = [folder for folder in folders if not holds_images(folder)]
+    if len(folders) == len(wraps) == 1 and not loose and not SPLIT_NAME.fullmatch(folders[0].name):
+        return folders[0]
+    for folder in (*folders, *(inner for wrapper in wraps for inner in subfolders(wrapper))):
+        if SPLIT_NAME.fullmatch(folder.name):
+            raise ValueError(f"{folder} seems to be a split, not a class; give a folder with train/ and val/")
+    return raw
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in a folder itself."""
+    return any(IMAGE_NAME.fullmatch(entry.name) and entry.is_file() for entry in os.scandir(folder))
 
 
 def read_folders(raw: Path, train_folder: Path) -> RawImageNet:
@@ -121,6 +134,8 @@ def read_folders(raw: Path, train_folder: Path) -> RawImageNet:
     index = {wnid: position for position, wnid in enumerate(wnids)}
     splits, val = {"train": train}, Listing(raw)
     folder = next((raw / name for name in VAL_NAMES if train_folder != raw and (raw / name).is_dir()), None)
+    if train_folder != raw:
+        others += [each for each in subfolders(raw) if each not in (train_folder, folder)]
     if folder:
         folder = inner(folder)
         for wnid in class_folders(folder, others):

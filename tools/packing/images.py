@@ -115,8 +115,10 @@ def find_fault(raw: bytes, by_markers: bool = False) -> str:
         if by_markers:
             return next((found for found, _ in exif_notes(raw, jpeg) if found == DAMAGED_EXIF), "")
         decode_strictly(raw, jpeg, 8)
-    except ValueError as error:
+    except SizeError as error:
         return str(error)
+    except ValueError as error:
+        return f"libjpeg warns: {error}"
     return ""
 
 
@@ -201,6 +203,8 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg) -> Decoded:
             pixels = np.repeat(grey(image)[:, :, None], 3, 2) if deep else np.array(image.convert("RGB"))
     except SizeError:
         raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise SizeError(f"too large: more than {MAX_PIXELS} pixels ({str(error).partition(',')[0]})") from None
     except Exception as error:  # Pillow's decoders of damaged files raise about everything
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
         raise ValueError(f"not decodable: {reason}") from None

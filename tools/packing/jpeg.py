@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 from PIL import Image
 
-EOI, SOS, APP0, APP1, APP14, APP15, COM = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
+EOI, SOS, APP0, APP1, APP2, APP14, APP15, COM = 0xD9, 0xDA, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
 FRAMES = {marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)}
 """SOF0 to SOF15 (T.81, table B.1)."""
 BASELINE, PROGRESSIVE = (0xC0, 0xC1), 0xC2
 """The Huffman-coded frames, whose samples are 8 or 12 bits: SOF0 and SOF1, SOF2."""
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 """TEM, RST0 to RST7, SOI: markers that head no segment, and are out of place outside of scans."""
-MARKER = re.compile(rb"\xff+[^\x00\xff]")
+MARKER = re.compile(rb"\xff[^\x00\xff]")
 END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-EXIF = b"Exif\0\0"
+EXIF, ICC = b"Exif\0\0", b"ICC_PROFILE\0"
 DAMAGED_EXIF = "damaged EXIF block"
 JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 """A JFIF header of revision 1.01, square pixels, no thumbnail."""
@@ -29,7 +29,7 @@ SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
 """Luma samples to one of chroma, horizontally and vertically: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1, which nvJPEG and
 libjpeg-turbo both decode (nvImageCodec 0.8, extensions/nvjpeg/cuda_decoder.cpp)."""
 MAX_SCANS = 256
-"""More than these DALI refuses (nvImageCodec 0.8, extensions/libjpeg_turbo/jpeg_handle.cpp)."""
+"""More than these DALI's decoder leaves to others (nvImageCodec 0.8, extensions/libjpeg_turbo/jpeg_handle.cpp)."""
 MAX_SEGMENTS = 10_000
 """After these a file is not read further; photographs have some dozens."""
 
@@ -90,18 +90,21 @@ def read_jpeg(raw: bytes) -> Jpeg:
     if not height or not width:
         return Jpeg(oddity or "image without size", segments, end)
     components = content[6::3]
-    color = find_color(raw, segments, components)
-    one_scan = frame in BASELINE and raw[scans[0].content] == count
+    header = segments[: segments.index(scans[0])]
+    color = find_color(raw, header, components)
+    one_scan = frame in BASELINE and raw.startswith(bytes([count]), scans[0].content)
     if frame not in (*BASELINE, PROGRESSIVE) or precision != 8:
         oddity = f"JPEG frame of type SOF{frame & 15}, {precision} bits"
     elif color not in ("grey", "YCbCr"):
-        oddity = f"JPEG of {count} components that are not YCbCr"
+        oddity = {("RGB", 3): "RGB JPEG", ("other", 4): "CMYK JPEG"}.get((color, count), f"JPEG of {count} components")
     elif color == "YCbCr" and chroma_sampling(content[7::3]) not in SAMPLINGS:
         oddity = oddity or f"chroma sampling {content[7::3].hex(' ')}"
     elif len(scans) > MAX_SCANS:
         oddity = oddity or f"{len(scans)} scans"
-    elif frame == PROGRESSIVE and not is_complete(raw, scans, components):
-        oddity = oddity or "progressive JPEG that lacks scans"
+    elif not is_complete(raw, scans, components):
+        oddity = oddity or "JPEG that lacks scans"
+    else:
+        oddity = oddity or odd_application_data(raw, segments)
     return Jpeg(oddity, segments, end, frame, precision, height, width, color, one_scan)
 
 
@@ -112,6 +115,8 @@ def read_segments(raw: bytes) -> tuple[list[Segment], int, str]:
     while len(segments) < MAX_SEGMENTS and (match := MARKER.search(raw, position)):
         start, behind = match.span()
         marker = raw[behind - 1]
+        while start > position and raw[start - 1] == 0xFF:  # fill bytes
+            start -= 1
         if start > position:
             oddity = oddity or f"{start - position} stray bytes before marker {marker:02X}"
         if marker == EOI:
@@ -138,17 +143,38 @@ def end_of_scan(raw: bytes, scan: Segment) -> int:
     return match.start() if match else len(raw)
 
 
-def find_color(raw: bytes, segments: list[Segment], components: bytes) -> str:
+def odd_application_data(raw: bytes, segments: list[Segment]) -> str:
+    """What libjpeg-turbo warns of in segments that pixels do not depend on: a JFIF header of another major revision
+    than 1 (jdmarker.c), an ICC profile in other pieces than 1 to n of n (jdicc.c); empty if nothing."""
+    pieces = []
+    for segment in segments:
+        content = raw[segment.content : segment.end]
+        if is_jfif(segment, content) and content[5] != 1:
+            return f"JFIF header of revision {content[5]}.{content[6]:02}"
+        if segment.marker == APP2 and content.startswith(ICC) and len(content) >= 14:
+            pieces.append((content[12], content[13]))
+    if pieces and sorted(pieces) != [(number, len(pieces)) for number in range(1, len(pieces) + 1)]:
+        return "ICC profile that lacks pieces"
+    return ""
+
+
+def is_jfif(segment: Segment, content: bytes) -> bool:
+    """Whether a segment is a JFIF header; libjpeg passes over shorter ones."""
+    return segment.marker == APP0 and content.startswith(b"JFIF\0") and len(content) >= 14
+
+
+def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
     """The colours of a frame with these component identifiers, by libjpeg's rule (jdapimin.c,
-    default_decompress_parms): JFIF means YCbCr, else Adobe's marker tells, else the identifiers."""
+    default_decompress_parms) from what stands before the first scan: JFIF means YCbCr, else Adobe's marker tells, else
+    the identifiers."""
     if len(components) == 1:
         return "grey"
     if len(components) != 3:
         return "other"
-    told = [(each.marker, raw[each.content : each.end]) for each in segments if each.marker in (APP0, APP14)]
-    if any(marker == APP0 and content.startswith(b"JFIF\0") and len(content) >= 14 for marker, content in told):
+    told = [(each, raw[each.content : each.end]) for each in header if each.marker in (APP0, APP14)]
+    if any(is_jfif(segment, content) for segment, content in told):
         return "YCbCr"
-    adobe = [content for marker, content in told if marker == APP14 and content.startswith(b"Adobe")]
+    adobe = [content for segment, content in told if segment.marker == APP14 and content.startswith(b"Adobe")]
     if transforms := [content[11] for content in adobe if len(content) >= 12]:
         return "YCbCr" if transforms[-1] else "RGB"
     return "RGB" if components == b"RGB" else "YCbCr"
@@ -162,18 +188,17 @@ def chroma_sampling(factors: bytes) -> tuple[float, float]:
 
 
 def is_complete(raw: bytes, scans: list[Segment], components: bytes) -> bool:
-    """Whether the scans of a progressive frame bring every coefficient of every component to its last bit.
+    """Whether the scans of a frame, one after the other, leave every coefficient of every component at its last bit.
 
     Where they do not, libjpeg smooths over the edges of blocks (jdcoefct.c, smoothing_ok), and DALI's windows, at whose
-    edges there are no neighbours, differ from the whole image.
+    edges there are no neighbours, differ from the whole image. Components of one name are not told apart.
     """
-    missing = {(component, k) for component in components for k in range(64)}
+    bits = {(component, k): -1 for component in components for k in range(64)}
     for scan in scans:
         if len(content := raw[scan.content : scan.end]) >= 6:
-            first, last, bits = content[-3:]
-            if bits & 15 == 0:
-                missing -= {(component, k) for component in content[1:-3:2] for k in range(first, last + 1)}
-    return not missing
+            first, last, approximation = content[-3:]
+            bits |= {(each, k): approximation & 15 for each in content[1:-3:2] for k in range(first, last + 1)}
+    return len(bits) == 64 * len(components) and not any(bits.values())
 
 
 def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
@@ -182,13 +207,14 @@ def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
     Keeps tables, frame and scans, and what says how colours are stored; leaves out EXIF, ICC and other application
     data, comments, stray bytes. A JFIF header of any revision becomes one of revision 1.01.
     """
-    out = [b"\xff\xd8"]
+    out, in_header = [b"\xff\xd8"], True
     for segment in jpeg.segments:
-        if segment.marker == APP0 and raw.startswith(b"JFIF\0", segment.content):
-            out.append(JFIF)
-        elif segment.marker == SOS:
+        if segment.marker == SOS:
             out.append(raw[segment.start : end_of_scan(raw, segment)])
-        elif segment.marker == APP14 or not (APP0 <= segment.marker <= APP15 or segment.marker == COM):
+            in_header = False
+        elif is_jfif(segment, raw[segment.content : segment.end]):
+            out.append(JFIF * in_header)
+        elif (segment.marker == APP14 and in_header) or (not APP0 <= segment.marker <= APP15 and segment.marker != COM):
             out.append(raw[segment.start : segment.end])
     return b"".join(out) + b"\xff\xd9" * (jpeg.end > 0)
 

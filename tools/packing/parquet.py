@@ -41,11 +41,15 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
             if first != path:  # the Hub keeps the files of earlier pushes, whose names end in another hash
                 raise ValueError(f"{path} and {first.name} are the same part of one set; keep the files of one push")
     for (name, number), there in parts.items():
-        if others := [other for same, other in parts if same == name and other != number]:
-            raise ValueError(f"{raw} holds {name} in {number} and in {others[0]} parts; keep the files of one push")
         if missing := sorted(set(range(int(number))) - set(there)):
             raise FileNotFoundError(f"{raw} lacks {name}-{missing[0]:0{len(number)}}-of-{number}; fetch it as well")
-    return {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
+    found = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
+    for files in found.values():
+        sets = {re.sub(r"[-_]?\d+(-of-\d+)?(-\w+)?$", r"\1", path.stem): path for path in files}
+        if len(sets) > 1:
+            first, second, *_ = sorted(sets.values())
+            raise ValueError(f"{first} and {second.name} are of two sets, or two pushes of one; keep the files of one")
+    return found
 
 
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:

@@ -124,7 +124,8 @@ def last_words(board: bytes, processes: Iterable[Any]) -> str:
     for process in processes:
         if (code := process.exitcode) in (None, 0, -signal.SIGTERM):  # the pool ends the others by SIGTERM
             continue
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        known = {each.value: each.name for each in signal.Signals}
+        reason = known.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
         name = names.get(str(process.pid))
         return f" ({reason})" + (f" at {name}" if name else "")
     return ""

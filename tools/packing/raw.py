@@ -1,6 +1,5 @@
 """Raw ImageNet in any of the layouts that people have it in: found out by looking, listed in place."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from tools.packing.folders import find_class_folders, kaggle_tree, read_folders,
 from tools.packing.ilsvrc import ARCHIVES, TRAIN_ARCHIVE, VAL_ARCHIVE, read_archives
 from tools.packing.listing import RawImageNet
 from tools.packing.parquet import find_parquet, read_parquet
+from tools.packing.plan import place, stem
 from tools.packing.tar_layouts import read_tars
 
 LAYOUTS = (
@@ -43,6 +43,8 @@ def find_layout(raw: Path) -> Layout:
     if (raw / "train").is_dir():
         return Layout([], lambda: read_folders(raw, raw / "train"))
     if tars := sorted((path for path in raw.glob("*.tar") if path.name[0] != "."), key=lambda path: path.stem):
+        if find_class_folders(raw):
+            raise ValueError(f"{raw} holds {tars[0].name} and folders of images; move away what is not to be packed")
         return Layout(tars, lambda: read_tars(raw, tars))
     if folder := find_class_folders(raw):
         return Layout([], lambda: read_folders(raw, raw)) if folder == raw else find_layout(folder)
@@ -66,7 +68,7 @@ def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | Non
 
 def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
     """Move `fraction` of each class, rounded, from train to a validation split that the source lacks: at least one
-    image, and not the last one.
+    image, and not the last one; the first by a hash of seed and name, so that the layout makes no difference.
 
     Raises `ValueError` when it has one, or no class has two images.
     """
@@ -74,13 +76,13 @@ def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet
         raise ValueError(f"--val-fraction is for data without validation images, but {data.layout} has them; drop it")
     train = data.splits["train"]
     labels = np.frombuffer(train.label, np.int32)
-    order = np.argsort(labels, kind="stable")
+    hashes = b"".join(place(seed, f"val:{stem(train.name(row))}")[:8] for row in range(len(train)))
+    order = np.lexsort((np.frombuffer(hashes, ">u8"), labels))
     bounds = np.searchsorted(labels[order], np.arange(len(data.classes) + 1))
-    generator = random.Random(seed)
     in_val = np.zeros(len(train), bool)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         number = max(0, min(end - start - 1, max(1, round((end - start) * fraction))))
-        in_val[order[start + np.array(generator.sample(range(end - start), number), int)]] = True
+        in_val[order[start : start + number]] = True
     if not in_val.any():
         raise ValueError("no class has two images, one of them for validation; use --val-fraction 0")
     splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}

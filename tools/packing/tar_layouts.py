@@ -3,18 +3,15 @@
 A folder in a tar is a class where there are several; where it is not clear what is one, nothing is packed.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from pipeline.shards import ClassName
-from tools.packing.folders import IMAGE_NAME, OTHER_SPLITS, VAL_NAMES, is_hidden
+from tools.packing.folders import IMAGE_NAME, SPLIT_NAME, VAL_NAMES, is_hidden
 from tools.packing.ilsvrc import members
 from tools.packing.listing import Listing, RawImageNet
-
-TEST_ARCHIVE = "ILSVRC2012_img_test"
 
 
 class File(NamedTuple):
@@ -44,28 +41,40 @@ def read_tars(raw: Path, tars: list[Path]) -> RawImageNet:
     """List a folder of tars, sorted by class. Raises `ValueError` for tars without images, and where it is not clear
     which classes their images have."""
     named = {path.stem: path for path in tars}
-    only_splits = all(name in ("train", *OTHER_SPLITS) or name.startswith(TEST_ARCHIVE) for name in named)
-    if only_splits and "train" not in named:
-        raise ValueError(f"{raw} holds {tars[0].name}, but no images to learn from; add {raw / 'train.tar'} or train/")
-    if "train" in named and (only_splits or len(classes_in(strip_wrappers(read_tree(named["train"])))) > 1):
-        val_tar = next((named[name] for name in VAL_NAMES if name in named), None)
-        splits = {"train": named["train"]} | ({"val": val_tar} if val_tar else {})
-        trees = {split: strip_wrappers(read_tree(path)) for split, path in splits.items()}
-        return read_trees(raw, trees, [path for path in tars if path not in splits.values()])
-    if len(tars) == 1:
-        tree = strip_wrappers(read_tree(tars[0]), but=("train", *OTHER_SPLITS))
-        folders = set(classes_in(tree))
-        if "train" in folders:
-            val = next((name for name in VAL_NAMES if name in folders), None)
-            names = {"train": "train"} | ({"val": val} if val else {})
-            trees = {split: strip_wrappers(inside(tree, name)) for split, name in names.items()}
-            rest = sorted(folders - set(names.values()))
-            return read_trees(raw, trees, [*(tars[0] / name for name in rest)])
-        if others := sorted(folders & set(OTHER_SPLITS)):
-            raise ValueError(f"{tars[0]} holds {others[0]}/, but no train/<class>/ to learn from; add it")
-        if len(folders) > 1:
-            return read_trees(raw, {"train": tree}, [])
-    return read_class_tars(raw, tars)
+    splits = [path for path in tars if SPLIT_NAME.fullmatch(path.stem)]
+    tests = [path for path in splits if "test" in path.stem.lower()]
+    if "train" in named and (splits == tars or len(classes_in(strip_wrappers(read_tree(named["train"])))) > 1):
+        val = next((named[name] for name in VAL_NAMES if name in named), None)
+        chosen = {"train": named["train"]} | ({"val": val} if val else {})
+        trees = {split: strip_wrappers(read_tree(path)) for split, path in chosen.items()}
+        return read_trees(raw, trees, [path for path in tars if path not in chosen.values()])
+    if splits == tars:
+        raise ValueError(f"{raw} holds {tars[0].name}, but no train.tar or train/ to learn from; add it")
+    classes = [path for path in tars if path not in tests]
+    if unclear := [path for path in splits if path in classes and path.stem != "train"]:
+        raise ValueError(f"{unclear[0]} seems to be a split, not a class; move it away, or rename it and train.tar")
+    if len(classes) > 1:
+        return read_class_tars(raw, classes, tests)
+    return read_one_tar(raw, classes[0], tests)
+
+
+def read_one_tar(raw: Path, tar: Path, passed_over: list[Path]) -> RawImageNet:
+    """List a tar of train/<class> and val/<class>, of class folders, or of one class. Raises as `read_tars`."""
+    tree = strip_wrappers(read_tree(tar), but_splits=True)
+    tops = set(classes_in(tree))
+    if "train" in tops:
+        val = next((name for name in VAL_NAMES if name in tops), None)
+        names = {"train": "train"} | ({"val": val} if val else {})
+        trees = {split: strip_wrappers(inside(tree, name)) for split, name in names.items()}
+        rest = {tar / file.name for file in tree.images if not file.folders}
+        rest |= {tar / name for name in tops - set(names.values())}
+        return read_trees(raw, trees, [*passed_over, *sorted(rest)])
+    for name in sorted({folder for file in tree.images for folder in file.folders[:2]}):
+        if SPLIT_NAME.fullmatch(name):
+            raise ValueError(f"{tar} holds {name}/, which seems to be a split, not a class; call them train and val")
+    if len(tops) > 1:
+        return read_trees(raw, {"train": tree}, passed_over)
+    return read_class_tars(raw, [tar], passed_over)
 
 
 def read_tree(tar: Path) -> Tree:
@@ -76,12 +85,16 @@ def read_tree(tar: Path) -> Tree:
         if not any(map(is_hidden, (*folders, base))):
             files = tree.images if IMAGE_NAME.fullmatch(base) else tree.others
             files.append(File(tuple(folders), name, offset, size))
+    if len(tree.images) != len({file.name for file in tree.images}):
+        raise ValueError(f"{tar} holds a file twice; unpack it, which leaves the last one, and pack the folders")
     check_no_shard(tree)
     return tree
 
 
 def check_no_shard(tree: Tree) -> None:
     """Raise `ValueError` for a shard of WebDataset, in which files of one name make a sample, its label among them."""
+    if len({file.folders for file in tree.images}) > 1:  # class folders, in which other files may lie beside images
+        return
     images = {sample_key(file)[0] for file in tree.images}
     beside = [extension for key, extension in map(sample_key, tree.others) if key in images]
     if "cls" in beside:
@@ -99,9 +112,10 @@ def sample_key(file: File) -> tuple[tuple[str, ...], str]:
     return (*file.folders, name), extension
 
 
-def strip_wrappers(tree: Tree, but: Collection[str] = ()) -> Tree:
-    """The same without folders that hold all images, each of them in a folder of its own, unless called as in `but`."""
-    while tree.images and (top := tree.images[0].folders[:1]) and top[0] not in but:
+def strip_wrappers(tree: Tree, but_splits: bool = False) -> Tree:
+    """The same without folders that hold all images, each of them in a folder of its own; `but_splits`: those that are
+    called like splits stay."""
+    while tree.images and (top := tree.images[0].folders[:1]) and not (but_splits and SPLIT_NAME.fullmatch(top[0])):
         if not all(len(file.folders) > 1 and file.folders[:1] == top for file in tree.images):
             break
         tree = inside(tree, top[0])
@@ -143,17 +157,17 @@ def read_trees(raw: Path, trees: dict[str, Tree], passed_over: list[Path]) -> Ra
     return RawImageNet("class folders in tars", classes, splits, passed_over=[*sorted(others), *passed_over])
 
 
-def read_class_tars(raw: Path, tars: list[Path]) -> RawImageNet:
+def read_class_tars(raw: Path, tars: list[Path], passed_over: list[Path]) -> RawImageNet:
     """List per-class tars, `<wnid>.tar`, no validation images. Raises as `read_tars`."""
-    listing, passed_over = Listing(raw), list[Path]()
+    listing, passed_over = Listing(raw), [*passed_over]
     for label, path in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
         tree = read_tree(path)
-        if not (files := tree.images or tree.others):
+        if not (files := tree.images or [file for file in tree.others if "." not in Path(file.name).name]):
             raise ValueError(f"{path} holds no image; fetch it again or remove it")
         if len(folders := sorted({file.folders for file in files})) > 1:
             raise ValueError(
                 f"{path} holds several folders, such as {'/'.join(folders[-1])!r}: it is not clear what is a class; "
-                "call it train.tar if they are, or unpack it"
+                "unpack it into train/, a folder for each class"
             )
         archive = listing.add_file(path)
         for file in sorted(files, key=lambda file: file.name):

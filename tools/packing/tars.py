@@ -9,7 +9,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from tqdm import tqdm
@@ -145,11 +144,6 @@ def sample_entries(key: str, members: list[Member]) -> tuple[list[tuple[str, int
         ("cls", label.offset, len(digits), plain(label.name)),
     ]
     return entries, image, int(digits)
-
-
-def skipped_name(tar: Path, key: str) -> str:
-    """What a manifest calls a sample of a tar that adoption left out: keys may repeat from one tar to the next."""
-    return f"{tar.name}/{plain(key)}"
 
 
 def plain(name: str) -> str:

@@ -92,7 +92,10 @@ def present_splits(shards: Path) -> list[str]:
 def list_jobs(directory: Path, manifest: dict[str, Any], fast: bool) -> list[Job]:
     """One job a shard, from a manifest that may lack all that `check_manifest` does not ask for."""
     store = str(manifest.get("options", {}).get("store", ""))
-    skipped = frozenset(str(row.get("name")) for row in manifest.get("skipped", []) if isinstance(row, dict))
+    left_out = [row for row in manifest.get("skipped", []) if isinstance(row, dict)]
+    skipped = frozenset(
+        (str(row.get("shard")), int(row["offset"])) for row in left_out if type(row.get("offset")) is int
+    )
     classes = manifest["num_classes"]
     return [Job(directory / row["name"], row, classes, store, skipped, fast) for row in manifest["shards"]]
 
