@@ -29,6 +29,8 @@ def sound_jpegs() -> list[bytes]:
     files += [jpeg(pixels, "L"), jpeg(pixels, "L", progressive=True), jpeg(pixels, "CMYK")]
     files += [jpeg(pixels, keep_rgb=True), jpeg(pixels, restart_marker_blocks=3), jpeg(pixels, exif=exif)]
     files.append(jpeg(pixels, progressive=True, exif=exif.tobytes() + bytes(20) + jpeg(pixels[:16, :16])))
+    smooth = photo(rng, 96, 80)  # where libjpeg's smoothing of blocks would show
+    files += [jpeg(smooth, mode, progressive=True, quality=15) for mode in ("RGB", "L")]
     return files
 
 
@@ -84,7 +86,7 @@ def change(rng: random.Random, parts: list[Part]) -> None:
     at = rng.randrange(1, len(parts))
     of = lambda *markers: [part for part in parts if part[0][0] in markers]  # noqa: E731
     frames, tables, scans = of(*range(0xC0, 0xC4), 0xC9, 0xCA), of(0xC4, 0xDB), of(0xDA)
-    match rng.randrange(12):
+    match rng.randrange(13):
         case 0:
             parts[at][0] = bytes([rng.choice((*range(0xC0, 0xFF), 0x01, 0x02, 0x00, 0xFF))])
         case 1 | 2:
@@ -98,7 +100,7 @@ def change(rng: random.Random, parts: list[Part]) -> None:
                 part[0] = bytes([rng.randrange(0xC0, 0xD0)])
         case 6:
             for part in frames:
-                body = bytearray(part[2])
+                body = bytearray(part[2] or b"x")
                 place = rng.randrange(len(body))
                 body[place] = rng.choice((0, 1, 2, 8, 12, 16, *b"\x11\x12\x21\x22\x41\x14\x44", rng.randrange(256)))
                 part[2] = bytes(body)
@@ -108,7 +110,12 @@ def change(rng: random.Random, parts: list[Part]) -> None:
             edit(rng, rng.choice(scans), 2)
         case 9 if scans:
             edit(rng, rng.choice(scans), 3)
-        case 10:
+        case 10 if scans:  # a scan again, of other coefficients or bits
+            again = list(rng.choice(scans))
+            again[2] = again[2][:-3] + rng.choice((again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02"))
+            again[3] = rng.choice((again[3], b"", b"\0" * 40))
+            parts.insert(len(parts) - 1, again)
+        case 11:
             if parts[at][1]:
                 length = int.from_bytes(parts[at][1], "big")
                 other = rng.choice((0, 1, 2, 3, length - 1, length + 1, length + 2, length + 300, 65535))

@@ -14,18 +14,22 @@ import pytest
 import simplejpeg
 
 from pipeline.files import read_json
-from tests.helpers import files, run_python, tar_of, write
-from tests.mutate_jpeg import corpus
-from tools.packing.images import find_fault
+from tests.helpers import files, jpeg, run_python, tar_of, write
+from tests.mutate_jpeg import corpus, joined, parts_of, segment, sound_jpegs
+from tests.test_images import claiming
+from tools.packing.images import decode_strictly, find_fault
+from tools.packing.jpeg import JFIF, read_jpeg
 
 FEW, MANY = 500, 4000
 
 
 def windows_of(height: int, width: int) -> list[tuple[slice, slice]]:
-    """A window at each corner, more than half as high and as wide as the image."""
+    """A window at each corner, more than half as high and as wide as the image, and small ones within."""
     tall, wide = height // 2 + 1, width // 2 + 1
     rows, columns = (slice(tall), slice(height - tall, height)), (slice(wide), slice(width - wide, width))
-    return [(row, column) for row in rows for column in columns]
+    inner = [(slice(k * height // 4, (k + 1) * height // 4), slice(width // 3, width // 2 + 1)) for k in (1, 2)]
+    inner = [place for place in inner if all(side.start < side.stop for side in place)]
+    return [(row, column) for row in rows for column in columns] + inner
 
 
 def decode_admitted(device: str, first: int, last: int) -> None:
@@ -102,6 +106,86 @@ def check_packed_twice(tmp_path: Path, number: int, store: str) -> None:
     assert manifest["num_samples"] + len(manifest["skipped"]) == number and manifest["num_samples"] > number / 4
     done = run_python("tools/make_shards.py", "verify", shards)
     assert done.returncode == 0, done.stdout
+
+
+SOUND = sound_jpegs()
+NOISE = np.random.default_rng(5).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def with_segment(data: bytes, marker: int, body: bytes) -> bytes:
+    """A file with one segment more, behind its start marker."""
+    return data[:2] + b"\xff" + joined([segment(marker, body)])[1:] + data[2:]
+
+
+def subsampled(factors: bytes) -> bytes:
+    """A baseline file whose frame claims other sampling factors than it has."""
+    data = jpeg(NOISE, subsampling="4:4:4")
+    at = data.index(b"\xff\xc0") + 11
+    return (
+        data[:at]
+        + factors[:1]
+        + data[at + 1 : at + 3]
+        + factors[1:2]
+        + data[at + 4 : at + 6]
+        + factors[2:]
+        + data[at + 7 :]
+    )
+
+
+def without_scans(data: bytes, kept: int) -> bytes:
+    """A file with its first scans alone."""
+    parts = parts_of(data)
+    last = [k for k, part in enumerate(parts) if part[0] == b"\xda"][kept - 1]
+    return joined([*parts[: last + 1], parts[-1]])
+
+
+def refined(data: bytes) -> bytes:
+    """A complete progressive file with one scan more, an empty one that would leave a bit to come."""
+    scan = segment(0xDA, b"\1\1\0\1\x3f\1")
+    return data[:-2] + joined([scan]) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (SOUND[0], ""),
+        (with_segment(SOUND[0], 0xE0, b"JFXX\0\x13"), ""),
+        (with_segment(SOUND[0], 0xEE, b"Adobe\0\x64\0\0\0\0\0"), ""),  # JFIF wins
+        (SOUND[0] + b"trailing", ""),
+        (jpeg(NOISE, keep_rgb=True), "RGB JPEG"),
+        (with_segment(jpeg(NOISE, keep_rgb=True), 0xE0, b"JFIF\0\1\1"), "RGB JPEG"),  # too short to be a JFIF header
+        (jpeg(NOISE, keep_rgb=True)[:-2] + JFIF + b"\xff\xd9", "RGB JPEG"),  # too late
+        (jpeg(NOISE, "CMYK"), "CMYK JPEG"),
+        (subsampled(b"\x41\x11\x11"), ""),
+        (subsampled(b"\x14\x11\x11"), "sampling"),
+        (subsampled(b"\x22\x11\x12"), "sampling"),
+        (subsampled(b"\x44\x11\x11"), "sampling"),
+        (SOUND[2][:-2] + b"".join([SOUND[2][SOUND[2].rindex(b"\xff\xda") : -2]] * 300) + b"\xff\xd9", "scans"),
+        (without_scans(SOUND[2], 3), "lacks scans"),
+        (refined(SOUND[2]), "lacks scans"),
+        (with_segment(SOUND[0], 0xE0, b"JFIF\0\0\0\0\0\1\0\1\0\0"), "JFIF"),
+        (with_segment(SOUND[0], 0xE2, b"ICC_PROFILE\0\2\3"), "ICC"),
+        (with_segment(SOUND[0], 0xE1, b"Exif"), ""),
+        (SOUND[0][:2] + b"\xff\xe1\0\3Exif\0\0" + SOUND[0][2:], "EXIF"),
+        (SOUND[0].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "12 bits"),
+        (SOUND[0].replace(b"\xff\xc0", b"\xff\xc3"), "SOF3"),
+        (SOUND[0][: SOUND[0].index(b"\xff\xda")] + b"\xff\xda\0\2", "JPEG"),
+        (b"\xff\xd8" + b"\xff" * 1_000_000 + b"\0", "no end marker"),
+        (claiming(jpeg(NOISE), 50, 60_000), "too narrow"),
+        (claiming(jpeg(NOISE), 20_000, 20_000), "too large"),
+        (SOUND[0][:-2], "no end marker"),
+        (SOUND[0][:400] + bytes(9) + SOUND[0][409:], ""),  # tables: what libjpeg makes of them
+    ],
+)
+def test_the_rule(data: bytes, fault: str) -> None:
+    """What is refused, each part of the rule by a file that lacks nothing else; and its frame decides who decodes it."""
+    found = find_fault(data)
+    assert (fault in found) if fault else (found == "" or found.startswith("libjpeg warns")), found
+    common = read_jpeg(data).is_common
+    assert common == (not any(word in fault for word in ("CMYK", "SOF3", "12 bits")) and b"\xff\xda" in data[2:])
+    if not common:
+        with pytest.raises(AssertionError):
+            decode_strictly(data, read_jpeg(data), 8)
 
 
 def test_what_is_admitted_dali_decodes() -> None:

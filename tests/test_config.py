@@ -153,7 +153,7 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
 
 
 def test_same_run() -> None:
-    """Speed, logging, places and epochs to come are free; anything else, epochs that have begun too, is refused by name."""
+    """Speed, logging, places and epochs to come are free; anything else, also epochs that have begun, is refused."""
     saved = parse_config(QUICKSTART).to_json()
     free = ["--run.log_every", "3", "--data.speed.threads", "1", "--train.epochs", "11", "--data.shards", "elsewhere"]
     check_same_run(saved, parse_config([*QUICKSTART, *free]).to_json(), 10)

@@ -167,6 +167,28 @@ def test_headers_that_libjpeg_warns_of() -> None:
             assert (simplejpeg.decode_jpeg(packed.jpeg, fastdct=False, fastupsample=False) == expected).all()
 
 
+def test_colours_of_a_rewritten_header() -> None:
+    """An RGB JPEG with a JFIF segment too short to count, behind stray bytes: RGB before and after."""
+    image = photo(np.random.default_rng(6), 300, 300)
+    data = jpeg(image, keep_rgb=True)
+    odd = data[:2] + b"\xff\xe0\0\x09JFIF\0\1\1" + bytes(11) + data[2:]
+    assert np.abs(decode(odd).pixels - pixels_of(data)).max() <= 1
+    for form in (CROP, ORIGINAL):
+        assert np.abs(pixels_of(pack_image(odd, form).jpeg) - pixels_of(pack_image(data, form).jpeg)).mean() < 1
+
+
+def test_what_a_file_lacks_is_grey() -> None:
+    """Of one that ends too early, as libjpeg shows it, baseline or not, in a reduced one too; not black, not memory."""
+    image = photo(np.random.default_rng(6), 304, 304)
+    data = jpeg(image)
+    pixels = decode(data[: len(data) // 2]).pixels
+    assert (pixels[-16:] == 128).all() and np.abs(pixels[:100] - image[:100].astype(int)).mean() < 3
+    large = jpeg(np.asarray(Image.fromarray(image).resize((9000, 6000))))
+    cut = pack_image(large[: len(large) * 3 // 4], ORIGINAL)
+    with Image.open(io.BytesIO(cut.jpeg)) as reduced:
+        assert reduced.size == (4500, 3000) and find_fault(cut.jpeg) == ""
+
+
 def test_headers_of_cmyk_files() -> None:
     """Stray bytes before a marker cost no CMYK file a pixel either."""
     data = jpeg(photo(np.random.default_rng(6), 300, 300), "CMYK")

@@ -5,9 +5,10 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT, jpeg, photo, run_ok, run_python, write
 
 PROGRAM = """
 import multiprocessing, os, signal, time
@@ -59,3 +60,39 @@ def test_the_image_that_a_worker_died_of_is_named(tmp_path: Path, number: signal
     done = run_python(tmp_path / "program.py", str(int(number)), timeout=60, env=environment)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and number.name in last and re.findall(r"image \d+", last) == ["image 7"], done.stderr
+
+
+DEADLY = """
+import os, signal, simplejpeg
+decode = simplejpeg.decode_jpeg
+
+def deadly(data, *arguments, **named):
+    if b"deadly" in data:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode(data, *arguments, **named)
+
+simplejpeg.decode_jpeg = deadly
+"""
+
+
+def test_deadly_images_are_named(tmp_path: Path) -> None:
+    """By pack, adopt and verify, whose workers die of one: exit code 3, and the sentence has its name."""
+    image = jpeg(photo(np.random.default_rng(0)))
+    for k in range(6):
+        write(tmp_path / "raw" / "train" / "cat" / f"n{k}.jpg", image + (b"deadly" if k == 4 else b"sound."))
+    pack = ("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", "--store", "original")
+    options = ("--val-fraction", "0", "--samples-per-shard", "2", "--workers", "2")
+    run_ok(*pack, *options)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    again = ("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "again", "--store", "original")
+    adopt = ("tools/make_shards.py", "adopt", tmp_path / "shards" / "train", tmp_path / "adopted", "--split", "train")
+    for command in (
+        (*again, *options),
+        (*adopt, "--pattern", "*.tar", "--workers", "2"),
+        ("tools/make_shards.py", "verify", tmp_path / "shards", "--workers", "2"),
+    ):
+        done = run_python(*command, env=environment)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 3 and "SIGSEGV" in last and "n4.jpg" in last, done.stderr

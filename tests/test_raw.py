@@ -87,6 +87,21 @@ def test_class_folders_without_train(tmp_path: Path, place: str, capsys: pytest.
     assert [row["wnid"] for row in read_json(tmp_path / "none" / "classes.json")["classes"]] == list(sizes)
 
 
+def test_the_validation_cut_is_the_same_in_every_layout(tmp_path: Path) -> None:
+    """Class folders, nested or not, and the same in a tar become the same shards."""
+    names = [f"{wnid}/{'deep/' * (k % 3 == 0)}{wnid}_{k}.jpg" for wnid in WNIDS for k in range(12)]
+    for name in names:
+        write(tmp_path / "folders" / name, IMAGE)
+        write(tmp_path / "flat" / "train" / name.replace("deep/", ""), IMAGE)
+    write(tmp_path / "tars" / "train.tar", tar_of(dict.fromkeys(names, IMAGE)))
+    shards = []
+    for layout in ("folders", "flat", "tars"):
+        pack(tmp_path / layout, tmp_path / f"{layout}-shards", workers=1)
+        found = {path.name: path.read_bytes() for path in (tmp_path / f"{layout}-shards").rglob("*.tar")}
+        shards.append(found)
+    assert len(shards[0]) == 2 and shards[0] == shards[1] == shards[2]
+
+
 def labels_of(split: Path) -> list[int]:
     """The labels of a split's shards, by the webdataset library."""
     tars = [str(path) for path in sorted(split.glob("*.tar"))]
