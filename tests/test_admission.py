@@ -121,15 +121,9 @@ def subsampled(factors: bytes) -> bytes:
     """A baseline file whose frame claims other sampling factors than it has."""
     data = jpeg(NOISE, subsampling="4:4:4")
     at = data.index(b"\xff\xc0") + 11
-    return (
-        data[:at]
-        + factors[:1]
-        + data[at + 1 : at + 3]
-        + factors[1:2]
-        + data[at + 4 : at + 6]
-        + factors[2:]
-        + data[at + 7 :]
-    )
+    file = bytearray(data)
+    file[at : at + 9 : 3] = factors
+    return bytes(file)
 
 
 def without_scans(data: bytes, kept: int) -> bytes:
@@ -169,7 +163,7 @@ def refined(data: bytes) -> bytes:
         (SOUND[0][:2] + b"\xff\xe1\0\3Exif\0\0" + SOUND[0][2:], "EXIF"),
         (SOUND[0].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "12 bits"),
         (SOUND[0].replace(b"\xff\xc0", b"\xff\xc3"), "SOF3"),
-        (SOUND[0][: SOUND[0].index(b"\xff\xda")] + b"\xff\xda\0\2", "JPEG"),
+        (SOUND[0][: SOUND[0].index(b"\xff\xda")] + b"\xff\xda\0\2", "no end marker"),
         (b"\xff\xd8" + b"\xff" * 1_000_000 + b"\0", "no end marker"),
         (claiming(jpeg(NOISE), 50, 60_000), "too narrow"),
         (claiming(jpeg(NOISE), 20_000, 20_000), "too large"),
@@ -178,7 +172,7 @@ def refined(data: bytes) -> bytes:
     ],
 )
 def test_the_rule(data: bytes, fault: str) -> None:
-    """What is refused, each part of the rule by a file that lacks nothing else; and its frame decides who decodes it."""
+    """What is refused, each part of the rule by a file that lacks nothing else; its frame says who decodes it."""
     found = find_fault(data)
     assert (fault in found) if fault else (found == "" or found.startswith("libjpeg warns")), found
     common = read_jpeg(data).is_common
