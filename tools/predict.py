@@ -7,7 +7,6 @@ An image is brought to 256x256 as packing does it (`tools/packing/images.py`), l
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,7 +162,7 @@ def main() -> None:
         help="auto takes the first GPU if there is one.",
     )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
-    given = parser.parse_args(sys.argv[1:])
+    given = parser.parse_args()
     exit_with(
         lambda: predict(given.checkpoint, given.images, given.views, given.top, given.shards, given.device, given.json)
     )
