@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 import train.program
 from tests.helpers import ROOT
+from tools import predict
 from train.config import parse_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -52,6 +53,8 @@ def check_ours(program: Path, arguments: list[str], monkeypatch: pytest.MonkeyPa
         parse_config([word for word in arguments if word != "--print_config"])
     elif program.name == "doctor.py":
         assert set(arguments) <= {"SHARDS", "--json"}
+    elif program.name == "predict.py":
+        capture_parser(predict.main).parse_args(arguments)
     else:
         parser_of(program, monkeypatch).parse_args(arguments)
 
