@@ -97,9 +97,12 @@ def watch(process: "subprocess.Popen[bytes]", seconds: float) -> dict[int, Held]
     begun = monotonic()
     while (passed := monotonic() - begun) < seconds:
         sleep(max(0.5, seconds / 200))
+        try:
+            moments[round(passed)] = look_at(process.pid)
+        except (KeyError, OSError):  # it is ending just now: its memory goes before its number
+            process.wait()
         if process.poll() is not None:
             return {}
-        moments[round(passed)] = look_at(process.pid)
     return moments
 
 
