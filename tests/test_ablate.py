@@ -273,7 +273,8 @@ def test_stopped_and_continued(shards: Path, tmp_path: Path) -> None:
     own.write_text("model: {towers: 1, channels: [4, 8, 8, 8, 16]}\n")
     command = ["tools/ablate.py", QUICKSTART, shards, tmp_path / "out", "--ablations", f"[{own}]", "--seeds", "[5]"]
     command += ["--settings", TINY.replace("epochs 1", "epochs 3")]
-    process = start_python(*command)
+    # A shell's background jobs ignore the signal, and so would what they start.
+    process = start_python(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: rows_of(tmp_path / "out" / "base-seed5"), process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
