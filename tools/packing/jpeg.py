@@ -101,7 +101,7 @@ def read_jpeg(raw: bytes) -> Jpeg:
         oddity = oddity or f"chroma sampling {content[7::3].hex(' ')}"
     elif len(scans) > MAX_SCANS:
         oddity = oddity or f"{len(scans)} scans"
-    elif not is_complete(raw, scans, components):
+    elif not (one_scan and len(set(components)) == count) and not is_complete(raw, scans, components):
         oddity = oddity or "JPEG that lacks scans"
     else:
         oddity = oddity or odd_application_data(raw, segments)
