@@ -1,7 +1,7 @@
 """What is admitted to a shard as it is, DALI decodes whole and in windows to libjpeg's pixels; and no JPEG, however it
 is mutated, ends the packer or makes it write what depends on memory that nobody has written to.
 
-DALI decodes in processes of its own, so that a crash is told with the number of its file;
+DALI decodes in processes of its own, so that a crash names the number of its file;
 `python -m tests.test_admission DEVICE FIRST LAST` repeats some.
 """
 

@@ -143,7 +143,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     )
     parser.add_class_arguments(Config)
     with told_once():
-        words = with_saved(split_pairs(sys.argv[1:] if arguments is None else arguments))
+        words = add_saved_config(split_pairs(sys.argv[1:] if arguments is None else arguments))
         parsed = parser.instantiate(parser.parse_args(with_recipes(words)))
         return Config(
             parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume
@@ -156,7 +156,7 @@ def split_pairs(arguments: list[str]) -> list[str]:
     return [word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])]
 
 
-def with_saved(words: list[str]) -> list[str]:
+def add_saved_config(words: list[str]) -> list[str]:
     """The same, with the configuration that a run was started with where nothing but its directory is named: what else
     is given comes on top."""
     if "--config" in words or "--data.shards" in words or "--run.dir" not in words[:-1]:
@@ -196,7 +196,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> No
         # A cosine is laid out over all epochs.
         ahead = name == "train.epochs" and after[name] >= begun and after["optimizer.schedule"] != "cosine"
         if name in ("optimizer.steps", "optimizer.changes"):
-            ahead = past_of(before.get(name), begun) == past_of(after.get(name), begun)
+            ahead = changes_before(before.get(name), begun) == changes_before(after.get(name), begun)
         if before.get(name) != after.get(name) and not (free or ahead):
             raise ValueError(
                 f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "
@@ -204,7 +204,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> No
             )
 
 
-def past_of(changes: Any, begun: int) -> list[Any]:
+def changes_before(changes: Any, begun: int) -> list[Any]:
     """Those of a schedule's steps or changes that were made in the first `begun` epochs."""
     return [each for each in changes or () if (each["epoch"] if isinstance(each, dict) else each) < begun]
 

@@ -83,13 +83,13 @@ class Trainer:
                 progress.update()
                 if norm is not None:
                     figures = self.log_row(norm, state.schedule.lr(passed))
-                    told = {"loss": f"{figures['loss']:.3f}", "lr": f"{state.schedule.lr(passed):.4g}"}
-                    told |= {"images/s": f"{figures['images_per_s']:,.0f}", "wait": f"{figures['wait_percent']:.1f} %"}
-                    progress.set_postfix(told)
+                    shown = {"loss": f"{figures['loss']:.3f}", "lr": f"{state.schedule.lr(passed):.4g}"}
+                    speed, wait = f"{figures['images_per_s']:,.0f}", f"{figures['wait_percent']:.1f} %"
+                    progress.set_postfix({**shown, "images/s": speed, "wait": wait})
                     if progress.disable and self.placement.is_first:  # no terminal: a log
-                        line = " ".join(f"{name} {value}" for name, value in told.items() if name != "images/s")
-                        line = line.replace(" wait", f" {told['images/s']} images/s wait")
-                        print(f"epoch {state.epoch + 1} step {state.step} {line}", flush=True)
+                        position = f"epoch {state.epoch + 1} step {state.step}"
+                        figures_text = f"loss {shown['loss']} lr {shown['lr']} {speed} images/s wait {wait}"
+                        print(f"{position} {figures_text}", flush=True)
                 if self.stop():
                     return True
                 if state.step % run.save_every == 0:

@@ -45,14 +45,14 @@ class TrainState:
         problems: list[str] = []
         if config.model.num_classes != classes:
             problems.append(f"{shards} holds {classes} classes; leave --model.num_classes {config.model.outputs} out")
-        with noted(problems):
+        with collect_errors(problems):
             self.basis = Eigenbasis.load(
                 shards / "pca.json",
                 self.train_shards.manifest_sha256,
                 with_mean_image=config.data.augmentation.mean == "image",
             )
         batch_size, accumulate = config.train.batch_size, config.train.accumulate
-        with noted(problems):
+        with collect_errors(problems):
             placement.check_batch(
                 batch_size, accumulate, config.data.augmentation.share_window, self.train_shards.num_samples
             )
@@ -195,8 +195,8 @@ class TrainState:
 
 
 @contextmanager
-def noted(problems: list[str]) -> Iterator[None]:
-    """Note what a user has to put right, and look at the next thing: all of it is told at once."""
+def collect_errors(problems: list[str]) -> Iterator[None]:
+    """Collect what a user has to correct, so that one sentence reports all of it."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

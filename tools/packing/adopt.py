@@ -222,7 +222,7 @@ def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
                 if fault := find_fault(image.data):
                     if on_bad == "fail":
                         place = f"{plain(image.name)} at byte {image.offset} (key {plain(key)})"
-                        raise ValueError(f"{place}: {fault}; leave such images out with --on-bad skip")
+                        raise ValueError(f"{place}: {fault} (--on-bad skip leaves such images out)")
                     row = {"key": plain(key), "name": plain(image.name), "reason": fault}
                     skipped.append({**row, "shard": path.name, "offset": image.offset})
                     continue
@@ -230,6 +230,6 @@ def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
             if not index:
                 raise ValueError(f"holds no sample{' that can be read as it is' if skipped else ''}")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}, fetch or make it again, or pack the raw images") from None
+            raise ValueError(f"{path}: {error}; fetch or make it again, or pack the raw images") from None
         counted = {"name": path.name, "samples": len(index), "bytes": hashed.num_bytes, "sha256": hashed.finish()}
     return Indexed(counted, index_text(index).encode(), max_label, skipped)

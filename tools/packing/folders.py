@@ -93,7 +93,7 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
 
 
-def inner(split: Path) -> Path:
+def unwrap_split(split: Path) -> Path:
     """A split's folder, or the one in it that holds its classes: archives of train/ unpack to train/train/ easily."""
     visible = [entry for entry in os.scandir(split) if not is_hidden(entry.name)]
     same = [entry for entry in visible if entry.is_dir() and entry.name == split.name]
@@ -130,14 +130,14 @@ def read_folders(raw: Path, train_folder: Path) -> RawImageNet:
     Raises `ValueError` for a class without images in train, or one that only the validation images have.
     """
     others: list[Path] = []
-    wnids, train = list_train(raw, inner(train_folder), others)
+    wnids, train = list_train(raw, unwrap_split(train_folder), others)
     index = {wnid: position for position, wnid in enumerate(wnids)}
     splits, val = {"train": train}, Listing(raw)
     folder = next((raw / name for name in VAL_NAMES if train_folder != raw and (raw / name).is_dir()), None)
     if train_folder != raw:
         others += [each for each in subfolders(raw) if each not in (train_folder, folder)]
     if folder:
-        folder = inner(folder)
+        folder = unwrap_split(folder)
         for wnid in class_folders(folder, others):
             if wnid not in index:
                 raise ValueError(f"{folder / wnid} has no counterpart in {train_folder}; remove it or add the class")

@@ -167,7 +167,7 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
         return Decoded(pixels, size, [*notes, (fault, "decoded as far as it goes")], None)
     if read_jpeg(file).oddity or factor > 1:
         return Decoded(pixels, size, [*notes, (fault, "decoded")], None)
-    return Decoded(pixels, size, [*notes, (fault, "header written anew")], file)
+    return Decoded(pixels, size, [*notes, (fault, "header rewritten")], file)
 
 
 FAKE_ENDS = b"\xff\xd9" * 2**15

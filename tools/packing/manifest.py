@@ -165,7 +165,7 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
         num_samples = sum(note["shard"]["samples"] for note in rows)
         assert num_samples + len(skipped) == len(plan.listing), "every image is packed or listed as skipped"
         if not num_samples:
-            remedy = "choose another --val-fraction" if plan.options.val_fraction else "are they images?"
+            remedy = "choose another --val-fraction" if plan.directory.name == "val" else "are they images?"
             raise ValueError(f"not one image of {plan.directory.name} could be decoded; {remedy}")
         content = {
             "format_version": FORMAT_VERSION,

@@ -43,8 +43,8 @@ def as_they_finish(
         return
     pending: dict[Future[Result], int] = {}
     spawn = multiprocessing.get_context("spawn")
-    board, started = spawn.RawArray(ctypes.c_char, workers * LINE_BYTES), set[Any]()
-    given = (os.getpid(), board, spawn.Value("i", 0))
+    slots, started = spawn.RawArray(ctypes.c_char, workers * SLOT_BYTES), set[Any]()
+    given = (os.getpid(), slots, spawn.Value("i", 0))
     with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=given) as pool:
         try:
             while True:
@@ -58,7 +58,7 @@ def as_they_finish(
                     yield pending.pop(future), future.result()
         except BrokenProcessPool:
             patience = time.monotonic() + 1  # another thread of the pool may be about to learn the exit code
-            while not (where := last_words(board.raw, started)) and time.monotonic() < patience:
+            while not (where := describe_death(slots.raw, started)) and time.monotonic() < patience:
                 time.sleep(0.01)
             for process in multiprocessing.active_children():  # the pool waits for one that it was just starting
                 process.kill()
@@ -92,34 +92,34 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def start_worker(parent: int, board: "ctypes.Array[ctypes.c_char]", count: Any) -> None:
-    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), give it a line of the board, and keep torch, if
+def start_worker(parent: int, slots: "ctypes.Array[ctypes.c_char]", count: Any) -> None:
+    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), give it a slot of its own, and keep torch, if
     it is needed, on one core."""
-    global own_line
+    global own_slot
     os.environ["OMP_NUM_THREADS"] = "1"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone already
         os._exit(1)
     with count.get_lock():
-        own_line = memoryview(board).cast("B")[count.value * LINE_BYTES : (count.value + 1) * LINE_BYTES]
+        own_slot = memoryview(slots).cast("B")[count.value * SLOT_BYTES : (count.value + 1) * SLOT_BYTES]
         count.value += 1
 
 
-LINE_BYTES = 512
+SLOT_BYTES = 512
 """For a process number and the name of an image, which is cut."""
-own_line: memoryview | None = None
-"""This worker's part of the board, memory that its parent sees, too."""
+own_slot: memoryview | None = None
+"""This worker's slot, memory that it shares with its parent."""
 
 
 def name_work(name: str) -> None:
     """Say what this process is about to do, in case that it dies of it; half a microsecond."""
-    if own_line is not None:
-        own_line[:] = f"{os.getpid()} {name}".encode(errors="replace")[:LINE_BYTES].ljust(LINE_BYTES, b"\0")
+    if own_slot is not None:
+        own_slot[:] = f"{os.getpid()} {name}".encode(errors="replace")[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0")
 
 
-def last_words(board: bytes, processes: Iterable[Any]) -> str:
+def describe_death(slots: bytes, processes: Iterable[Any]) -> str:
     """How the first of some processes died, and what it was at, as far as is known."""
-    lines = [board[k : k + LINE_BYTES].rstrip(b"\0").decode(errors="replace") for k in range(0, len(board), LINE_BYTES)]
+    lines = [slots[k : k + SLOT_BYTES].rstrip(b"\0").decode(errors="replace") for k in range(0, len(slots), SLOT_BYTES)]
     names = dict(line.split(" ", 1) for line in lines if line)
     for process in processes:
         if (code := process.exitcode) in (None, 0, -signal.SIGTERM):  # the pool ends the others by SIGTERM

@@ -96,12 +96,12 @@ def check_no_shard(tree: Tree) -> None:
     if len({file.folders for file in tree.images}) > 1:  # class folders, in which other files may lie beside images
         return
     images = {sample_key(file)[0] for file in tree.images}
-    beside = [extension for key, extension in map(sample_key, tree.others) if key in images]
-    if "cls" in beside:
+    sidecars = [extension for key, extension in map(sample_key, tree.others) if key in images]
+    if "cls" in sidecars:
         raise ValueError(f"{tree.tar} is a WebDataset shard; take it over with make_shards.py adopt")
-    if beside:
+    if sidecars:
         raise ValueError(
-            f"{tree.tar} is a WebDataset shard (.{min(beside)} beside each image) without labels (.cls); put the "
+            f"{tree.tar} is a WebDataset shard (.{min(sidecars)} beside each image) without labels (.cls); put the "
             "images of each class into a folder of its own"
         )
 
