@@ -4,7 +4,7 @@ BIN ?= .venv/bin
 DEMO ?= demo
 RUN ?= runs/quickstart
 
-.PHONY: install quickstart test coverage check
+.PHONY: install quickstart test coverage check gpu-report
 
 install: .venv/installed
 
@@ -22,6 +22,10 @@ quickstart: install
 # A process per core, and one thread in each: those of OpenMP wait by spinning.
 test: install
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses auto --dist loadfile
+
+# A page about this machine, to be attached to an issue: ten minutes at most on one GPU.
+gpu-report: install
+	"$(BIN)/python" tools/bench.py report --out gpu-report
 
 # Branches that the tests take, the slow ones too, but for those that kill, train or measure memory for many minutes, and one
 # whose full disk keeps coverage from writing, too.

@@ -17,116 +17,17 @@ keeps: with N(0, 0.01) weights that is another network, which does not train at 
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.lrn import local_response_norm, widen
+from model.settings import Activation, AlexNetConfig
 
-
-@dataclass(frozen=True)
-class AlexNetConfig:
-    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that are
-    not take its values (see `PRESETS`)."""
-
-    variant: Literal["paper", "original", "torchvision"] = "paper"
-    """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a
-    second normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5. torchvision: one tower without
-    normalization, padding of 2, dropout before fc6 and fc7 that doubles what it keeps, and torch's initialization,
-    which wants images divided by a std of about 58 (Krizhevsky 2014, as torchvision has it)."""
-    towers: Literal[1, 2] | None = None
-    """Groups of maps that meet only in conv3 and the fully connected layers; 1 lets every layer see every map."""
-    channels: tuple[int, int, int, int, int] | None = None
-    """Maps of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
-    hidden: int = 4096
-    """Units of fc6 and of fc7, counted over both towers."""
-    num_classes: int | None = None
-    """Outputs of fc8; a run takes the number of classes in its shards, else it is ImageNet's 1000."""
-    activation: Literal["relu", "tanh", "sigmoid", "abs_tanh"] = "relu"
-    """After conv1-5, fc6 and fc7 (section 3.1)."""
-    lrn: Literal["none", "paper", "original"] | None = None
-    """Local response normalization after conv1 and conv2 (section 3.3)."""
-    pooling: Literal["overlapping", "plain"] = "overlapping"
-    """overlapping: 3x3 every 2 (section 3.4); plain: 2x2 every 2."""
-    dropout: float = 0.5
-    """Probability that a unit of fc6 or fc7 is silenced in training (section 4.2)."""
-
-    def __post_init__(self) -> None:
-        choices: dict[str, Iterable[Any]] = {
-            "variant": PRESETS, "towers": (None, 1, 2), "activation": ACTIVATIONS,
-            "lrn": (None, "none", "paper", "original"), "pooling": ("overlapping", "plain"),
-        }  # fmt: skip
-        for name, allowed in choices.items():  # not all of them come through a command line
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} must be one of {[*allowed]}, not {getattr(self, name)}")
-        if any(maps % self.num_towers or maps < 0 for maps in self.maps) or not all(self.maps[:2]):
-            raise ValueError(
-                f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
-                f"not {self.maps}"
-            )
-        if self.hidden < 1 or self.hidden % self.num_towers:
-            raise ValueError(f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}")
-        if self.outputs < 2:
-            raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "AlexNetConfig":
-        """From what `dataclasses.asdict` gave, by way of JSON or YAML. Raises `TypeError` for other fields."""
-        channels = content.get("channels")
-        return cls(**{**content, "channels": tuple(channels) if channels else None})
-
-    def spelled_out(self) -> "AlexNetConfig":
-        """The same with the variant's values where fields are silent."""
-        silent = {"channels": self.maps, "lrn": self.normalization, "num_classes": self.outputs}
-        return replace(self, towers=self.num_towers, **silent)  # type: ignore[arg-type]
-
-    @property
-    def maps(self) -> tuple[int, int, int, int, int]:
-        """`channels`, or the variant's."""
-        return PRESETS[self.variant].channels if self.channels is None else self.channels
-
-    @property
-    def outputs(self) -> int:
-        """`num_classes`, or ImageNet's."""
-        return 1000 if self.num_classes is None else self.num_classes
-
-    @property
-    def padding(self) -> int:
-        """Of conv1, on all sides."""
-        return 2 if self.variant == "torchvision" else 0
-
-    @property
-    def num_towers(self) -> int:
-        """`towers`, or the variant's."""
-        return PRESETS[self.variant].towers if self.towers is None else self.towers
-
-    @property
-    def normalization(self) -> Literal["none", "paper", "original"]:
-        """`lrn`, or the variant's."""
-        return PRESETS[self.variant].lrn if self.lrn is None else self.lrn
-
-
-class Preset(NamedTuple):
-    """What a variant stands for where a configuration is silent."""
-
-    towers: int
-    channels: tuple[int, int, int, int, int]
-    lrn: Literal["none", "paper", "original"]
-
-
-PRESETS = {
-    "paper": Preset(2, (96, 256, 384, 384, 256), "paper"),
-    "original": Preset(2, (96, 256, 384, 384, 256), "original"),
-    "torchvision": Preset(1, (64, 192, 384, 256, 256), "none"),
-}
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,

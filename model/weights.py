@@ -16,15 +16,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from model.alexnet import TORCHVISION_NAMES, AlexNet, AlexNetConfig
-
-Names = Literal["alexnet-dali", "torchvision"]
+from model.alexnet import TORCHVISION_NAMES, AlexNet
+from model.settings import AlexNetConfig, Names
 
 
 class Weights(NamedTuple):

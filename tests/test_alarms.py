@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from train.accuracy import Accuracy
 from train.alarms import PATIENCE, Alarms
-from train.evaluate import Accuracy
 
 
 def rows(alarms: Alarms, wait: float, loss: float = 1.0, first: int = 0, epoch: int = 0) -> None:

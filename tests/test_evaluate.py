@@ -19,7 +19,8 @@ from pipeline.loader import Batch, val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
 from tests.helpers import refuses, run_ok, run_python, tiny
-from train.evaluate import evaluate, evaluate_checkpoint, probabilities, top_hits
+from train.accuracy import evaluate, probabilities, top_hits
+from train.evaluate import evaluate_checkpoint
 
 OFFSETS = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
 

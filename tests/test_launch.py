@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import TRAIN, rows_of, run_python, shared_run, start_python, train_refuses
-from train.evaluate import pick_device
+from train.device import pick_device
 from train.launch import PORTS, find_launch, find_task, first_host, local_rank
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the

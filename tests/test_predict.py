@@ -15,7 +15,7 @@ from pipeline.loader import val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_ok, tiny
-from train.evaluate import probabilities
+from train.accuracy import probabilities
 from train.trained import read_trained
 
 

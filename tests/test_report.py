@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline.shards import ClassName
 from tests.helpers import look_at
+from train.accuracy import Accuracy
 from train.charts import figures_of, png_of
-from train.evaluate import Accuracy
 from train.findings import Findings
 from train.page import Story, build_page, colours_told
 from train.report import speed_of, summary

@@ -10,6 +10,7 @@
     python tools/bench.py plan              what a pack costs before the first image is read
     python tools/bench.py scaling SHARDS    how speed and memory grow with threads, processes, samples and epochs
     python tools/bench.py soak SHARDS       what training holds of memory, threads and files, for half an hour
+    python tools/bench.py report            a page about this machine: doctor, GPU tests, loader, model, train
     python tools/bench.py all SHARDS        all but the soak, one after the other
 
 Contenders take turns within one run, so that a machine whose speed drifts slows all of them; medians and spreads are
@@ -310,6 +311,21 @@ def every(
     bench_every(shards, raw, out, only, ffcv_python)
 
 
+def report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
+    """A page about this machine's GPUs, on generated photographs: doctor, GPU tests, loader, model, training.
+
+    Writes OUT/report.md and the rows of the benchmarks, OUT/*.jsonl, ready to be attached to an issue. Without a GPU it
+    says what it leaves out.
+
+    Args:
+        out: Folder to write into.
+        minutes: At most so many; what they do not suffice for is left out.
+    """
+    from tools.benchmarks.gpu_report import write_gpu_report
+
+    write_gpu_report(out, minutes)
+
+
 if __name__ == "__main__":
     run_program(
         {
@@ -323,6 +339,7 @@ if __name__ == "__main__":
             "plan": plan,
             "scaling": scaling,
             "soak": soak,
+            "report": report,
             "all": every,
         }
     )

@@ -7,10 +7,8 @@ The file says which network it is of and what images it expects (see `model/weig
 
 from pathlib import Path
 
-from model.alexnet import AlexNetConfig
-from model.weights import Names, weights_bytes
+from model.settings import AlexNetConfig, Names
 from pipeline.files import write_bytes
-from train.checkpoint import checkpoint_path, load_checkpoint
 from train.program import run_program
 
 
@@ -24,6 +22,9 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
     """
     if out.suffix != ".safetensors" or out.is_dir():
         raise ValueError(f"{out} is to be a safetensors file; give a file's name that ends in .safetensors")
+    from model.weights import weights_bytes
+    from train.checkpoint import checkpoint_path, load_checkpoint
+
     path = checkpoint_path(checkpoint)
     content = load_checkpoint(path)
     try:

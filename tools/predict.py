@@ -127,7 +127,7 @@ def image_probabilities(
 
     from pipeline.loader import mean_offset
     from pipeline.normalize import normalize
-    from train.evaluate import probabilities
+    from train.accuracy import probabilities
 
     place = next(model.parameters()).device
     augmentation = trained.augmentation

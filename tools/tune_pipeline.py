@@ -35,9 +35,7 @@ from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks.record import processor
-from tools.tuning.measure import measure
 from tools.tuning.search import Knobs, Trial, Waits, list_axes, search
-from train.device import keep_freed_memory
 from train.program import run_program
 
 if TYPE_CHECKING:
@@ -74,7 +72,8 @@ def tune(
     if out:
         check_out(out)
     from pipeline.eigenbasis import Eigenbasis
-    from train.device import pick_device
+    from tools.tuning.measure import measure
+    from train.device import keep_freed_memory, pick_device
 
     keep_freed_memory()  # as the trainer does
     place = pick_device(device)

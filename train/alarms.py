@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from train.evaluate import Accuracy
+from train.accuracy import Accuracy
 
 WINDOW = 500
 """Steps over which waiting is judged."""

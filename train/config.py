@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from jsonargparse import set_parsing_settings
 
-from model.alexnet import AlexNetConfig
+from model.settings import AlexNetConfig
 from pipeline.settings import DataConfig
-from train.placement import ParallelConfig
 from train.program import Parser, told_once
 from train.recipe import find_recipe
 from train.schedule import LAYERS, OptimizerConfig
@@ -75,6 +74,18 @@ class RunConfig:
             raise ValueError("run.log_every, run.save_every and run.keep must be at least 1")
         if self.keep_every < 0:
             raise ValueError(f"run.keep_every must not be negative, but is {self.keep_every}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over the processes of a torchrun."""
+
+    placement: Literal["single", "towers"] = "single"
+    """single: the whole network in every process, gradients are averaged. towers: one tower in each of two neighbouring
+    processes, gradients are averaged over such pairs; docs/towers.md tells when that pays."""
+    share_images: bool = True
+    """towers: each process of a pair decodes half of their images and sends them to the other; false: both decode
+    all of them."""
 
 
 @dataclass(frozen=True)

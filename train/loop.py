@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline.shards import DataError
+from train.accuracy import Accuracy, evaluate
 from train.alarms import Alarms
 from train.checkpoint import CheckpointWriter, step_of
-from train.evaluate import Accuracy, evaluate
 from train.findings import Findings
 from train.metrics import MetricsLog
 from train.program import DIVERGED, REMEDIES, DivergedError

@@ -15,9 +15,9 @@ from pipeline.lighting import Lighting, relight
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import Speed
+from train.accuracy import MIDDLE
 from train.charts import draw_curves, saved_figure, short_names
 from train.directory import PICTURES
-from train.evaluate import MIDDLE
 from train.findings import Example, Findings
 from train.metrics import read_metrics
 from train.state import TrainState

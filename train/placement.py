@@ -6,8 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,23 +18,12 @@ from model.parallel import TOWERS, Mesh, TowerAlexNet, join_state, seed_process,
 from model.peer import TIMEOUT, PeerLostError, reason_of
 from pipeline.loader import Batch
 from pipeline.shards import DataError
+from train.config import ParallelConfig
 from train.launch import find_task
 from train.program import DATA_FAILED, WRONG_INPUT
 
 State = dict[str, torch.Tensor]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How a run is spread over the processes of a torchrun."""
-
-    placement: Literal["single", "towers"] = "single"
-    """single: the whole network in every process, gradients are averaged. towers: one tower in each of two neighbouring
-    processes, gradients are averaged over such pairs; docs/towers.md tells when that pays."""
-    share_images: bool = True
-    """towers: each process of a pair decodes half of their images and sends them to the other; false: both decode
-    all of them."""
 
 
 class Placement:

@@ -7,8 +7,8 @@ import torch
 
 from model.alexnet import AlexNet
 from pipeline.files import write_bytes
+from train.accuracy import Accuracy
 from train.charts import Rows, figures_of
-from train.evaluate import Accuracy
 from train.findings import Findings
 from train.metrics import read_metrics
 from train.page import Story, build_page

@@ -7,29 +7,29 @@ evaluated again. Under torchrun or srun it is one run of all processes.
 """
 
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-
-from train.agreement import facts
-from train.checkpoint import find_checkpoint
 from train.config import Config, parse_config
-from train.device import gpu_advice, keep_freed_memory, pick_device, set_arithmetic
-from train.directory import RunDirectory
-from train.findings import Findings
 from train.launch import find_launch
-from train.loop import Trainer
-from train.metrics import MetricsLog
-from train.pictures import draw_pictures
-from train.placement import Placement, lost_processes_told
 from train.program import exit_with, outlive_full_disk, told_once
-from train.report import report
-from train.state import TrainState
-from train.stop import StopSignal, StopVote
+
+# torch and DALI take seconds to import, which neither --help nor a wrong option waits for: functions do it.
+if TYPE_CHECKING:
+    from train.directory import RunDirectory
+    from train.state import TrainState
+    from train.stop import StopVote
 
 
 def run(config: Config) -> None:
     """Meet the other processes, train, evaluate, draw, report."""
+    import torch
+
+    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.directory import RunDirectory
+    from train.placement import Placement, lost_processes_told
+    from train.state import TrainState
+    from train.stop import StopSignal, StopVote
+
     keep_freed_memory()
     requested = StopSignal()
     find_launch(os.environ, torch.cuda.device_count())
@@ -47,8 +47,11 @@ def run(config: Config) -> None:
     placement.leave()
 
 
-def set_out(state: TrainState, directory: RunDirectory) -> None:
+def set_out(state: "TrainState", directory: "RunDirectory") -> None:
     """Build the network and go to where the run stands, or to the weights that it starts from."""
+    from train.agreement import facts
+    from train.checkpoint import find_checkpoint
+
     config, placement = state.config, state.placement
     checkpoint = placement.together(lambda: find_checkpoint(config.run.dir))
     placement.agree(facts(state, checkpoint))
@@ -64,8 +67,14 @@ def set_out(state: TrainState, directory: RunDirectory) -> None:
         print(told)
 
 
-def train(state: TrainState, stop: StopVote) -> None:
+def train(state: "TrainState", stop: "StopVote") -> None:
     """Train to the end or until stopped, evaluate; the first process tells and writes."""
+    from train.findings import Findings
+    from train.loop import Trainer
+    from train.metrics import MetricsLog
+    from train.pictures import draw_pictures
+    from train.report import report
+
     log = MetricsLog(state.config.run.dir, state.step, state.epoch) if state.placement.is_first else None
     trainer, findings = Trainer(state, log, stop), Findings(state.config.model.outputs, state.device)
     finished = trainer.fit()
@@ -79,8 +88,10 @@ def train(state: TrainState, stop: StopVote) -> None:
     trainer.close()
 
 
-def describe(state: TrainState, arithmetic: str) -> None:
+def describe(state: "TrainState", arithmetic: str) -> None:
     """Open the shards; in the first process, say what is about to happen."""
+    from train.device import gpu_advice
+
     loader, placement = state.train_loader, state.placement
     opening_bytes = placement.together(loader.open)
     if not placement.is_first:

@@ -21,6 +21,8 @@ PAPER = {
 """Points of top-1 error that the paper's network loses without it, and how the paper says so (sections 3.2-3.4, 4.1
 and 7)."""
 BASE = "base"
+FEW_SEEDS = 3
+"""Below which a spread says nothing."""
 COLOUR_NOTE = (
     "Saturation, the share of a kernel's energy that is not grey (noise: 0.67), as each tower's mean. Towers split "
     "where random halves of the kernels lie as far apart in less than 1 % of cases (p); chance is the difference that "
@@ -136,8 +138,28 @@ def markdown(entries: list[Entry], error: float, rates: list[float] | None, val_
             "every seed came there at any of them, and the lowest training error decided."
         )
     colours = [line for entry in entries for line in colour_lines(entry)]
-    sections = [aligned([head, *table]), *notes, "## Colours of conv1", COLOUR_NOTE, "\n".join(colours)]
+    warnings = weaknesses(entries[0], error)
+    sections = [*warnings, aligned([head, *table]), *notes, "## Colours of conv1", COLOUR_NOTE, "\n".join(colours)]
     return "# Ablations\n\n" + "\n\n".join(sections) + "\n"
+
+
+def weaknesses(base: Entry, error: float) -> list[str]:
+    """Reasons why differences to the base show nothing yet: too few seeds to tell them from chance, too few epochs to
+    learn."""
+    warnings = []
+    if len(base.runs) < FEW_SEEDS:
+        warnings.append(
+            f"**With {len(base.runs)} seed{'s' * (len(base.runs) > 1)} this comparison shows nothing: the same "
+            f"network differs as much from seed to seed. Take {FEW_SEEDS} or more (`--seeds`).**"
+        )
+    if base.epochs_to_error is None:
+        epochs = max(len(run.val_errors) for run in base.runs)
+        warnings.append(
+            f"**This comparison shows nothing of trained networks: the base did not reach {error:g} % training error "
+            f'in {epochs} epochs. Train longer (`--settings "--train.epochs N"`), '
+            "or give the error that it should reach (`--error`).**"
+        )
+    return warnings
 
 
 def cells(entry: Entry, base: Entry, rates: list[float] | None) -> list[str]:

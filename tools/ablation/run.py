@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from pipeline.files import open_locked, read_json, write_json
 from pipeline.shards import ShardSet
 from tools.ablation.comparison import Figures, figures
-from train.checkpoint import find_checkpoint, load_checkpoint
 from train.config import Config, check_same_run
 from train.kernels import TowerColours, tower_colours
 from train.metrics import read_metrics
@@ -119,6 +118,8 @@ def trained(run: Run) -> bool:
 
 def colours_of(run: Run) -> dict[str, Any] | None:
     """`TowerColours` of a finished run's first layer."""
+    from train.checkpoint import find_checkpoint, load_checkpoint  # torch takes its time
+
     path = find_checkpoint(run.config.run.dir)
     weight = load_checkpoint(path)["model"]["conv1.weight"].float().numpy() if path else None
     return None if weight is None else tower_colours(weight, run.config.model.num_towers)._asdict()
