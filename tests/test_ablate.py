@@ -126,6 +126,16 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_shows_nothing_says_so() -> None:
+    """A comparison warns above its table where seeds are too few to tell a difference from chance, and where the base
+    has not learned; another has no warning."""
+    learned, not_yet = run(1, 9, 20, 3.0), run(1, 60, 70)
+    runs = {"good": [learned] * 3, "two seeds": [learned] * 2, "short": [not_yet] * 3, "both": [not_yet]}
+    pages = {name: markdown([Entry("base", None, tuple(of))], 25, None, 100) for name, of in runs.items()}
+    warnings = {name: page.split("\n| ")[0].count("shows nothing") for name, page in pages.items()}
+    assert warnings == {"good": 0, "two seeds": 1, "short": 1, "both": 2}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -20,7 +20,7 @@ from tools import predict
 from train.config import parse_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OF_OTHERS = ("pytest", "ruff", "mypy", "tensorboard")
+OF_OTHERS = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
 
 
 def commands(text: str) -> Iterator[str]:

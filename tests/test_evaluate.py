@@ -181,7 +181,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, shards: Path, monkeypatc
     def fails(*arguments: object, **options: object) -> None:
         raise ValueError("it was evaluated")
 
-    monkeypatch.setattr("train.evaluate.evaluate", fails)
+    monkeypatch.setattr("train.accuracy.evaluate", fails)
     for options in ({"per_class": Path("/proc/x.csv")}, {"confusion": Path("/proc/x.png")}):
         with pytest.raises(FileNotFoundError, match="/proc/x"):
             evaluate_checkpoint(path, shards, device="cpu", **options)  # type: ignore[arg-type]

@@ -5,12 +5,14 @@ import random
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, files, run_ok, run_python, start_python, wait_for
+from tests.helpers import ROOT, files, refuses, run_ok, run_python, start_python, wait_for
 from tools.make_shards import pack
+from tools.packing.plan import Options
 
 SMALL = ("--samples-per-shard", "9", "--val-fraction", "0", "--workers", "2")
 
@@ -40,13 +42,23 @@ def test_two_packers_by_mistake(small: Path, clean: dict[str, bytes], tmp_path: 
     assert files(tmp_path / "shards") == clean
 
 
+def test_other_options_are_named(small: Path, tmp_path: Path) -> None:
+    """Who packs into a half-used folder with another option reads which one, and what it was; nothing is written."""
+    assert run_python("tools/make_shards.py", "pack", small, tmp_path / "s", "--part", "1/2").returncode == 0
+    before = files(tmp_path / "s")
+    for option in ("--seed", "--samples-per-shard", "--quality"):
+        message = refuses("tools/make_shards.py", "pack", small, tmp_path / "s", option, "7")
+        assert f"{option} {asdict(Options())[option[2:].replace('-', '_')]}, not 7" in message
+    assert files(tmp_path / "s") == before
+
+
 def test_two_packers_with_other_options(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     """Of two that start at the same time on the same new folder, one refuses and the other packs as if alone."""
     processes = [start(small, tmp_path / "shards", "--seed", str(seed)) for seed in (2012, 1)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2], errors
     refused = 0 if processes[0].returncode else 1
-    assert "with other options" in errors[refused]
+    assert "--seed" in errors[refused]
     assert (files(tmp_path / "shards") == clean) == (refused == 1)
     assert run_ok("tools/make_shards.py", "verify", tmp_path / "shards")
 

@@ -75,7 +75,7 @@ def test_a_split_without_its_plan_is_refused(small: Path, tmp_path: Path) -> Non
     for note in shards.rglob("*-*.json"):  # the same, if somebody writes a plan by hand
         note.write_bytes(note.read_bytes().replace(b'"plan": "', b'"plan": "0'))
     (shards / "train" / "plan.json").write_bytes(b'{"plan": "x"}')
-    with pytest.raises(ValueError, match="with other options"):
+    with pytest.raises(ValueError, match="from other images"):
         pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     assert files(shards).keys() == {*before, "train/plan.json"}
 

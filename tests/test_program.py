@@ -56,6 +56,45 @@ def test_help_of_every_program() -> None:
     assert "--batch-sizes and --repeats must be at least 1" in told
 
 
+HEAVY = {"torch", "nvidia.dali", "matplotlib.pyplot", "scipy", "sklearn", "webdataset"}
+PROGRAMS = sorted(f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "train.run", "train.evaluate"])
+def test_help_comes_at_once(program: str) -> None:
+    """--help of no program imports a library that takes long."""
+    code = f"""import runpy, sys
+sys.argv = ["program", "--help"]
+try:
+    runpy.run_module("{program}", run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
+print(sorted({HEAVY} & sys.modules.keys()))"""
+    assert run_python("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", ["tools/make_shards.py pack a b", "-m train.run --config paper"])
+def test_outside_of_the_environment(tmp_path: Path, words: str) -> None:
+    """A Python without our packages says how to get into the environment, with code 2 and no traceback."""
+    run_ok("-m", "venv", "--without-pip", tmp_path, run=run_python)
+    command = [tmp_path / "bin/python", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and ".venv/bin/python" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["--train.epoch", "3"], "unrecognized arguments"), (["--data.shards", "/nowhere"], "/nowhere/train")],
+)
+def test_a_mistake_under_torchrun(tmp_path: Path, options: list[str], reason: str) -> None:
+    """torchrun's summary ends with the sentence that tells what was wrong."""
+    place = ["--data.shards", str(tmp_path), "--run.dir", str(tmp_path / "run"), *options]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run_python(*torchrun, "-m", "train.run", "--config", "quickstart", *place)
+    *_, last, rule = done.stderr.strip().splitlines()
+    assert done.returncode and set(rule.strip()) == {"="} and reason in last
+
+
 VALUES = {
     ("--train.epochs", "x"): "a whole number, not x",
     ("--optimizer.lr", "x"): "a number, not x",

@@ -10,12 +10,19 @@ Shards depend on the raw images, the options and the seed alone, not on the numb
 
 import os
 import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pipeline.shards import classes_json
+try:
+    from pipeline.shards import classes_json
+except ModuleNotFoundError as error:
+    sys.stderr.write(
+        f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/make_shards.py\n"
+    )
+    sys.exit(2)
 from tools.packing.adopt import adopt
 from tools.packing.cache import save_listing
 from tools.packing.ilsvrc import check_md5

@@ -6,9 +6,11 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 
 import errno
 import io
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from argparse import SUPPRESS, Action
 from collections.abc import Callable, Iterator
@@ -82,8 +84,9 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the command line and leave with exit code 2."""
+        told = self._reading + self.in_words(" ".join(str(message).split()))
+        report_to_torchrun(told)
         if speaks():
-            told = self._reading + self.in_words(" ".join(str(message).split()))
             sys.stderr.write(f"error: {one_line(told)} (--help lists every option)\n")
         sys.exit(WRONG_INPUT)
 
@@ -201,9 +204,20 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
         code, message = 130, "interrupted"
     else:
         sys.exit(0)
+    report_to_torchrun(message)
     with suppress(OSError):  # the exit code tells
         sys.stderr.write(f"error: {one_line(message)}\n")
     sys.exit(code)
+
+
+def report_to_torchrun(message: str) -> None:
+    """Leave a sentence where torchrun looks for the reason of a failure, so that its summary ends with it. This is the
+    file that torch.distributed.elastic's `record` writes; `record` itself leaves out programs that exit with a code."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        about = {"message": one_line(message), "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": about}))
 
 
 def one_line(message: str) -> str:

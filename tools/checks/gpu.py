@@ -12,7 +12,7 @@ from tools.checks.nvidia_smi import Gpu, Nvidia
 DRIVER_FOR_CUDA = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """The oldest Linux driver that runs programs of a CUDA major version (CUDA Toolkit release notes, table of minimum
 drivers for minor version compatibility). DALI's cuda120 wheel is a program of CUDA 12."""
-OTHER_TORCH = "install torch first from the index that pytorch.org/get-started/locally names, then run make install"
+OTHER_TORCH = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
 
 
 def version(text: str) -> tuple[int, ...]:

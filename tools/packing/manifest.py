@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.files import atomic_writer, read_json, write_json
 from pipeline.shards import FORMAT_VERSION, check_manifest
-from tools.packing.plan import Plan, ShardPlan, versions
+from tools.packing.plan import Options, Plan, ShardPlan, versions
 
 LISTING = "listing.jsonl"
 """The cached listing of the raw images, beside the splits."""
@@ -44,14 +44,12 @@ def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> No
     for plan in plans:
         planned = {plan.path(number).stem for number in range(plan.num_shards)} | {"manifest", "plan"}
         files = [path for path in plan.directory.glob("*") if path.suffix != ".tmp" and not path.match(SPILL)]
-        for path in files:
-            if path.stem not in planned:
-                raise ValueError(
-                    f"{path} is no part of this pack (another seed or size?); give another folder or remove it"
-                )
         for path in (plan.directory / "manifest.json", plan.directory / "plan.json"):
             if path.is_file() and recorded_plan(path) != plan.digest:
-                raise other_pack(shards)
+                raise other_pack(path, plan.options)
+        for path in files:
+            if path.stem not in planned:
+                raise ValueError(f"{path} is not part of this pack; give another folder or remove it")
         if files and not {"manifest.json", "plan.json"} & {path.name for path in files}:
             raise ValueError(
                 f"{plan.directory} holds files, but no plan.json or manifest.json that says of what; remove it or give "
@@ -77,23 +75,39 @@ def claim_split(plan: Plan) -> None:
     """
     path = plan.directory / "plan.json"
     with atomic_writer(plan.directory / "plan.json") as file:  # others wait here for the first
-        file.write(json.dumps({"plan": recorded_plan(path) or plan.digest}).encode())
+        first = recorded_plan(path)
+        begun = read_json(path) if first else {"plan": plan.digest, "options": asdict(plan.options)}
+        file.write(json.dumps(begun).encode())
     if recorded_plan(path) != plan.digest:
-        raise other_pack(plan.directory)
+        raise other_pack(path, plan.options)
 
 
-def other_pack(path: Path) -> ValueError:
-    """The output is of another pack."""
+def other_pack(path: Path, options: Options) -> ValueError:
+    """The output is of another pack; `path` is its `manifest.json` or `plan.json`, which names the options."""
+    recorded = recorded_content(path).get("options")
+    before, now = recorded if isinstance(recorded, dict) else {}, asdict(options)
+    for name in sorted(before.keys() & now.keys() - {"on_bad"}):
+        if before[name] != now[name]:
+            option = f"--{name.replace('_', '-')}"
+            return ValueError(
+                f"{path.parent} was packed with {option} {before[name]}, not {now[name]}; give {option} {before[name]} "
+                f"to resume it, or another folder, or remove {path.parent.parent} to pack it again"
+            )
     return ValueError(
-        f"{path} was packed from other images, with other options or with other versions of Pillow, simplejpeg or "
-        "torch; give another folder or remove it"
+        f"{path.parent} was packed from other images, or with other versions of Pillow, simplejpeg or torch; give "
+        "another folder or remove it"
     )
+
+
+def recorded_content(path: Path) -> dict[str, Any]:
+    """What stands in `manifest.json` or `plan.json`; nothing where there is none."""
+    content = read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
 
 
 def recorded_plan(path: Path) -> str | None:
     """The digest in `manifest.json` or `plan.json`; None where there is none."""
-    content = read_json(path) if path.is_file() else None
-    return content.get("plan") if isinstance(content, dict) else None
+    return recorded_content(path).get("plan")
 
 
 def read_note(path: Path, plan: Plan | ShardPlan, num_samples: int) -> dict[str, Any] | None:
@@ -110,7 +124,7 @@ def read_note(path: Path, plan: Plan | ShardPlan, num_samples: int) -> dict[str,
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if digest != plan.digest:
-        raise other_pack(path)
+        raise other_pack(path.parent / "plan.json", plan.options)
     return note if sound else None
 
 
