@@ -150,6 +150,6 @@ def test_checkpoints_of_another_form(tmp_path: Path, basis: Eigenbasis, part: st
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is (no checkpoint|of another network)"):
         read_trained(path)
     if part in ("model", "config"):
-        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} (is no checkpoint|cannot be exported)"):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: (not a checkpoint|cannot be exported)"):
             export_weights(path, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
