@@ -54,7 +54,9 @@ TINY = "--model.channels [8,16,16,16,16] --model.hidden 32 --train.epochs 1 --ru
 
 def over_paper(*more: str) -> Config:
     """The paper's configuration with something over it."""
-    return parse_config(["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"])
+    return parse_config(
+        ["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"]
+    )
 
 
 def test_every_shipped_ablation_is_known_here() -> None:
@@ -67,22 +69,37 @@ def test_every_shipped_ablation_is_known_here() -> None:
 def test_shipped_ablations(name: str) -> None:
     """Over the paper's configuration each changes what its name says, and its comments give its command."""
     path = ABLATIONS / f"{name}.yaml"
-    paper, ablated = (flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path))))
+    paper, ablated = (
+        flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path)))
+    )
     assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
-    assert f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml" in path.read_text()
+    assert (
+        f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml"
+        in path.read_text()
+    )
 
 
 def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl from (step, epoch, error)."""
     kinds = (("train", "top1_error", train), ("eval", "centre_top1_error", val))
-    found = [{"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of]
+    found = [
+        {"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of
+    ]
     return sorted(found, key=lambda row: int(row["step"]))
 
 
 def test_figures_of_a_run() -> None:
     """The training error is the mean of the last epoch's rows, the validation error the last one, and the epoch of the
     first row at or below the error in question is counted in steps."""
-    train = [(4, 0, 90.0), (8, 0, 70.0), (12, 1, 40.0), (16, 1, 26.0), (20, 1, 25.0), (24, 2, 30.0), (28, 2, 20.0)]
+    train = [
+        (4, 0, 90.0),
+        (8, 0, 70.0),
+        (12, 1, 40.0),
+        (16, 1, 26.0),
+        (20, 1, 25.0),
+        (24, 2, 30.0),
+        (28, 2, 20.0),
+    ]
     found = figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25, None)
     assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0, None) and found.val_error == 35
     assert figures(rows(train, [(10, 1, 60.0)]), 7, 19.9, None).epochs_to_error is None
@@ -99,7 +116,10 @@ def test_the_best_rate() -> None:
     slow, fast = [run(1, 5, 9, 3.0), run(2, 5, 9, 5.0)], [run(1, 9, 9, 3.0), run(2, 9, 9, 4.0)]
     never, once = [run(1, 20, 9), run(2, 10, 9)], [run(1, 1, 9, 1.0), run(2, 28, 9)]
     assert best_entry("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
-    assert best_entry("a", {0.1: once, 0.2: never}).rate == 0.1 and best_entry("a", {0.1: never, 0.2: once}).rate == 0.2
+    assert (
+        best_entry("a", {0.1: once, 0.2: never}).rate == 0.1
+        and best_entry("a", {0.1: never, 0.2: once}).rate == 0.2
+    )
     assert best_entry("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
     assert best_entry("a", {0.1: [None, None]}) == Entry("a", None, ())
 
@@ -139,7 +159,10 @@ def test_what_shows_nothing_says_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ablations": ["no-dropuot"]}, r"no ablation no-dropuot; .* one of abs-tanh, no-conv4, no-dropout, "),
+        (
+            {"ablations": ["no-dropuot"]},
+            r"no ablation no-dropuot; .* one of abs-tanh, no-conv4, no-dropout, ",
+        ),
         ({"ablations": ["no-lrn", str(ABLATIONS / "no-lrn.yaml")]}, "two of the runs would be called no-lrn"),
         ({"ablations": []}, "--ablations names none"),
         ({"seeds": ()}, "at least one"),
@@ -188,7 +211,9 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
     monkeypatch.setattr(ablation_run, "trained", train)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of the tests stays
-    monkeypatch.setattr("tools.ablate.draw", lambda path, entries: path.write_text(str(len(entries))))  # it takes long
+    monkeypatch.setattr(
+        "tools.ablate.draw", lambda path, entries: path.write_text(str(len(entries)))
+    )  # it takes long
 
     def compare(settings: str = "", seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
         trained.clear()
@@ -209,7 +234,9 @@ def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -
     assert ablated["paper"] == "+1.4" and ablated["runs"][1]["val_errors"] == [31]
     before = {path: path.read_bytes() for path in tmp_path.glob("ablations.*")}
     assert {path.name for path in before} == {"ablations.json", "ablations.md", "ablations.png"}
-    assert compared()["trained"] == [] and all(path.read_bytes() == content for path, content in before.items())
+    assert compared()["trained"] == [] and all(
+        path.read_bytes() == content for path, content in before.items()
+    )
     shutil.rmtree(tmp_path / "no-lrn-seed2")
     assert compared()["trained"] == ["no-lrn-seed2"]
     (tmp_path / "base-seed2.json").unlink()
@@ -250,11 +277,16 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
     [
         ("echo pictures:", True),
         ("echo error: diverged; exit 4", False),
-        ("echo one; echo two; echo three; echo four >&2; exit 3", "ended with exit code 3: two / three / four$"),
+        (
+            "echo one; echo two; echo three; echo four >&2; exit 3",
+            "ended with exit code 3: two / three / four$",
+        ),
         ("echo stopped and saved at step 7; exit 0", "was stopped; the same command goes on"),
     ],
 )
-def test_how_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str) -> None:
+def test_how_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str
+) -> None:
     """A run that failed tells its code and its own last lines, not those of an earlier try; one that was stopped has
     not ended; a diverged one has. Two processes never train in one folder."""
     program = tmp_path / "python"
@@ -281,7 +313,16 @@ def test_stopped_and_continued(shards: Path, tmp_path: Path) -> None:
     writes a line of colours for each run, of the control too."""
     own = tmp_path / "one-gpu.yaml"
     own.write_text("model: {towers: 1, channels: [4, 8, 8, 8, 16]}\n")
-    command = ["tools/ablate.py", QUICKSTART, shards, tmp_path / "out", "--ablations", f"[{own}]", "--seeds", "[5]"]
+    command = [
+        "tools/ablate.py",
+        QUICKSTART,
+        shards,
+        tmp_path / "out",
+        "--ablations",
+        f"[{own}]",
+        "--seeds",
+        "[5]",
+    ]
     command += ["--settings", TINY.replace("epochs 1", "epochs 3")]
     # A shell's background jobs ignore the signal, and so would what they start.
     process = start_python(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -79,7 +79,11 @@ def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
 
     task = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
     last = run_here("tools/compute_pca.py", copy, env=task)
-    assert last.returncode == 0 and "stddev along the axes" in last.stdout and "part 2 of 3 (from SLURM" in last.stdout
+    assert (
+        last.returncode == 0
+        and "stddev along the axes" in last.stdout
+        and "part 2 of 3 (from SLURM" in last.stdout
+    )
     assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
     assert {path.name for path in copy.iterdir()} == before | {"pca.json"}
 
@@ -120,7 +124,9 @@ def test_sample_takes_what_it_says(numbered_shards: Callable[[int, int], ShardSe
     assert len(found) > 1
     everything = draw_sample(train, train.num_samples, 0, tmp_path)
     assert everything.samples == train.samples
-    np.testing.assert_array_equal(np.concatenate([b.numpy() for b in decoded_batches(everything, 64)]), stored)
+    np.testing.assert_array_equal(
+        np.concatenate([b.numpy() for b in decoded_batches(everything, 64)]), stored
+    )
 
 
 def test_mean_image(few: Path, tmp_path: Path) -> None:

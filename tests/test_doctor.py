@@ -37,15 +37,26 @@ def broken(tmp_path: Path) -> dict[str, str]:
     """An environment where neither PyTorch nor DALI imports."""
     for name in ("torch", "nvidia/dali"):
         (tmp_path / "stub" / name).mkdir(parents=True)
-        (tmp_path / "stub" / name / "__init__.py").write_text(f"raise ImportError('lib{name[:5]}.so is not there')\n")
+        (tmp_path / "stub" / name / "__init__.py").write_text(
+            f"raise ImportError('lib{name[:5]}.so is not there')\n"
+        )
     (tmp_path / "stub" / "nvidia" / "__init__.py").touch()
     return {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}:{ROOT}"}
 
 
 def run_doctor(*arguments: str | Path, environment: dict[str, str] | None = None, limit: str = ":") -> Any:
     """Run the program as a user would, behind a shell command such as `ulimit`."""
-    command = ["bash", "-c", f'{limit}; exec "$0" "$@"', sys.executable, "tools/doctor.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    command = [
+        "bash",
+        "-c",
+        f'{limit}; exec "$0" "$@"',
+        sys.executable,
+        "tools/doctor.py",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
 
 
 def test_the_whole_program(shards: Path) -> None:
@@ -57,7 +68,15 @@ def test_the_whole_program(shards: Path) -> None:
     assert all(list(row) == ["name", "status", "value", "remedy"] for row in told["findings"])
     assert all((row["status"] in ("warning", "problem")) == bool(row["remedy"]) for row in told["findings"])
     status = {row["name"]: row["status"] for row in told["findings"]}
-    sound = ("PyTorch", "DALI", "packages", "training shards", "validation shards", "eigenbasis", "open files")
+    sound = (
+        "PyTorch",
+        "DALI",
+        "packages",
+        "training shards",
+        "validation shards",
+        "eigenbasis",
+        "open files",
+    )
     assert all(status[name] == "ok" for name in sound), told
     assert told["versions"]["dali"] == installed("nvidia-dali-cuda120")
     assert told["versions"]["torch"].split("+")[0] == installed("torch").split("+")[0]
@@ -89,7 +108,11 @@ def test_too_few_open_files(broken: dict[str, str], shards: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("body", "tells"),
-    [("import os; os.abort()", "signal 6"), ("import time; time.sleep(60)", "does not answer"), ("0 / 0", "ZeroDiv")],
+    [
+        ("import os; os.abort()", "signal 6"),
+        ("import time; time.sleep(60)", "does not answer"),
+        ("0 / 0", "ZeroDiv"),
+    ],
 )
 def test_a_library_that_crashes_or_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, tells: str
@@ -107,7 +130,13 @@ def test_file_systems() -> None:
     """The deepest mount counts, the last one of a place, and a space in its name; network disks are told."""
     mounts = "/dev/a / ext4 rw\nhost:/x /data nfs4 rw\ntmpfs /data/fast tmpfs rw\n"
     mounts += "x /a\\040b lustre rw\ny /a\\040b xfs rw\nodd"
-    places = {"/home/x": "ext4", "/data/s": "nfs4", "/data/fast/s": "tmpfs", "/database": "ext4", "/a b/c": "xfs"}
+    places = {
+        "/home/x": "ext4",
+        "/data/s": "nfs4",
+        "/data/fast/s": "tmpfs",
+        "/database": "ext4",
+        "/a b/c": "xfs",
+    }
     for path, kind in places.items():
         assert file_system(Path(path), mounts)[0] == kind, path
     assert file_system(Path("/x"), "") == ("unknown", "/")
@@ -128,7 +157,9 @@ def test_a_check_that_fails_or_hangs() -> None:
 
 def test_one_failing_check_among_all(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The others are still told, and a warning alone is exit code 0."""
-    monkeypatch.setattr(program, "probe", {"torch": torch_of(cuda=None), "dali": DALI | {"decodes": "cpu"}}.__getitem__)
+    monkeypatch.setattr(
+        program, "probe", {"torch": torch_of(cuda=None), "dali": DALI | {"decodes": "cpu"}}.__getitem__
+    )
     monkeypatch.setattr(program, "ask_nvidia", lambda: Nvidia(error="nvidia-smi cannot be started"))
     monkeypatch.setattr(program, "check_headers", lambda: [][0])
     program.doctor(None, as_json=False)
@@ -153,7 +184,12 @@ def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_p
     (half / "train" / "manifest.json").unlink()
     with (cut / "train" / "train-000001.tar").open("r+b") as tar:
         tar.truncate(512)
-    cases = {tmp_path / "none": "does not exist", file: "is a file", half: "no manifest.json", cut: "has 512 bytes"}
+    cases = {
+        tmp_path / "none": "does not exist",
+        file: "is a file",
+        half: "no manifest.json",
+        cut: "has 512 bytes",
+    }
     for place, tells in cases.items():
         found = check_split(place, "train", opened(place))
         assert found.status == "problem" and tells in found.value and found.remedy, place
@@ -161,7 +197,9 @@ def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_p
     assert check_split(tmp_path, "train", TimeoutError("no answer within 30 s")).status == "problem"
 
 
-def test_eigenbasis_and_mean_image(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
+def test_eigenbasis_and_mean_image(
+    numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path
+) -> None:
     """pca.json of no or of other shards is a problem that names the command; a wrong mean image is a warning."""
     train = numbered_shards(4, 1)
     assert "compute_pca" in check_eigenbasis(tmp_path, train).remedy

@@ -69,7 +69,14 @@ def test_files_that_are_not_ours(numbered_shards: Callable[[int, int], ShardSet]
     assert Tally(tmp_path, split, OF, with_image=True).read(0) is None
     buffer = io.BytesIO()
     np.save(buffer, np.zeros(3))
-    for content in (b"", whole[:-30], whole[: len(whole) // 2], b"\0" * len(whole), b"PK\x03\x04", buffer.getvalue()):
+    for content in (
+        b"",
+        whole[:-30],
+        whole[: len(whole) // 2],
+        b"\0" * len(whole),
+        b"PK\x03\x04",
+        buffer.getvalue(),
+    ):
         tally.path(0).write_bytes(content)
         assert tally.read(0) is None, content[:20]
 

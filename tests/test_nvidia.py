@@ -28,13 +28,17 @@ from tools.checks.software import check_dali
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 86, (9, 0))
 HEADER = (
-    "\t" + "\t".join(f"\x1b[4mGPU{k}" for k in range(8)) + "\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m"
+    "\t"
+    + "\t".join(f"\x1b[4mGPU{k}" for k in range(8))
+    + "\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m"
 )
 ROWS = [
     "\t".join([f"GPU{k}", *(" X " if j == k else "NV18" for j in range(8)), "PXB", "0-47", "0", "N/A"])
     for k in range(8)
 ]
-LEGEND = "NIC0\t" + "PXB\t" * 8 + " X \n\nLegend:\n\n  X    = Self\n  NV#  = Connection traversing # NVLinks\n"
+LEGEND = (
+    "NIC0\t" + "PXB\t" * 8 + " X \n\nLegend:\n\n  X    = Self\n  NV#  = Connection traversing # NVLinks\n"
+)
 EIGHT = """#!/bin/sh
 case "$*" in
   *compute_cap*) for k in 0 1 2 3 4 5 6 7; do echo "$k, NVIDIA H100 80GB HBM3, 81559, 550.54.15, 9.0"; done;;
@@ -138,7 +142,12 @@ def test_nvidia_smi_that_is_missing_or_fails(
     ("nvidia", "torch", "visible", "status"),
     [
         (Nvidia("580.65.06", gpus=(H100,)), torch_of(SEEN, cuda="13.0"), None, "ok"),
-        (Nvidia("550.54.15", gpus=(H100,)), torch_of(SEEN, cuda="13.0"), None, "ok"),  # forward compatibility package
+        (
+            Nvidia("550.54.15", gpus=(H100,)),
+            torch_of(SEEN, cuda="13.0"),
+            None,
+            "ok",
+        ),  # forward compatibility package
         (Nvidia("550.54.15", gpus=(H100,)), torch_of(cuda="13.0"), None, "problem"),
         (Nvidia("580.65.06", gpus=(H100,)), torch_of(cuda=None), None, "problem"),
         (Nvidia("580.65.06", gpus=(H100,)), torch_of(told=["no device"]), None, "problem"),
@@ -150,7 +159,9 @@ def test_nvidia_smi_that_is_missing_or_fails(
         (Nvidia("580.65.06", gpus=(H100,)), {"error": "ImportError"}, None, "ok"),
     ],
 )
-def test_a_gpu_that_cannot_be_used(nvidia: Nvidia, torch: dict[str, Any], visible: str | None, status: str) -> None:
+def test_a_gpu_that_cannot_be_used(
+    nvidia: Nvidia, torch: dict[str, Any], visible: str | None, status: str
+) -> None:
     """A GPU that is there and unused is a problem, unless it was hidden on purpose; what works is ok whatever tables
     say."""
     assert check_gpus(nvidia, torch, visible).status == status
@@ -163,25 +174,40 @@ def test_dali_and_its_gpu() -> None:
     assert check_dali(DALI | {"decodes": "cpu"}, new, gpu=False).status == "ok"
     assert check_dali(DALI | {"decodes": "cpu"}, new, gpu=True).status == "problem"
     assert "too old" in check_dali(DALI | {"decodes": None, "decode_error": "no"}, old, gpu=True).value
-    assert "no nvjpeg" in check_dali(DALI | {"decodes": None, "decode_error": "no nvjpeg"}, new, gpu=True).value
+    assert (
+        "no nvjpeg" in check_dali(DALI | {"decodes": None, "decode_error": "no nvjpeg"}, new, gpu=True).value
+    )
 
 
 def test_versions_that_fit() -> None:
     """Minimum drivers are compared as numbers; code for a GPU goes up within its major version, PTX beyond it."""
-    assert fits("525.60.13", 12) and not fits("525.60.9", 12) and not fits("525.8.99", 12) and fits("1000.1", 12)
+    assert (
+        fits("525.60.13", 12) and not fits("525.60.9", 12) and not fits("525.8.99", 12) and fits("1000.1", 12)
+    )
     assert fits("580.65.06", 13) and not fits("575.57.08", 13) and fits("1", 99)
     assert [capability for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
             if has_jpeg_engines(capability)] == [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]  # fmt: skip
-    assert runs_on((8, 6), ["sm_80"]) and not runs_on((8, 0), ["sm_86"]) and not runs_on((9, 0), ["sm_80", "sm_86"])
-    assert runs_on((9, 0), ["compute_80"]) and runs_on((12, 1), ["sm_120"]) and not runs_on((10, 3), ["sm_100a"])
+    assert (
+        runs_on((8, 6), ["sm_80"])
+        and not runs_on((8, 0), ["sm_86"])
+        and not runs_on((9, 0), ["sm_80", "sm_86"])
+    )
+    assert (
+        runs_on((9, 0), ["compute_80"]) and runs_on((12, 1), ["sm_120"]) and not runs_on((10, 3), ["sm_100a"])
+    )
     assert not runs_on((7, 0), ["compute_80", "odd"])
-    assert parse_driver_file("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug") == "535.104.05"
+    assert (
+        parse_driver_file("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug")
+        == "535.104.05"
+    )
     assert parse_driver_file("something else") is None
 
 
 def test_topology_over_pcie() -> None:
     """Without NVLink the ways over PCIe are told; a text that is no table is no link."""
-    links = parse_topology("\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tPHB\t0-63\nGPU1\tPHB\t X \t0-63\n\nLegend:\n")
+    links = parse_topology(
+        "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tPHB\t0-63\nGPU1\tPHB\t X \t0-63\n\nLegend:\n"
+    )
     assert links == {(0, 1): "PHB"}
     assert check_links([H100, H100], links).value.startswith("none: PHB 1")
     assert parse_topology("topo is not supported") == {} and check_links([H100, H100], {}).status == "-"

@@ -66,7 +66,9 @@ def test_files_folders_and_patterns(
         out = io.BytesIO()
         Image.fromarray(photo(rng, 300, 400)).save(out, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG"))
         (tmp_path / name).write_bytes(out.getvalue() if not name.endswith("txt") else b"x")
-    rows = predicted(weights, tmp_path / "a", tmp_path / "*.webp", tmp_path / "a" / "1.jpg", "--shards", shards)
+    rows = predicted(
+        weights, tmp_path / "a", tmp_path / "*.webp", tmp_path / "a" / "1.jpg", "--shards", shards
+    )
     assert [Path(str(row["image"])).name for row in rows] == ["1.jpg", "2.png", "b.webp", "1.jpg"]
     names = {row.wnid: (k, row.words) for k, row in enumerate(open_shards(shards, "val").classes)}
     for row in rows:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tools.show_pca import IMAGENET, table
 
 from pipeline.files import read_json
 from tests.helpers import run_ok
-from tools.show_pca import IMAGENET, table
 
 
 def test_published_figures() -> None:

@@ -31,7 +31,9 @@ def distance_to(best: Knobs) -> Callable[[Knobs], Waits]:
 
 
 @pytest.mark.parametrize("threads", [1, 8, 16, 24])
-@pytest.mark.parametrize(("prefetch", "read_ahead", "affinity", "load"), [(2, 1, False, 0.65), (8, 4, True, 0.3)])
+@pytest.mark.parametrize(
+    ("prefetch", "read_ahead", "affinity", "load"), [(2, 1, False, 0.65), (8, 4, True, 0.3)]
+)
 @pytest.mark.parametrize("decode", ["cpu", "gpu"])
 def test_finds_the_optimum(
     threads: int, prefetch: int, read_ahead: int, affinity: bool, load: float, decode: str
@@ -109,7 +111,9 @@ def test_failures_are_passed_over() -> None:
     assert {trial.error for trial in trials if trial.waits is None} == {"out of memory", "MemoryError"}
     text = table(trials, best)
     assert "failed: out of memory\n" in text
-    assert [line.split()[1:3] for line in text.splitlines() if line.startswith("*")] == [[str(best.knobs.threads), "4"]]
+    assert [line.split()[1:3] for line in text.splitlines() if line.startswith("*")] == [
+        [str(best.knobs.threads), "4"]
+    ]
 
     def broken(knobs: Knobs) -> Waits:
         raise DataError(f"{knobs.prefetch} batches are gone")
@@ -141,9 +145,17 @@ def test_program(few: Path, tmp_path: Path) -> None:
     tuned, plain = parse_config([*base, "--config", str(out), *place]), parse_config([*base, *place])
     best = next(line for line in text.splitlines() if line.startswith("*")).split()
     speed = tuned.data.speed
-    assert best[1:5] == [str(speed.threads), str(speed.prefetch), str(speed.affinity).lower(), str(speed.read_ahead)]
+    assert best[1:5] == [
+        str(speed.threads),
+        str(speed.prefetch),
+        str(speed.affinity).lower(),
+        str(speed.read_ahead),
+    ]
     assert (tuned.train, tuned.model, tuned.optimizer) == (plain.train, plain.model, plain.optimizer)
-    assert tuned.data.augmentation == plain.data.augmentation and tuned.data.decode == plain.data.decode == "auto"
+    assert (
+        tuned.data.augmentation == plain.data.augmentation
+        and tuned.data.decode == plain.data.decode == "auto"
+    )
 
     lines = out.read_text().splitlines()
     told = [line for line in lines if line.startswith("#")]

@@ -24,7 +24,14 @@ from train.config import parse_config
 from train.program import run_program
 from train.recipe import ABLATIONS, find_recipe
 
-ANY_WIDTH = ("no-lrn", "no-overlapping-pooling", "no-lighting", "no-windows-and-flips", "no-dropout", "no-weight-decay")
+ANY_WIDTH = (
+    "no-lrn",
+    "no-overlapping-pooling",
+    "no-lighting",
+    "no-windows-and-flips",
+    "no-dropout",
+    "no-weight-decay",
+)
 """Those that fit a network of any width and lighten the paper's recipe by one thing."""
 OURS = ("--data.shards", "--run.dir", "--train.seed")
 
@@ -69,7 +76,9 @@ def ablate(
         raise ValueError(f"{out} is no folder; give one for runs and results")
     out.mkdir(parents=True, exist_ok=True)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is stopped and saved
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that the run in progress is stopped and saved
     entries = []
     for name, by_rate in plan.items():
         results = {rate: [result_of(run, train, error) for run in runs] for rate, runs in by_rate.items()}
@@ -107,15 +116,26 @@ def named(ablations: list[str]) -> dict[str, Path | None]:
         try:
             path = find_recipe(text)
         except FileNotFoundError:
-            raise ValueError(f"there is no ablation {text}; give a YAML file or one of {', '.join(known)}") from None
+            raise ValueError(
+                f"there is no ablation {text}; give a YAML file or one of {', '.join(known)}"
+            ) from None
         if path.stem in {BASE, *files}:
-            raise ValueError(f"two of the runs would be called {path.stem}; name every ablation once, and none {BASE}")
+            raise ValueError(
+                f"two of the runs would be called {path.stem}; name every ablation once, and none {BASE}"
+            )
         files[path.stem] = path
     return files
 
 
 def planned(
-    base: Path, shards: Path, out: Path, name: str, file: Path | None, rate: float | None, seed: int, settings: str
+    base: Path,
+    shards: Path,
+    out: Path,
+    name: str,
+    file: Path | None,
+    rate: float | None,
+    seed: int,
+    settings: str,
 ) -> Run:
     """A run: the base with the settings of all, the ablation over that, and what tells it from the others."""
     try:
@@ -125,7 +145,9 @@ def planned(
     ours = OURS + ("--optimizer.lr",) * (rate is not None)
     for word in words:
         if word.partition("=")[0] in ours:
-            raise ValueError(f"--settings must leave {', '.join(ours)} alone: they are what tells the runs apart")
+            raise ValueError(
+                f"--settings must leave {', '.join(ours)} alone: they are what tells the runs apart"
+            )
     directory = out / f"{name}{'' if rate is None else f'-lr{rate!r}'}-seed{seed}"
     arguments = ["--config", str(base), *words, *(["--config", str(file)] if file else [])]
     arguments += ["--data.shards", str(shards), "--run.dir", str(directory), "--train.seed", str(seed)]

@@ -68,7 +68,9 @@ def holds_basis(path: Path, train: ShardSet) -> bool:
 
 def find_mean_image(path: Path, train: ShardSet) -> np.ndarray | None:
     """Read the mean image next to a `pca.json`; None where it is missing, damaged or made from other images."""
-    return read_mean_image(path.with_name("mean_image.npy"), read_eigenbasis(path, train.manifest_sha256)["mean"])
+    return read_mean_image(
+        path.with_name("mean_image.npy"), read_eigenbasis(path, train.manifest_sha256)["mean"]
+    )
 
 
 def sum_split(train: ShardSet, mean_image: bool, device: Literal["cpu", "cuda"]) -> tuple["Sums", str]:
@@ -87,7 +89,9 @@ def sum_split(train: ShardSet, mean_image: bool, device: Literal["cpu", "cuda"])
             total += sums
             progress.update(sums.moments.num_images)
     seconds = perf_counter() - start
-    print(f"counted {train.num_samples} images in {seconds:.1f} s ({train.num_samples / seconds:.0f} images/s)")
+    print(
+        f"counted {train.num_samples} images in {seconds:.1f} s ({train.num_samples / seconds:.0f} images/s)"
+    )
     return total, f"DALI {nvidia.dali.__version__} {'gpu' if device == 'cuda' else 'cpu'}"
 
 
@@ -96,7 +100,9 @@ def describe_degeneracy(eigenvalues: list[float], num_images: int) -> str:
     if eigenvalues[0] == 0:
         return "every pixel has the same colour, lighting will change nothing; are these the right images?"
     if eigenvalues[1] <= 1e-9 * eigenvalues[0]:
-        return "the images have one axis of colour (they are grey), lighting will change their brightness alone"
+        return (
+            "the images have one axis of colour (they are grey), lighting will change their brightness alone"
+        )
     return "one image is not a data set; the axes are those of its own colours" if num_images == 1 else ""
 
 

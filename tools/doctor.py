@@ -170,7 +170,9 @@ def table(findings: list[tuple[str, Finding]]) -> str:
         lines.append(f"{finding.status:<9}{name:<19}{one_line(finding.value, at_most=400)}")
         if finding.remedy:
             lines.append(f"{'':<28}-> {finding.remedy}")
-    count = {status: sum(finding.status == status for _, finding in findings) for status in ("problem", "warning")}
+    count = {
+        status: sum(finding.status == status for _, finding in findings) for status in ("problem", "warning")
+    }
     told = [f"{number} {status}{'s' * (number != 1)}" for status, number in count.items()]
     return "\n".join([*lines, ", ".join(told)])
 

@@ -30,8 +30,15 @@ def make_photo(number: int, seed: int) -> bytes:
     share = rng.uniform(0, 1, int(rng.integers(0, 60)))
     for radius in np.sort((smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5)[::-1]:
         side = max(2, round(2 * radius))
-        corner = (int(rng.integers(-side // 2, width - side // 2)), int(rng.integers(-side // 2, height - side // 2)))
-        page.paste(cut_texture(rng, side, side, seed), corner, draw_disc().resize((side, side), Image.Resampling.BILINEAR))
+        corner = (
+            int(rng.integers(-side // 2, width - side // 2)),
+            int(rng.integers(-side // 2, height - side // 2)),
+        )
+        page.paste(
+            cut_texture(rng, side, side, seed),
+            corner,
+            draw_disc().resize((side, side), Image.Resampling.BILINEAR),
+        )
     # ImageNet has one PNG, 23 CMYK files in 1.3 million, grey ones in a hundred.
     kind = rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.927, 0.02, 0.003, 0.03, 0.02])
     return encode(page, rng, "png" if number == 1 else str(kind), quality=int(rng.choice([80, 85, 90, 94])))
@@ -85,7 +92,9 @@ def draw_disc() -> Image.Image:
     return Image.fromarray(np.where(np.hypot(offset[:, None], offset) < 256, 255, 0).astype(np.uint8))
 
 
-def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92) -> bytes:
+def encode(
+    image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92
+) -> bytes:
     """Encode as one of the kinds of file that ImageNet holds.
 
     Args:
@@ -110,7 +119,9 @@ def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = 
         options["progressive"] = True
     elif encoding == "exif":
         options["exif"] = exif = Image.Exif()
-        exif[0x0112] = 6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
+        exif[0x0112] = (
+            6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
+        )
     # A progressive file comes in one piece.
     ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 3 * image.width * image.height)
     image.save(out, "JPEG", **options)

@@ -81,7 +81,9 @@ def find_images(name: str) -> list[Path]:
         matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         found = sorted(each for each in matches if each.is_file())
     if not found:
-        raise FileNotFoundError(f"{name}: expected an image file, a folder or a pattern of some; check the name")
+        raise FileNotFoundError(
+            f"{name}: expected an image file, a folder or a pattern of some; check the name"
+        )
     return found
 
 
@@ -92,7 +94,9 @@ def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]
     if shards is not None:
         names = list(read_classes(shards))
         if len(names) != count or trained.wnids not in (None, [name.wnid for name in names]):
-            raise ValueError(f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out")
+            raise ValueError(
+                f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out"
+            )
         return names
     wnids = trained.wnids or [f"class {k}" for k in range(count)]
     try:
@@ -141,10 +145,14 @@ def compute_probabilities(
 
 def main() -> None:
     """Read the command line and predict."""
-    parser = Parser(prog="python tools/predict.py", description="Predict the most probable classes of image files.")
+    parser = Parser(
+        prog="python tools/predict.py", description="Predict the most probable classes of image files."
+    )
     run = "A run directory, a step-*.pt, a .safetensors or torchvision's .pth."
     parser.add_argument("checkpoint", type=Path, help=run)
-    parser.add_argument("images", nargs="+", help="Image files, folders of them, or patterns such as 'photos/*.jpg'.")
+    parser.add_argument(
+        "images", nargs="+", help="Image files, folders of them, or patterns such as 'photos/*.jpg'."
+    )
     views = "The mean of ten views, or the centre crop."
     parser.add_argument("--views", type=Literal["ten", "centre"], default="ten", help=views)
     parser.add_argument("--top", type=int, default=5, help="Classes to print of each image.")

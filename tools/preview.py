@@ -68,7 +68,9 @@ def preview(
     check_writable(sheet)
 
     repeated = render_views(train, basis, augmentation, seed, sample)
-    draw_sheet(sheet, train, repeated, render_views(train, basis, augmentation, seed), augmentation.lighting, seed)
+    draw_sheet(
+        sheet, train, repeated, render_views(train, basis, augmentation, seed), augmentation.lighting, seed
+    )
     print(f"{format_eigenbasis(content)}\n")
     draw_eigenbasis(axes, train, content)
     print(f"pictures: {sheet}, {axes}")
@@ -85,7 +87,9 @@ def find_sample(shards: ShardSet, key: str | None) -> Sample:
             found = member_key(members["jpg"][2])
             if key in (None, found):
                 with Path(tar).open("rb") as file:
-                    return Sample(found, *(os.pread(file.fileno(), *members[kind][:2]) for kind in ("jpg", "cls")))
+                    return Sample(
+                        found, *(os.pread(file.fileno(), *members[kind][:2]) for kind in ("jpg", "cls"))
+                    )
             first = first or found
     raise ValueError(f"--image {key}: not in {Path(shards.tars[0]).parent}; give a key such as {first}")
 

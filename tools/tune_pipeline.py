@@ -115,26 +115,45 @@ def tune(
     if out:
         write_bytes(
             out,
-            (header(train, batch_size, place, best.knobs.decode) + yaml.safe_dump(settings, sort_keys=False)).encode(),
+            (
+                header(train, batch_size, place, best.knobs.decode)
+                + yaml.safe_dump(settings, sort_keys=False)
+            ).encode(),
         )
         files = f"--config BASE.yaml --config {shlex.quote(str(out))}"
         print(f"{out} is written; use it so, after the run's own configuration:")
     else:
         chosen = {f"data.{name}": value for name, value in settings["data"].items() if name != "speed"}
         chosen |= {f"data.speed.{name}": value for name, value in settings["data"]["speed"].items()}
-        files = "--config BASE.yaml " + " ".join(f"--{name} {str(value).lower()}" for name, value in chosen.items())
+        files = "--config BASE.yaml " + " ".join(
+            f"--{name} {str(value).lower()}" for name, value in chosen.items()
+        )
         print("use the best so (--out FILE.yaml writes it into a file instead):")
     print(f"python -m train.run {files} --data.shards {shlex.quote(str(shards))} --run.dir DIR")
     if "decode" in settings["data"]:
-        print("data.decode moves some pixels by a level, so a run that was begun without it cannot go on with it")
+        print(
+            "data.decode moves some pixels by a level, so a run that was begun without it cannot go on with it"
+        )
 
 
 def table(trials: Sequence[Trial], best: Trial) -> str:
     """Everything that was tried, a row each, the best one marked with a star."""
     on_gpu = any(trial.knobs.decode == "gpu" for trial in trials)
-    names = ["threads", "prefetch", "affinity", "read_ahead", *(["hw_decoder_load", "decode"] if on_gpu else [])]
+    names = [
+        "threads",
+        "prefetch",
+        "affinity",
+        "read_ahead",
+        *(["hw_decoder_load", "decode"] if on_gpu else []),
+    ]
     figures = ["images/s", "p50 ms", "p99 ms", "mean ms", "batches"]
-    lines = ["  " + "  ".join(names) + "  | " + "  ".join(f"{name:>8}" for name in figures) + "  (wait for a batch)"]
+    lines = [
+        "  "
+        + "  ".join(names)
+        + "  | "
+        + "  ".join(f"{name:>8}" for name in figures)
+        + "  (wait for a batch)"
+    ]
     for trial in trials:
         knobs = asdict(trial.knobs)
         if trial.knobs.decode == "cpu":
@@ -199,7 +218,9 @@ def check_out(out: Path) -> None:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; give a file, such as {out / 'speed.yaml'}")
     if out.exists() and not out.read_bytes().startswith(FIRST_LINE.encode()):
-        raise ValueError(f"--out {out} exists and was not written by this program; give another name or remove it")
+        raise ValueError(
+            f"--out {out} exists and was not written by this program; give another name or remove it"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -78,7 +78,9 @@ class Entry:
     def differences(self, base: "Entry") -> list[float]:
         """Points of validation error above the base's, for each seed; none where training diverged."""
         return (
-            [run.val_error - its.val_error for run, its in zip(self.runs, base.runs, strict=True)] if self.runs else []
+            [run.val_error - its.val_error for run, its in zip(self.runs, base.runs, strict=True)]
+            if self.runs
+            else []
         )
 
 
@@ -107,7 +109,9 @@ def best_entry(name: str, by_rate: dict[float | None, list[Figures | None]]) -> 
     """The entry at the best rate: fewest epochs to the training error in question, or, if at no rate every seed came
     there, the lowest training error. A rate at which a seed diverged (None) is out."""
     entries = [
-        Entry(name, rate, tuple(run for run in runs if run)) for rate, runs in by_rate.items() if None not in runs
+        Entry(name, rate, tuple(run for run in runs if run))
+        for rate, runs in by_rate.items()
+        if None not in runs
     ]
 
     def order(entry: Entry) -> tuple[float, float]:
@@ -119,11 +123,21 @@ def best_entry(name: str, by_rate: dict[float | None, list[Figures | None]]) -> 
 
 def markdown(entries: list[Entry], error: float, rates: list[float] | None, val_images: int) -> str:
     """The table and the colours of conv1, with what is to be known about them. The first entry is the base."""
-    head = ["", "training error", "validation error", "gap", f"epochs to {error:g} %", "difference", "the paper's"]
+    head = [
+        "",
+        "training error",
+        "validation error",
+        "gap",
+        f"epochs to {error:g} %",
+        "difference",
+        "the paper's",
+    ]
     table = [cells(entry, entries[0], rates) for entry in entries]
     if rates:
         head.insert(1, "rate")
-    seeds = "seed" + "s" * (len(entries[0].runs) > 1) + " " + ", ".join(str(run.seed) for run in entries[0].runs)
+    seeds = (
+        "seed" + "s" * (len(entries[0].runs) > 1) + " " + ", ".join(str(run.seed) for run in entries[0].runs)
+    )
     notes = [
         f"Top-1 errors in %, means over {seeds}. Training: the last epoch, as augmented and with dropout. "
         f"Validation: the centre crop at the end; one image is {100 / val_images:.2g} points. Gap: validation minus "
@@ -139,7 +153,14 @@ def markdown(entries: list[Entry], error: float, rates: list[float] | None, val_
         )
     colours = [line for entry in entries for line in colour_lines(entry)]
     warnings = weaknesses(entries[0], error)
-    sections = [*warnings, aligned([head, *table]), *notes, "## Colours of conv1", COLOUR_NOTE, "\n".join(colours)]
+    sections = [
+        *warnings,
+        aligned([head, *table]),
+        *notes,
+        "## Colours of conv1",
+        COLOUR_NOTE,
+        "\n".join(colours),
+    ]
     return "# Ablations\n\n" + "\n\n".join(sections) + "\n"
 
 
@@ -187,7 +208,8 @@ def aligned(rows: list[list[str]]) -> str:
     """A table in Markdown that is one on a screen as well."""
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
+        [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
     ]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
@@ -218,7 +240,9 @@ def as_json(entry: Entry, base: Entry) -> dict[str, Any]:
     """An entry in plain values."""
     differences = [] if entry is base else entry.differences(base)
     of_differences = (
-        {"mean": fmean(differences), "min": min(differences), "max": max(differences)} if differences else None
+        {"mean": fmean(differences), "min": min(differences), "max": max(differences)}
+        if differences
+        else None
     )
     return {
         "name": entry.name,

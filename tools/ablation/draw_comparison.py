@@ -31,14 +31,22 @@ def draw_curves(axes: "Axes", entries: list[Entry]) -> None:
             continue
         colour = "black" if entry.name == BASE else colormaps["tab10"]((number - 1) % 10)
         style = "--" if number > 10 else "-"
-        by_epoch = list(zip(*(run.val_errors for run in entry.runs), strict=False))  # as far as all seeds went
+        by_epoch = list(
+            zip(*(run.val_errors for run in entry.runs), strict=False)
+        )  # as far as all seeds went
         epochs = range(1, len(by_epoch) + 1)
-        axes.fill_between(epochs, [*map(min, by_epoch)], [*map(max, by_epoch)], color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            epochs, [*map(min, by_epoch)], [*map(max, by_epoch)], color=colour, alpha=0.15, linewidth=0
+        )
         name = entry.name if entry.rate is None else f"{entry.name}, rate {entry.rate:g}"
         marker = "o" if len(by_epoch) < 20 else None
-        axes.plot(epochs, [*map(fmean, by_epoch)], style, marker=marker, markersize=3, color=colour, label=name)
+        axes.plot(
+            epochs, [*map(fmean, by_epoch)], style, marker=marker, markersize=3, color=colour, label=name
+        )
     seeds = len(entries[0].runs)
-    title = f"Validation error (mean of {seeds} seeds, least to greatest)" if seeds > 1 else "Validation error"
+    title = (
+        f"Validation error (mean of {seeds} seeds, least to greatest)" if seeds > 1 else "Validation error"
+    )
     axes.set(xlabel="epoch", ylabel="top-1 error of the centre crop, %", title=title)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

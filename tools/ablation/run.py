@@ -74,7 +74,10 @@ def result_of(run: Run, train: ShardSet, error: float) -> Figures | None:
             f"what {run.config.run.dir} ended with is damaged; remove that folder and {run.beside('.json')}, and it is "
             "trained again"
         ) from None
-    print(f"{title}: validation error {found.val_error:.1f} %, training error {found.train_error:.1f} %", flush=True)
+    print(
+        f"{title}: validation error {found.val_error:.1f} %, training error {found.train_error:.1f} %",
+        flush=True,
+    )
     return found
 
 
@@ -88,7 +91,9 @@ def trained(run: Run) -> bool:
     try:
         locked = open_locked(run.beside(".log"), wait=False)
     except BlockingIOError:
-        raise ValueError(f"{run.config.run.dir} is being trained by another process; wait for it or stop it") from None
+        raise ValueError(
+            f"{run.config.run.dir} is being trained by another process; wait for it or stop it"
+        ) from None
     with locked as log:
         begin = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(

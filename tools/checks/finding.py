@@ -70,7 +70,8 @@ def isolated(check: Callable[[], Finding], timeout_s: float = TIMEOUT_S) -> Find
     if isinstance(found, Finding):
         return found
     return warning(
-        f"could not be checked: {type(found).__name__}: {one_line(str(found))}", "please report this line as a bug"
+        f"could not be checked: {type(found).__name__}: {one_line(str(found))}",
+        "please report this line as a bug",
     )
 
 
@@ -80,7 +81,11 @@ def run_command(command: list[str], timeout_s: float = TIMEOUT_S) -> tuple[int |
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as any grandchild
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         except OSError as error:
             return None, f"{command[0]} cannot be started ({error.strerror})"

@@ -52,17 +52,23 @@ def runs_on(capability: tuple[int, int], archs: list[str]) -> bool:
 def check_driver(nvidia: Nvidia) -> Finding:
     """Is there a driver?"""
     if nvidia.error and nvidia.driver:
-        return warning(f"{nvidia.driver}; {nvidia.error}", "make nvidia-smi work: in a container, give it `utility`")
+        return warning(
+            f"{nvidia.driver}; {nvidia.error}", "make nvidia-smi work: in a container, give it `utility`"
+        )
     if nvidia.driver:
         return ok(nvidia.driver + (f", CUDA up to {nvidia.cuda}" if nvidia.cuda else ""))
     if "cannot be started" in nvidia.error:
         return nothing("none (no nvidia-smi)")
-    return warning(nvidia.error or "nvidia-smi lists no GPU", "see dmesg; reload the driver or restart the machine")
+    return warning(
+        nvidia.error or "nvidia-smi lists no GPU", "see dmesg; reload the driver or restart the machine"
+    )
 
 
 def all_gpus(nvidia: Nvidia, torch: dict[str, Any]) -> list[Gpu]:
     """Those that PyTorch sees; where it sees none, those of the driver."""
-    seen = [Gpu(name, round(size / 1e9), (major, minor)) for name, size, (major, minor) in torch.get("gpus", ())]
+    seen = [
+        Gpu(name, round(size / 1e9), (major, minor)) for name, size, (major, minor) in torch.get("gpus", ())
+    ]
     return seen or list(nvidia.gpus)
 
 
@@ -86,9 +92,14 @@ def check_gpus(nvidia: Nvidia, torch: dict[str, Any], visible: str | None) -> Fi
         )
     foreign = [gpu.name for gpu in gpus if gpu.capability and not runs_on(gpu.capability, torch["archs"])]
     if foreign:
-        return problem(f"{text}; this PyTorch has no code for {foreign[0]} ({' '.join(torch['archs'])})", OTHER_TORCH)
+        return problem(
+            f"{text}; this PyTorch has no code for {foreign[0]} ({' '.join(torch['archs'])})", OTHER_TORCH
+        )
     if not torch["gpus"] or "cuda_error" in torch:
-        why = one_line("; ".join([*torch["told"], torch.get("cuda_error", "")]).strip("; ")) or "without a reason"
+        why = (
+            one_line("; ".join([*torch["told"], torch.get("cuda_error", "")]).strip("; "))
+            or "without a reason"
+        )
         return problem(f"{text}; PyTorch cannot use them: {why}", "see dmesg; check CUDA_VISIBLE_DEVICES")
     hidden = len(nvidia.gpus) - len(gpus)
     return ok(text + (f"; {hidden} more are hidden from this process" if hidden > 0 else ""))

@@ -63,7 +63,9 @@ def cpu_quota(membership: str, root: Path = Path("/sys/fs/cgroup")) -> float | N
     """Cores that the cgroups allow."""
     folders = list(cgroup_folders(membership, root, "cpu"))
     texts = [read(folder / "cpu.max") for folder in folders]
-    texts += [f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}" for folder in folders]
+    texts += [
+        f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}" for folder in folders
+    ]
     return min(filter(None, map(cgroup_cpus, texts)), default=None)
 
 
@@ -117,7 +119,9 @@ def check_page_cache(free: int | None, data: int | None) -> Finding:
     text = f"{data / 1e9:.2f} GB of training shards, {free / 1e9:.1f} GB free"
     if data < 0.9 * free:
         return ok(f"{text}: read from the disk once")
-    return warning(f"{text}: every epoch reads the disk again", "see the disk's rate; docs/storage.md tells of caches")
+    return warning(
+        f"{text}: every epoch reads the disk again", "see the disk's rate; docs/storage.md tells of caches"
+    )
 
 
 def check_open_files(shards: int | None, hard: int) -> Finding:
@@ -146,10 +150,16 @@ def check_locked_memory(soft: int, infiniband: bool) -> Finding:
 def check_shared_memory(path: Path, gpus: int) -> Finding:
     """Is /dev/shm large enough for NCCL?"""
     if not path.is_dir():
-        return warning(f"no {path}", "in a container, give it --shm-size 1g") if gpus > 1 else nothing(f"no {path}")
+        return (
+            warning(f"no {path}", "in a container, give it --shm-size 1g")
+            if gpus > 1
+            else nothing(f"no {path}")
+        )
     size = shutil.disk_usage(path).total
     if gpus > 1 and size < SMALL_SHM:
-        return warning(f"{size / 1e9:.2f} GB", "NCCL may need more for several GPUs: in a container, --shm-size 1g")
+        return warning(
+            f"{size / 1e9:.2f} GB", "NCCL may need more for several GPUs: in a container, --shm-size 1g"
+        )
     return ok(f"{size / 1e9:.1f} GB")
 
 

@@ -33,7 +33,9 @@ class Nvidia(NamedTuple):
     """Why nvidia-smi told nothing."""
 
 
-def ask_nvidia(timeout_s: float = TIMEOUT_S, driver_file: Path = Path("/proc/driver/nvidia/version")) -> Nvidia:
+def ask_nvidia(
+    timeout_s: float = TIMEOUT_S, driver_file: Path = Path("/proc/driver/nvidia/version")
+) -> Nvidia:
     """Ask nvidia-smi; the kernel module's file tells the driver's version where that is missing."""
     ask = ["nvidia-smi", "--format=csv,noheader,nounits"]
     code, rows = run_command([*ask, "--query-gpu=" + ",".join(QUERY)], timeout_s)
@@ -78,7 +80,11 @@ def parse_topology(text: str) -> dict[tuple[int, int], str]:
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line).split() for line in text.splitlines()]
     header: list[str] = next((line for line in lines if line[:1] == ["GPU0"] and "X" not in line), [])
     columns = [int(name[3:]) for name in header if re.fullmatch(r"GPU\d+", name)]
-    rows = {int(line[0][3:]): line[1:] for line in lines if line and re.fullmatch(r"GPU\d+", line[0]) and "X" in line}
+    rows = {
+        int(line[0][3:]): line[1:]
+        for line in lines
+        if line and re.fullmatch(r"GPU\d+", line[0]) and "X" in line
+    }
     return {
         (one, other): way
         for one, ways in rows.items()

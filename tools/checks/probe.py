@@ -16,7 +16,15 @@ def probe_torch() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "file": torch.__file__}
-    found |= {"told": [], "gpus": [], "peers": [], "nccl": None, "archs": [], "cudnn": None, "distributed": False}
+    found |= {
+        "told": [],
+        "gpus": [],
+        "peers": [],
+        "nccl": None,
+        "archs": [],
+        "cudnn": None,
+        "distributed": False,
+    }
     try:
         found["distributed"] = torch.distributed.is_available()
         with warnings.catch_warnings(record=True) as told:  # why CUDA cannot be used is told as a warning

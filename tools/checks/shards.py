@@ -39,7 +39,9 @@ def split_message(error: BaseException) -> tuple[str, str]:
 def check_split(shards: Path, split: str, opened: ShardSet | BaseException) -> Finding:
     """Does it open? `opened` is what `open_shards` gave or raised."""
     if isinstance(opened, ShardSet):
-        return ok(f"{opened.num_samples:,} images in {len(opened.tars)} shards, {len(opened.classes)} classes")
+        return ok(
+            f"{opened.num_samples:,} images in {len(opened.tars)} shards, {len(opened.classes)} classes"
+        )
     if isinstance(opened, TimeoutError):
         return problem(f"{shards}: {opened}", "the disk or its server hangs; see dmesg and mount")
     if not shards.is_dir():
@@ -84,7 +86,9 @@ def file_system(path: Path, mounts: str) -> tuple[str, str]:
     of several mounted on one place the last counts. ("unknown", "/") where it is not there."""
     best = ("unknown", "/")
     for line in mounts.splitlines():
-        fields = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field) for field in line.split(" ")]
+        fields = [
+            re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field) for field in line.split(" ")
+        ]
         if len(fields) >= 3 and path.is_relative_to(fields[1]) and len(fields[1]) >= len(best[1]):
             best = fields[2], fields[1]
     return best
@@ -93,11 +97,15 @@ def file_system(path: Path, mounts: str) -> tuple[str, str]:
 def check_file_system(kind: str, place: str) -> Finding:
     """Are the shards on a network disk?"""
     if NETWORK.fullmatch(kind):
-        return warning(f"{kind} at {place}: over a network", "copy the shards to a local disk (docs/storage.md)")
+        return warning(
+            f"{kind} at {place}: over a network", "copy the shards to a local disk (docs/storage.md)"
+        )
     return ok(f"{kind} at {place}")
 
 
-def read_rate(files: Sequence[str], at_most_bytes: int = AT_MOST_BYTES, at_most_s: float = AT_MOST_S) -> Rate | None:
+def read_rate(
+    files: Sequence[str], at_most_bytes: int = AT_MOST_BYTES, at_most_s: float = AT_MOST_S
+) -> Rate | None:
     """Read up to eight of the files, evenly spread, from their beginnings; None where they hold nothing.
 
     Past the page cache, so that it is the disk that is measured, and nobody's cache is spoilt.
@@ -140,7 +148,9 @@ def check_disk(train: ShardSet | None, kind: str, gpus: int) -> Finding:
     needed = NEEDED["gpu"] * gpus if gpus else NEEDED["cpu"]
     if images_per_s >= needed:
         return ok(text)
-    return warning(f"{text}; {gpus or 'no'} GPUs may ask for {needed:,}", "use a faster disk (docs/storage.md)")
+    return warning(
+        f"{text}; {gpus or 'no'} GPUs may ask for {needed:,}", "use a faster disk (docs/storage.md)"
+    )
 
 
 def shard_bytes(train: ShardSet) -> int:

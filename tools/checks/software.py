@@ -24,7 +24,9 @@ def check_python(wanted: str) -> Finding:
     text = f"{platform.python_version()}, {sys.executable}"
     if platform.python_version() in SpecifierSet(wanted, prereleases=True):
         return ok(text)
-    return warning(text, f"this project is made for Python {wanted}: make .venv with PYTHON=python3.12 make install")
+    return warning(
+        text, f"this project is made for Python {wanted}: make .venv with PYTHON=python3.12 make install"
+    )
 
 
 def installed(name: str) -> str | None:
@@ -101,7 +103,9 @@ def check_dali(dali: dict[str, Any], nvidia: Nvidia, gpu: bool) -> Finding:
         return ok(f"{text}; decodes a JPEG on the {dali['decodes'].upper()}")
     if gpu and nvidia.driver and not fits(nvidia.driver, cuda):
         needed = DRIVER_FOR_CUDA[cuda]
-        return problem(f"{text}; driver {nvidia.driver} is too old", f"install an NVIDIA driver of {needed} or later")
+        return problem(
+            f"{text}; driver {nvidia.driver} is too old", f"install an NVIDIA driver of {needed} or later"
+        )
     if dali["decodes"] == "gpu":
         return ok(f"{text}; decodes a JPEG on the GPU, which PyTorch cannot use")
     why = one_line(dali.get("decode_error", "it sees no GPU"))
@@ -121,7 +125,11 @@ def check_nvimgcodec(codec: str | None, distribution: str | None) -> Finding:
 
 def check_nccl(torch: dict[str, Any]) -> Finding:
     """Which NCCL does PyTorch bring?"""
-    return ok(torch["nccl"]) if torch.get("nccl") else nothing("none: several processes talk through gloo, on the CPU")
+    return (
+        ok(torch["nccl"])
+        if torch.get("nccl")
+        else nothing("none: several processes talk through gloo, on the CPU")
+    )
 
 
 def check_compiler(torch_file: str, gpu: bool) -> Finding:
@@ -131,7 +139,9 @@ def check_compiler(torch_file: str, gpu: bool) -> Finding:
     if found is None:
         return warning("none: the network runs uncompiled, more slowly", "install g++ (apt-get install g++)")
     if " " in torch_file and not gpu:
-        return warning(f"{found}; PyTorch lies in a folder with a space in its name", "move this folder elsewhere")
+        return warning(
+            f"{found}; PyTorch lies in a folder with a space in its name", "move this folder elsewhere"
+        )
     return ok(found)
 
 
@@ -140,4 +150,6 @@ def check_headers(folder: str | None = None) -> Finding:
     header = Path(folder or sysconfig.get_paths()["include"]) / "Python.h"
     if header.is_file():
         return ok(str(header))
-    return warning(f"{header} is missing: torch.compile falls back", "install them (apt-get install python3-dev)")
+    return warning(
+        f"{header} is missing: torch.compile falls back", "install them (apt-get install python3-dev)"
+    )

@@ -116,9 +116,8 @@ def adopt(
     }
     check_manifest(manifest, directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
-    print(
-        f"{directory}: {num_samples} images in {len(tars)} shards, {len(skipped)} skipped, {len(names)} classes {origin}"
-    )
+    counts = f"{num_samples} images in {len(tars)} shards, {len(skipped)} skipped"
+    print(f"{directory}: {counts}, {len(names)} classes {origin}")
 
 
 def find_tars(src: Path, pattern: str) -> list[Path]:

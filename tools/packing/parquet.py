@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -148,7 +149,7 @@ class Segment(NamedTuple):
     """A row group to be packed."""
 
     path: Path
-    """File to write: packed images one after the other, a JSON object about them, its length in 8 bytes."""
+    """File to write: packed images one after the other, a JSON object about them, its CRC and its length."""
     samples: list[Sample]
     """Those of its rows that the split has, in order."""
     options: Options
@@ -175,7 +176,7 @@ def pack_parquet(plan: Plan, numbers: list[int], workers: int) -> list[PackStats
         segments = [
             (spill / f"segment-{number:06d}", *group) for number, group in enumerate(row_groups(plan.listing))
         ]
-        left = [segment for segment in segments if not segment[0].is_file()]
+        left = [segment for segment in segments if not is_intact(segment[0])]
         jobs = (
             Segment(path, [(plan.key(row), plan.listing[row]) for row in rows.tolist()], plan.options, *group)
             for path, rows, *group in left
@@ -233,7 +234,7 @@ def pack_row_group(work: Segment) -> PackStats:
             ends.append(ends[-1] + len(jpeg))
             sizes.append(size)
         about = json.dumps({"ends": ends, "sizes": sizes, "notes": notes}).encode()
-        file.write(about + len(about).to_bytes(8, "little"))
+        file.write(about + zlib.crc32(about).to_bytes(4, "little") + len(about).to_bytes(4, "little"))
     return PackStats(len(sizes), sum(sizes), ends[-1])
 
 
@@ -242,10 +243,22 @@ def read_segment(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]
     """Of a segment's file: ends of its images after a 0, sizes of the raw ones (int64), and notes by position."""
     with Path(path).open("rb") as file:
         end = file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(), "little")
+        crc, length = (int.from_bytes(file.read(4), "little") for _ in range(2))
         file.seek(end - length)
-        about = json.loads(file.read(length))
+        content = file.read(length)
+    if zlib.crc32(content) != crc:
+        raise ValueError(f"{path} is damaged; remove it and pack again")
+    about = json.loads(content)
     return np.array(about["ends"]), np.array(about["sizes"]), about["notes"]
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a segment's file is there and complete."""
+    try:
+        read_segment.__wrapped__(str(path))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def write_spilled_shard(work: SpilledShard) -> PackStats:

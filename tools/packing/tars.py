@@ -58,7 +58,7 @@ def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> I
         if member.offset_data + member.size > end:
             raise ValueError(f"cut short inside {place}")
         yield Member(member.name, member.offset_data, member.size)
-    if tar.offset >= end:
+    if tar.offset + tarfile.BLOCKSIZE > end:
         raise ValueError(f"cut short: no end mark at byte {tar.offset}")
     for offset in range(tar.offset, end, READ_BYTES):
         if os.pread(file.fileno(), min(READ_BYTES, end - offset), offset).strip(b"\0"):

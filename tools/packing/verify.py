@@ -3,12 +3,13 @@
     python tools/make_shards.py verify SHARDS [--fast]
     python tools/make_shards.py stats SHARDS
 
-Everything that is wrong is printed at once, a line each. A checksum shows that a file was damaged; the checks on samples
-say where, and find what no checksum can: shards that were wrong from the start.
+Everything that is wrong is printed at once, a line each. A checksum shows that a file was damaged; the checks on
+samples say where, and find what no checksum can: shards that were wrong from the start.
 """
 
 import hashlib
 import os
+import random
 import re
 import time
 from array import array
@@ -35,6 +36,8 @@ from train.program import one_line
 SPLITS = ("train", "val")
 MAX_PROBLEMS = 20
 """Problems of one kind in one shard that are printed; the rest are counted."""
+SAMPLED_IMAGES = 500
+"""Whose size `stats` reads."""
 READERS = 16
 """Threads of `stats`: small reads wait on the disk, not on the processor."""
 
@@ -292,6 +295,10 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
             found.append(columns)
             progress.update()
     labels = np.concatenate([label for label, _ in found])
+    spans = [
+        (tar, *span) for tar, (_, images) in zip(opened.tars, found, strict=True) for span in images.tolist()
+    ]
+    shapes = [read_shape(*span) for span in random.Random(0).sample(spans, min(SAMPLED_IMAGES, len(spans)))]
     per_class = np.bincount(labels, minlength=len(opened.classes)).tolist()
     noted = Counter(
         re.sub(r"\b\d+\b", "N", kind)
@@ -309,7 +316,9 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
         ("samples per shard", summarize([len(label) for label, _ in found])),
         ("bytes", f"{sum(sizes):,}"),
         ("bytes per shard", summarize(sizes)),
-        ("bytes per image", summarize(np.concatenate([size for _, size in found]).tolist())),
+        ("bytes per image", summarize([size for _, _, size in spans])),
+        ("width", f"{summarize([width for width, _ in shapes])}, of {len(shapes)} images"),
+        ("height", summarize([height for _, height in shapes])),
         ("repaired or noted", str(len(manifest.get("repairs", ())))),
         *((f"  {count}", kind) for kind, count in noted.most_common()),
         ("skipped", str(len(manifest.get("skipped", ())))),
@@ -328,9 +337,18 @@ def summarize(values: Sequence[int]) -> str:
     return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
 
 
+def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
+    """Width and height of an image in a shard. Raises `DataError`."""
+    with Path(tar).open("rb") as file:
+        jpeg = read_jpeg(os.pread(file.fileno(), size, offset))
+    if not jpeg.width:
+        raise DataError(f"{tar} holds no image at byte {offset}; make_shards.py verify says more")
+    return jpeg.width, jpeg.height
+
+
 def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of one shard: int64 (n,) labels and sizes of the images. Raises `DataError`."""
-    labels, sizes = [], []
+    """Of one shard: int64 (n,) labels, and int64 (n, 2) offset and size of the images. Raises `DataError`."""
+    labels, images = [], []
     with Path(tar).open("rb", buffering=0) as file:
         os.posix_fadvise(
             file.fileno(), 0, 0, os.POSIX_FADV_RANDOM
@@ -341,9 +359,9 @@ def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
                 places = {extension: (offset, size) for extension, offset, size, _ in sample}
                 offset, size = places["cls"]
                 labels.append(int(os.pread(file.fileno(), min(size, end), offset)))
-                sizes.append(places["jpg"][1])
+                images.append(places["jpg"])
                 if sum(places["jpg"]) > end:
                     raise ValueError("an image that the tar does not hold")
         except (KeyError, ValueError):
             raise DataError(f"{tar} or its index is damaged; make_shards.py verify says where") from None
-    return np.array(labels, np.int64), np.array(sizes, np.int64)
+    return np.array(labels, np.int64), np.array(images, np.int64)

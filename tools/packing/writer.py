@@ -37,7 +37,7 @@ LISTING = "listing.npz"
 """The cached listing of the raw images, beside the splits."""
 TOP_FILES = ("classes.json", LISTING, "pca.*", "mean_image.*", "preview.png")
 """What stands beside the splits, as patterns."""
-SPILL = "spill"
+SPILL = "spill-*"
 """Folder in a split's where `parquet.py` keeps images that are packed, but not in a shard yet."""
 
 

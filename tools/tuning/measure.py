@@ -40,7 +40,9 @@ def measure(
     """
     from pipeline.loader import train_loader
 
-    loader = train_loader(shards, basis, config, batch_size=batch_size, seed=seed, rank=0, num_ranks=1, device=device)
+    loader = train_loader(
+        shards, basis, config, batch_size=batch_size, seed=seed, rank=0, num_ranks=1, device=device
+    )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     held: deque[Any] = deque(maxlen=IN_FLIGHT if device.type == "cuda" else 1)
     waits_s: list[float] = []

@@ -121,7 +121,11 @@ def pick(trials: Sequence[Trial]) -> Trial:
     done = [(trial, trial.waits) for trial in trials if trial.waits]
     lowest = min(waits.p99_ms for _, waits in done)
     calm = [
-        (trial, waits) for trial, waits in done if waits.p99_ms <= max(lowest * (1 + SAME_P99), lowest + SAME_P99_MS)
+        (trial, waits)
+        for trial, waits in done
+        if waits.p99_ms <= max(lowest * (1 + SAME_P99), lowest + SAME_P99_MS)
     ]
     mean = min(waits.mean_ms for _, waits in calm)
-    return next(trial for trial, waits in calm if waits.mean_ms <= max(mean * (1 + SAME_MEAN), mean + SAME_MEAN_MS))
+    return next(
+        trial for trial, waits in calm if waits.mean_ms <= max(mean * (1 + SAME_MEAN), mean + SAME_MEAN_MS)
+    )
