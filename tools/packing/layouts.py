@@ -12,6 +12,7 @@ A class is a folder (or a tar) that holds images. Where it is not clear what is 
 """
 
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import stat
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,19 +89,18 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
         return [], lambda: read_kaggle(raw, tree)
     if any((files := find_parquet(raw)).values()):
         return [*files["train"], *files["val"]], lambda: read_parquet(raw, files)
-    if (raw / "train").is_dir():
-        return [], lambda: read_folders(raw, raw / "train")
-    if tars := sorted(
-        (path for path in raw.glob("*.tar") if path.name[0] != "."), key=lambda path: path.stem
-    ):
-        if find_class_folders(raw):
-            raise ValueError(
-                f"{raw} holds {tars[0].name} and folders of images; move away what is not to be packed"
-            )
-        return tars, lambda: read_tars(raw, tars)
-    if folder := find_class_folders(raw):
-        return ([], lambda: read_folders(raw, raw)) if folder == raw else find_layout(folder)
-    raise FileNotFoundError(f"{raw} holds nothing that can be packed; expected {LAYOUTS}")
+    folder = DiskFolder(raw)
+    tars = [folder.path_of(name) for name in folder.names() if folder.is_tar(name)]
+    if tars and all(folder.is_tar(name) for name in folder.names()):
+        return tars, lambda: read_tree(raw, unwrap(folder, keep_splits=True))
+    if not (raw / "train").is_dir():
+        if next(image_files(raw, []), None) is None:
+            raise FileNotFoundError(f"{raw} holds nothing that can be packed; expected {LAYOUTS}")
+        if (inner := unwrap(folder, keep_splits=True)) != folder:
+            return find_layout(inner.path)
+        if tars:
+            raise ValueError(f"{raw} holds {tars[0].name} and folders; move away what is not to be packed")
+    return [], lambda: read_tree(raw, folder)
 
 
 def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
@@ -268,13 +268,245 @@ def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
     return [tuple(row) for row in json.loads(done.stdout)]
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------- folders, on disk and in tars
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted."""
-    entries = [entry for entry in os.scandir(folder) if entry.is_dir() and not is_system_file(entry.name)]
-    return sorted(Path(entry.path) for entry in entries)
+class DiskFolder(NamedTuple):
+    """A folder on disk; tars in it count as folders, too, called by their stems."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Of the folders in it, sorted."""
+        found = [entry for entry in os.scandir(self.path) if not is_system_file(entry.name)]
+        return sorted(
+            {entry.name.removesuffix(".tar") for entry in found if entry.is_dir() or is_tar_file(entry)}
+        )
+
+    def path_of(self, name: str) -> Path:
+        """Where a folder or a tar lies."""
+        return self.path / name if (self.path / name).is_dir() else self.path / f"{name}.tar"
+
+    def is_tar(self, name: str) -> bool:
+        """Whether one of its folders is a tar."""
+        return not (self.path / name).is_dir()
+
+    def show(self, name: str) -> str:
+        """One of its folders, for messages."""
+        return str(self.path_of(name))
+
+    def open(self, name: str) -> "Tree":
+        """One of its folders."""
+        return read_tar(self.path_of(name)) if self.is_tar(name) else DiskFolder(self.path / name)
+
+    def holds_images(self) -> bool:
+        """Whether images lie in it, outside of folders."""
+        return any(IMAGE_NAME.fullmatch(entry.name) and entry.is_file() for entry in os.scandir(self.path))
+
+    def loose_files(self) -> list[Path]:
+        """Files outside of folders."""
+        found = [entry for entry in os.scandir(self.path) if entry.is_file() and not is_tar_file(entry)]
+        return sorted(Path(entry.path) for entry in found if not is_system_file(entry.name))
+
+    def append_to(self, listing: Listing, label: int, ignored: list[Path]) -> int:
+        """Add all images under it to a listing; returns their number."""
+        number = len(listing)
+        for path in image_files(self.path, ignored):
+            append_file(listing, path, label)
+        return len(listing) - number
+
+
+class TarFolder(NamedTuple):
+    """A folder in a tar, or the tar itself, without what systems leave behind."""
+
+    path: Path
+    """Of the tar, and in it."""
+    tar: Path
+    images: list[tuple[tuple[str, ...], Member]]
+    """(folders, file) of the files that are images by their names."""
+    others: list[Path]
+    """Other files."""
+
+    def names(self) -> list[str]:
+        """Of the folders that hold images, sorted."""
+        return sorted({folders[0] for folders, _ in self.images if folders})
+
+    def path_of(self, name: str) -> Path:
+        """Of one of its folders."""
+        return self.path / name
+
+    def is_tar(self, name: str) -> bool:
+        """None of its folders is one."""
+        return False
+
+    def show(self, name: str) -> str:
+        """One of its folders, for messages."""
+        return f"{self.path / name}/"
+
+    def open(self, name: str) -> "Tree":
+        """One of its folders."""
+        inside = [(folders[1:], member) for folders, member in self.images if folders[:1] == (name,)]
+        return TarFolder(self.path / name, self.tar, inside, [])
+
+    def holds_images(self) -> bool:
+        """Whether images lie in it, outside of folders."""
+        return any(not folders for folders, _ in self.images)
+
+    def loose_files(self) -> list[Path]:
+        """The other files, and images outside of folders."""
+        return sorted(
+            [*self.others, *(self.tar / member.name for folders, member in self.images if not folders)]
+        )
+
+    def append_to(self, listing: Listing, label: int, ignored: list[Path]) -> int:
+        """Add all images under it to a listing; returns their number."""
+        ignored += self.others
+        return append_tar(listing, self.tar, label, [member for _, member in self.images])
+
+
+Tree = DiskFolder | TarFolder
+
+
+def is_tar_file(entry: "os.DirEntry[str]") -> bool:
+    """Whether a file is a tar by its name."""
+    return entry.name.endswith(".tar") and not entry.is_dir()
+
+
+@functools.lru_cache(maxsize=2)
+def read_tar(tar: Path) -> TarFolder:
+    """Read the headers of a tar. Raises `ValueError`, also for a shard of WebDataset, in which files of one name make a
+    sample, its label among them."""
+    tree = TarFolder(tar, tar, [], [])
+    others: list[tuple[tuple[str, ...], Member]] = []
+    for member in list_members(tar):
+        *folders, base = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [
+            member.name
+        ]
+        if not any(map(is_system_file, (*folders, base))):
+            (tree.images if IMAGE_NAME.fullmatch(base) else others).append((tuple(folders), member))
+    if not tree.images:  # as ImageNet-21k has them
+        tree.images.extend(file for file in others if "." not in Path(file[1].name).name)
+        others = [file for file in others if file not in tree.images]
+    tree.others.extend(sorted(tar / member.name for _, member in others))
+    if len(tree.images) != len({member.name for _, member in tree.images}):
+        raise ValueError(
+            f"{tar} holds a file twice; unpack it, which leaves the last one, and pack the folders"
+        )
+    if (
+        len({folders for folders, _ in tree.images}) > 1
+    ):  # class folders, in which other files may lie beside images
+        return tree
+    images = {sample_key(*file)[0] for file in tree.images}
+    sidecars = [extension for key, extension in (sample_key(*file) for file in others) if key in images]
+    if "cls" in sidecars:
+        raise ValueError(f"{tar} is a WebDataset shard; take it over with make_shards.py adopt")
+    if sidecars:
+        raise ValueError(
+            f"{tar} is a WebDataset shard (.{min(sidecars)} beside each image) without labels (.cls); put the images "
+            "of each class into a folder of its own"
+        )
+    return tree
+
+
+def sample_key(folders: tuple[str, ...], member: Member) -> tuple[tuple[str, ...], str]:
+    """Folders and name up to its first dot, and what follows: WebDataset's key and extension."""
+    name, _, extension = member.name.rpartition("/")[2].partition(".")
+    return (*folders, name), extension
+
+
+def unwrap(tree: Tree, keep_splits: bool = False) -> Tree:
+    """The innermost folder that holds the class folders: wrappers hold nothing but one folder of folders.
+
+    `keep_splits`: folders that are called like splits are no wrappers."""
+    while len(names := tree.names()) == 1 and not (keep_splits and SPLIT_NAME.fullmatch(names[0])):
+        if tree.holds_images() or (inner := tree.open(names[0])).holds_images() or not inner.names():
+            break
+        tree = inner
+    return tree
+
+
+def read_tree(raw: Path, tree: Tree) -> RawImageNet:
+    """List a folder of class folders or of splits. Raises `ValueError` where it is not clear what is a class."""
+    names = tree.names()
+    splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
+    if "train" in names and (splits == names or is_split(tree)):
+        val = next((name for name in VAL_NAMES if name in names), None)
+        trees = {"train": unwrap(tree.open("train"))} | ({"val": unwrap(tree.open(val))} if val else {})
+        ignored = [tree.path_of(name) for name in names if name not in ("train", val)]
+        return read_splits(raw, trees, [*ignored, *tree.loose_files()])
+    # The archive of ILSVRC-2012's test images often lies beside class tars.
+    tests = [name for name in splits if "test" in name.lower() and tree.is_tar(name)]
+    inner = [(each, name) for each in opened_folders(tree) for name in each.names()]
+    for parent, name in [(tree, name) for name in names if name not in tests] + inner:
+        if SPLIT_NAME.fullmatch(name) and not (parent == tree and name == "train"):
+            raise ValueError(
+                f"{parent.show(name)} seems to be a split, not a class; expected folders or tars called train and val"
+            )
+    if names == tests:
+        raise ValueError(f"{tree.path} holds {tree.path_of(tests[0]).name} alone, test images; add train.tar")
+    return read_splits(raw, {"train": tree}, [tree.path_of(name) for name in tests], tests)
+
+
+def is_split(tree: Tree) -> bool:
+    """Whether its folder `train` holds classes, and is none."""
+    return not tree.is_tar("train") or len(unwrap(tree.open("train")).names()) > 1
+
+
+def opened_folders(tree: Tree) -> list[Tree]:
+    """Its folders that hold nothing but folders. Tars are not read for it."""
+    found = [tree.open(name) for name in tree.names() if not tree.is_tar(name)]
+    return [each for each in found if not each.holds_images()]
+
+
+def read_splits(
+    raw: Path, trees: dict[str, Tree], ignored: list[Path], leave_out: Sequence[str] = ()
+) -> RawImageNet:
+    """List the class folders of every split but `leave_out`. Raises `ValueError` for a class without images in train,
+    or one that only the validation images have."""
+    wnids = [name for name in trees["train"].names() if name not in leave_out]
+    index = {wnid: label for label, wnid in enumerate(wnids)}
+    splits = {}
+    for split, tree in trees.items():
+        listing = splits[split] = Listing(raw)
+        names = [name for name in tree.names() if name not in leave_out]
+        if isinstance(tree, TarFolder) and tree.holds_images() and names:
+            raise ValueError(
+                f"{tree.path} holds {tree.loose_files()[0].name!r} outside of its class folders; move it"
+            )
+        ignored = [*ignored, *tree.loose_files()]
+        for wnid in tqdm(names, f"listing {split}", unit="class", disable=None):
+            if wnid not in index:
+                raise ValueError(f"{tree.show(wnid)}: a class without training images; add them or remove it")
+            folder, others = tree.open(wnid), list[Path]()
+            if tree.is_tar(wnid) and isinstance(folder, TarFolder):
+                check_class_tar(folder)
+            if not folder.append_to(listing, index[wnid], others) and split == "train":
+                raise ValueError(f"{tree.show(wnid)} holds no image; fill it, fetch it again or remove it")
+            ignored += others
+        if not listing:
+            raise ValueError(f"{tree.path} holds no class folders; put the images of each class into one")
+    kinds = {(type(tree), any(map(tree.is_tar, tree.names()))) for tree in trees.values()}
+    on_disk = (DiskFolder, False) in kinds
+    layout = (
+        "class folders"
+        if on_disk
+        else "per-class tars"
+        if (DiskFolder, True) in kinds
+        else "class folders in tars"
+    )
+    classes = tuple(ClassName(wnid, wnid) for wnid in wnids)
+    return RawImageNet(layout, classes, splits, in_folders=on_disk, ignored=ignored)
+
+
+def check_class_tar(tree: TarFolder) -> None:
+    """Raise `ValueError` where a tar does not hold one class."""
+    if not tree.images:
+        raise ValueError(f"{tree.path} holds no image; fetch it again or remove it")
+    if len(folders := sorted({folders for folders, _ in tree.images})) > 1:
+        raise ValueError(
+            f"{tree.path} holds several folders, such as {'/'.join(folders[-1])!r}: it is not clear what is a class; "
+            "unpack it into train/, a folder for each class"
+        )
 
 
 def image_files(folder: Path, ignored: list[Path], above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
@@ -309,93 +541,6 @@ def append_file(listing: Listing, path: Path, label: int) -> None:
     listing.append(-1, os.path.relpath(path, listing.root), 0, status.st_size, label)
 
 
-def append_folder(listing: Listing, folder: Path, label: int, ignored: list[Path]) -> int:
-    """Add the images of one class folder; returns their number. Raises as `append_file`."""
-    number = len(listing)
-    for path in image_files(folder, ignored):
-        append_file(listing, path, label)
-    return len(listing) - number
-
-
-def class_folders(split: Path, ignored: list[Path]) -> list[str]:
-    """The classes of a split: its folders, sorted; appends files to `ignored`. Raises `ValueError` for no class."""
-    ignored += [
-        Path(entry.path) for entry in os.scandir(split) if entry.is_file() and not is_system_file(entry.name)
-    ]
-    if not (wnids := [folder.name for folder in subfolders(split)]):
-        raise ValueError(f"{split} holds no class folders; put the images of each class into {split}/<class>")
-    return wnids
-
-
-def list_train(raw: Path, folder: Path, ignored: list[Path]) -> tuple[list[str], Listing]:
-    """The classes of a train folder and its images. Raises `ValueError` for a class without images."""
-    wnids, train = class_folders(folder, ignored), Listing(raw)
-    for label, wnid in enumerate(wnids):
-        if not append_folder(train, folder / wnid, label, ignored):
-            raise ValueError(f"{folder / wnid} holds no image; fill it, fetch it again or remove the folder")
-    return wnids, train
-
-
-def unwrap_split(split: Path) -> Path:
-    """A split's folder, or the one in it that holds its classes: archives of train/ unpack to train/train/ easily."""
-    visible = [entry for entry in os.scandir(split) if not is_system_file(entry.name)]
-    same = [entry for entry in visible if entry.is_dir() and entry.name == split.name]
-    return split / split.name if len(visible) == len(same) == 1 else split
-
-
-def find_class_folders(raw: Path) -> Path | None:
-    """Where a folder without train/ holds class folders: it, or the only folder in it; None where there is no image.
-
-    Raises `ValueError` where its folders, or those in them, are splits.
-    """
-    folders = subfolders(raw)
-    if not any(next(image_files(folder, []), None) for folder in folders):
-        return None
-    wraps = [folder for folder in folders if not holds_images(folder)]
-    if (
-        len(folders) == len(wraps) == 1
-        and not holds_images(raw)
-        and not SPLIT_NAME.fullmatch(folders[0].name)
-    ):
-        return folders[0]
-    for folder in (*folders, *(inner for wrapper in wraps for inner in subfolders(wrapper))):
-        if SPLIT_NAME.fullmatch(folder.name):
-            raise ValueError(f"{folder} seems to be a split, not a class; give a folder with train/ and val/")
-    return raw
-
-
-def holds_images(folder: Path) -> bool:
-    """Whether images lie in a folder itself."""
-    return any(IMAGE_NAME.fullmatch(entry.name) and entry.is_file() for entry in os.scandir(folder))
-
-
-def read_folders(raw: Path, train_folder: Path) -> RawImageNet:
-    """List `train/<class>/**/*.jpg` and, if it is there, `val/<class>/**/*.jpg`, or the classes of another folder.
-
-    Raises `ValueError` for a class without images in train, or one that only the validation images have.
-    """
-    ignored: list[Path] = []
-    wnids, train = list_train(raw, unwrap_split(train_folder), ignored)
-    index = {wnid: position for position, wnid in enumerate(wnids)}
-    splits, val = {"train": train}, Listing(raw)
-    folder = next((raw / name for name in VAL_NAMES if train_folder != raw and (raw / name).is_dir()), None)
-    if train_folder != raw:
-        ignored += [each for each in subfolders(raw) if each not in (train_folder, folder)]
-    if folder:
-        folder = unwrap_split(folder)
-        for wnid in class_folders(folder, ignored):
-            if wnid not in index:
-                raise ValueError(
-                    f"{folder / wnid} has no counterpart in {train_folder}; remove it or add the class"
-                )
-            append_folder(val, folder / wnid, index[wnid], ignored)
-        if not val:
-            raise ValueError(f"{folder} holds no image in its class folders; fill or remove it")
-        splits["val"] = val
-    classes = tuple(ClassName(wnid, wnid) for wnid in wnids)
-    return RawImageNet("class folders", classes, splits, in_folders=True, ignored=ignored)
-
-
 def kaggle_tree(raw: Path) -> Path | None:
     """The folder CLS-LOC of Kaggle's download, if `raw` is or holds it."""
     candidates = [raw, *(raw / inner for inner in ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"))]
@@ -425,10 +570,9 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
     words = solution.with_name(SYNSET_WORDS)
     lines = words.read_text("utf-8", errors="replace").splitlines() if words.is_file() else []
     named = dict(line.split(" ", 1) for line in lines if " " in line)
-    ignored: list[Path] = []
-    wnids, train = list_train(raw, tree / "train", ignored)
-    index = {wnid: position for position, wnid in enumerate(wnids)}
-    val = Listing(raw)
+    data = read_splits(raw, {"train": DiskFolder(tree / "train")}, [])
+    index = {name.wnid: position for position, name in enumerate(data.classes)}
+    val, ignored = Listing(raw), [*data.ignored]
     for path in image_files(tree / "val", ignored):
         wnid = wnid_of.get(path.stem, "")
         if wnid not in index:
@@ -440,172 +584,6 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
         raise ValueError(
             f"{tree / 'val'} holds {len(val)} images, or one twice; {solution} labels {len(wnid_of)}"
         )
-    classes = tuple(ClassName(wnid, named.get(wnid, wnid)) for wnid in wnids)
-    splits = {"train": train, "val": val}
+    classes = tuple(ClassName(name.wnid, named.get(name.wnid, name.wnid)) for name in data.classes)
+    splits = data.splits | {"val": val}
     return RawImageNet("Kaggle's ILSVRC tree", classes, splits, in_folders=True, ignored=ignored)
-
-
-# ---------------------------------------------------------------------------------------------------------------- tars
-
-
-class Tree(NamedTuple):
-    """What a tar holds, without what systems leave behind: (folders, file) each."""
-
-    tar: Path
-    images: list[tuple[tuple[str, ...], Member]]
-    """Files that are images by their names."""
-    others: list[tuple[tuple[str, ...], Member]]
-
-    def ignored(self) -> list[Path]:
-        """The other files, for the output."""
-        return sorted(self.tar / member.name for _, member in self.others)
-
-    def classes(self) -> list[str]:
-        """The folders that hold images, sorted."""
-        return sorted({folders[0] for folders, _ in self.images if folders})
-
-    def inside(self, folder: str) -> "Tree":
-        """The images in a folder, seen from there."""
-        return self._replace(
-            images=[(folders[1:], file) for folders, file in self.images if folders[:1] == (folder,)]
-        )
-
-    def unwrap(self, keep_splits: bool = False) -> "Tree":
-        """The same without folders that hold all images, each of them in a folder of its own; `keep_splits`: those
-        that are called like splits stay."""
-        tree = self
-        while (
-            tree.images
-            and (top := tree.images[0][0][:1])
-            and not (keep_splits and SPLIT_NAME.fullmatch(top[0]))
-        ):
-            if not all(len(folders) > 1 and folders[:1] == top for folders, _ in tree.images):
-                break
-            tree = tree.inside(top[0])
-        return tree
-
-
-def read_tars(raw: Path, tars: list[Path]) -> RawImageNet:
-    """List a folder of tars, sorted by class. Raises `ValueError` for tars without images, and where it is not clear
-    which classes their images have."""
-    named = {path.stem: path for path in tars}
-    splits = [path for path in tars if SPLIT_NAME.fullmatch(path.stem)]
-    tests = [path for path in splits if "test" in path.stem.lower()]
-    if "train" in named and (splits == tars or len(read_tree(named["train"]).unwrap().classes()) > 1):
-        val = next((named[name] for name in VAL_NAMES if name in named), None)
-        chosen = {"train": named["train"]} | ({"val": val} if val else {})
-        trees = {split: read_tree(path).unwrap() for split, path in chosen.items()}
-        return read_trees(raw, trees, [path for path in tars if path not in chosen.values()])
-    if splits == tars:
-        raise ValueError(f"{raw} holds {tars[0].name}, but no train.tar or train/ to learn from; add it")
-    classes = [path for path in tars if path not in tests]
-    if unclear := [path for path in splits if path in classes and path.stem != "train"]:
-        raise ValueError(
-            f"{unclear[0]} seems to be a split, not a class; move it away, or rename it and train.tar"
-        )
-    return read_class_tars(raw, classes, tests) if len(classes) > 1 else read_one_tar(raw, classes[0], tests)
-
-
-def read_one_tar(raw: Path, tar: Path, ignored: list[Path]) -> RawImageNet:
-    """List a tar of train/<class> and val/<class>, of class folders, or of one class. Raises as `read_tars`."""
-    tree = read_tree(tar).unwrap(keep_splits=True)
-    tops = tree.classes()
-    if "train" in tops:
-        val = next((name for name in VAL_NAMES if name in tops), None)
-        names = {"train": "train"} | ({"val": val} if val else {})
-        trees = {split: tree.inside(name).unwrap() for split, name in names.items()}
-        rest = {tar / member.name for folders, member in tree.images if not folders}
-        rest |= {tar / name for name in tops if name not in names.values()}
-        return read_trees(raw, trees, [*ignored, *sorted(rest)])
-    for name in sorted({folder for folders, _ in tree.images for folder in folders[:2]}):
-        if SPLIT_NAME.fullmatch(name):
-            raise ValueError(
-                f"{tar} holds {name}/, which seems to be a split, not a class; call them train and val"
-            )
-    return (
-        read_trees(raw, {"train": tree}, ignored) if len(tops) > 1 else read_class_tars(raw, [tar], ignored)
-    )
-
-
-def read_tree(tar: Path) -> Tree:
-    """Read the headers of a tar. Raises `ValueError`, also for a shard of WebDataset, in which files of one name make a
-    sample, its label among them."""
-    tree = Tree(tar, [], [])
-    for member in list_members(tar):
-        *folders, base = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [
-            member.name
-        ]
-        if not any(map(is_system_file, (*folders, base))):
-            files = tree.images if IMAGE_NAME.fullmatch(base) else tree.others
-            files.append((tuple(folders), member))
-    if len(tree.images) != len({member.name for _, member in tree.images}):
-        raise ValueError(
-            f"{tar} holds a file twice; unpack it, which leaves the last one, and pack the folders"
-        )
-    if (
-        len({folders for folders, _ in tree.images}) > 1
-    ):  # class folders, in which other files may lie beside images
-        return tree
-    images = {sample_key(*file)[0] for file in tree.images}
-    sidecars = [extension for key, extension in (sample_key(*file) for file in tree.others) if key in images]
-    if "cls" in sidecars:
-        raise ValueError(f"{tar} is a WebDataset shard; take it over with make_shards.py adopt")
-    if sidecars:
-        raise ValueError(
-            f"{tar} is a WebDataset shard (.{min(sidecars)} beside each image) without labels (.cls); put the "
-            "images of each class into a folder of its own"
-        )
-    return tree
-
-
-def sample_key(folders: tuple[str, ...], member: Member) -> tuple[tuple[str, ...], str]:
-    """Folders and name up to its first dot, and what follows: WebDataset's key and extension."""
-    name, _, extension = member.name.rpartition("/")[2].partition(".")
-    return (*folders, name), extension
-
-
-def read_trees(raw: Path, trees: dict[str, Tree], ignored: list[Path]) -> RawImageNet:
-    """List class folders in tars, by split. Raises `ValueError` for images outside of them, and for a class that only
-    the validation images have."""
-    wnids = trees["train"].classes()
-    index = {wnid: label for label, wnid in enumerate(wnids)}
-    splits = {}
-    for split, tree in trees.items():
-        listing = splits[split] = Listing(raw)
-        archive = listing.add_file(tree.tar)
-        for folders, member in sorted(tree.images):
-            if not folders:
-                raise ValueError(
-                    f"{tree.tar} holds {member.name!r} outside of its class folders; move or remove it"
-                )
-            if folders[0] not in index:
-                raise ValueError(
-                    f"{tree.tar} holds {member.name!r}, whose class has no training images; add or remove it"
-                )
-            listing.append(archive, member.name, member.offset, member.size, index[folders[0]])
-        if not listing:
-            raise ValueError(
-                f"{tree.tar} holds no class folders; put the images of each class into one, or unpack it"
-            )
-    others = sorted({path for tree in trees.values() for path in tree.ignored()})
-    classes = tuple(ClassName(wnid, wnid) for wnid in wnids)
-    return RawImageNet("class folders in tars", classes, splits, ignored=[*others, *ignored])
-
-
-def read_class_tars(raw: Path, tars: list[Path], ignored: list[Path]) -> RawImageNet:
-    """List per-class tars, `<wnid>.tar`, no validation images. Raises as `read_tars`."""
-    listing, ignored = Listing(raw), [*ignored]
-    for label, path in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
-        tree = read_tree(path)
-        files = tree.images or [file for file in tree.others if "." not in Path(file[1].name).name]
-        if not files:
-            raise ValueError(f"{path} holds no image; fetch it again or remove it")
-        if len(folders := sorted({folders for folders, _ in files})) > 1:
-            raise ValueError(
-                f"{path} holds several folders, such as {'/'.join(folders[-1])!r}: it is not clear what is a class; "
-                "unpack it into train/, a folder for each class"
-            )
-        append_tar(listing, path, label, [member for _, member in files])
-        ignored += tree.ignored() if tree.images else []
-    classes = tuple(ClassName(path.stem, path.stem) for path in tars)
-    return RawImageNet("per-class tars", classes, {"train": listing}, ignored=ignored)
