@@ -27,8 +27,8 @@ from tests.helpers import ROOT
 GOLDEN = ROOT / "tests" / "golden.json"
 STEPS = 44
 """Of the quickstart's first epoch."""
-FREE = ("options", "plan", "versions", "format_version")
-"""Fields of a manifest that name options and versions: what they come to is in the others."""
+FREE = ("options", "plan", "versions", "format_version", "manifest_sha256")
+"""Fields of manifests and of pca.json that name options and versions: what they come to is in the others."""
 
 
 def surroundings() -> dict[str, str]:
@@ -80,14 +80,12 @@ def measure(root: Path, scratch: Path, packed: Path | None = None) -> dict[str, 
     evaluation = run("train.evaluate", directory, shards, "--device", "cpu")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in load_file(weights).items()}
-    files = sorted(
-        [*shards.glob("*/*.tar"), *shards.glob("*/*.idx"), shards / "classes.json", shards / "pca.json"]
-    )
+    files = sorted([*shards.glob("*/*.tar"), *shards.glob("*/*.idx"), shards / "classes.json"])
     found: dict[str, Any] = {str(path.relative_to(shards)): sha(path.read_bytes()) for path in files}
-    for split in ("train", "val"):
-        manifest = json.loads((shards / split / "manifest.json").read_text())
-        rest = {name: value for name, value in manifest.items() if name not in FREE}
-        found[f"{split}/manifest.json"] = sha(json.dumps(rest, sort_keys=True).encode())
+    for name in ("train/manifest.json", "val/manifest.json", "pca.json"):
+        content = json.loads((shards / name).read_text())
+        rest = {name: value for name, value in content.items() if name not in FREE}
+        found[name] = sha(json.dumps(rest, sort_keys=True).encode())
     return {
         "files": found,
         "losses": [row["loss"] for row in rows if row["kind"] == "train"],
