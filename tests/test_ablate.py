@@ -333,7 +333,7 @@ def test_stopped_and_continued(shards: Path, tmp_path: Path) -> None:
     log = tmp_path / "out" / "base-seed5.log"
     assert "stopped and saved at step" in log.read_text() and not (tmp_path / "out" / "ablations.md").exists()
     output = run_ok(*command)
-    assert "going on from" in log.read_text() and "\n- base, seed 5: tower" in output
+    assert "resuming from" in log.read_text() and "\n- base, seed 5: tower" in output
     assert "\n- one-gpu, seed 5: one tower" in output and (tmp_path / "out" / "ablations.png").is_file()
     entries = read_json(tmp_path / "out" / "ablations.json")["entries"]
     path = find_checkpoint(tmp_path / "out" / "base-seed5")

@@ -101,7 +101,7 @@ def test_thirty_kills(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     assert saved >= KILLS // 5
     before = last_step(tmp_path)
     output, _ = start(shards, tmp_path).communicate(timeout=240)
-    assert "going on from" in output and "ten-view top-1 accuracy" in output, output
+    assert "resuming from" in output and "ten-view top-1 accuracy" in output, output
     assert before < EPOCHS * STEPS == final(tmp_path)["step"]
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
@@ -114,6 +114,6 @@ def test_torchrun_restarts_by_itself(shards: Path, undisturbed: Path, tmp_path: 
     wait_for(lambda: last_step(tmp_path) >= STEPS + 6, launcher)
     os.kill(worker(launcher, 1) or 0, signal.SIGKILL)
     output, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == 0 and output.count("going on from") == 1, output
+    assert launcher.returncode == 0 and output.count("resuming from") == 1, output
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)

@@ -85,7 +85,7 @@ def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "LATEST").write_text("step-00000020.pt\n")
     assert "parallel.placement = towers" in train_refuses(*run)
     told = run_ok("-m", "train.run", *run, "--resume.allow_world_change", "true")
-    assert f"going on from {tmp_path}/checkpoints/step-{STEPS:08d}.pt (epoch 1, step {STEPS})" in told
+    assert f"resuming from {tmp_path}/checkpoints/step-{STEPS:08d}.pt (epoch 2, step {STEPS})" in told
     ended = final(tmp_path)
     assert ended["step"] == 2 * STEPS and len(ended["ranks"]) == 1  # type: ignore[arg-type]
     assert not same_weights(began, ended)

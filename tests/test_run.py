@@ -62,12 +62,12 @@ def test_killed_stopped_and_continued_gives_the_same_weights(
     wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= STEPS + 4, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "going on from" in output and "run the same command again" in output
+    assert process.returncode == 0 and "resuming from" in output and "run the same command again" in output
 
     stopped = final(tmp_path)
     assert STEPS < stopped["step"] < 2 * STEPS  # type: ignore[operator]
     assert stopped["epoch"] == 1 and not same_weights(stopped, final(undisturbed))
-    assert "going on from" in run_ok(*TRAIN, *small_run(few, tmp_path))
+    assert "resuming from" in run_ok(*TRAIN, *small_run(few, tmp_path))
     assert final(tmp_path)["step"] == EPOCHS * STEPS
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
@@ -183,7 +183,7 @@ def test_resumed_by_its_folder_alone(few: Path, undisturbed: Path, tmp_path: Pat
             assert "started with" in train_refuses("--run.dir", str(tmp_path), *more)
         else:
             longer = run_ok(*TRAIN, "--run.dir", str(tmp_path), *more, "--train.epochs", "3")
-            assert "going on from" in longer and final(tmp_path)["step"] == 3 * STEPS
+            assert "resuming from" in longer and final(tmp_path)["step"] == 3 * STEPS
     rates = {row["epoch"]: row["lr"] for row in rows_of(tmp_path) if row["kind"] == "train"}
     assert rates == {0: 0.005, 1: pytest.approx(0.0005), 2: pytest.approx(0.00005)}
 

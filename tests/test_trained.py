@@ -124,7 +124,7 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
     for name, tensor in final(tmp_path / "run")["model"].items():  # type: ignore[attr-defined]
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8)
     (tmp_path / "w.safetensors").unlink()  # what it started from is needed no more
-    assert "going on from" in run_ok(*TRAIN, *small_run(few, tmp_path / "run", *more))
+    assert "resuming from" in run_ok(*TRAIN, *small_run(few, tmp_path / "run", *more))
     begun = tmp_path / "run" / "checkpoints"
     tiny(tmp_path / "w.safetensors", few, variant="original", num_classes=10)
     second = ["--train.weights", str(begun / f"step-{STEPS:08d}.pt"), *more[2:]]

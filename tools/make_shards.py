@@ -107,7 +107,9 @@ def pack(
             f"{options.val_fraction:.3g} of each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
     elif "val" not in data.splits:
-        print("no validation images: training wants some")
+        print(
+            "no validation images, of which training needs some: without --val-fraction 0 a tenth is set aside"
+        )
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]
