@@ -21,7 +21,7 @@ from pipeline.eigenbasis import Moments, write_eigenbasis
 from pipeline.shards import open_shards
 from tests.helpers import ROOT, jpeg, photo
 from tests.mutate import make_tar
-from tools.demo_archives import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
+from tools.make_demo import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
 from tools.make_shards import pack
 from tools.packing import ilsvrc as ilsvrc_module
 from tools.packing.ilsvrc import read_devkit

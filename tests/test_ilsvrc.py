@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import refuses, tar_of
-from tools.demo_archives import DIGIT_TO_WNID, devkit
+from tools.make_demo import DIGIT_TO_WNID, make_devkit
 from tools.packing.ilsvrc import read_devkit
 
 
@@ -16,7 +16,7 @@ from tools.packing.ilsvrc import read_devkit
 def test_a_devkit_that_ends_scipys_reader(tmp_path: Path, at: int, value: int) -> None:
     """One byte of meta.mat is enough for a segmentation fault (scipy 1.17); it is a sentence here."""
     files = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
-    with tarfile.open(fileobj=io.BytesIO(devkit(dict.fromkeys(DIGIT_TO_WNID.values(), 1), [1]))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(make_devkit(dict.fromkeys(DIGIT_TO_WNID.values(), 1), [1]))) as tar:
         for name in files:
             files[name] = tar.extractfile(f"ILSVRC2012_devkit_t12/data/{name}").read()  # type: ignore[union-attr]
     path = tmp_path / "devkit.tar.gz"
