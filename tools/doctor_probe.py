@@ -6,9 +6,9 @@ tools/doctor.py starts it, a process for each, so that a library that crashes or
 It imports nothing of ours.
 """
 
+import argparse
 import io
 import json
-import sys
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -106,9 +106,12 @@ def decode_jpeg(on_gpu: bool) -> str:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
+    probes = {"driver": probe_driver, "torch": probe_torch, "dali": probe_dali}
+    parser = argparse.ArgumentParser(description="The part of tools/doctor.py that imports libraries.")
+    parser.add_argument("name", choices=probes)
+    name = parser.parse_args().name
     try:
-        result = {"driver": probe_driver, "torch": probe_torch, "dali": probe_dali}[name]()
+        result = probes[name]()
     except BaseException as error:  # a library may do anything when it is imported
         result = {"error": f"{type(error).__name__}: {error}"}
     print("\n" + json.dumps({"probe": name, **result}), flush=True)
