@@ -21,21 +21,26 @@ from model.weights import read_weights
 from pipeline.diagnose import find_damage
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.shards import open_shards, read_index
-from tests.mutate import NAMES, make_tar, mutate_bytes, mutate_json, mutate_tar, mutate_text, mutate_tree, mutate_yaml
+from tests.mutate import (
+    NAMES,
+    make_tar,
+    mutate_bytes,
+    mutate_json,
+    mutate_tar,
+    mutate_text,
+    mutate_tree,
+    mutate_yaml,
+)
 from tests.sound import QUICKSTART, Place, config_arguments, config_of, copy, known_devkit, members_of, packed
 from tools.doctor import check_eigenbasis
 from tools.export_weights import export_weights
 from tools.packing.adopt import adopt, read_class_file
-from tools.packing.check_shard import check_image
-from tools.packing.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
 from tools.packing.images import Packed
+from tools.packing.layouts import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE, find_layout
 from tools.packing.listing import RawImage
-from tools.packing.manifest import LISTING
-from tools.packing.pack import pack_sample
 from tools.packing.plan import Options
-from tools.packing.raw import find_layout
-from tools.packing.stats import stats
-from tools.packing.verify import verify
+from tools.packing.verify import find_image_fault, stats, verify
+from tools.packing.writer import LISTING, pack_sample
 from tools.preview_sheet import format_eigenbasis
 from train import charts
 from train.checkpoint import (
@@ -59,16 +64,16 @@ def images(rng: random.Random, place: Place) -> Calls:
     """An image file, packed in each way; what the packer takes, `verify` takes too."""
     path = rng.choice(sorted((place.seeds / "images").iterdir()))
     data = mutate_bytes(rng, path.read_bytes(), most=rng.choice((1, 3, 20)))
-    store, strict = rng.choice((("crop256", True), ("original", True), ("original", False)))
+    store = rng.choice(("crop256", "original"))
     file = place.given / f"n01_1{path.suffix}"
     file.write_bytes(data)
 
     def pack_it() -> None:
         image = RawImage(file.name, str(file), 0, len(data), 3)
-        options = Options(store=store, verify=strict, on_bad="fail")  # type: ignore[arg-type]
+        options = Options(store=store, on_bad="fail")  # type: ignore[arg-type]
         result, _ = pack_sample(("n01_1", image), options)
-        if isinstance(result, Packed) and strict:
-            check_image(result.jpeg, store)
+        if isinstance(result, Packed):
+            assert not find_image_fault(result.jpeg, store)
 
     return [pack_it]
 
@@ -76,7 +81,7 @@ def images(rng: random.Random, place: Place) -> Calls:
 def listed(raw: Path) -> None:
     """List a raw data set, as `pack` does, and read and pack every image."""
     with known_devkit():
-        data = find_layout(raw).read()
+        data = find_layout(raw)[1]()
     for listing in data.splits.values():
         for image in listing if not data.sequential else ():
             pack_sample((image.shown_name, image), Options(on_bad="skip"))
@@ -109,7 +114,7 @@ def devkit(rng: random.Random, place: Place) -> Calls:
             name = f"{folder}/ILSVRC2012_validation_ground_truth.txt"
             inner = make_tar({**files, name: mutate_text(rng, files[name])})
         archive.write_bytes(gzip.compress(inner, 1))
-    return [lambda: find_layout(place.given).read()]
+    return [lambda: find_layout(place.given)[1]()]
 
 
 def class_tars(rng: random.Random, place: Place) -> Calls:
@@ -123,15 +128,21 @@ def class_tars(rng: random.Random, place: Place) -> Calls:
 def kaggle(rng: random.Random, place: Place) -> Calls:
     """Kaggle's lists of labels and words."""
     copy(place.seeds / "kaggle", place.given)
-    path = place.given / rng.choice(("LOC_val_solution.csv", "LOC_val_solution.csv", "LOC_synset_mapping.txt"))
+    path = place.given / rng.choice(
+        ("LOC_val_solution.csv", "LOC_val_solution.csv", "LOC_synset_mapping.txt")
+    )
     path.write_bytes(mutate_text(rng, path.read_bytes()))
-    return [lambda: find_layout(place.given).read()]
+    return [lambda: find_layout(place.given)[1]()]
 
 
 def folders(rng: random.Random, place: Place) -> Calls:
     """Class folders with odd names of folders and files, links and pipes; packed to the end."""
     image = (place.seeds / "images" / "rgb.jpg").read_bytes()
-    names = [name for name in NAMES if name.strip("./") and "\0" not in name and "/" not in name and len(name) < 250]
+    names = [
+        name
+        for name in NAMES
+        if name.strip("./") and "\0" not in name and "/" not in name and len(name) < 250
+    ]
     for split in ("train", "val"):
         for _ in range(3):
             folder = place.given / split / rng.choice((*names, "n01", "n02"))
@@ -184,7 +195,20 @@ def adopted(rng: random.Random, place: Place) -> Calls:
         files = members_of(tar.read_bytes())
         name = rng.choice([name for name in files if name.endswith(".cls")])
         label = rng.choice(
-            (b"-1", b"", b" 1", b"1 ", b"1\n", b"9" * 6, b"9" * 7, b"1.5", b"\xff", b"0x1", b"00", "²".encode())
+            (
+                b"-1",
+                b"",
+                b" 1",
+                b"1 ",
+                b"1\n",
+                b"9" * 6,
+                b"9" * 7,
+                b"1.5",
+                b"\xff",
+                b"0x1",
+                b"00",
+                "²".encode(),
+            )
         )
         tar.write_bytes(make_tar({**files, name: label}))
     else:
@@ -255,7 +279,9 @@ def manifest(rng: random.Random, place: Place) -> Calls:
     ]
     if rng.random() < 0.3:
         calls += [lambda: packed(place.seeds / "raw", place.out / "shards", samples_per_shard=11)]
-        calls += [lambda: adopt(place.seeds / "tars", place.out / "shards", split="train", pattern="*", workers=1)]
+        calls += [
+            lambda: adopt(place.seeds / "tars", place.out / "shards", split="train", pattern="*", workers=1)
+        ]
     return calls
 
 
@@ -283,7 +309,11 @@ def classes(rng: random.Random, place: Place) -> Calls:
     copy(place.seeds / "shards", place.given)
     path = place.given / "classes.json"
     path.write_bytes(mutate_json(rng, path.read_bytes()))
-    return [lambda: open_shards(place.given, "val"), lambda: read_class_file(path), lambda: stats(place.given)]
+    return [
+        lambda: open_shards(place.given, "val"),
+        lambda: read_class_file(path),
+        lambda: stats(place.given),
+    ]
 
 
 def mean_image(rng: random.Random, place: Place) -> Calls:
@@ -299,7 +329,9 @@ def mean_image(rng: random.Random, place: Place) -> Calls:
             ("(256, 256, 3)", "(99999999999, 256, 3)", "()", "(-1,)", "(2**40,)", "(1e9,)", "(9**9**9,)")
         )
         kind = rng.choice(("<f4", "|O", "<f8", "|V8", "<U99999999", "|b1", "[('a', '<f4')]"))
-        text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+        text = (
+            f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+        )
         data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data[128:]
     else:
         data = mutate_bytes(rng, data)
@@ -363,7 +395,10 @@ def odd_state(rng: random.Random, content: dict[str, Any]) -> dict[str, Any]:
         return content
     tensors = {name: content.pop(name) for name in ("model", "optimizer") if name in content}
     content = mutate_tree(rng, content, most=1)
-    return {**(content if isinstance(content, dict) else {"config": content}), **(tensors if draw < 0.95 else {})}
+    return {
+        **(content if isinstance(content, dict) else {"config": content}),
+        **(tensors if draw < 0.95 else {}),
+    }
 
 
 def odd_tensor(rng: random.Random, tensor: torch.Tensor) -> Any:
@@ -392,7 +427,9 @@ def pointers(rng: random.Random, place: Place) -> Calls:
     for name in rng.sample(("LATEST", "BEST"), rng.randint(1, 2)):
         path = run / "checkpoints" / name
         path.write_bytes(
-            rng.choice((mutate_bytes(rng, path.read_bytes()), rng.choice(NAMES).encode(errors="surrogateescape")))
+            rng.choice(
+                (mutate_bytes(rng, path.read_bytes()), rng.choice(NAMES).encode(errors="surrogateescape"))
+            )
         )
     content = {"best": {"step": 7, "top1_error": 1.0}, "model": {}}
 
@@ -415,7 +452,9 @@ def state_of(seeds: Path, out: Path) -> tuple[Any, dict[str, Any]]:
     from train.state import TrainState
 
     device = torch.device("cpu")
-    state = TrainState(parse_config(config_arguments(seeds, out)), device, Placement(ParallelConfig(), device))
+    state = TrainState(
+        parse_config(config_arguments(seeds, out)), device, Placement(ParallelConfig(), device)
+    )
     state.build()
     return state, state.capture()
 
@@ -473,7 +512,9 @@ def weights(rng: random.Random, place: Place) -> Calls:
         out, state = io.BytesIO(), torch.load(io.BytesIO(sound), weights_only=True)
         name = rng.choice(sorted(state))
         state[name] = odd_tensor(rng, state[name])
-        torch.save(state if draw < 0.9 else rng.choice(([], {}, state[name], {1: 2}, {"state_dict": state})), out)
+        torch.save(
+            state if draw < 0.9 else rng.choice(([], {}, state[name], {1: 2}, {"state_dict": state})), out
+        )
         data = out.getvalue()
     else:
         length = int.from_bytes(sound[:8], "little")
@@ -497,30 +538,23 @@ def listing(rng: random.Random, place: Place) -> Calls:
     """The packer's cached listing; a second pack reads it."""
     copy(place.seeds / "shards", place.out / "shards")
     path = place.out / "shards" / LISTING
-    if rng.random() < 0.5:
-        header, *blocks = path.read_bytes().splitlines()
-        lines = [header, *blocks]
-        at = rng.randrange(len(lines))
-        lines[at] = mutate_json(rng, lines[at])
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    else:
-        path.write_bytes(mutate_text(rng, path.read_bytes()))
+    path.write_bytes(mutate_bytes(rng, path.read_bytes(), most=20))
     return [lambda: packed(place.seeds / "raw", place.out / "shards", samples_per_shard=11)]
 
 
 def half_packed(rng: random.Random, place: Place) -> Calls:
-    """What a packer that was killed leaves: plan, notes, spilled segments; another goes on from there."""
+    """What a packer that was killed leaves: plan, sidecars, packed row groups; another resumes from there."""
     source = place.seeds / rng.choice(("half", "half-spilled"))
     copy(source, place.out / "shards")
     files = [
         each
         for each in (place.out / "shards").rglob("*")
-        if each.is_file() and each.suffix in (".json", ".npy", ".idx")
+        if each.is_file() and (each.suffix in (".json", ".idx") or each.name.startswith("segment"))
     ]
     path = rng.choice(sorted(files))
     path.write_bytes((mutate_json if path.suffix == ".json" else mutate_bytes)(rng, path.read_bytes()))
-    again = {"samples_per_shard": 11, "sequential_read": source.name == "half-spilled"}
-    return [lambda: packed(place.seeds / "raw", place.out / "shards", **again)]
+    raw = place.seeds / ("parquet" if source.name == "half-spilled" else "raw")
+    return [lambda: packed(raw, place.out / "shards", samples_per_shard=11)]
 
 
 def loader(rng: random.Random, place: Place) -> Calls:
@@ -548,7 +582,9 @@ def loader(rng: random.Random, place: Place) -> Calls:
         config = config_of(place)
         train = open_shards(place.given, "train")
         basis = Eigenbasis.load(place.given / "pca.json", train.manifest_sha256)
-        loads = train_loader(train, basis, config.data, batch_size=4, seed=1, rank=0, num_ranks=1, device="cpu")
+        loads = train_loader(
+            train, basis, config.data, batch_size=4, seed=1, rank=0, num_ranks=1, device="cpu"
+        )
         for _ in loads.epoch(0):
             pass
         loads.close()

@@ -47,7 +47,9 @@ TINY = "--model.channels [8,16,16,16,16] --model.hidden 32 --train.epochs 1 --ru
 
 def over_paper(*more: str) -> Config:
     """The paper's configuration with something over it."""
-    return parse_config(["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"])
+    return parse_config(
+        ["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"]
+    )
 
 
 def test_every_shipped_ablation_is_known_here() -> None:
@@ -60,22 +62,37 @@ def test_every_shipped_ablation_is_known_here() -> None:
 def test_shipped_ablations(name: str) -> None:
     """Over the paper's configuration each changes what its name says, and its comments give its command."""
     path = ABLATIONS / f"{name}.yaml"
-    paper, ablated = (flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path))))
+    paper, ablated = (
+        flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path)))
+    )
     assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
-    assert f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml" in path.read_text()
+    assert (
+        f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml"
+        in path.read_text()
+    )
 
 
 def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl from (step, epoch, error)."""
     kinds = (("train", "top1_error", train), ("eval", "centre_top1_error", val))
-    found = [{"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of]
+    found = [
+        {"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of
+    ]
     return sorted(found, key=lambda row: int(row["step"]))
 
 
 def test_figures_of_a_run() -> None:
     """The training error is the mean of the last epoch's rows, the validation error the last one, and the epoch of the
     first row at or below the error in question is counted in steps."""
-    train = [(4, 0, 90.0), (8, 0, 70.0), (12, 1, 40.0), (16, 1, 26.0), (20, 1, 25.0), (24, 2, 30.0), (28, 2, 20.0)]
+    train = [
+        (4, 0, 90.0),
+        (8, 0, 70.0),
+        (12, 1, 40.0),
+        (16, 1, 26.0),
+        (20, 1, 25.0),
+        (24, 2, 30.0),
+        (28, 2, 20.0),
+    ]
     found = read_figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25)
     assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0) and found.val_error == 35
     assert read_figures(rows(train, [(10, 1, 60.0)]), 7, 19.9).epochs_to_error is None
@@ -92,7 +109,10 @@ def test_the_best_rate() -> None:
     slow, fast = [run(1, 5, 9, 3.0), run(2, 5, 9, 5.0)], [run(1, 9, 9, 3.0), run(2, 9, 9, 4.0)]
     never, once = [run(1, 20, 9), run(2, 10, 9)], [run(1, 1, 9, 1.0), run(2, 28, 9)]
     assert pick_rate("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
-    assert pick_rate("a", {0.1: once, 0.2: never}).rate == 0.1 and pick_rate("a", {0.1: never, 0.2: once}).rate == 0.2
+    assert (
+        pick_rate("a", {0.1: once, 0.2: never}).rate == 0.1
+        and pick_rate("a", {0.1: never, 0.2: once}).rate == 0.2
+    )
     assert pick_rate("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
     assert pick_rate("a", {0.1: [None, None]}) == Entry("a", None, ())
 
@@ -111,7 +131,9 @@ def test_table_and_chart(tmp_path: Path) -> None:
     assert cells["one-gpu"] == ["0.2 *", "21.0", "27.5", "+6.5", "-", "+2.5 (+1.0 to +4.0)", "+1.7"]
     assert cells["no-lrn"] == ["", "diverged", "", "", "-", "", "+1.4"]
     assert "one image is 0.28 points" in page
-    plain = format_markdown([Entry("base", None, (first,)), Entry("mine", None, (run(1, 9, 19.5),))], 25, None, 100)
+    plain = format_markdown(
+        [Entry("base", None, (first,)), Entry("mine", None, (run(1, 9, 19.5),))], 25, None, 100
+    )
     assert "| mine " in plain and "| -0.5 |" in " ".join(plain.split()) and "| rate |" not in plain
     draw_curves(tmp_path / "a.png", entries)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -122,7 +144,9 @@ def test_what_shows_nothing_says_so() -> None:
     has not learned; another has no warning."""
     learned, not_yet = run(1, 9, 20, 3.0), run(1, 60, 70)
     runs = {"good": [learned] * 3, "two seeds": [learned] * 2, "short": [not_yet] * 3, "both": [not_yet]}
-    pages = {name: format_markdown([Entry("base", None, tuple(of))], 25, None, 100) for name, of in runs.items()}
+    pages = {
+        name: format_markdown([Entry("base", None, tuple(of))], 25, None, 100) for name, of in runs.items()
+    }
     warnings = {name: page.split("\n| ")[0].count("shows nothing") for name, page in pages.items()}
     assert warnings == {"good": 0, "two seeds": 1, "short": 1, "both": 2}
 
@@ -149,7 +173,13 @@ def test_what_shows_nothing_says_so() -> None:
 )
 def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], field: str) -> None:
     """One sentence that names the field, before anything is written."""
-    given = {"base": QUICKSTART, "shards": shards, "out": tmp_path / "out", "ablations": ["no-lrn"], "seeds": (1,)}
+    given = {
+        "base": QUICKSTART,
+        "shards": shards,
+        "out": tmp_path / "out",
+        "ablations": ["no-lrn"],
+        "seeds": (1,),
+    }
     with pytest.raises((ValueError, FileNotFoundError), match=field):
         ablate(**given | options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
@@ -196,7 +226,9 @@ def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -
     assert ablated["paper"] == "+1.4" and ablated["runs"][1]["val_errors"] == [31]
     before = {path: path.read_bytes() for path in tmp_path.glob("ablations.*")}
     assert {path.name for path in before} == {"ablations.json", "ablations.md", "ablations.png"}
-    assert compared()["trained"] == [] and all(path.read_bytes() == content for path, content in before.items())
+    assert compared()["trained"] == [] and all(
+        path.read_bytes() == content for path, content in before.items()
+    )
     shutil.rmtree(tmp_path / "no-lrn-seed2")
     assert compared()["trained"] == ["no-lrn-seed2"]
     (tmp_path / "base-seed2.json").unlink()
@@ -229,7 +261,9 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
         ("exit 0", "r: stopped"),
     ],
 )
-def test_how_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str) -> None:
+def test_how_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str
+) -> None:
     """Exit code and files tell how a run ended: it finished, diverged, failed, or was stopped before its report, of
     which an earlier one does not count."""
     python = tmp_path / "python"

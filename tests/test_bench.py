@@ -16,7 +16,7 @@ from tools.benchmarks import pack as bench_pack
 from tools.benchmarks.loader import Windows
 from tools.benchmarks.measure import rate
 from tools.make_demo import make_demo
-from tools.packing.ilsvrc import read_archives
+from tools.packing.layouts import read_archives
 
 
 def test_loader(few: Path, tmp_path: Path) -> None:
@@ -24,7 +24,17 @@ def test_loader(few: Path, tmp_path: Path) -> None:
     beside them."""
     out = tmp_path / "rows.jsonl"
     text = run_ok(
-        "tools/bench.py", "loader", few, "--seconds", "0.2", "--repeats", "1", "--batch-size", "32", "--out", out
+        "tools/bench.py",
+        "loader",
+        few,
+        "--seconds",
+        "0.2",
+        "--repeats",
+        "1",
+        "--batch-size",
+        "32",
+        "--out",
+        out,
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["contender"].split()[0] for row in rows] == ["libjpeg-turbo", "uint8", "loader:", "torch"]
@@ -45,7 +55,10 @@ def test_loader(few: Path, tmp_path: Path) -> None:
 def test_train(few: Path, tmp_path: Path) -> None:
     """Loader, network and both: positive rates; efficiency, waiting, what binds and where the time goes are told, on
     the screen and in the rows."""
-    out, small = tmp_path / "rows.jsonl", "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false"
+    out, small = (
+        tmp_path / "rows.jsonl",
+        "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false",
+    )
     config = ROOT / "train/configs/quickstart.yaml"
     turns = ["--seconds", "0.5", "--repeats", "2", "--profile", "--out", out]
     text = run_ok("tools/bench.py", "train", few, "--recipe", config, "--settings", small, *turns)
@@ -60,7 +73,9 @@ def test_train(few: Path, tmp_path: Path) -> None:
     assert f"the {'loader' if loader < network else 'network'} binds" in text
     parts = [rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")]
     assert (
-        sum(parts) == pytest.approx(100) and min(parts[:2]) > 0 and "where 10 training steps spend their time" in text
+        sum(parts) == pytest.approx(100)
+        and min(parts[:2]) > 0
+        and "where 10 training steps spend their time" in text
     )
     if rows[0]["gpu"] is None:
         assert rows[0]["gpu_utilization_percent"] is None and "busy_percent" not in rows[0]
@@ -105,7 +120,9 @@ def test_pack(tmp_path: Path) -> None:
     """Six rows, positive rates, two tables with a reference each; nothing is left beside the images."""
     make_demo(tmp_path / "raw", photos=40)
     out = tmp_path / "rows.jsonl"
-    text = run_ok("tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--workers", "2", "--out", out)
+    text = run_ok(
+        "tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--workers", "2", "--out", out
+    )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len({row["contender"] for row in rows}) == len(rows) == 6
     assert all(row["median"] > 0 and len(row["values"]) == 1 and row["images"] == 40 for row in rows)
@@ -134,7 +151,9 @@ def test_processes_of_packers_start_at_once() -> None:
 def test_plan(tmp_path: Path) -> None:
     """Planning fifty thousand images is told in seconds and memory, which stays far below that of a Python object
     each."""
-    output = run_ok("tools/bench.py", "plan", "--images", "50000", "--repeats", "1", "--out", tmp_path / "plan.jsonl")
+    output = run_ok(
+        "tools/bench.py", "plan", "--images", "50000", "--repeats", "1", "--out", tmp_path / "plan.jsonl"
+    )
     assert "50000 made-up names in 21841 archives" in output
     rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert {row["contender"] for row in rows} == {"read the listing", "plan", "memory at most"}
@@ -150,7 +169,9 @@ def test_all(few: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "rows").iterdir()} == {"pca.jsonl", "pca.png"}
     done = run_here("tools/bench.py", "all", few, "--only", '["pca", "speed"]', "--out", tmp_path / "other")
     assert done.returncode == 2 and "not speed" in done.stderr and not (tmp_path / "other").exists()
-    done = run_here("tools/bench.py", "all", few, "--only", '["pack"]', "--raw", tmp_path, "--out", tmp_path / "a")
+    done = run_here(
+        "tools/bench.py", "all", few, "--only", '["pack"]', "--raw", tmp_path, "--out", tmp_path / "a"
+    )
     assert done.returncode == 2 and done.stderr.endswith(
         "error: pack failed, see above; --only pack repeats one of them\n"
     )
@@ -160,7 +181,9 @@ def test_what_is_timed_begins_behind_the_warm_up() -> None:
     """A quarter of the time is not counted; what is told of the steps, such as their waits, begins where counting
     does."""
     told: list[str] = []
-    images_per_s = rate(lambda: (sleep(0.01), told.append("step")), 5, 0.4, begin=lambda: told.append("begin"))
+    images_per_s = rate(
+        lambda: (sleep(0.01), told.append("step")), 5, 0.4, begin=lambda: told.append("begin")
+    )
     warm_up, counted = told.index("begin"), len(told) - told.index("begin") - 1
     assert told.count("begin") == 1 and 1 <= warm_up <= 11 and counted >= warm_up
     assert images_per_s <= 5 / 0.01 and images_per_s == pytest.approx(5 * counted / 0.4, rel=0.3)

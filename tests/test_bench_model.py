@@ -30,7 +30,9 @@ SMALL_ONE = AlexNetConfig(towers=1, channels=(4, 8, 8, 8, 16), hidden=64)
         (UnshuffledConv2d, nn.Conv2d(3, 6, 11, stride=4), (2, 3, 227, 227)),
     ],
 )
-def test_other_ways_are_the_same_sums(kind: type[nn.Conv2d], layer: nn.Conv2d, shape: tuple[int, ...]) -> None:
+def test_other_ways_are_the_same_sums(
+    kind: type[nn.Conv2d], layer: nn.Conv2d, shape: tuple[int, ...]
+) -> None:
     """Outputs and gradients, in float64."""
     layer = layer.double()
     other = copy.deepcopy(layer)
@@ -60,7 +62,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(towers, "measure_towers", small)
     bench_model.bench_model([1], "float32", 0.01, 1, "cpu", True, tmp_path / "rows.jsonl")
     lines = capsys.readouterr().out.splitlines()
-    rates = [line for line in lines if line.startswith(("ours", "torch", "2.5 copies", "two towers,", "the paper's"))]
+    rates = [
+        line
+        for line in lines
+        if line.startswith(("ours", "torch", "2.5 copies", "two towers,", "the paper's"))
+    ]
     assert len(rates) == 3 + 4 + 2 and all(float(line.rsplit(maxsplit=4)[1]) > 0 for line in rates)
     assert any("convolution" in line for line in lines)
     assert any(line.startswith("the two-GPU net trains ") and line.endswith(" here") for line in lines)
@@ -88,7 +94,10 @@ def test_the_benchmark_outlives_its_processes() -> None:
             take_steps(towers.TWO_DEVICES, 1)
         assert time.monotonic() - started < 30
     assert not multiprocessing.active_children()
-    for said, told in (("ValueError: no", "process 0: ValueError: no"), (None, "process 0 has not answered for 0 s")):
+    for said, told in (
+        ("ValueError: no", "process 0: ValueError: no"),
+        (None, "process 0 has not answered for 0 s"),
+    ):
         ours, theirs = multiprocessing.Pipe()
         if said:
             theirs.send(said)

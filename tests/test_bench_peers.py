@@ -16,7 +16,15 @@ from pipeline.shards import ShardSet
 from tests.helpers import refuses, run_ok
 from tools.benchmarks import peers as bench_peers
 from tools.benchmarks.contenders.check import check_batches, check_decoded
-from tools.benchmarks.contenders.data import CHECKED, Batches, PeerData, Permutations, extract, numbered, whole_shards
+from tools.benchmarks.contenders.data import (
+    CHECKED,
+    Batches,
+    PeerData,
+    Permutations,
+    extract,
+    numbered,
+    whole_shards,
+)
 from tools.benchmarks.contenders.finish import finish
 from tools.benchmarks.contenders.registry import PEERS, Peer
 
@@ -131,7 +139,9 @@ def test_the_same_bytes_everywhere(numbered_shards: Callable[..., ShardSet], tmp
     shards = numbered_shards(200, 4)
     samples = list(webdataset.WebDataset(list(shards.tars), shardshuffle=False))
     files = extract(shards, tmp_path / "files")
-    assert [(Path(path).read_bytes(), label) for path, label in files] == [(s["jpg"], int(s["cls"])) for s in samples]
+    assert [(Path(path).read_bytes(), label) for path, label in files] == [
+        (s["jpg"], int(s["cls"])) for s in samples
+    ]
     assert [Path(path).parent.name for path, _ in files][:2] == ["000000", "000001"]
     assert [whole_shards(shards, n).num_samples for n in (1, 50, 51, 1000)] == [50, 50, 100, 200]
     few = numbered(shards, tmp_path / "few")
@@ -201,6 +211,8 @@ def test_peers(shards: Path, tmp_path: Path) -> None:
         row["contender"] for row in rows
     }
     assert all(row["median"] > 0 and row["peers"]["webdataset"] for row in rows)
-    assert text.count("128 of 128 images, once each") == len(rows) and text.count("not measured: ") == len(missing)
+    assert text.count("128 of 128 images, once each") == len(rows) and text.count("not measured: ") == len(
+        missing
+    )
     assert "--ffcv-python" in missing["FFCV"] and not list(scratch.iterdir())
     assert "--peers takes some of" in refuses("tools/bench.py", "peers", shards, "--peers", "[nobody]")

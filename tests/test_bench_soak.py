@@ -25,7 +25,9 @@ for line in sys.stdin:
 
 def test_what_a_process_holds() -> None:
     """Memory, threads and files are counted as they grow; a process that is gone ends the watch."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin and process.stdout
         seen: list[Held] = []
         for _ in range(3):
@@ -44,7 +46,9 @@ def test_what_a_process_holds() -> None:
 
 def test_training_that_ends(shards: Path) -> None:
     """Its own sentence is told."""
-    done = run_python("tools/bench.py", "soak", shards, "--minutes", "1", "--settings", "--model.num_classes 11")
+    done = run_python(
+        "tools/bench.py", "soak", shards, "--minutes", "1", "--settings", "--model.num_classes 11"
+    )
     assert done.returncode == 2 and "leave --model.num_classes 11 out" in done.stderr, done.stderr
 
 

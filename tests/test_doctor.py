@@ -55,15 +55,26 @@ def broken(tmp_path: Path) -> dict[str, str]:
     """An environment where neither PyTorch nor DALI imports."""
     for name in ("torch", "nvidia/dali"):
         (tmp_path / "stub" / name).mkdir(parents=True)
-        (tmp_path / "stub" / name / "__init__.py").write_text(f"raise ImportError('lib{name[:5]}.so is not there')\n")
+        (tmp_path / "stub" / name / "__init__.py").write_text(
+            f"raise ImportError('lib{name[:5]}.so is not there')\n"
+        )
     (tmp_path / "stub" / "nvidia" / "__init__.py").touch()
     return {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}:{ROOT}"}
 
 
 def run_doctor(*arguments: str | Path, environment: dict[str, str] | None = None, limit: str = ":") -> Any:
     """Run the program as a user would, after a shell command such as `ulimit`."""
-    command = ["bash", "-c", f'{limit}; exec "$0" "$@"', sys.executable, "tools/doctor.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    command = [
+        "bash",
+        "-c",
+        f'{limit}; exec "$0" "$@"',
+        sys.executable,
+        "tools/doctor.py",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
 
 
 def test_sound_machine(shards: Path) -> None:
@@ -104,9 +115,15 @@ def test_too_few_open_files(broken: dict[str, str], shards: Path) -> None:
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [("import os; os.abort()", "signal 6"), ("import time; time.sleep(60)", "no answer"), ("0 / 0", "ZeroDiv")],
+    [
+        ("import os; os.abort()", "signal 6"),
+        ("import time; time.sleep(60)", "no answer"),
+        ("0 / 0", "ZeroDiv"),
+    ],
 )
-def test_library_that_crashes_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str) -> None:
+def test_library_that_crashes_or_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
+) -> None:
     """A library that kills its process, never returns or raises anything is a finding, soon."""
     (tmp_path / "torch.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -136,13 +153,20 @@ def test_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 2, "peers": 2}, "0,1", "ok"),
         (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 8, "peers": 55}, None, "warning"),
         (DRIVER, TORCH | {"gpus": []}, "", "-"),
-        (DRIVER, TORCH | {"gpus": [], "cuda_error": "the driver is too old (found version 11040)"}, None, "problem"),
+        (
+            DRIVER,
+            TORCH | {"gpus": [], "cuda_error": "the driver is too old (found version 11040)"},
+            None,
+            "problem",
+        ),
         (DRIVER, TORCH | {"cuda": None, "gpus": []}, None, "problem"),
         (DRIVER, TORCH | {"cuda_error": "no kernel image is available"}, None, "problem"),
         (DRIVER, {"error": "ImportError"}, None, "-"),
     ],
 )
-def test_gpu_that_cannot_be_used(driver: Any, torch: dict[str, Any], visible: str | None, status: str) -> None:
+def test_gpu_that_cannot_be_used(
+    driver: Any, torch: dict[str, Any], visible: str | None, status: str
+) -> None:
     """A GPU that is there and unused is a problem, unless it was hidden on purpose."""
     found = check_gpus(driver, torch, visible)
     assert found.status == status and bool(found.remedy) == (status in ("warning", "problem"))
@@ -164,8 +188,13 @@ def test_limits_of_cgroups(tmp_path: Path) -> None:
     (tmp_path / "job" / "cpu.max").write_text("400000 100000\n")
     (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
     texts = read_cgroup("cpu.max", "0::/job/step\n", tmp_path)
-    assert texts == ["", "400000 100000\n", "max 100000\n"] and read_cgroup("cpu.max", "odd", tmp_path) == [""]
-    assert check_cores(8, 8, texts).status == "warning" and "--data.speed.threads 5" in check_cores(8, 8, texts).remedy
+    assert texts == ["", "400000 100000\n", "max 100000\n"] and read_cgroup("cpu.max", "odd", tmp_path) == [
+        ""
+    ]
+    assert (
+        check_cores(8, 8, texts).status == "warning"
+        and "--data.speed.threads 5" in check_cores(8, 8, texts).remedy
+    )
     assert check_cores(4, 8, texts).status == check_cores(8, 8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
 
 
@@ -227,7 +256,10 @@ def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.Monk
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package is a problem, one of another version a warning; what others require does not count."""
-    lines = ["other 1 requires numpy, which is not installed.", "alexnet-dali 0.1.0 has requirement numpy>=2, but ..."]
+    lines = [
+        "other 1 requires numpy, which is not installed.",
+        "alexnet-dali 0.1.0 has requirement numpy>=2, but ...",
+    ]
     lines.append("nvidia-dali-cuda120 2.4.0 requires nvidia-nvimgcodec-cu12, which is not installed.")
     for count, status in ((1, "ok"), (2, "warning"), (3, "problem")):
         pip = subprocess.CompletedProcess([], 1, "\n".join(lines[:count]))

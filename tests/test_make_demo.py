@@ -13,7 +13,7 @@ from scipy.io import loadmat
 
 from tests.helpers import refuses, run_ok
 from tools import make_demo
-from tools.packing.ilsvrc import read_archives
+from tools.packing.layouts import read_archives
 from tools.photos import AXES, AXIS_STDS, make_photo
 
 
@@ -121,7 +121,10 @@ def test_photos_are_like_photographs(photos: Path) -> None:
     images = [Image.open(io.BytesIO(file)) for file in files]
     pixels = sum(image.width * image.height for image in images)
     assert 0.35 < sum(map(len, files)) / pixels < 0.75
-    assert sum(max(image.size) == 500 for image in images) > 16 and min(min(image.size) for image in images) >= 96
+    assert (
+        sum(max(image.size) == 500 for image in images) > 16
+        and min(min(image.size) for image in images) >= 96
+    )
     assert [image.format for image in images].count("PNG") == 1
     slopes = [amplitude_slope(np.asarray(image.convert("L"))) for image in images if min(image.size) > 200]
     assert np.percentile(slopes, 10) > -1.5 and np.percentile(slopes, 90) < -0.7
@@ -144,5 +147,7 @@ def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
     assert "nothing to do" in run_ok("tools/make_demo.py", photos, "--photos", "40")
     for other in ((), ("--photos", "41"), ("--photos", "40", "--seed", "1")):
         assert "holds something else" in refuses("tools/make_demo.py", photos, *other)
-    assert "--photos: expected at least 20" in refuses("tools/make_demo.py", tmp_path / "few", "--photos", "19")
+    assert "--photos: expected at least 20" in refuses(
+        "tools/make_demo.py", tmp_path / "few", "--photos", "19"
+    )
     assert not (tmp_path / "few").exists()

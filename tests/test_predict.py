@@ -56,7 +56,9 @@ def test_what_evaluation_makes_of_them(weights: Path, few: Path, tmp_path: Path,
         assert torch.allclose(got, chances, atol=1e-6)
 
 
-def test_files_and_folders(weights: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_folders(
+    weights: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each gives its images once, in order, whatever format they are in; classes have the names of the shards."""
     rng = np.random.default_rng(0)
     for name in ("a/1.jpg", "a/2.png", "a/notes.txt", "b.webp"):
@@ -64,7 +66,9 @@ def test_files_and_folders(weights: Path, shards: Path, tmp_path: Path, monkeypa
         out = io.BytesIO()
         Image.fromarray(photo(rng, 300, 400)).save(out, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG"))
         (tmp_path / name).write_bytes(out.getvalue() if not name.endswith("txt") else b"x")
-    rows = predicted(weights, tmp_path / "a", tmp_path / "b.webp", tmp_path / "a" / "1.jpg", "--shards", shards)
+    rows = predicted(
+        weights, tmp_path / "a", tmp_path / "b.webp", tmp_path / "a" / "1.jpg", "--shards", shards
+    )
     assert [Path(str(row["image"])).name for row in rows] == ["1.jpg", "2.png", "b.webp", "1.jpg"]
     names = {row.wnid: (k, row.words) for k, row in enumerate(open_shards(shards, "val").classes)}
     for row in rows:

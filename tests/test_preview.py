@@ -45,9 +45,9 @@ def places(window: np.ndarray, image: np.ndarray) -> set[tuple[int, int, bool]]:
         for top in range(33):
             for left in range(33):
                 cut = image[top : top + 224, left : left + 224]
-                if all(np.abs(cut[step, step] - turned[step, step]).max() <= 2 for step in (0, 111, 223)) and (
-                    np.abs(cut - turned).max() <= 2
-                ):
+                if all(
+                    np.abs(cut[step, step] - turned[step, step]).max() <= 2 for step in (0, 111, 223)
+                ) and (np.abs(cut - turned).max() <= 2):
                     found.add((left, top, mirrored))
     return found
 
@@ -87,7 +87,9 @@ def test_training_images(numbered_shards: Make, plain_basis: Eigenbasis) -> None
         assert view.label == label
         assert (view.left, view.top, view.mirrored) in places(view.pixels, image)
     assert [view.label for view in views] != sorted(view.label for view in views)
-    assert [view.key for view in views] != [view.key for view in render_views(shards, plain_basis, NO_LIGHTING, 6)]
+    assert [view.key for view in views] != [
+        view.key for view in render_views(shards, plain_basis, NO_LIGHTING, 6)
+    ]
 
 
 @pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
@@ -98,7 +100,9 @@ def test_equals_the_loader(numbered_shards: Make, plain_basis: Eigenbasis, conve
     augmentation = Augmentation(lighting=lighting)
     views = render_views(shards, plain_basis, augmentation, 5)
     config = DataConfig(Path(), augmentation=augmentation)
-    loader = train_loader(shards, plain_basis, config, batch_size=40, seed=5, rank=0, num_ranks=1, device="cpu")
+    loader = train_loader(
+        shards, plain_basis, config, batch_size=40, seed=5, rank=0, num_ranks=1, device="cpu"
+    )
     images, labels = next(iter(loader))
     assert labels[:24].tolist() == [view.label for view in views]
     levels = images[:24].permute(0, 2, 3, 1).double().numpy() * lighting.divisor + plain_basis.mean
@@ -151,7 +155,9 @@ def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_sampl
     assert (blank[66:, 28 + 256 :] == 255)[: 3 * 259].all(), "nothing stands between captions and windows"
 
 
-@pytest.mark.parametrize("text", ["n01440764_10026", "W" * 40, "$x^2$ and $", "train/" * 9, "Ж" * 30, "a_{b}\\frac"])
+@pytest.mark.parametrize(
+    "text", ["n01440764_10026", "W" * 40, "$x^2$ and $", "train/" * 9, "Ж" * 30, "a_{b}\\frac"]
+)
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_captions_fit(text: str, keep_end: bool) -> None:
     """No text leaves its column, and one that is short enough is written as it is, whatever signs it holds."""
@@ -164,7 +170,9 @@ def test_captions_fit(text: str, keep_end: bool) -> None:
     assert line.get_window_extent().width <= 224
     shown = line.get_text()
     assert len(text) > 15 or shown == text
-    assert shown.strip("…") in text and (shown.strip("…") == text or (shown[0] if keep_end else shown[-1]) == "…")
+    assert shown.strip("…") in text and (
+        shown.strip("…") == text or (shown[0] if keep_end else shown[-1]) == "…"
+    )
 
 
 @pytest.mark.parametrize("name", ["s6.jpg", "a/b/n01_1.jpg", "a.b/c.d.jpg", "x:y/z:1.jpg", "./a.jpg"])
@@ -186,7 +194,9 @@ def test_mistakes(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path
         preview(tmp_path, seed=-1)
     views = render_views(shards, plain_basis, NO_LIGHTING, 5)
     with pytest.raises(DataError, match="s2: expected a label below 2"):
-        draw_sheet(tmp_path / "x.png", replace(shards, classes=shards.classes[:2]), views, views, Lighting(), 0)
+        draw_sheet(
+            tmp_path / "x.png", replace(shards, classes=shards.classes[:2]), views, views, Lighting(), 0
+        )
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "preview.png").exists()
     named = replace(shards, classes=tuple(ClassName(str(k), "a $5 note, money") for k in range(3)))
     assert {class_name(view, named) for view in views} == {"a $5 note"}

@@ -57,7 +57,11 @@ def test_scaling(shards: Path, tmp_path: Path) -> None:
     assert paper["measured"]["images_per_core_s"] == one["images_per_core_s"] > 0
     (only,) = paper["estimates"]
     assert only["cores_per_gpu"] == pytest.approx(1000 / one["images_per_core_s"])
-    assert "nothing here was measured on a GPU" in text and paper["benchmark"] == "scaling" and paper["cores"] > 0
+    assert (
+        "nothing here was measured on a GPU" in text
+        and paper["benchmark"] == "scaling"
+        and paper["cores"] > 0
+    )
     with Image.open(tmp_path / "rows.png") as figure:
         assert figure.format == "PNG" and figure.width > 800
 
@@ -140,7 +144,10 @@ def test_numbers_and_words() -> None:
     """Every number on few cores, doublings on many; one of a thing and several."""
     assert (up_to(2), up_to(2, 2), up_to(1, 2)) == ([1, 2], [1, 2, 3, 4], [1, 2, 3])
     assert up_to(6, 2) == [1, 2, 4, 6, 7, 8]
-    words = [counted(number, what) for number, what in ((1, "thread"), (2, "thread"), (1, "process"), (2, "process"))]
+    words = [
+        counted(number, what)
+        for number, what in ((1, "thread"), (2, "thread"), (1, "process"), (2, "process"))
+    ]
     assert words == ["1 thread", "2 threads", "1 process", "2 processes"]
 
 

@@ -69,7 +69,12 @@ def test_timeline() -> None:
         event("cuda_runtime", "cudaLaunchKernel", 1000, 2000),
     ]
     found = read_timeline(HOST + device, 2).percent
-    gpu = {"busy_percent": 65, "network_kernels_percent": 50, "input_kernels_percent": 15, "copies_percent": 5}
+    gpu = {
+        "busy_percent": 65,
+        "network_kernels_percent": 50,
+        "input_kernels_percent": 15,
+        "copies_percent": 5,
+    }
     assert found == pytest.approx(host | gpu | {"idle_percent": 35})
 
 
@@ -85,7 +90,10 @@ def test_a_real_trace(capsys: pytest.CaptureFixture[str]) -> None:
                     time.sleep(0.06)
 
     timeline = read_timeline(traced(work), 2)
-    assert timeline.step_ms >= 90 and timeline.percent["host_step_percent"] > timeline.percent["host_wait_percent"]
+    assert (
+        timeline.step_ms >= 90
+        and timeline.percent["host_step_percent"] > timeline.percent["host_wait_percent"]
+    )
     assert timeline.percent["host_wait_percent"] * timeline.step_ms / 100 >= 30
     assert sum(timeline.percent.values()) == pytest.approx(100)
     timeline.show(2)

@@ -129,7 +129,9 @@ def test_program(few: Path, tmp_path: Path) -> None:
     base = ["--config", str(ROOT / "train/configs/quickstart.yaml")]
     place = ["--data.shards", str(few), "--run.dir", "r"]
     tuned, plain = parse_config([*base, "--config", str(out), *place]), parse_config([*base, *place])
-    assert {name: getattr(tuned.data.speed, name) for name in settings["data"]["speed"]} == settings["data"]["speed"]
+    assert {name: getattr(tuned.data.speed, name) for name in settings["data"]["speed"]} == settings["data"][
+        "speed"
+    ]
     assert (tuned.train, tuned.model, tuned.optimizer) == (plain.train, plain.model, plain.optimizer)
     assert tuned.data.augmentation == plain.data.augmentation
     run_ok("tools/tune_pipeline.py", few, *arguments)

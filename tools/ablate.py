@@ -21,13 +21,28 @@ from typing import NamedTuple
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json, write_bytes, write_json
 from pipeline.shards import ShardSet, open_shards
-from tools.ablation_report import BASE, Figures, draw_curves, format_markdown, pick_rate, read_figures, to_json
+from tools.ablation_report import (
+    BASE,
+    Figures,
+    draw_curves,
+    format_markdown,
+    pick_rate,
+    read_figures,
+    to_json,
+)
 from train.config import Config, check_same_run, parse_config
 from train.metrics import read_metrics
 from train.program import DIVERGED, run_program
 from train.recipe import ABLATIONS, find_recipe
 
-ANY_WIDTH = ("no-lrn", "no-overlapping-pooling", "no-lighting", "no-windows-and-flips", "no-dropout", "no-weight-decay")
+ANY_WIDTH = (
+    "no-lrn",
+    "no-overlapping-pooling",
+    "no-lighting",
+    "no-windows-and-flips",
+    "no-dropout",
+    "no-weight-decay",
+)
 """Those that fit a network of any width and change the paper's recipe in one thing."""
 OURS = ("--data.shards", "--run.dir", "--train.seed")
 
@@ -78,11 +93,15 @@ def ablate(
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
     Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds: expected different numbers, at least one, got {[*seeds]}; such as [1,2,3]")
+        raise ValueError(
+            f"--seeds: expected different numbers, at least one, got {[*seeds]}; such as [1,2,3]"
+        )
     if rates is not None and (not rates or len(set(rates)) < len(rates) or min(rates) <= 0):
         raise ValueError(f"--rates: expected different positive numbers, got {rates}; such as [.01,.001]")
     if not 0 < error < 100:
-        raise ValueError(f"--error: expected a percentage between 0 and 100, got {error:g}; leave it out for 25")
+        raise ValueError(
+            f"--error: expected a percentage between 0 and 100, got {error:g}; leave it out for 25"
+        )
     base, files = find_recipe(str(base)), find_ablations(list(ANY_WIDTH) if ablations is None else ablations)
     each_rate: list[float | None] = [None] if rates is None else [*rates]
     plan = {
@@ -97,13 +116,17 @@ def ablate(
         raise ValueError(f"{out}: not a directory; give one for runs and results")
     out.mkdir(parents=True, exist_ok=True)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run in progress is stopped and saved
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that the run in progress is stopped and saved
     entries = []
     for name, by_rate in plan.items():
         figures = {rate: [finish_run(run, train, error) for run in runs] for rate, runs in by_rate.items()}
         entries.append(pick_rate(name, figures))
         if not entries[0].runs:
-            raise ValueError(f"{BASE}: diverged; give another OUT and lower --rates, or a lower --optimizer.lr")
+            raise ValueError(
+                f"{BASE}: diverged; give another OUT and lower --rates, or a lower --optimizer.lr"
+            )
     table = format_markdown(entries, error, rates, val.num_samples)
     about = {"base": str(base), "settings": settings, "error": error, "seeds": seeds, "rates": rates}
     about |= {"shards": str(shards), "shards_manifest_sha256": train.manifest_sha256}
@@ -129,7 +152,14 @@ def find_ablations(names: list[str]) -> dict[str, Path]:
 
 
 def plan_run(
-    base: Path, shards: Path, out: Path, name: str, file: Path | None, rate: float | None, seed: int, settings: str
+    base: Path,
+    shards: Path,
+    out: Path,
+    name: str,
+    file: Path | None,
+    rate: float | None,
+    seed: int,
+    settings: str,
 ) -> Run:
     """Put together a run: the base, the settings of all runs, the ablation over them, and what differs per run."""
     try:
@@ -166,7 +196,9 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
     first = {name: next(iter(by_rate.values()))[0].config for name, by_rate in plan.items()}
     for name, config in first.items():
         if name != BASE and replace(config, run=first[BASE].run) == first[BASE]:
-            raise ValueError(f"{name}: expected a change of {base} with these settings, got none; leave it out")
+            raise ValueError(
+                f"{name}: expected a change of {base} with these settings, got none; leave it out"
+            )
 
 
 def read_result(run: Run, train: ShardSet) -> str | None:
@@ -194,12 +226,17 @@ def finish_run(run: Run, train: ShardSet, error: float) -> Figures | None:
     if outcome is None:
         print(f"{name}: training, output in {name}.log", flush=True)
         outcome = "trained" if train_to_end(run) else "diverged"
-        write_json(run.result, {"config": run.config.to_json(), "shards": train.manifest_sha256, "outcome": outcome})
+        write_json(
+            run.result, {"config": run.config.to_json(), "shards": train.manifest_sha256, "outcome": outcome}
+        )
     if outcome == "diverged":
         print(f"{name}: diverged", flush=True)
         return None
     figures = read_figures(read_metrics(run.directory / "metrics.jsonl"), run.config.train.seed, error)
-    print(f"{name}: validation error {figures.val_error:.1f} %, training error {figures.train_error:.1f} %", flush=True)
+    print(
+        f"{name}: validation error {figures.val_error:.1f} %, training error {figures.train_error:.1f} %",
+        flush=True,
+    )
     return figures
 
 

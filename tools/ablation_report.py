@@ -77,14 +77,18 @@ def read_figures(rows: list[dict[str, Any]], seed: int, error: float) -> Figures
         seed=seed,
         train_error=fmean(row["top1_error"] for row in train if row["epoch"] == train[-1]["epoch"]),
         val_errors=tuple(row["centre_top1_error"] for row in val),
-        epochs_to_error=next((row["step"] / steps_per_epoch for row in train if row["top1_error"] <= error), None),
+        epochs_to_error=next(
+            (row["step"] / steps_per_epoch for row in train if row["top1_error"] <= error), None
+        ),
     )
 
 
 def pick_rate(name: str, by_rate: dict[float | None, list[Figures | None]]) -> Entry:
     """Pick the rate with the fewest epochs to the training error in question, or, if no rate brought every seed there,
     the one with the lowest training error; never a rate at which a seed diverged (None)."""
-    entries = [Entry(name, rate, tuple(filter(None, runs))) for rate, runs in by_rate.items() if None not in runs]
+    entries = [
+        Entry(name, rate, tuple(filter(None, runs))) for rate, runs in by_rate.items() if None not in runs
+    ]
 
     def rank(entry: Entry) -> tuple[float, float]:
         epochs = entry.epochs_to_error
@@ -95,7 +99,15 @@ def pick_rate(name: str, by_rate: dict[float | None, list[Figures | None]]) -> E
 
 def format_markdown(entries: list[Entry], error: float, rates: list[float] | None, val_images: int) -> str:
     """Format the table and notes on how to read it. The first entry is the base."""
-    head = ["", "training error", "validation error", "gap", f"epochs to {error:g} %", "difference", "the paper's"]
+    head = [
+        "",
+        "training error",
+        "validation error",
+        "gap",
+        f"epochs to {error:g} %",
+        "difference",
+        "the paper's",
+    ]
     if rates:
         head.insert(1, "rate")
     seeds = ", ".join(str(run.seed) for run in entries[0].runs)
@@ -133,7 +145,11 @@ def list_weaknesses(base: Entry, error: float) -> list[str]:
 
 def format_cells(entry: Entry, base: Entry, rates: list[float] | None) -> list[str]:
     """Format a row of the table."""
-    epochs, paper, differences = entry.epochs_to_error, PAPER.get(entry.name, (0, ""))[1], entry.differences(base)
+    epochs, paper, differences = (
+        entry.epochs_to_error,
+        PAPER.get(entry.name, (0, ""))[1],
+        entry.differences(base),
+    )
     cells = [entry.name]
     if rates:
         cells.append("" if entry.rate is None else f"{entry.rate:g}{' *' if epochs is None else ''}")
@@ -157,7 +173,11 @@ def align_columns(rows: list[list[str]]) -> str:
 def to_json(entry: Entry, base: Entry) -> dict[str, Any]:
     """Return an entry in plain values."""
     differences = entry.differences(base)
-    spread = {"mean": fmean(differences), "min": min(differences), "max": max(differences)} if differences else None
+    spread = (
+        {"mean": fmean(differences), "min": min(differences), "max": max(differences)}
+        if differences
+        else None
+    )
     return {
         "name": entry.name,
         "rate": entry.rate,

@@ -264,7 +264,9 @@ def scaling(
     """
     from tools.benchmarks.scaling.bench import bench_scaling
 
-    bench_scaling(shards, raw, threads, ranks, samples, epochs, workers, gpu_rates, batch_size, seconds, repeats, out)
+    bench_scaling(
+        shards, raw, threads, ranks, samples, epochs, workers, gpu_rates, batch_size, seconds, repeats, out
+    )
 
 
 def soak(

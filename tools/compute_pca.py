@@ -76,7 +76,9 @@ def sum_split(train: ShardSet, mean_image: bool, device: Literal["cpu", "cuda"])
             total += sums
             progress.update(sums.moments.num_images)
     seconds = perf_counter() - start
-    print(f"counted {train.num_samples} images in {seconds:.1f} s ({train.num_samples / seconds:.0f} images/s)")
+    print(
+        f"counted {train.num_samples} images in {seconds:.1f} s ({train.num_samples / seconds:.0f} images/s)"
+    )
     return total, f"DALI {nvidia.dali.__version__} {'gpu' if device == 'cuda' else 'cpu'}"
 
 
@@ -85,7 +87,9 @@ def describe_degeneracy(eigenvalues: list[float], num_images: int) -> str:
     if eigenvalues[0] == 0:
         return "every pixel has the same colour, lighting will change nothing; are these the right images?"
     if eigenvalues[1] <= 1e-9 * eigenvalues[0]:
-        return "the images have one axis of colour (they are grey), lighting will change their brightness alone"
+        return (
+            "the images have one axis of colour (they are grey), lighting will change their brightness alone"
+        )
     return "one image is not a data set; the axes are those of its own colours" if num_images == 1 else ""
 
 

@@ -92,7 +92,11 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     if as_json:
         rows = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
         machine = {"system": platform.platform(), "python": platform.python_version()}
-        print(json.dumps({"findings": rows, **machine, "driver": driver, "torch": torch, "dali": dali}, indent=1))
+        print(
+            json.dumps(
+                {"findings": rows, **machine, "driver": driver, "torch": torch, "dali": dali}, indent=1
+            )
+        )
     else:
         print(format_table(findings))
         if not shards:
@@ -126,13 +130,19 @@ def check_gpus(driver: Facts, torch: Facts, visible: str | None) -> Finding:
     if not usable and visible in ("", "-1"):
         return Finding("-", f"{text}; hidden by CUDA_VISIBLE_DEVICES: trains on the CPU")
     if not usable or "cuda_error" in torch:
-        why = f"PyTorch for CUDA {torch['cuda']} cannot use them: {torch.get('cuda_error', 'no reason given')}"
+        why = (
+            f"PyTorch for CUDA {torch['cuda']} cannot use them: {torch.get('cuda_error', 'no reason given')}"
+        )
         return Finding("problem", f"{text}; {why}", f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
-    text += f"; {len(gpus) - len(usable)} more are hidden from this process" if len(gpus) > len(usable) else ""
+    text += (
+        f"; {len(gpus) - len(usable)} more are hidden from this process" if len(gpus) > len(usable) else ""
+    )
     peers, pairs = torch["peers"], len(usable) * (len(usable) - 1)
     if peers < pairs:
         text += f"; {peers} of {pairs} ordered pairs reach each other's memory, the others copy through the host's"
-        remedy = "some GPUs cannot do it; else switch off the IOMMU or ACS. NCCL hangs? Set NCCL_P2P_DISABLE=1"
+        remedy = (
+            "some GPUs cannot do it; else switch off the IOMMU or ACS. NCCL hangs? Set NCCL_P2P_DISABLE=1"
+        )
         return Finding("warning", text, remedy)
     return Finding("ok", text)
 
@@ -203,9 +213,8 @@ def check_cores(usable: int, machine: int | None, quotas: list[str]) -> Finding:
     text = f"{usable} of {machine}"
     if quota is None or quota >= usable:
         return Finding("ok", text)
-    remedy = (
-        f"DALI would start {usable + 1} threads: set --data.speed.threads {max(1, round(quota)) + 1}, or more cores"
-    )
+    threads = max(1, round(quota)) + 1
+    remedy = f"set --data.speed.threads {threads} (DALI would start {usable + 1}), or get more cores"
     return Finding("warning", f"{text}, but a cgroup allows the time of {quota:.3g} alone", remedy)
 
 
@@ -215,7 +224,9 @@ def check_memory(train: ShardSet | None) -> Finding:
     limits = [int(text) for text in read_cgroup("memory.max") if text.strip().isdecimal()]
     free, total = (min([1024 * int(info[name]), *limits]) for name in ("MemAvailable", "MemTotal"))
     size = shard_bytes(train) if train else 0
-    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}" + f", training shards {size / 1e9:.2f} GB" * (size > 0)
+    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}" + f", training shards {size / 1e9:.2f} GB" * (
+        size > 0
+    )
     if free < 2e9:
         return Finding("warning", text, "end other programs, or get more memory")
     if size > 0.9 * free:
@@ -261,7 +272,9 @@ def check_disk(train: ShardSet, gpus: int) -> Finding:
     if images_per_s < needed:
         return Finding("warning", f"{text}; {needed:,} are wanted", "use a faster disk (docs/storage.md)")
     if NETWORK.fullmatch(kind):
-        return Finding("warning", f"{text}, over a network", "copy the shards to a local disk (docs/storage.md)")
+        return Finding(
+            "warning", f"{text}, over a network", "copy the shards to a local disk (docs/storage.md)"
+        )
     return Finding("ok", text)
 
 
@@ -313,7 +326,9 @@ def run_check(check: Callable[[], Finding], timeout_s: float = TIMEOUT_S) -> Fin
     if isinstance(found, OSError | ValueError):
         what, _, remedy = str(found).rpartition("; ")
         return Finding("problem", what or remedy, remedy if what else "set its permissions, or make it again")
-    return Finding("warning", f"cannot be checked: {type(found).__name__}: {found}", "please report this as a bug")
+    return Finding(
+        "warning", f"cannot be checked: {type(found).__name__}: {found}", "please report this as a bug"
+    )
 
 
 def probe(name: str, timeout_s: float = PROBE_TIMEOUT_S) -> Facts:

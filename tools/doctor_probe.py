@@ -72,7 +72,11 @@ def probe_dali() -> dict[str, Any]:
     import nvidia.dali as dali
 
     backend: Any = dali.backend  # compiled: without types
-    found: dict[str, Any] = {"version": dali.__version__, "cuda": backend.__cuda_version__ // 1000, "decodes": None}
+    found: dict[str, Any] = {
+        "version": dali.__version__,
+        "cuda": backend.__cuda_version__ // 1000,
+        "decodes": None,
+    }
     found["nvimgcodec"] = backend.GetNvimgcodecVersion()
     has_gpu = False
     with suppress(RuntimeError):  # there is no driver

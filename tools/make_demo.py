@@ -73,7 +73,9 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
     # An interrupted run leaves archives without a stamp, or temporary files.
     names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
     if (raw.exists() and not raw.is_dir()) or is_complete or names - {*ARCHIVES, STAMP}:
-        raise ValueError(f"{raw}: expected a new or empty folder, got one that holds something else; give another")
+        raise ValueError(
+            f"{raw}: expected a new or empty folder, got one that holds something else; give another"
+        )
     raw.mkdir(parents=True, exist_ok=True)
     if photos:
         write_photos(raw, photos, seed)
@@ -139,9 +141,13 @@ def write_photos(raw: Path, count: int, seed: int) -> None:
     train: dict[str, list[int]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
     for number in sorted(set(range(count)) - set(val)):
         train[DIGIT_TO_WNID[number % len(WORDS)]].append(number)
-    numbers = [number for _, each in sorted(train.items()) for number in each] + val  # in the order of writing
+    numbers = [
+        number for _, each in sorted(train.items()) for number in each
+    ] + val  # in the order of writing
     draw = functools.partial(make_photo, seed=seed)
-    ignore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    ignore_interrupt = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_IGN
+    )  # the parent ends the pool
     with ProcessPoolExecutor(num_cores(), initializer=ignore_interrupt) as pool:
         drawn = iter(tqdm(pool.map(draw, numbers, chunksize=16), "photos", count, unit="img", disable=None))
 
@@ -195,11 +201,22 @@ def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss"]
     fields += ["num_children", "children", "wordnet_height", "num_train_images"]
     rows: list[tuple[Any, ...]] = [
-        (DIGIT_TO_ID[digit], wnid, f"{WORDS[digit]}, {digit}", f"the digit {digit}", 0, [], 0, train_counts[wnid])
+        (
+            DIGIT_TO_ID[digit],
+            wnid,
+            f"{WORDS[digit]}, {digit}",
+            f"the digit {digit}",
+            0,
+            [],
+            0,
+            train_counts[wnid],
+        )
         for digit, wnid in DIGIT_TO_WNID.items()
     ]
     leaves = [row[0] for row in rows]
-    rows.append((len(rows) + 1, "n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0))
+    rows.append(
+        (len(rows) + 1, "n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0)
+    )
     synsets = np.zeros((len(rows), 1), dtype=[(name, object) for name in fields])
     for position, row in enumerate(sorted(rows, key=lambda row: row[0])):
         synsets[position, 0] = row
@@ -210,7 +227,9 @@ def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
     labels = "".join(f"{number}\n" for number in ground_truth).encode()
     folder = "ILSVRC2012_devkit_t12/data"
     out = io.BytesIO()
-    write_tar(out, [(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)])
+    write_tar(
+        out, [(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)]
+    )
     return out.getvalue()
 
 

@@ -30,7 +30,11 @@ class Sums:
 
 
 def batch_sums(
-    shards: ShardSet, batch_size: int, threads: int, device: torch.device | str = "cpu", with_image: bool = False
+    shards: ShardSet,
+    batch_size: int,
+    threads: int,
+    device: torch.device | str = "cpu",
+    with_image: bool = False,
 ) -> Iterator[Sums]:
     """Decode a split in stored order and yield the sums of each batch, computed in threads next to DALI's own.
 

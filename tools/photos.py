@@ -86,7 +86,9 @@ def draw_disc() -> Image.Image:
     return Image.fromarray(np.where(np.hypot(offset[:, None], offset) < 256, 255, 0).astype(np.uint8))
 
 
-def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92) -> bytes:
+def encode(
+    image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92
+) -> bytes:
     """Encode as one of the kinds of file that ImageNet holds.
 
     Args:
@@ -111,7 +113,9 @@ def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = 
         options["progressive"] = True
     elif encoding == "exif":
         options["exif"] = exif = Image.Exif()
-        exif[0x0112] = 6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
+        exif[0x0112] = (
+            6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
+        )
     # A progressive file comes in one piece.
     ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 3 * image.width * image.height)
     image.save(out, "JPEG", **options)

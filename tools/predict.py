@@ -63,7 +63,9 @@ def predict(
             ]
             rows.append({"image": str(path), "classes": found})
             if not as_json:
-                lines = [f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}" for each in found]
+                lines = [
+                    f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}" for each in found
+                ]
                 print("\n".join([str(path), *lines]))
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -85,7 +87,9 @@ def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]
     have to do. Raises `ValueError` for shards of other classes."""
     count, names = trained.config.outputs, []
     try:
-        config = shards or yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())["data"]["shards"]
+        config = (
+            shards or yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())["data"]["shards"]
+        )
         names = list(read_classes(Path(config)))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         if shards:
@@ -93,7 +97,9 @@ def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]
     if len(names) == count and trained.wnids in (None, [name.wnid for name in names]):
         return names
     if shards:
-        raise ValueError(f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out")
+        raise ValueError(
+            f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out"
+        )
     return [ClassName(wnid, "") for wnid in trained.wnids or (f"class {k}" for k in range(count))]
 
 
@@ -133,7 +139,9 @@ def compute_probabilities(
 
 def main() -> None:
     """Read the command line and predict."""
-    parser = Parser(prog="python tools/predict.py", description="Predict the most probable classes of image files.")
+    parser = Parser(
+        prog="python tools/predict.py", description="Predict the most probable classes of image files."
+    )
     run = "A run directory, a step-*.pt, a .safetensors or torchvision's .pth."
     views = {"type": Literal["ten", "centre"], "help": "The mean of ten views, or the centre crop."}
     shards = "Shards whose classes.json names the classes; by default the run's."

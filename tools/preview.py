@@ -108,7 +108,9 @@ def render_views(
         crops, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
         source = [] if repeat else [fn.get_property(encoded, key="source_info")]
         squares = square_graph(encoded, decoder)
-        pipe.set_outputs(crops, light, squares, encoded, digits, draws.crop_x, draws.crop_y, mirrored, *source)
+        pipe.set_outputs(
+            crops, light, squares, encoded, digits, draws.crop_x, draws.crop_y, mirrored, *source
+        )
     with data_errors(shards):
         pipe.build()
         if not repeat:
@@ -117,7 +119,9 @@ def render_views(
 
     views = []
     for n in range(count):
-        crop, light, square, jpeg, digits, x, y, mirror, *name = (np.array(output.at(n)) for output in outputs)
+        crop, light, square, jpeg, digits, x, y, mirror, *name = (
+            np.array(output.at(n)) for output in outputs
+        )
         mean = moved_means(light[None], basis, augmentation.lighting)[0]
         pixels = to_pixels((crop[:, ::-1] if mirror else crop) - mean, basis.mean)
         key = repeat.key if repeat else parse_key(name[0].tobytes().decode(), shards)

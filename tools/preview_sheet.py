@@ -54,9 +54,9 @@ def draw_sheet(
 
     names, one = [class_name(view, shards) for view in training], repeated[0]
     once = (
-        f"{class_name(one, shards)}, {one.key}, {len(repeated)} times: crops of {CROP}x{CROP}, half of them flipped, "
+        f"{class_name(one, shards)}, {one.key}, {len(repeated)} times: crops of {CROP}x{CROP}, half of them "
     )
-    once += f"lighting of strength {lighting.strength:g} by {lighting.convention}"
+    once += f"flipped, lighting of strength {lighting.strength:g} by {lighting.convention}"
     first = f"The first {len(training)} of {shards.num_samples:,} images that training sees with seed {seed}"
     width, above = 2 * MARGIN + IMAGE_SIDE + COLUMNS * (CROP + GAP) + GAP, block_height(len(repeated), 1)
     with saved_figure(path) as figure:
@@ -135,7 +135,10 @@ def format_eigenbasis(content: dict[str, Any]) -> str:
         ["standard deviation", *pairs(stddev, known)],
         ["share of the variance, %", *pairs(variance_shares(stddev), variance_shares(known))],
         *([name, *pairs(vectors[k], reference[k], 4)] for k, name in enumerate(("red", "green", "blue"))),
-        ["angle to ImageNet's, degrees", *(f"{a:.1f}" if s else "-" for a, s in zip(angles, stddev, strict=True))],
+        [
+            "angle to ImageNet's, degrees",
+            *(f"{a:.1f}" if s else "-" for a, s in zip(angles, stddev, strict=True)),
+        ],
     ]
     table = "\n".join(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)
     return f"{content['num_images']} images, levels of 0..255; in brackets ImageNet's\n{table}"

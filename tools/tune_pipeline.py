@@ -109,7 +109,9 @@ def tune_pipeline(
     if batch_size < 1 or not 0 < seconds < math.inf or not 0 <= step_ms < math.inf:
         raise ValueError("--batch-size must be at least 1, --seconds positive, --step-ms not negative")
     if out and out.exists() and (out.is_dir() or not out.read_bytes().startswith(FIRST_LINE.encode())):
-        raise ValueError(f"--out {out}: expected a new file or one written by this program; give another name")
+        raise ValueError(
+            f"--out {out}: expected a new file or one written by this program; give another name"
+        )
     from pipeline.eigenbasis import Eigenbasis
     from train.device import keep_freed_memory, pick_device
 
@@ -136,14 +138,24 @@ def tune_pipeline(
     print(f"{format_table(trials)}\n{summarize(trials, best)}\n")
     settings = yaml.safe_dump(best.knobs.to_settings(), sort_keys=False)
     if out:
-        about = {"machine": platform.node(), "cores": num_cores(), "device": device.type, "batch size": batch_size}
-        about |= {"manifest": train.manifest_sha256, "command": shlex.join(["tools/tune_pipeline.py", *sys.argv[1:]])}
+        about = {
+            "machine": platform.node(),
+            "cores": num_cores(),
+            "device": device.type,
+            "batch size": batch_size,
+        }
+        about |= {
+            "manifest": train.manifest_sha256,
+            "command": shlex.join(["tools/tune_pipeline.py", *sys.argv[1:]]),
+        }
         origin = "".join(f"#   {name}: {value}\n" for name, value in about.items())
         out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(out, f"{FIRST_LINE}\n{origin}{settings}".encode())
     print(f"{settings}\npass {out or 'these settings in a file'} as a second --config to train.run")
     if best.knobs.decode != "auto":
-        print("data.decode moves some pixels by a level, so a run that began without it cannot resume with it")
+        print(
+            "data.decode moves some pixels by a level, so a run that began without it cannot resume with it"
+        )
 
 
 def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
@@ -212,7 +224,9 @@ def pick_best(trials: Sequence[Trial]) -> Trial:
 
     def about_lowest(figure: str, some: Sequence[Trial], share: float, ms: float) -> list[Trial]:
         lowest = min(getattr(trial.waits, figure) for trial in some)
-        return [trial for trial in some if getattr(trial.waits, figure) <= max(lowest * (1 + share), lowest + ms)]
+        return [
+            trial for trial in some if getattr(trial.waits, figure) <= max(lowest * (1 + share), lowest + ms)
+        ]
 
     calm = about_lowest("p99_ms", [trial for trial in trials if trial.waits], SAME_P99, SAME_P99_MS)
     return about_lowest("mean_ms", calm, SAME_MEAN, SAME_MEAN_MS)[0]
@@ -234,7 +248,9 @@ def measure_waits(
     """
     from pipeline.loader import train_loader
 
-    loader = train_loader(shards, basis, config, batch_size=batch_size, seed=seed, rank=0, num_ranks=1, device=device)
+    loader = train_loader(
+        shards, basis, config, batch_size=batch_size, seed=seed, rank=0, num_ranks=1, device=device
+    )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     held: deque[Any] = deque(maxlen=IN_FLIGHT if device.type == "cuda" else 1)
     waits_s: list[float] = []
@@ -259,7 +275,10 @@ def measure_waits(
 def format_table(trials: Sequence[Trial]) -> str:
     """Format a row for each trial."""
     names = list(asdict(trials[0].knobs))
-    lines = ["  ".join([*names, "| images/s", "    p50", "    p99", "   mean", "batches"]) + "  (wait for a batch, ms)"]
+    lines = [
+        "  ".join([*names, "| images/s", "    p50", "    p99", "   mean", "batches"])
+        + "  (wait for a batch, ms)"
+    ]
     for trial in trials:
         row = "  ".join(f"{value!s:>{len(name)}}" for name, value in asdict(trial.knobs).items())
         row += "  | " + (

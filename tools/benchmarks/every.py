@@ -23,7 +23,9 @@ NEEDS = {
 """What each is given, in this order."""
 
 
-def bench_every(shards: Path, raw: Path | None, out: Path, only: list[str] | None, ffcv_python: Path | None) -> None:
+def bench_every(
+    shards: Path, raw: Path | None, out: Path, only: list[str] | None, ffcv_python: Path | None
+) -> None:
     """See `tools/bench.py all`. Raises `ValueError` at the end where one of them failed."""
     names = list(NEEDS) if only is None else [name for name in NEEDS if name in only]
     unknown = sorted(set(only or []) - set(NEEDS))

@@ -31,7 +31,9 @@ def draw_tables(tables: list[Table], path: Path, caption: str) -> None:
             above = [max(table.measured[name]) - median for name, median in zip(names, medians, strict=True)]
             colours = ["darkorange" if name == table.reference else "steelblue" for name in names]
             axes.barh(names, medians, color=colours, height=0.7)
-            axes.errorbar(medians, names, xerr=[below, above], fmt="none", color="black", capsize=3, linewidth=1)
+            axes.errorbar(
+                medians, names, xerr=[below, above], fmt="none", color="black", capsize=3, linewidth=1
+            )
             for place, name in enumerate(names):
                 axes.annotate(
                     f"{table.ratio(name):.2f}",

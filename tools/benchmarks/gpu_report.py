@@ -51,9 +51,13 @@ def write_gpu_report(out: Path, minutes: float) -> None:
         for part in parts(place, Path(data), out):
             left = deadline - monotonic()
             print(f"{part.title} ...", flush=True)
-            outcomes.append(run_part(part, left) if left > 0 else Outcome(part, "left out: no time was left", 0.0, ""))
+            outcomes.append(
+                run_part(part, left) if left > 0 else Outcome(part, "left out: no time was left", 0.0, "")
+            )
             print(f"  {outcomes[-1].result} ({outcomes[-1].seconds:.0f} s)", flush=True)
-            write_bytes(out / "report.md", page(outcomes, gpus).encode())  # also of a run that is ended in between
+            write_bytes(
+                out / "report.md", page(outcomes, gpus).encode()
+            )  # also of a run that is ended in between
     print(f"{out / 'report.md'}; rows of the benchmarks in {out}/*.jsonl")
     failed = [each.part.title for each in outcomes if each.result.startswith("failed")]
     if failed:
@@ -92,7 +96,10 @@ def run_part(part: Part, seconds: float) -> Outcome:
             [sys.executable, *part.arguments], cwd=ROOT, timeout=seconds, check=False, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        result, output = "ok" if done.returncode == 0 else f"failed with exit code {done.returncode}", done.stdout
+        result, output = (
+            "ok" if done.returncode == 0 else f"failed with exit code {done.returncode}",
+            done.stdout,
+        )
     except subprocess.TimeoutExpired as error:
         result, output = "cut off: no time was left", (error.stdout or b"").decode(errors="replace")
     return Outcome(part, result, monotonic() - started, output)

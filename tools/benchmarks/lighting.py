@@ -25,7 +25,13 @@ WARM_UP = 5
 
 
 def bench_lighting(
-    shards: Path, batch_size: int, threads: int | None, batches: int, repeats: int, device: str, out: Path | None
+    shards: Path,
+    batch_size: int,
+    threads: int | None,
+    batches: int,
+    repeats: int,
+    device: str,
+    out: Path | None,
 ) -> None:
     """See `tools/bench.py lighting`."""
     if min(batch_size, batches) < 1 or repeats < 2 or (threads is not None and threads < 1):
@@ -83,7 +89,12 @@ def bench_lighting(
     tell("speed", [a / b for a, b in zip(measured[lit], measured[unlit], strict=True)])
     tell("processor time", shares)
     if out:
-        settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads, "batches": batches}
+        settings = {
+            "shards": train.manifest_sha256,
+            "batch_size": batch_size,
+            "threads": threads,
+            "batches": batches,
+        }
         settings |= {"device": kind, "processor_time": statistics.mean(shares)}
         record(out, "lighting", [table], describe(train), settings)
 
@@ -91,4 +102,6 @@ def bench_lighting(
 def tell(what: str, ratios: list[float]) -> None:
     """Print the mean of ratios of turns and how sure it is."""
     error = statistics.stdev(ratios) / len(ratios) ** 0.5
-    print(f"{what} with lighting, of that without: {statistics.mean(ratios):.3f} +- {error:.3f} (standard error)")
+    print(
+        f"{what} with lighting, of that without: {statistics.mean(ratios):.3f} +- {error:.3f} (standard error)"
+    )

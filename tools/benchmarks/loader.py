@@ -32,7 +32,13 @@ MAX_JPEGS = 2000
 
 
 def bench_loader(
-    shards: Path, batch_size: int, threads: int | None, seconds: float, repeats: int, device: str, out: Path | None
+    shards: Path,
+    batch_size: int,
+    threads: int | None,
+    seconds: float,
+    repeats: int,
+    device: str,
+    out: Path | None,
 ) -> None:
     """See `tools/bench.py loader`."""
     if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
@@ -43,10 +49,14 @@ def bench_loader(
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     processes, speed = threads or num_cores(), Speed(threads=threads)
     place, config = pick_device(device), DataConfig(shards, speed=speed)
-    batches = train_loader(train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place)
+    batches = train_loader(
+        train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place
+    )
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
     raise_open_files(2 * len(train.tars))
-    for_gpu = host_pipeline(train, batch_size=batch_size, num_threads=speed.num_threads, device_id=None, seed=0)
+    for_gpu = host_pipeline(
+        train, batch_size=batch_size, num_threads=speed.num_threads, device_id=None, seed=0
+    )
     jpegs = read_jpegs(train)
     peer = DataLoader(
         Windows(jpegs, basis),
@@ -66,7 +76,9 @@ def bench_loader(
             f"loader: finished batches (train, on {place.type})": lambda: rate(
                 lambda: next(endless), batch_size, seconds
             ),
-            "torch DataLoader + Pillow, same batches": lambda: rate(lambda: next(peer_batches), batch_size, seconds),
+            "torch DataLoader + Pillow, same batches": lambda: rate(
+                lambda: next(peer_batches), batch_size, seconds
+            ),
         }
         measured = take_turns(contenders, repeats)
     batches.close()
@@ -134,7 +146,9 @@ def read_jpegs(shards: ShardSet) -> list[bytes]:
     try:
         jpegs = [sample["jpg"] for sample in itertools.islice(samples, MAX_JPEGS)]
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        raise DataError(f"{Path(shards.tars[0]).parent} cannot be read ({error}); pack or copy it again") from None
+        raise DataError(
+            f"{Path(shards.tars[0]).parent} cannot be read ({error}); pack or copy it again"
+        ) from None
     if not jpegs:
         raise DataError(f"{Path(shards.tars[0]).parent} holds no image; pack or copy it again")
     return jpegs

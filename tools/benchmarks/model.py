@@ -50,7 +50,9 @@ def bench_model(
     ):
         for size in sizes:
             steps = contenders(size, DTYPES[precision], place)
-            measured = take_turns({name: timed(step, size, seconds, place) for name, step in steps.items()}, repeats)
+            measured = take_turns(
+                {name: timed(step, size, seconds, place) for name, step in steps.items()}, repeats
+            )
             print(f"batch {size}, {precision}, {repeats} repeats, on {place}")
             tables.append(Table(f"{part}, batch {size}", "images/s", measured, reference))
             tables[-1].show()
@@ -61,14 +63,23 @@ def bench_model(
     try:
         tables.append(towers.measure_towers(sizes[0], DTYPES[precision], place, seconds, repeats))
         tables[-1].show()
-        print(f"{towers.verdict(tables[-1])}\neach of the two sends {sent / 1e6:.1f} MB in a step (docs/towers.md)")
+        print(
+            f"{towers.verdict(tables[-1])}\neach of the two sends {sent / 1e6:.1f} MB in a step (docs/towers.md)"
+        )
     except towers.NotMeasuredError as error:
         missing = {towers.TITLE: str(error)}
         print(f"{towers.TITLE}: not measured: {error}")
     if out:
         settings: dict[str, Any] = {"batch_sizes": sizes, "precision": precision, "not_measured": missing}
         settings |= {"seconds": seconds, "device": place.type}
-        record(out, "model", tables, "random numbers", settings, {towers.TWO_DEVICES: {"bytes_sent_per_step": sent}})
+        record(
+            out,
+            "model",
+            tables,
+            "random numbers",
+            settings,
+            {towers.TWO_DEVICES: {"bytes_sent_per_step": sent}},
+        )
     if profile:
         print(profiled(sizes[-1], DTYPES[precision], place))
 
@@ -124,7 +135,9 @@ def trainings(batch_size: int, dtype: torch.dtype, place: torch.device) -> dict[
         steps |= {
             f"{TORCHVISION}, CUDA graphs": training(torchvision_alexnet(), graphs),
             "ours, CUDA graphs": training(AlexNet(config), graphs),
-            "ours, conv1 as 3x3 on 48 maps, CUDA graphs": training(with_layers(UnshuffledConv2d, "conv1"), graphs),
+            "ours, conv1 as 3x3 on 48 maps, CUDA graphs": training(
+                with_layers(UnshuffledConv2d, "conv1"), graphs
+            ),
         }
     return steps
 

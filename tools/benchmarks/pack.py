@@ -111,7 +111,15 @@ def pack_once(raw: Path, shards: Path, workers: int, store: str, *options: str) 
     Raises `ValueError` with what it says when it fails.
     """
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(root / "tools" / "make_shards.py"), "pack", str(raw), str(shards), "--store", store]
+    command = [
+        sys.executable,
+        str(root / "tools" / "make_shards.py"),
+        "pack",
+        str(raw),
+        str(shards),
+        "--store",
+        store,
+    ]
     command += ["--workers", str(workers), "--samples-per-shard", str(SAMPLES_PER_SHARD), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = re.search(r"^packed \d+ images in .*\((\d+) images/s", done.stdout, re.MULTILINE)
@@ -177,5 +185,7 @@ def codec_rate(images: list[RawImage]) -> float:
     started = perf_counter()
     for jpeg, square in zip(jpegs, itertools.cycle(squares), strict=False):
         decode(jpeg)
-        simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False)
+        simplejpeg.encode_jpeg(
+            square, quality=QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False
+        )
     return len(jpegs) / (perf_counter() - started)

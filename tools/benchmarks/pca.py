@@ -16,13 +16,17 @@ from tools.moments import batch_sums
 from train.device import pick_device
 
 
-def bench_pca(shards: Path, batch_size: int, threads: int | None, repeats: int, device: str, out: Path | None) -> None:
+def bench_pca(
+    shards: Path, batch_size: int, threads: int | None, repeats: int, device: str, out: Path | None
+) -> None:
     """See `tools/bench.py pca`."""
     if batch_size < 1 or repeats < 1 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1")
     train, place = open_shards(shards, "train"), pick_device("cuda") if device == "cuda" else "cpu"
     if train.num_samples <= batch_size:  # the first batch is the start of the pipeline
-        raise ValueError(f"{shards} holds {train.num_samples} images, no second batch; take a smaller --batch-size")
+        raise ValueError(
+            f"{shards} holds {train.num_samples} images, no second batch; take a smaller --batch-size"
+        )
     check_out(out)
     threads = threads or num_cores()
 
@@ -52,5 +56,10 @@ def bench_pca(shards: Path, batch_size: int, threads: int | None, repeats: int, 
         moved = ", ".join(f"{100 * (of_gpu / of_cpu - 1):+.4f} %" for of_gpu, of_cpu in pairs)
         print(f"the GPU's decoder moves the eigenvalues by {moved}")
     if out:
-        settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": threads, "device": device}
+        settings = {
+            "shards": train.manifest_sha256,
+            "batch_size": batch_size,
+            "threads": threads,
+            "device": device,
+        }
         record(out, "pca", [table], describe(train), settings)

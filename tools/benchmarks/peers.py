@@ -34,14 +34,20 @@ def bench_peers(
 ) -> None:
     """See `tools/bench.py peers`."""
     if min(batch_size, repeats, images) < 1 or seconds <= 0 or (workers is not None and workers < 1):
-        raise ValueError("--batch-size, --workers, --repeats and --images must be at least 1, --seconds positive")
+        raise ValueError(
+            "--batch-size, --workers, --repeats and --images must be at least 1, --seconds positive"
+        )
     chosen = choose(peers)
     check_out(out)
     train = whole_shards(open_shards(shards, "train"), max(images, CHECKED, batch_size))
     if train.any_size:
-        raise ValueError(f"{shards} holds images of any size, of which contenders make other pixels; pack crop256")
+        raise ValueError(
+            f"{shards} holds images of any size, of which contenders make other pixels; pack crop256"
+        )
     if train.num_samples < max(CHECKED, batch_size):
-        raise ValueError(f"{shards} holds {train.num_samples} images; that takes {max(CHECKED, batch_size)} at least")
+        raise ValueError(
+            f"{shards} holds {train.num_samples} images; that takes {max(CHECKED, batch_size)} at least"
+        )
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     raise_open_files(len(train.tars))
     keep_freed_memory()  # as the trainer does
@@ -56,8 +62,12 @@ def bench_peers(
         data = PeerData(train, extract(train, place / "all"), basis, batch_size, workers, place, ffcv_python)
         versions, missing = find(chosen, data)
         if not versions:
-            raise ValueError("; ".join(f"{title} cannot be measured: {reason}" for title, reason in missing.items()))
-        print(f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}, by {CHECK_WORKERS} workers:")
+            raise ValueError(
+                "; ".join(f"{title} cannot be measured: {reason}" for title, reason in missing.items())
+            )
+        print(
+            f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}, by {CHECK_WORKERS} workers:"
+        )
         for name in versions:
             print(f"{PEERS[name].title}: {check(PEERS[name], checked)}", flush=True)
         measured = measure([PEERS[name] for name in versions], data, seconds, repeats)
@@ -90,7 +100,11 @@ def find(names: list[str], data: PeerData) -> tuple[dict[str, dict[str, str]], d
     for name in names:
         try:
             versions[name] = PEERS[name].versions(data)
-        except (ImportError, RuntimeError, OSError) as error:  # libraries that find their own libraries missing
+        except (
+            ImportError,
+            RuntimeError,
+            OSError,
+        ) as error:  # libraries that find their own libraries missing
             missing[PEERS[name].title] = str(error).strip().splitlines()[0]
     return versions, missing
 
@@ -111,7 +125,9 @@ def measure(peers: list[Peer], data: PeerData, seconds: float, repeats: int) -> 
 
     def measurement(title: str) -> Callable[[], float]:
         def measured() -> float:
-            sleep(seconds / 3)  # until the one before has filled its queue: seven of them do, on the same cores
+            sleep(
+                seconds / 3
+            )  # until the one before has filled its queue: seven of them do, on the same cores
             return rate(lambda: next(opened[title]), data.batch_size, seconds)
 
         return measured

@@ -28,7 +28,9 @@ def bench_plan(images: int, repeats: int, out: Path | None) -> None:
     check_out(out)
     with (
         tempfile.TemporaryDirectory(prefix="bench-plan-") as folder,
-        ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool,  # each with a peak of its own
+        ProcessPoolExecutor(
+            1, get_context("spawn"), max_tasks_per_child=1
+        ) as pool,  # each with a peak of its own
     ):
         path = Path(folder) / "listing.jsonl"
         written = pool.submit(write_listing, path, images).result()

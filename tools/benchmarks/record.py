@@ -40,7 +40,9 @@ def images_of(classes: Sequence[ClassName]) -> str:
 def check_out(out: Path | None) -> None:
     """Find out before the measurement whether rows can be written behind it. Raises `ValueError`, `OSError`."""
     if out and out.suffix != ".jsonl":
-        raise ValueError(f"--out {out} is a file of JSON lines: call it .jsonl; a figure, .png, comes beside it")
+        raise ValueError(
+            f"--out {out} is a file of JSON lines: call it .jsonl; a figure, .png, comes beside it"
+        )
     if out:
         check_writable(out.with_suffix(".png"))
         check_writable(out)
@@ -70,13 +72,20 @@ def record(
         also: Rows of what is no contender, or was not measured.
         draw: Makes the figure; by default with a bar for each contender.
     """
-    from tools.benchmarks.figure import draw_tables  # not above: contenders' processes import this file, and are timed
+    from tools.benchmarks.figure import (
+        draw_tables,
+    )  # not above: contenders' processes import this file, and are timed
 
     about = surroundings(subcommand) | {"data": data, **settings}
     with out.open("a") as file:
         for table in tables:
             for name, values in table.measured.items():
-                row = {"contender": name, "median": statistics.median(values), "unit": table.unit, "values": values}
+                row = {
+                    "contender": name,
+                    "median": statistics.median(values),
+                    "unit": table.unit,
+                    "values": values,
+                }
                 more = {"table": table.title, "ratio": table.ratio(name), "reference": table.reference}
                 file.write(json.dumps(row | more | dict((each or {}).get(name, {})) | about) + "\n")
         for extra in also:
@@ -114,7 +123,9 @@ def surroundings(subcommand: str) -> dict[str, Any]:
 def commit() -> str:
     """Of the code that was measured; "-dirty" behind it where a file of it was changed. Empty outside of git."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     code = ["pipeline", "model", "train", "tools"]
     changed = head and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
     return f"{head}-dirty" if changed else head

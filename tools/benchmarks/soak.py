@@ -49,7 +49,9 @@ def bench_soak(shards: Path, recipe: str, settings: str, minutes: float, out: Pa
         words = ["--config", recipe, "--train.epochs", str(ENDLESS), *settings.split()]
         words += ["--data.shards", str(shards), "--run.dir", str(run_dir)]
         with log.open("w") as output:
-            process = subprocess.Popen([sys.executable, "-m", "train.run", *words], stdout=output, stderr=output)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "train.run", *words], stdout=output, stderr=output
+            )
             try:
                 moments = watch(process, 60 * minutes)
                 process.send_signal(signal.SIGTERM)
@@ -58,7 +60,9 @@ def bench_soak(shards: Path, recipe: str, settings: str, minutes: float, out: Pa
                 process.kill()
                 process.wait()
         if code or not moments:
-            raise ValueError(f"training ended by itself, with code {code}: {' '.join(log.read_text().split()[-60:])}")
+            raise ValueError(
+                f"training ended by itself, with code {code}: {' '.join(log.read_text().split()[-60:])}"
+            )
         rows = read_metrics(run_dir / "metrics.jsonl")
         done = {
             "steps": max((row["step"] for row in rows), default=0),
@@ -71,8 +75,12 @@ def bench_soak(shards: Path, recipe: str, settings: str, minutes: float, out: Pa
     settled = [held for second, held in moments.items() if second >= SETTLED * 60 * minutes]
     half = len(settled) // 2
     tables = []
-    for place, (title, unit) in enumerate((("resident memory", "GB"), ("threads", "threads"), ("open files", "files"))):
-        early, late = (statistics.median(held[place] for held in part) for part in (settled[:half], settled[half:]))
+    for place, (title, unit) in enumerate(
+        (("resident memory", "GB"), ("threads", "threads"), ("open files", "files"))
+    ):
+        early, late = (
+            statistics.median(held[place] for held in part) for part in (settled[:half], settled[half:])
+        )
         tables.append(Table(f"{title}, once settled", unit, {FIRST: [early], SECOND: [late]}, FIRST))
         tables[-1].show()
     if out:
@@ -81,9 +89,17 @@ def bench_soak(shards: Path, recipe: str, settings: str, minutes: float, out: Pa
             Panel("resident memory of training", "GB", "seconds", {"resident": curve(moments, 0)}),
             Panel("its threads and open files", "number", "seconds", counts),
         ]
-        about = {"shards": train.manifest_sha256, "minutes": minutes, "settings": settings, "recipe": recipe, **done}
+        about = {
+            "shards": train.manifest_sha256,
+            "minutes": minutes,
+            "settings": settings,
+            "recipe": recipe,
+            **done,
+        }
         data = describe(train)
-        record(out, "soak", tables, data, about, draw=lambda _, path, caption: draw_panels(panels, path, caption))
+        record(
+            out, "soak", tables, data, about, draw=lambda _, path, caption: draw_panels(panels, path, caption)
+        )
 
 
 def curve(moments: dict[int, Held], place: int) -> dict[int, list[float]]:

@@ -85,8 +85,12 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> Timeline:
         busy = percent(kernels + copies)
         parts |= {
             "busy_percent": busy,
-            "network_kernels_percent": percent(event for event in kernels if event["args"]["stream"] in networks),
-            "input_kernels_percent": percent(event for event in kernels if event["args"]["stream"] not in networks),
+            "network_kernels_percent": percent(
+                event for event in kernels if event["args"]["stream"] in networks
+            ),
+            "input_kernels_percent": percent(
+                event for event in kernels if event["args"]["stream"] not in networks
+            ),
             "copies_percent": percent(copies),
             "idle_percent": 100 - busy,
         }

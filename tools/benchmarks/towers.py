@@ -100,7 +100,9 @@ def measure_towers(
             steps = steps_in(seconds, partial(take_steps, name))
             return lambda: steps * batch_size / take_steps(name, steps)
 
-        measured = take_turns({name: measurement(name) for name in (TWO_DEVICES, ONE_GPU, ONE_DEVICE)}, repeats)
+        measured = take_turns(
+            {name: measurement(name) for name in (TWO_DEVICES, ONE_GPU, ONE_DEVICE)}, repeats
+        )
     return Table(f"{TITLE}, batch {batch_size}", "images/s", measured, ONE_GPU)
 
 
@@ -134,7 +136,9 @@ def started(job: Job, patience_s: float) -> Iterator[Callable[[str, int], float]
         def take_steps(name: str, steps: int) -> float:
             taking = ours if name == TWO_DEVICES else ours[:1]
             for pipe in taking:
-                with suppress(OSError):  # it has ended: what it said last, or that it says nothing, is read next
+                with suppress(
+                    OSError
+                ):  # it has ended: what it said last, or that it says nothing, is read next
                     pipe.send((name, steps))
             return max(answers(taking, patience_s))
 
@@ -240,7 +244,9 @@ def verdict(table: Table) -> str:
     """Whether the paper's claim holds in these turns: in all of them, in none, or neither."""
     pairs = zip(table.measured[TWO_DEVICES], table.measured[ONE_GPU], strict=True)
     ratios = [two / one for two, one in pairs]
-    holds = "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"
+    holds = (
+        "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"
+    )
     speed = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast"
     return f"the two-GPU net trains {speed} as the one-GPU net: that it takes less time (section 3.2) {holds}"
 

@@ -29,7 +29,13 @@ UNCOUNTED, PROFILED = 5, 10
 
 
 def bench_train(
-    shards: Path, recipe: Path | None, settings: str, seconds: float, repeats: int, profile: bool, out: Path | None
+    shards: Path,
+    recipe: Path | None,
+    settings: str,
+    seconds: float,
+    repeats: int,
+    profile: bool,
+    out: Path | None,
 ) -> None:
     """See `tools/bench.py train`."""
     if repeats < 1 or seconds <= 0:
@@ -52,7 +58,9 @@ def bench_train(
     efficiency = statistics.median(
         real / min(loader, synthetic) for loader, synthetic, real in zip(*measured.values(), strict=True)
     )
-    figures = {name: median_of(turns[1:], name) for name in (*WAITS, UTILIZATION)}  # the first turn is thrown away
+    figures = {
+        name: median_of(turns[1:], name) for name in (*WAITS, UTILIZATION)
+    }  # the first turn is thrown away
     p50, p99, percent = (figures[name] for name in WAITS)
     print(f"real / min(loader, network): {efficiency:.2f}; {binding(measured, state.device)} binds")
     print(f"waiting for input: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {percent:.1f} % of the time")

@@ -49,7 +49,11 @@ def utilization(gpu: str) -> float | None:
     query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
-            ["nvidia-smi", f"--id={gpu}", *query], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+            ["nvidia-smi", f"--id={gpu}", *query],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

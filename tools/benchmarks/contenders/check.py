@@ -30,7 +30,9 @@ class Found(NamedTuple):
     """How far its pixels are from those of its file, at most, in levels of 0..255."""
 
 
-def check_decoded(name: str, decoded: Iterator[np.ndarray], data: PeerData, levels: int) -> tuple[str, np.ndarray]:
+def check_decoded(
+    name: str, decoded: Iterator[np.ndarray], data: PeerData, levels: int
+) -> tuple[str, np.ndarray]:
     """Compare all images with Pillow's, and assert that none is further off than `levels`.
 
     Returns what was found, and the images, uint8 (N, 256, 256, 3).
@@ -38,7 +40,9 @@ def check_decoded(name: str, decoded: Iterator[np.ndarray], data: PeerData, leve
     wanted_NHWC = np.stack([pillow_pixels(path) for path, _ in data.files])
     pixels_NHWC = np.stack(list(decoded))
     assert pixels_NHWC.dtype == np.uint8, f"{name} decodes to {pixels_NHWC.dtype}, not to uint8"
-    assert pixels_NHWC.shape == wanted_NHWC.shape, f"{name} decodes to {pixels_NHWC.shape}, not {wanted_NHWC.shape}"
+    assert pixels_NHWC.shape == wanted_NHWC.shape, (
+        f"{name} decodes to {pixels_NHWC.shape}, not {wanted_NHWC.shape}"
+    )
     off = np.abs(pixels_NHWC.astype(np.int16) - wanted_NHWC)
     assert off.max() <= levels, f"{name} decodes pixels {off.max()} levels off Pillow's, {levels} are allowed"
     found = f"decodes {len(off)} images within {off.max()} levels of Pillow's, {off.mean():.2f} in the mean"
@@ -72,7 +76,9 @@ def check_batches(name: str, batches: Batches, decoded_NHWC: np.ndarray, data: P
     assert 0.3 < flipped < 0.7, f"{name} flips {flipped:.0%} of the images"
     draws = np.array([each.draw for each in found])
     mean, spread = draws.mean(0), draws.std(0)
-    normal = (np.abs(mean) < 0.45).all() and (np.abs(spread - 1) < 0.3).all()  # of 128 draws: five standard errors
+    normal = (np.abs(mean) < 0.45).all() and (
+        np.abs(spread - 1) < 0.3
+    ).all()  # of 128 draws: five standard errors
     assert normal, f"{name} relights by draws of {mean} +- {spread}, not by standard normal ones"
     memory = "NHWC" if windows_NHWC.is_contiguous() else "NCHW"
     return (

@@ -80,7 +80,9 @@ def numbered(shards: ShardSet, folder: Path) -> ShardSet:
     tars, share = [], CHECKED // CHECK_SHARDS
     for start in range(0, CHECKED, share):
         tars.append(folder / f"{start:06}.tar")
-        pairs = [((f"{n:06}.jpg", first[n]), (f"{n:06}.cls", str(n).encode())) for n in range(start, start + share)]
+        pairs = [
+            ((f"{n:06}.jpg", first[n]), (f"{n:06}.cls", str(n).encode())) for n in range(start, start + share)
+        ]
         with tars[-1].open("wb") as file:
             write_tar(file, itertools.chain.from_iterable(pairs))
         write_bytes(tars[-1].with_suffix(".idx"), read_shard(tars[-1]).index_text)

@@ -54,7 +54,9 @@ class Relight(Operation):
             count, height, width, colours = images.shape
             draws = np.random.standard_normal((count, colours)).astype(np.float32)
             for i in my_range(count):
-                row = np.empty((width, colours), np.float32)  # whole rows are twice as fast as three colours each
+                row = np.empty(
+                    (width, colours), np.float32
+                )  # whole rows are twice as fast as three colours each
                 for colour in range(colours):
                     row[:, colour] = means[colour] - (matrix[colour] * draws[i]).sum()
                 mean = row.reshape(width * colours)
@@ -70,7 +72,9 @@ class Relight(Operation):
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         """Where the result goes."""
         dtype = np.dtype(np.float32)
-        return replace(previous_state, jit_mode=True, dtype=dtype), AllocationQuery(previous_state.shape, dtype)
+        return replace(previous_state, jit_mode=True, dtype=dtype), AllocationQuery(
+            previous_state.shape, dtype
+        )
 
 
 def write_beton(files: list[tuple[str, int]], path: Path) -> None:

@@ -53,11 +53,17 @@ def versions_of(*packages: str) -> Callable[[PeerData], dict[str, str]]:
 
 PEERS = {
     "pillow": Peer("torch DataLoader + Pillow", versions_of("pillow"), pillow_batches, pillow_decode),
-    "torchvision": Peer("torch DataLoader + torchvision v2", torchvision_versions, torchvision_batches, pillow_decode),
-    "webdataset": Peer("webdataset + Pillow", versions_of("webdataset"), webdataset_batches, webdataset_decode),
+    "torchvision": Peer(
+        "torch DataLoader + torchvision v2", torchvision_versions, torchvision_batches, pillow_decode
+    ),
+    "webdataset": Peer(
+        "webdataset + Pillow", versions_of("webdataset"), webdataset_batches, webdataset_decode
+    ),
     "spdl": Peer("SPDL", spdl_versions, spdl_batches, spdl_decode, levels=64),
     "ffcv": Peer("FFCV", ffcv_versions, ffcv_batches, ffcv_decode, levels=8),
-    "dali": Peer("DALI, as its ImageNet example", versions_of("nvidia-dali-cuda120"), dali_batches, dali_decode),
+    "dali": Peer(
+        "DALI, as its ImageNet example", versions_of("nvidia-dali-cuda120"), dali_batches, dali_decode
+    ),
     "ours": Peer("ours", versions_of("nvidia-dali-cuda120"), our_batches, our_decode),
 }
 """Every contender by its name; what is true of FFmpeg's and FFCV's pixels stands in docs/benchmarks/details.md."""

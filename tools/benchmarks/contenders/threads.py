@@ -61,7 +61,12 @@ def dali_graph(data: PeerData, training: bool) -> Any:
     @pipeline_def(batch_size=data.batch_size, num_threads=data.workers, device_id=None, seed=12)
     def graph() -> Any:
         encoded, label = fn.readers.file(
-            files=paths, labels=labels, random_shuffle=training, initial_fill=1024, pad_last_batch=True, name="Reader"
+            files=paths,
+            labels=labels,
+            random_shuffle=training,
+            initial_fill=1024,
+            pad_last_batch=True,
+            name="Reader",
         )
         if not training:
             return fn.decoders.image(encoded, output_type=types.RGB), label
@@ -105,8 +110,16 @@ def dali_decode(data: PeerData) -> Iterator[np.ndarray]:
 
 def our_batches(data: PeerData) -> Batches:
     """The trainer's loader."""
-    place: dict[str, Any] = {"batch_size": data.batch_size, "seed": 0, "rank": 0, "num_ranks": 1, "device": "cpu"}
-    config = DataConfig(Path(data.shards.tars[0]).parent, speed=Speed(threads=data.workers + 1))  # as is its default
+    place: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "seed": 0,
+        "rank": 0,
+        "num_ranks": 1,
+        "device": "cpu",
+    }
+    config = DataConfig(
+        Path(data.shards.tars[0]).parent, speed=Speed(threads=data.workers + 1)
+    )  # as is its default
     loader = train_loader(data.shards, data.basis, config, **place)
     try:
         yield from itertools.chain.from_iterable(itertools.repeat(loader))

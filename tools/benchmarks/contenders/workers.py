@@ -120,7 +120,12 @@ def webdataset_batches(data: PeerData) -> Batches:
     import webdataset
 
     tars = list(data.shards.tars)
-    samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode("rgb8").to_tuple("jpg", "cls")
+    samples = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars))
+        .shuffle(1000)
+        .decode("rgb8")
+        .to_tuple("jpg", "cls")
+    )
     windows = samples.map(functools.partial(webdataset_window, basis=data.basis)).repeat()
     return in_workers(windows, data, min(data.workers, len(tars)))
 

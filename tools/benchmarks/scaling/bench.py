@@ -39,7 +39,9 @@ def bench_scaling(
 ) -> None:
     """Measure and print; arguments as in `tools.bench.scaling`."""
     if repeats < 1 or seconds <= 0:
-        raise ValueError(f"--repeats must be at least 1 and --seconds positive, but are {repeats} and {seconds}")
+        raise ValueError(
+            f"--repeats must be at least 1 and --seconds positive, but are {repeats} and {seconds}"
+        )
     if epochs < 2:
         raise ValueError(f"--epochs must be at least 2, to tell whether memory grows, but is {epochs}")
     thread_counts = numbers("--threads", threads, up_to(num_cores(), 2))
@@ -56,7 +58,9 @@ def bench_scaling(
     sizes = numbers("--samples", samples, list(SIZES), at_least=batch_size)
     if raw is not None:
         if train.num_samples <= SUMMED:  # the first batch of the sums is the start of their pipeline
-            raise ValueError(f"{shards} holds {train.num_samples} images, too few to time their sums; leave --raw out")
+            raise ValueError(
+                f"{shards} holds {train.num_samples} images, too few to time their sums; leave --raw out"
+            )
         read_archives(raw)  # an hour later it would be too late
     check_out(out)
 
@@ -94,7 +98,9 @@ def numbers(option: str, given: list[int] | None, default: list[int], at_least: 
     """An option's numbers, ascending, each once. Raises `ValueError` that names it."""
     chosen = default if given is None else given
     if not chosen or min(chosen) < at_least:
-        raise ValueError(f"{option} takes a list of numbers from {at_least} on, as in [{at_least},{2 * at_least}]")
+        raise ValueError(
+            f"{option} takes a list of numbers from {at_least} on, as in [{at_least},{2 * at_least}]"
+        )
     return sorted(set(chosen))
 
 

@@ -62,7 +62,9 @@ TEXTS = {
 }
 
 
-def estimate(images_per_gpu_s: float, constants: Constants, gpus: int = GPUS, batch_size: int = BATCH_SIZE) -> Estimate:
+def estimate(
+    images_per_gpu_s: float, constants: Constants, gpus: int = GPUS, batch_size: int = BATCH_SIZE
+) -> Estimate:
     """The arithmetic."""
     rate = gpus * images_per_gpu_s
     allreduce_gb = 2 * (gpus - 1) / gpus * FLOAT_BYTES * constants.parameters / 1e9

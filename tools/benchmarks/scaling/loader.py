@@ -46,7 +46,9 @@ def scale_loader(
 
     Returns also images per second and core, with one thread.
     """
-    sizes = sorted({(1, 1), *((1, number) for number in threads), *((n, 1) for n in ranks), *((1, n) for n in ranks)})
+    sizes = sorted(
+        {(1, 1), *((1, number) for number in threads), *((n, 1) for n in ranks), *((1, n) for n in ranks)}
+    )
     names = {(n, t): f"{counted(n, 'process')}, {counted(t, 'thread')}" + " each" * (n > 1) for n, t in sizes}
     busy: dict[str, list[float]] = {name: [] for name in names.values()}
     with ExitStack() as stack:
@@ -141,7 +143,12 @@ def share_rate(seconds: float) -> tuple[float, float]:
 
 
 def new_loader(
-    train: ShardSet, shards: Path, batch_size: int, threads: int | None = None, rank: int = 0, num_ranks: int = 1
+    train: ShardSet,
+    shards: Path,
+    batch_size: int,
+    threads: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Loader:
     """The training loader on a CPU, in a process that keeps memory as the trainer's does."""
     keep_freed_memory()

@@ -29,20 +29,29 @@ def scale_offline(shards: Path, raw: Path, workers: list[int], repeats: int) -> 
 
         packed = take_turns({name: partial(pack, number) for name, number in packing.items()}, repeats)
     summed = take_turns(
-        {name: partial(in_new_process, sum_shards, shards, number) for name, number in summing.items()}, repeats
+        {name: partial(in_new_process, sum_shards, shards, number) for name, number in summing.items()},
+        repeats,
     )
     tables = [
         Table("packed at 256x256", "images/s", packed, next(iter(packing))),
         Table("sums for the eigenbasis", "images/s", summed, next(iter(summing))),
     ]
     panels = [
-        Panel(title, "images/s", x, {"measured": {numbers[name]: measured[name] for name in numbers}}, ideal=True)
+        Panel(
+            title,
+            "images/s",
+            x,
+            {"measured": {numbers[name]: measured[name] for name in numbers}},
+            ideal=True,
+        )
         for title, x, numbers, measured in (
             ("pack at 256x256", "worker processes", packing, packed),
             ("sums for the eigenbasis", "threads", summing, summed),
         )
     ]
-    return Part(tables, panels, [], {name: {"workers": number} for name, number in (packing | summing).items()})
+    return Part(
+        tables, panels, [], {name: {"workers": number} for name, number in (packing | summing).items()}
+    )
 
 
 def sum_shards(shards: Path, threads: int) -> float:

@@ -50,7 +50,9 @@ class StartUp(NamedTuple):
         return self.files_s + self.index_s + self.batch_s
 
 
-def scale_samples(shards: Path, sizes: list[int], batch_size: int, repeats: int) -> tuple[Part, dict[int, float]]:
+def scale_samples(
+    shards: Path, sizes: list[int], batch_size: int, repeats: int
+) -> tuple[Part, dict[int, float]]:
     """Start-up and memory with so many samples. What fails is left out, with the reason.
 
     Returns also the memory that a process takes, in GB, by number of samples.
@@ -88,7 +90,10 @@ def as_part(runs: Mapping[int, list[StartUp]], failed: Mapping[int, str]) -> Par
     def named(name: str, field: str) -> dict[str, list[float]]:
         return {name.format(size): values for size, values in of(field).items()}
 
-    titles = {start: ("until the first batch", "s", "total_s"), memory: ("growth of the process", "GB", "grown_gb")}
+    titles = {
+        start: ("until the first batch", "s", "total_s"),
+        memory: ("growth of the process", "GB", "grown_gb"),
+    }
     tables = [
         Table(title, unit, named(name, field), name.format(next(iter(runs))))
         for name, (title, unit, field) in titles.items()
@@ -97,10 +102,18 @@ def as_part(runs: Mapping[int, list[StartUp]], failed: Mapping[int, str]) -> Par
     each: dict[str, dict[str, Any]] = {}
     for size in runs:
         medians = {field: median(of(field)[size]) for field in StartUp._fields}
-        each[start.format(size)] = {"samples": size} | {name: medians[name] for name in medians if name[-2:] == "_s"}
+        each[start.format(size)] = {"samples": size} | {
+            name: medians[name] for name in medians if name[-2:] == "_s"
+        }
         each[memory.format(size)] = {"samples": size, "peak_gb": medians["peak_gb"]}
     missing = [
-        {"contender": name.format(size), "table": title, "unit": unit, "samples": size, "not_measured": reason}
+        {
+            "contender": name.format(size),
+            "table": title,
+            "unit": unit,
+            "samples": size,
+            "not_measured": reason,
+        }
         for size, reason in failed.items()
         for name, (title, unit, _) in titles.items()
     ]
@@ -156,7 +169,9 @@ def make_links(train: ShardSet, shards: Path, samples: int, folder: Path) -> Non
 def start_up(shards: Path, batch_size: int) -> StartUp:
     """Load one batch and tell what that took. Libraries are imported before."""
     held, times = resident_bytes(), [perf_counter()]
-    with contextlib.redirect_stdout(io.StringIO()):  # a warning of too little memory: that is what is measured
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # a warning of too little memory: that is what is measured
         loader = new_loader(open_shards(shards, "train"), shards, batch_size)
         times.append(perf_counter())
         loader.open()
