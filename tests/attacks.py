@@ -15,13 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tools.show_pca import table
 
 from model.weights import read_weights
 from pipeline.diagnose import find_damage
-from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.eigenbasis import Eigenbasis
 from pipeline.shards import open_shards, read_index
 from tests.mutate import (
     NAMES,
@@ -34,10 +32,8 @@ from tests.mutate import (
     mutate_yaml,
 )
 from tests.sound import QUICKSTART, Place, config_arguments, config_of, copy, known_devkit, members_of, packed
-from tools.checks.shards import check_eigenbasis, check_mean_image
-from tools.compute_pca import draw_sample, is_done
+from tools.doctor import check_eigenbasis
 from tools.export_weights import export_weights
-from tools.moments import Sums, Tally
 from tools.packing.adopt import adopt, read_class_file
 from tools.packing.images import Packed
 from tools.packing.layouts import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE, find_layout
@@ -45,6 +41,7 @@ from tools.packing.listing import RawImage
 from tools.packing.plan import Options
 from tools.packing.verify import find_image_fault, stats, verify
 from tools.packing.writer import LISTING, pack_sample
+from tools.preview_sheet import format_eigenbasis
 from train import charts
 from train.checkpoint import (
     checkpoint_at_an_edge,
@@ -255,21 +252,16 @@ def verified(rng: random.Random, place: Place) -> Calls:
 
 
 def index(rng: random.Random, place: Place) -> Calls:
-    """An index, read, compared with its shard, and sampled from."""
+    """An index, read, and compared with its shard."""
     copy(place.seeds / "shards", place.given)
     path = rng.choice(sorted((place.given / "train").glob("*.idx")))
     path.write_bytes(mutate_text(rng, path.read_bytes()))
-
-    def sampled() -> None:
-        train = open_shards(place.given, "train")
-        draw_sample(train, train.num_samples, 0, place.out)
 
     return [
         lambda: read_index(path),
         lambda: verify(place.given, fast=True),
         lambda: stats(place.given),
         lambda: find_damage(open_shards(place.given, "train")),
-        sampled,
     ]
 
 
@@ -294,7 +286,7 @@ def manifest(rng: random.Random, place: Place) -> Calls:
 
 
 def pca(rng: random.Random, place: Place) -> Calls:
-    """An eigenbasis, loaded, shown and checked; and whether one needs to be made."""
+    """An eigenbasis, loaded, formatted and checked."""
     copy(place.seeds / "shards", place.given)
     path = place.given / "pca.json"
     path.write_bytes(mutate_json(rng, path.read_bytes()))
@@ -303,13 +295,11 @@ def pca(rng: random.Random, place: Place) -> Calls:
     def shown() -> None:
         from pipeline.eigenbasis import read_eigenbasis
 
-        table(read_eigenbasis(path, train.manifest_sha256))
+        format_eigenbasis(read_eigenbasis(path, train.manifest_sha256))
 
     return [
         lambda: Eigenbasis.load(path, train.manifest_sha256, with_mean_image=True),
         lambda: check_eigenbasis(place.given, train),
-        lambda: check_mean_image(place.given, train),
-        lambda: is_done(place.given, train, None, True),
         shown,
     ]
 
@@ -544,53 +534,6 @@ def weights(rng: random.Random, place: Place) -> Calls:
     return [lambda: read_weights(path), lambda: read_trained(path)]
 
 
-def tally_of(place: Place, folder: Path, with_image: bool) -> Tally:
-    """Sums of the packed shards, kept in a folder."""
-    return Tally(folder, open_shards(place.seeds / "shards", "train"), {"decoder": "any"}, with_image)
-
-
-def sums(rng: random.Random, place: Place) -> Calls:
-    """Kept colour sums: other bytes, or arrays of other shapes, types and values; totalled and made a basis."""
-    with_image = rng.random() < 0.3
-    tally = tally_of(place, place.out, with_image)
-    for number in range(len(tally.groups)):
-        image = np.ones((256, 256, 3), np.int64) if with_image else None
-        tally.write(number, Sums(Moments(10, 655360, (65536,) * 3, (65536 * 5,) * 9), image))
-    path, draw = tally.path(rng.randrange(len(tally.groups))), rng.random()
-    if draw < 0.4:
-        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-    else:
-        with np.load(path) as file:
-            arrays: dict[str, Any] = dict(file)
-        name = rng.choice(sorted(arrays))
-        odd = (
-            np.array(5),
-            np.array([]),
-            np.array([1, 2]),
-            np.zeros((2, 2)),
-            np.array(["a", "b"]),
-            arrays[name] * 1.5,
-        )
-        odd += (
-            -arrays[name],
-            arrays[name] * 0,
-            arrays[name] + np.nan,
-            np.full(9, 2**63 - 1),
-            np.ones((256, 256)),
-            np.array([True]),
-        )
-        arrays[name] = rng.choice(odd)
-        with path.open("wb") as stream:
-            np.savez(stream, **arrays)
-
-    def totalled() -> None:
-        if (total := tally.total()) is not None:
-            write_eigenbasis(place.out / "pca.json", total.moments, "m", "any")
-            assert total.image is None or total.image.shape == (256, 256, 3)
-
-    return [totalled]
-
-
 def listing(rng: random.Random, place: Place) -> Calls:
     """The packer's cached listing; a second pack reads it."""
     copy(place.seeds / "shards", place.out / "shards")
@@ -670,7 +613,6 @@ ATTACKS: dict[Callable[[random.Random, Place], Calls], tuple[int, int]] = {
     restored: (0, 80),
     metrics: (10, 400),
     weights: (12, 500),
-    sums: (10, 300),
     listing: (5, 150),
     half_packed: (4, 150),
     loader: (0, 60),

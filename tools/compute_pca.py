@@ -39,14 +39,16 @@ def compute_pca(
             names the decoder.
     """
     train, path = open_shards(shards, "train"), out or shards / "pca.json"
-    has_basis = holds_basis(path, train)
-    if has_basis and not (mean_image and find_mean_image(path, train) is None):
+    mean_path = path.with_name("mean_image.npy")
+    found = read_eigenbasis(path, train.manifest_sha256) if path.exists() else {}
+    has_basis = found.get("num_images") == train.num_samples
+    if has_basis and not (mean_image and read_mean_image(mean_path, found["mean"]) is None):
         print(f"{path} fits these shards already; nothing to do")
         return
     check_writable(path)
     total, decoder = sum_split(train, mean_image, device)
     if mean_image:
-        write_mean_image(path.with_name("mean_image.npy"), total)
+        write_mean_image(mean_path, total)
     # Runs that began with a pca.json resume with no other, and another decoder's may differ in the last digits.
     if not has_basis:
         write_eigenbasis(path, total.moments, train.manifest_sha256, decoder)
@@ -56,21 +58,6 @@ def compute_pca(
     print(f"stddev along the axes   {content['axis_stddev']}")
     if warning := describe_degeneracy(content["eigenvalues"], content["num_images"]):
         print(f"warning: {warning}")
-
-
-def holds_basis(path: Path, train: ShardSet) -> bool:
-    """Return whether `path` holds the basis of all training images.
-
-    Raises `ValueError` when it is damaged or was made from other shards.
-    """
-    return path.exists() and read_eigenbasis(path, train.manifest_sha256)["num_images"] == train.num_samples
-
-
-def find_mean_image(path: Path, train: ShardSet) -> np.ndarray | None:
-    """Read the mean image next to a `pca.json`; None where it is missing, damaged or made from other images."""
-    return read_mean_image(
-        path.with_name("mean_image.npy"), read_eigenbasis(path, train.manifest_sha256)["mean"]
-    )
 
 
 def sum_split(train: ShardSet, mean_image: bool, device: Literal["cpu", "cuda"]) -> tuple["Sums", str]:

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -145,8 +145,10 @@ def write_photos(raw: Path, count: int, seed: int) -> None:
         number for _, each in sorted(train.items()) for number in each
     ] + val  # in the order of writing
     draw = functools.partial(make_photo, seed=seed)
-    ignore_interrupts = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(num_cores(), **ignore_interrupts) as pool:  # type: ignore[arg-type]
+    ignore_interrupt = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_IGN
+    )  # the parent ends the pool
+    with ProcessPoolExecutor(num_cores(), initializer=ignore_interrupt) as pool:
         drawn = iter(tqdm(pool.map(draw, numbers, chunksize=16), "photos", count, unit="img", disable=None))
 
         def take(names: list[str]) -> Iterator[Member]:
@@ -196,17 +198,9 @@ def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
     line."""
     from scipy.io import savemat
 
-    fields = [
-        "ILSVRC2012_ID",
-        "WNID",
-        "words",
-        "gloss",
-        "num_children",
-        "children",
-        "wordnet_height",
-        "num_train_images",
-    ]
-    rows = [
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss"]
+    fields += ["num_children", "children", "wordnet_height", "num_train_images"]
+    rows: list[tuple[Any, ...]] = [
         (
             DIGIT_TO_ID[digit],
             wnid,

@@ -30,22 +30,16 @@ def make_photo(number: int, seed: int) -> bytes:
     share = rng.uniform(0, 1, int(rng.integers(0, 60)))
     for radius in np.sort((smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5)[::-1]:
         side = max(2, round(2 * radius))
-        corner = (
-            int(rng.integers(-side // 2, width - side // 2)),
-            int(rng.integers(-side // 2, height - side // 2)),
-        )
-        page.paste(
-            cut_texture(rng, side, side, seed),
-            corner,
-            draw_disc().resize((side, side), Image.Resampling.BILINEAR),
-        )
+        left, top = (int(rng.integers(-side // 2, length - side // 2)) for length in (width, height))
+        mask = draw_disc().resize((side, side), Image.Resampling.BILINEAR)
+        page.paste(cut_texture(rng, side, side, seed), (left, top), mask)
     # ImageNet has one PNG, 23 CMYK files in 1.3 million, grey ones in a hundred.
     kind = rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.927, 0.02, 0.003, 0.03, 0.02])
     return encode(page, rng, "png" if number == 1 else str(kind), quality=int(rng.choice([80, 85, 90, 94])))
 
 
 def draw_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Draw width and height as in ImageNet: mostly 500 pixels long, many smaller, a few as they came from the camera."""
+    """Draw width and height as in ImageNet: mostly 500 pixels long, many smaller, a few as a camera made them."""
     kind = rng.choice(["500", "small", "large"], p=[0.62, 0.345, 0.035])
     if kind == "500":
         short = int(rng.choice([375, 333, 332, 400], p=[0.66, 0.2, 0.07, 0.07]))

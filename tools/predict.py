@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from pipeline.shards import ClassName, read_classes
 from train.program import Parser, exit_with
 
@@ -53,60 +55,52 @@ def predict(
     for start in range(0, len(paths), BATCH_SIZE):
         batch = paths[start : start + BATCH_SIZE]
         images_NHWC = torch.stack([read_square(path) for path in batch])
-        probabilities_NK = compute_probabilities(model, trained, images_NHWC, views)
-        for path, probabilities_K in zip(batch, probabilities_NK.cpu(), strict=True):
-            values, indices = probabilities_K.topk(min(top, len(probabilities_K)))
-            classes = [
+        values, indices = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
+        for path, probabilities, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
+            found = [
                 {"index": k, "wnid": names[k].wnid, "words": names[k].words, "probability": probability}
-                for k, probability in zip(indices.tolist(), values.tolist(), strict=True)
+                for k, probability in zip(classes, probabilities, strict=True)
             ]
-            rows.append({"image": str(path), "classes": classes})
+            rows.append({"image": str(path), "classes": found})
             if not as_json:
-                print(path)
-                for each in classes:
-                    words = "" if each["words"] == each["wnid"] else f"  {each['words']}"
-                    print(f"  {100 * each['probability']:5.1f} %  {each['wnid']}{words}")
+                lines = [
+                    f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}" for each in found
+                ]
+                print("\n".join([str(path), *lines]))
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 def find_images(name: str) -> list[Path]:
-    """List the file, the images under the folder, or the files that match the glob. Raises `FileNotFoundError`."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
-    elif path.exists() or not path.name:
-        found = [path]
-    else:
-        matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        found = sorted(each for each in matches if each.is_file())
+    """List the file, or the images under the folder. Raises `FileNotFoundError` where there is none."""
+    path = Path(name)
+    inside = sorted(path.rglob("*")) if path.is_dir() else []
+    found = [each for each in inside if each.suffix.lower() in SUFFIXES and each.is_file()]
+    found += [path] if path.is_file() else []
     if not found:
-        raise FileNotFoundError(
-            f"{name}: expected an image file, a folder or a pattern of some; check the name"
-        )
+        raise FileNotFoundError(f"{name}: expected an image file or a folder of some; check the name")
     return found
 
 
 def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
-    """Read the classes' names from the given shards, else from the run's if they are still there, else use wnids or
-    numbers. Raises `ValueError` for shards of other classes."""
-    count = trained.config.outputs
-    if shards is not None:
-        names = list(read_classes(shards))
-        if len(names) != count or trained.wnids not in (None, [name.wnid for name in names]):
-            raise ValueError(
-                f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out"
-            )
-        return names
-    wnids = trained.wnids or [f"class {k}" for k in range(count)]
+    """Read the classes' names from `shards`, else from the run's shards if they are still there; else wnids or numbers
+    have to do. Raises `ValueError` for shards of other classes."""
+    count, names = trained.config.outputs, []
     try:
-        from yaml import safe_load
-
-        config = safe_load((trained.path.parents[1] / "config.yaml").read_text())
-        names = list(read_classes(Path(config["data"]["shards"])))
+        config = (
+            shards or yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())["data"]["shards"]
+        )
+        names = list(read_classes(Path(config)))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        names = []
-    return names if [name.wnid for name in names] == wnids else [ClassName(wnid, wnid) for wnid in wnids]
+        if shards:
+            raise
+    if len(names) == count and trained.wnids in (None, [name.wnid for name in names]):
+        return names
+    if shards:
+        raise ValueError(
+            f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out"
+        )
+    return [ClassName(wnid, "") for wnid in trained.wnids or (f"class {k}" for k in range(count))]
 
 
 def read_square(path: Path) -> "torch.Tensor":
@@ -149,17 +143,15 @@ def main() -> None:
         prog="python tools/predict.py", description="Predict the most probable classes of image files."
     )
     run = "A run directory, a step-*.pt, a .safetensors or torchvision's .pth."
-    parser.add_argument("checkpoint", type=Path, help=run)
-    parser.add_argument(
-        "images", nargs="+", help="Image files, folders of them, or patterns such as 'photos/*.jpg'."
-    )
-    views = "The mean of ten views, or the centre crop."
-    parser.add_argument("--views", type=Literal["ten", "centre"], default="ten", help=views)
-    parser.add_argument("--top", type=int, default=5, help="Classes to print of each image.")
+    views = {"type": Literal["ten", "centre"], "help": "The mean of ten views, or the centre crop."}
     shards = "Shards whose classes.json names the classes; by default the run's."
+    device = {"type": Literal["auto", "cpu", "cuda"], "help": "auto takes the first GPU if there is one."}
+    parser.add_argument("checkpoint", type=Path, help=run)
+    parser.add_argument("images", nargs="+", help="Image files, or folders of them.")
+    parser.add_argument("--views", default="ten", **views)
+    parser.add_argument("--top", type=int, default=5, help="Classes to print of each image.")
     parser.add_argument("--shards", type=Path, default=None, help=shards)
-    device = "auto takes the first GPU if there is one."
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help=device)
+    parser.add_argument("--device", default="auto", **device)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     given = parser.parse_args()
     options = (given.views, given.top, given.shards, given.device, given.json)

@@ -12,8 +12,8 @@ from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards
 from tools.benchmarks.measure import Table, take_turns
 from tools.benchmarks.record import check_out, describe, record
-from tools.compute_pca import cuda_device
 from tools.moments import batch_sums
+from train.device import pick_device
 
 
 def bench_pca(
@@ -22,7 +22,7 @@ def bench_pca(
     """See `tools/bench.py pca`."""
     if batch_size < 1 or repeats < 1 or (threads is not None and threads < 1):
         raise ValueError("--batch-size, --repeats and --threads must be at least 1")
-    train, place = open_shards(shards, "train"), cuda_device() if device == "cuda" else "cpu"
+    train, place = open_shards(shards, "train"), pick_device("cuda") if device == "cuda" else "cpu"
     if train.num_samples <= batch_size:  # the first batch is the start of the pipeline
         raise ValueError(
             f"{shards} holds {train.num_samples} images, no second batch; take a smaller --batch-size"

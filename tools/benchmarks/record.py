@@ -16,7 +16,7 @@ from pipeline.files import check_writable
 from pipeline.machine import num_cores
 from pipeline.shards import IMAGE_SIDE, ClassName, ShardSet
 from tools.benchmarks.measure import Table
-from tools.checks.nvidia_smi import ask_nvidia
+from tools.doctor import probe
 
 Draw = Callable[[list[Table], Path, str], None]
 """Draws tables into a PNG file, with a caption."""
@@ -110,7 +110,7 @@ def surroundings(subcommand: str) -> dict[str, Any]:
         "cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "driver": ask_nvidia().driver,
+        "driver": probe("driver").get("version"),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -1,13 +1,12 @@
 """GPU utilization as NVML has it and nvidia-smi tells it: the share of its last sample period, a sixth of a second to a
 second long, in which any kernel ran, however small."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 
 import torch
-
-from tools.checks.finding import run_command
 
 EVERY_S = 0.2
 TIMEOUT_S = 5.0
@@ -48,5 +47,14 @@ def watched(gpu: str | None, every_s: float = EVERY_S) -> Iterator[list[float]]:
 def utilization(gpu: str) -> float | None:
     """Of a GPU, in percent, now; None where nvidia-smi does not tell: it is missing, or the GPU is cut up (MIG)."""
     query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-    code, told = run_command(["nvidia-smi", f"--id={gpu}", *query], TIMEOUT_S)
-    return float(told) if code == 0 and told.strip().isdecimal() else None
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--id={gpu}", *query],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return float(done.stdout) if done.stdout.strip().isdecimal() else None

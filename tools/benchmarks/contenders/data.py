@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import write_bytes
 from pipeline.shards import ShardSet
-from tools.demo_archives import write_tar
+from tools.make_demo import write_tar
 from tools.packing.adopt import read_shard
 from tools.packing.tars import HashedFile, read_samples, sample_entries
 

@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 
 from pipeline.eigenbasis import read_eigenbasis
 from pipeline.files import read_json, sha256, write_bytes, write_json
-from pipeline.machine import resident_bytes
+from pipeline.machine import available_bytes, resident_bytes
 from pipeline.reader import INDEX_BYTES
 from pipeline.shards import DataError, ShardSet, index_text, open_shards, read_index
 from tools.benchmarks.figure import Panel
 from tools.benchmarks.measure import Table, take_turns
 from tools.benchmarks.scaling.loader import new_loader
 from tools.benchmarks.scaling.part import Part, in_new_process
-from tools.checks import host
 
 
 class StartUp(NamedTuple):
@@ -138,9 +137,8 @@ def as_part(runs: Mapping[int, list[StartUp]], failed: Mapping[int, str]) -> Par
 def check_room(samples: int) -> None:
     """Raise `ValueError` where the index would not fit into memory: the kernel would end some process for it."""
     needed = INDEX_BYTES * samples
-    limit = host.memory_limit(host.read(Path("/proc/self/cgroup")))
-    free = host.free_bytes(host.read(Path("/proc/meminfo")), limit)
-    if free is not None and needed > 0.8 * free:
+    free = available_bytes()
+    if needed > 0.8 * free:
         raise ValueError(f"DALI's index takes about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
