@@ -121,7 +121,7 @@ def adopt(
 
 def find_tars(src: Path, pattern: str) -> list[Path]:
     """Absolute paths of the shards in the order of their names. Raises `FileNotFoundError` or `ValueError`."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder; SRC is the one that holds the shards")
