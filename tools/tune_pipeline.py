@@ -34,7 +34,7 @@ from pipeline.files import write_bytes
 from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ShardSet, open_shards
-from tools.benchmarks.record import processor
+from tools.benchmarks.common import processor
 from tools.tuning.search import Knobs, Trial, Waits, list_axes, search
 from train.program import run_program
 
