@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -139,12 +139,6 @@ def measure(
     return measure_job(lambda: run(seconds))
 
 
-def add_rates(rates: Iterable[Rate]) -> Rate:
-    """Add up the rates of processes that worked at the same time."""
-    images, seconds, cpu_s = zip(*rates, strict=True)
-    return Rate(sum(images), max(seconds), sum(cpu_s))
-
-
 def interleave(contenders: Mapping[str, Callable[[], Rate]], repeats: int) -> dict[str, list[Rate]]:
     """Measure each contender `repeats` times, in turns, after a first round that does not count."""
     rates: dict[str, list[Rate]] = {name: [] for name in contenders}
@@ -177,13 +171,9 @@ def check_options(out: Path | None, **numbers: float | None) -> None:
 def describe_shards(shards: ShardSet) -> str:
     """Say which data it was: "1600 generated images, 32 kB each, in 2 shards of store crop256"."""
     kilobytes = sum(Path(tar).stat().st_size for tar in shards.tars) / shards.num_samples / 1000
-    images = f"{shards.num_samples} {image_kind(name.wnid for name in shards.classes)}, {kilobytes:.0f} kB each"
+    generated = all(name.wnid.startswith("n9") for name in shards.classes)  # by make_demo; WordNet has n0 and n1
+    images = f"{shards.num_samples} {'generated ' if generated else ''}images, {kilobytes:.0f} kB each"
     return f"{images}, in {len(shards.tars)} shards of store {shards.store}"
-
-
-def image_kind(wnids: Iterable[str]) -> str:
-    """Tell images of `tools/make_demo.py`, whose wnids begin with n9, from others: WordNet's begin with n0 or n1."""
-    return "generated images" if all(wnid.startswith("n9") for wnid in wnids) else "images"
 
 
 def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
@@ -211,7 +201,12 @@ def record(out: Path | None, subcommand: str, tables: list[Table], data: str, **
     with out.open("a") as file:
         for table in tables:
             for name, rates in table.rates.items():
-                row: dict[str, Any] = {"contender": name, "table": table.title, "unit": "images/s", "reference": table.reference}
+                row: dict[str, Any] = {
+                    "contender": name,
+                    "table": table.title,
+                    "unit": "images/s",
+                    "reference": table.reference,
+                }
                 row |= {"ratio": median(table.ratios(name)), "median": median(rate.per_s for rate in rates)}
                 row |= {"median_per_cpu_s": median(rate.per_cpu_s for rate in rates)}
                 row |= {"values": [rate.per_s for rate in rates], "cpu_s": [rate.cpu_s for rate in rates]}

@@ -2,9 +2,8 @@
 
 import io
 import itertools
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,9 @@ if TYPE_CHECKING:
 LIMIT, WINDOWS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 pixels, as for a GPU (DALI, cpu)"
 LOADER, UNLIGHTED = "loader: finished batches", "loader: the same without lighting (strength 0)"
 EIGENBASIS = "compute_pca: decode and sum, exact"
-MAX_JPEGS, MAX_SUMMED = 2000, 20_000
+MAX_JPEGS, MAX_SUMMED, CHUNK = 2000, 20_000, 16
 """Enough that no file stays in a core's cache, and that a pass over them takes seconds."""
 SUM_BATCH = 64
-JPEGS: list[bytes] = []
-"""The files that a worker process decodes."""
 
 
 def bench_loader(
@@ -47,7 +44,7 @@ def bench_loader(
     Args:
         shards: Folder written by make_shards and compute_pca.
         batch_size: Images per batch.
-        threads: DALI's threads (default: cores + 1) and libjpeg-turbo's processes (default: cores).
+        threads: DALI's threads (default: cores + 1) and libjpeg-turbo's (default: cores).
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
@@ -62,7 +59,7 @@ def bench_loader(
     torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    processes, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
+    cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
     raise_open_files(4 * len(train.tars))
     lighted = DataConfig(shards, speed=speed)
     unlighted = replace(lighted, augmentation=Augmentation(lighting=Lighting(strength=0)))
@@ -72,25 +69,27 @@ def bench_loader(
     windows = decode_windows(train, batch_size, speed.num_threads)
     jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
     check_work(jpegs, windows, next(batches).images)
-    with ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=keep_jpegs, initargs=(jpegs,)
-    ) as pool:
+    with ThreadPoolExecutor(cores) as pool:  # simplejpeg decodes without the GIL
+
+        def decode_all() -> None:
+            list(pool.map(decode, [jpegs[start : start + CHUNK] for start in range(0, len(jpegs), CHUNK)]))
+
         contenders: dict[str, Callable[[], common.Rate]] = {
-            LIMIT: lambda: common.add_rates(pool.map(measure_decoding, [seconds] * processes)),
+            LIMIT: partial(common.measure, decode_all, len(jpegs), seconds),
             WINDOWS: partial(common.measure, windows.run, batch_size, seconds),
             LOADER: partial(common.measure, partial(next, batches), batch_size, seconds),
             UNLIGHTED: partial(common.measure, partial(next, others), batch_size, seconds),
-            EIGENBASIS: partial(measure_sums, common.first_shards(train, MAX_SUMMED), processes),
+            EIGENBASIS: partial(measure_sums, common.first_shards(train, MAX_SUMMED), cores),
         }
         table = common.Table("training images", common.interleave(contenders, repeats), LIMIT)
     for loader in loaders:
         loader.close()
     data = common.describe_shards(train)
     print(f"{data}; batch {batch_size}, finished on {device.type}")
-    print(f"{speed.num_threads} threads of DALI, {processes} processes of libjpeg-turbo, {repeats} repeats")
+    print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
     table.show()
     settings: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "device": device.type}
-    settings |= {"threads": speed.num_threads, "processes": processes, "seconds": seconds}
+    settings |= {"threads": speed.num_threads, "cores_used": cores, "seconds": seconds}
     common.record(out, "loader", [table], data, **settings)
 
 
@@ -129,17 +128,12 @@ def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline
     return graph()
 
 
-def keep_jpegs(jpegs: list[bytes]) -> None:
-    """Initialize a worker process."""
-    JPEGS.extend(jpegs)
-
-
-def measure_decoding(seconds: float) -> common.Rate:
-    """Measure one process that decodes whole images to uint8 RGB."""
+def decode(jpegs: list[bytes]) -> None:
+    """Decode whole images to uint8 RGB."""
     import simplejpeg
 
-    endless = itertools.cycle(JPEGS)
-    return common.measure(lambda: simplejpeg.decode_jpeg(next(endless), "RGB"), 1, seconds)
+    for jpeg in jpegs:
+        simplejpeg.decode_jpeg(jpeg, "RGB")
 
 
 def measure_sums(train: ShardSet, threads: int) -> common.Rate:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from model.alexnet import AlexNetConfig
-
 Step = Callable[[], Any]
 THEIRS, COPIES = "torch.nn.functional.local_response_norm", "2.5 copies: the fewest possible bytes"
 TORCHVISION = "torchvision's alexnet, without normalization"
@@ -204,16 +202,6 @@ def torchvision_alexnet() -> "nn.Module":
     return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def tower_networks() -> "tuple[AlexNetConfig, AlexNetConfig]":
-    """The network of two towers, and the paper's for one GPU, of ablations/one-gpu.yaml."""
-    import yaml
-
-    from model.alexnet import AlexNetConfig
-    from train.recipe import ABLATIONS
-
-    return AlexNetConfig(), AlexNetConfig.from_json(yaml.safe_load((ABLATIONS / "one-gpu.yaml").read_text())["model"])
-
-
 def run_tower(
     rank: int, batch_size: int, dtype: "torch.dtype", kind: str, seconds: float, repeats: int, scratch: str
 ) -> None:
@@ -221,11 +209,13 @@ def run_tower(
     writes rates.json."""
     import torch
     import torch.distributed as dist
+    import yaml
 
-    from model.alexnet import AlexNet
+    from model.alexnet import AlexNet, AlexNetConfig
     from model.parallel import Mesh, TowerAlexNet, seed_process
     from model.peer import TIMEOUT
     from train.device import can_compile, compiled, keep_freed_memory, set_arithmetic
+    from train.recipe import ABLATIONS
 
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
@@ -238,7 +228,8 @@ def run_tower(
     dist.init_process_group(None, f"file://{scratch}/store", patience, rank=rank, world_size=2)
     mesh = Mesh.join(device, patience)
     torch.manual_seed(0)  # the batch, and the towers' weights, are the same in both
-    train_on, (pair, one_gpu) = make_trainer(batch_size, dtype, device), tower_networks()
+    train_on, pair = make_trainer(batch_size, dtype, device), AlexNetConfig()
+    one_gpu = AlexNetConfig.from_json(yaml.safe_load((ABLATIONS / "one-gpu.yaml").read_text())["model"])
     as_trained = partial(compiled, device=device) if can_compile(device) else lambda model: model
     steps = {TWO_DEVICES: train_on(TowerAlexNet(pair, mesh.peer), as_trained)}
     if rank == 0:

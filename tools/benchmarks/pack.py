@@ -6,7 +6,6 @@ which leaves out the start of Python and the listing of RAW, as the others' does
 cache is left as it is: whatever of RAW fits into memory is read from there.
 """
 
-import contextlib
 import functools
 import io
 import multiprocessing
@@ -18,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +42,8 @@ class RawImage(NamedTuple):
     archive: str
     offset: int
     size: int
-    wnid: str
-    """Empty for a validation image: no contender's work depends on its label."""
+    label: int
+    """0 for a validation image: no contender's work depends on it."""
 
     def read(self) -> bytes:
         """Read the file's bytes."""
@@ -73,11 +72,7 @@ def bench_pack(
     images = list_images(raw)
     random.Random(0).shuffle(images)  # packers shuffle: every contender reads at random places
     workers = workers or num_cores()
-    slices = [images[:MAX_IN_MEMORY][worker::workers] for worker in range(workers)]
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-pack-", dir=scratch or raw.resolve().parent) as folder,
-        ProcessPoolExecutor(workers, SPAWN) as pool,
-    ):
+    with tempfile.TemporaryDirectory(prefix="bench-pack-", dir=scratch or raw.resolve().parent) as folder:
 
         def measure(work: Callable[[list[RawImage], Path, int], common.Rate]) -> common.Rate:
             with tempfile.TemporaryDirectory(dir=folder) as target:
@@ -87,13 +82,13 @@ def bench_pack(
         contenders: dict[str, Callable[[], common.Rate]] = {
             BASELINE: partial(measure, pack_plainly),
             CROP256: partial(measure, partial(run_make_shards, raw, "crop256")),
-            CODEC: lambda: common.add_rates(pool.map(measure_codec, slices)),
+            CODEC: partial(measure_codec, images[:MAX_IN_MEMORY], workers),
             ORIGINAL: partial(measure, partial(run_make_shards, raw, "original")),
         }
         rates = common.interleave(contenders, repeats)
     num_bytes = sum(image.size for image in images)
-    kind = common.image_kind(image.wnid for image in images if image.wnid)
-    data = f"{len(images)} {kind} of {num_bytes / len(images) / 1e3:.0f} kB"
+    generated = "generated " if (raw / "demo.json").exists() else ""  # by make_demo
+    data = f"{len(images)} {generated}images of {num_bytes / len(images) / 1e3:.0f} kB"
     print(f"{data}; {workers} workers, {repeats} repeats")
     table = common.Table("packed", rates, BASELINE)
     table.show()
@@ -102,19 +97,17 @@ def bench_pack(
 
 def list_images(raw: Path) -> list[RawImage]:
     """List the images of ILSVRC-2012's two archives. Raises `FileNotFoundError` or `ValueError`."""
-    images = []
-    for archive in (str(raw / "ILSVRC2012_img_train.tar"), str(raw / "ILSVRC2012_img_val.tar")):
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    if not archive.endswith("train.tar"):
-                        images.append(RawImage(archive, member.offset_data, member.size, ""))
-                        continue
-                    wnid, start = Path(member.name).stem, member.offset_data
-                    with tarfile.open(fileobj=tar.extractfile(member)) as inner:
-                        images += [RawImage(archive, start + each.offset_data, each.size, wnid) for each in inner]
-        except tarfile.TarError as error:
-            raise ValueError(f"{archive}: expected ILSVRC-2012's archive, got {error}; fetch it again") from None
+    train, val = (str(raw / f"ILSVRC2012_img_{split}.tar") for split in ("train", "val"))
+    try:
+        with tarfile.open(val) as tar:
+            images = [RawImage(val, member.offset_data, member.size, 0) for member in tar]
+        with tarfile.open(train) as tar:
+            for label, member in enumerate(tar):
+                with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                    start = member.offset_data
+                    images += [RawImage(train, start + each.offset_data, each.size, label) for each in inner]
+    except tarfile.TarError as error:
+        raise ValueError(f"{raw}: expected the archives of ILSVRC-2012, got {error}; fetch them again") from None
     return images
 
 
@@ -141,8 +134,6 @@ def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.R
     """Pack as everybody does: a pool makes the images, the parent writes them."""
     import webdataset
 
-    classes = sorted({image.wnid for image in images})
-
     def pack() -> int:
         with (
             ProcessPoolExecutor(workers, SPAWN) as pool,
@@ -150,7 +141,7 @@ def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.R
         ):
             jpegs = pool.map(crop_with_pillow, images, chunksize=16)
             for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
-                writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": classes.index(image.wnid)})
+                writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})
         return len(images)
 
     return common.measure_job(pack)
@@ -169,23 +160,22 @@ def crop_with_pillow(image: RawImage) -> bytes:
     return out.getvalue()
 
 
-def measure_codec(images: list[RawImage]) -> common.Rate:
-    """Measure one process that decodes images whole and encodes at 256x256, with nothing in between. Files that
-    libjpeg-turbo alone does not turn into RGB (CMYK, PNG) are left out."""
+def measure_codec(images: list[RawImage], workers: int) -> common.Rate:
+    """Measure threads that decode images whole and encode at 256x256, with nothing in between. Files that libjpeg-turbo
+    alone does not turn into RGB (CMYK, PNG) are left out."""
     import simplejpeg
 
-    decode = partial(simplejpeg.decode_jpeg, colorspace="RGB", fastdct=False, fastupsample=False)
-    jpegs, squares = [], [np.asarray(Image.open(io.BytesIO(crop_with_pillow(image)))) for image in images[:32]]
-    for jpeg in map(RawImage.read, images):
-        with contextlib.suppress(ValueError):
-            decode(jpeg)
-            jpegs.append(jpeg)
+    squares = [np.asarray(Image.open(io.BytesIO(crop_with_pillow(image)))) for image in images[:32]]
+    jpegs = [image.read() for image in images]
 
-    def transcode() -> int:
-        for number, jpeg in enumerate(jpegs):
-            decode(jpeg)
-            square = squares[number % len(squares)]
-            simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False)
-        return len(jpegs)
+    def transcode(number: int) -> bool:
+        try:
+            simplejpeg.decode_jpeg(jpegs[number], "RGB")
+        except ValueError:
+            return False
+        square = squares[number % len(squares)]
+        simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
+        return True
 
-    return common.measure_job(transcode)
+    with ThreadPoolExecutor(workers) as pool:  # simplejpeg works without the GIL
+        return common.measure_job(lambda: sum(pool.map(transcode, range(len(jpegs)))))

@@ -58,7 +58,7 @@ def bench_peers(
         workers: Processes or threads of each (default: one per core); ours has one thread more, as by default.
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
-        peers: Some of pillow, torchvision, webdataset, spdl, ffcv, dali and ours (default: all).
+        peers: Some of pillow, webdataset, spdl, ffcv, dali and ours (default: all).
         ffcv_python: Python of an environment with FFCV (docs/benchmarks/details.md).
         out: File of JSON lines to append one row per contender to.
     """
@@ -171,8 +171,8 @@ def check_batches(batches: "Batches", data: "PeerData", levels: int) -> str:
     normal = (np.abs(draws.mean(0)) < 0.45 + 0.1 * (levels - 1)).all() and (np.abs(draws.std(0) - 1) < 0.3).all()
     assert normal, f"shifts colours by draws of {draws.mean(0)} +- {draws.std(0)}, not standard normal ones"
     return (
-        f"{count} of {count} images, once each; within {off.max():.2f} levels of Pillow's pixels, {mean_off.mean():.2f} "
-        f"in the mean; at {cut[0]} x {cut[1]} places, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
+        f"{count} of {count} images, once each; within {off.max():.2f} levels of Pillow's, {mean_off.mean():.2f} in "
+        f"the mean; at {cut[0]} x {cut[1]} places, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
     )
 
 
