@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from time import monotonic, process_time, sleep
+from time import process_time, sleep
 from types import SimpleNamespace
 
 import pytest
@@ -81,12 +81,11 @@ def test_packing_workers_start_without_torch() -> None:
 
 
 def test_cpu_time_is_that_of_all_processes() -> None:
-    """A child's CPU time counts while it runs and once after it has ended; other programs' does not."""
+    """A child's CPU time counts while it runs and once after it has ended."""
     code = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); time.sleep(60)"
-    other = subprocess.Popen(["sh", "-c", f"setsid '{sys.executable}' -c '{code}' & echo"], stdout=subprocess.PIPE)
     before, own = common.cpu_seconds(), process_time()
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert child.stdout and other.stdout
+    assert child.stdout
     child.stdout.readline()
     running = common.cpu_seconds() - before - (process_time() - own)
     assert 0.4 < running < 0.7
@@ -94,8 +93,6 @@ def test_cpu_time_is_that_of_all_processes() -> None:
     child.wait()
     ended = common.cpu_seconds() - before - (process_time() - own)
     assert running - 0.05 < ended < 0.7
-    other.kill()
-    other.wait()
 
 
 def test_counting_begins_after_the_warm_up() -> None:
@@ -124,30 +121,16 @@ def test_turns_go_back_and_forth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.ratios("c") == [6 / 4, 7 / 9] and table.ratios("a") == [1, 1]
 
 
-def test_settling_waits_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a process of ours computes, the next contender waits, for so long at most."""
-    monkeypatch.setattr(common, "SETTLE_S", 0.6)
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
-        started = monotonic()
-        common.settle()
-        assert monotonic() - started >= 0.6
-        child.kill()
-
-
 def test_wrong_options(few: Path, tmp_path: Path) -> None:
     """Each is named before anything is measured."""
-    for options, name in (
-        (("--repeats", "0"), "--repeats"),
-        (("--threads", "-1"), "--threads"),
-        (("--out", tmp_path / "rows.csv"), "--out"),
-    ):
-        assert name in refuses("tools/bench.py", "loader", few, *options)
+    for option, value in (("--repeats", "0"), ("--threads", "-1"), ("--out", tmp_path / "rows.csv")):
+        assert option in refuses("tools/bench.py", "loader", few, option, value)
     with pytest.raises(FileNotFoundError):
         pack.list_images(tmp_path)
 
 
 def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails does not stop the others, and is named; pack needs RAW."""
+    """One that fails does not stop the others, and is named."""
     commands: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> SimpleNamespace:
@@ -159,7 +142,3 @@ def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch
         bench.bench_all(few, tmp_path / "raw", tmp_path / "out", Path("python"))
     assert [command[0] for command in commands] == ["loader", "peers", "train", "model", "pack"]
     assert commands[1][1:] == [str(few), "--ffcv-python", "python", "--out", str(tmp_path / "out/peers.jsonl")]
-    commands.clear()
-    with pytest.raises(ValueError, match=r"^train: failed"):
-        bench.bench_all(few, None, tmp_path / "out")
-    assert [command[0] for command in commands] == ["loader", "peers", "train", "model"]

@@ -23,7 +23,7 @@ def results(out: Path) -> dict[str, str]:
 
 
 def test_one_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are there with what they printed; an error says which failed; a part that runs out of time is no failure."""
+    """The others are there with what they printed; an error names what failed, which running out of time is not."""
     monkeypatch.setattr(report, "list_parts", lambda *_: PARTS)
     with pytest.raises(DataError, match=r"^broken: failed"):
         report.write_report(tmp_path, minutes=0.03)

@@ -83,7 +83,7 @@ class Table(NamedTuple):
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and all that descend from it, ended ones that were waited for included."""
+    """Sum the CPU time so far of this process and all that descend from it, ended ones that were waited for included."""
     ticks: dict[int, int] = {}
     children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -214,7 +214,7 @@ def record(out: Path | None, subcommand: str, tables: list[Table], data: str, **
 
 
 def describe_environment(subcommand: str) -> dict[str, Any]:
-    """Commit, command, hardware and versions, for a row."""
+    """Collect commit, command, hardware and versions, for a row."""
     import nvidia.dali
     import torch
 
@@ -234,22 +234,22 @@ def describe_environment(subcommand: str) -> dict[str, Any]:
 
 def query_nvidia_smi(field: str, gpu: str) -> str | None:
     """Ask nvidia-smi for a field of one GPU, by its index or UUID; None where there is no answer."""
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command = f"nvidia-smi --id={gpu} --query-gpu={field} --format=csv,noheader,nounits"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def read_commit() -> str:
-    """The commit that is measured, and "-dirty" where its code was changed; empty outside of git."""
+    """Read the commit that is measured, with "-dirty" where files were changed; empty outside of git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Read the processor's name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

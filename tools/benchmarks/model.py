@@ -59,10 +59,8 @@ def bench_model(
 
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
-    sizes, precision = (
-        batch_sizes or ([128, 256, 1024] if on_gpu else [32]),
-        precision or ("bf16" if on_gpu else "float32"),
-    )
+    sizes = batch_sizes or ([128, 256, 1024] if on_gpu else [32])
+    precision = precision or ("bf16" if on_gpu else "float32")
     common.check_options(out, batch_sizes=min(sizes), seconds=seconds, repeats=repeats)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     keep_freed_memory()  # this and the next as the trainer does
@@ -141,13 +139,11 @@ def training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device"
     from train.device import can_compile, compiled
 
     train_on = make_trainer(batch_size, dtype, device)
-    networks: dict[str, Callable[[], Any]] = {
-        TORCHVISION: torchvision_alexnet,
-        "ours": partial(AlexNet, AlexNetConfig()),
-    }
+    ours = partial(AlexNet, AlexNetConfig())
+    networks: dict[str, Callable[[], Any]] = {TORCHVISION: torchvision_alexnet, "ours": ours}
     steps = {name: train_on(make()) for name, make in networks.items()}
     if can_compile(device):
-        steps["ours, compiled as the trainer does"] = train_on(networks["ours"](), partial(compiled, device=device))
+        steps["ours, compiled as the trainer does"] = train_on(ours(), partial(compiled, device=device))
     if device.type == "cuda":
         graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
         steps |= {f"{name}, CUDA graphs": train_on(make(), graphs) for name, make in networks.items()}
@@ -155,7 +151,7 @@ def training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device"
 
 
 def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> Callable[..., Step]:
-    """Make a function that turns a network, and how to compile it, into training steps on one synthetic batch."""
+    """Return a function that makes training steps, on one synthetic batch, of a network and of how to compile it."""
     import torch
     import torch.nn.functional as F
 
@@ -184,7 +180,7 @@ def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") 
 
 
 def torchvision_alexnet() -> "nn.Module":
-    """torchvision's definition, layer by layer (torchvision 0.26, models/alexnet.py), in channels-last memory."""
+    """Build torchvision's network, layer by layer (torchvision 0.26, models/alexnet.py), in channels-last memory."""
     import torch
     from torch import nn
 
@@ -224,8 +220,8 @@ def run_tower(
         torch.set_num_threads(max(1, num_cores() // 2))
     keep_freed_memory()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
-    patience = 20 * TIMEOUT  # compiling takes long
-    dist.init_process_group(None, f"file://{scratch}/store", patience, rank=rank, world_size=2)
+    patience, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
+    dist.init_process_group(backend, f"file://{scratch}/store", patience, rank=rank, world_size=2)
     mesh = Mesh.join(device, patience)
     torch.manual_seed(0)  # the batch, and the towers' weights, are the same in both
     train_on, pair = make_trainer(batch_size, dtype, device), AlexNetConfig()

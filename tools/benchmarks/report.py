@@ -33,7 +33,7 @@ def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
     common.check_options(None, minutes=minutes)
     out.mkdir(parents=True, exist_ok=True)
     gpus, deadline = torch.cuda.device_count(), monotonic() + 60 * minutes
-    left_out = NO_GPU if gpus == 0 else "two towers: expected two GPUs, got one" if gpus == 1 else "nothing"
+    left_out = NO_GPU if gpus == 0 else "two towers (one GPU)" if gpus == 1 else "nothing"
     machine = common.describe_environment("report") | {"gpus": gpus, "left out": left_out}
     head = ["# GPU report", "", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", ""]
     head += [f"* {name}: {value}" for name, value in machine.items()]

@@ -1,4 +1,4 @@
-"""Whether the network waits for input: the loader alone, the network alone on one batch, and both as the trainer runs
+"""Does the network wait for input? Measures the loader alone, the network alone on one batch, and both as the trainer runs
 them; and where the time of real training steps goes, from a trace of torch's profiler.
 
 In the trace the host marks the window that counts, and in it the waits for input and the steps. On a GPU it also has
@@ -118,7 +118,7 @@ def bench_train(
     if device.type == "cpu":
         print(f"both share the cores: in turns they would reach {1 / (1 / loader + 1 / network):.0f} images/s")
     figures = figures[1:]  # as `interleave` does
-    medians = {name: median(turn[name] for turn in figures) for name in figures[0]}
+    medians = {name: median(turn[name] for turn in figures if name in turn) for name in figures[0]}
     for name, value in (medians | {"ms_per_step": step_ms} | percent).items():
         print(f"{name:<40} {value:>8.2f}")
     about: dict[str, Any] = {"config": {name: section for name, section in config.to_json().items() if name != "run"}}
@@ -137,17 +137,12 @@ def watch_utilization(device: "torch.device") -> Iterator[list[float]]:
         yield percents
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi counts all GPUs, not the visible ones
-    command = [
-        "nvidia-smi",
-        f"--id={gpu}",
-        "--query-gpu=utilization.gpu",
-        "--format=csv,noheader,nounits",
-        "-lms",
-        "200",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        yield percents
-        process.terminate()
+    query = f"nvidia-smi --id={gpu} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200"
+    with subprocess.Popen(query.split(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield percents
+        finally:
+            process.terminate()
         percents += [float(line) for line in process.communicate()[0].split() if line.isdecimal()]
 
 
@@ -203,7 +198,7 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict
 
 
 def union_length(spans: Iterable[tuple[float, float]], first: float, last: float) -> float:
-    """Length of the part of [first, last] that lies in any of the spans, which may overlap and come in any order."""
+    """Measure the part of [first, last] that lies in any of the spans, which may overlap and come in any order."""
     total, end = 0.0, first
     for start, stop in sorted(spans):
         start, stop = max(start, end), min(stop, last)
