@@ -51,7 +51,9 @@ def test_pack(tmp_path: Path) -> None:
     make_demo(tmp_path / "raw", photos=40)
     run_ok("tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--out", tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
-    assert len({row["contender"] for row in rows}) == len(rows) == 4 and all(row["images"] == 40 for row in rows)
+    assert len({row["contender"] for row in rows}) == len(rows) == 4 and all(
+        row["images"] == 40 for row in rows
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl"]
 
 
@@ -74,9 +76,7 @@ def test_plain_packer(tmp_path: Path) -> None:
 
 def test_packing_workers_start_without_torch() -> None:
     """Their start is a part of what is timed, and make_shards' is not."""
-    code = (
-        "import sys, tools.benchmarks.pack; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
-    )
+    code = "import sys, tools.benchmarks.pack; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
     assert run_ok("-c", code, run=run_python) == "[]\n"
 
 
@@ -98,7 +98,9 @@ def test_cpu_time_is_that_of_all_processes() -> None:
 def test_counting_begins_after_the_warm_up() -> None:
     """A quarter of the time does not count; `begin` marks where counting begins."""
     marks: list[str] = []
-    rate = common.measure(lambda: (sleep(0.01), marks.append("step")), 5, 0.4, begin=lambda: marks.append("begin"))
+    rate = common.measure(
+        lambda: (sleep(0.01), marks.append("step")), 5, 0.4, begin=lambda: marks.append("begin")
+    )
     warm_up, counted = marks.index("begin"), len(marks) - marks.index("begin") - 1
     assert marks.count("begin") == 1 and 1 <= warm_up <= 11 and rate.images == 5 * counted
     assert rate.per_s <= 5 / 0.01 and rate.seconds == pytest.approx(0.4, abs=0.1)
@@ -141,4 +143,10 @@ def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"^train: failed"):
         bench.bench_all(few, tmp_path / "raw", tmp_path / "out", Path("python"))
     assert [command[0] for command in commands] == ["loader", "peers", "train", "model", "pack"]
-    assert commands[1][1:] == [str(few), "--ffcv-python", "python", "--out", str(tmp_path / "out/peers.jsonl")]
+    assert commands[1][1:] == [
+        str(few),
+        "--ffcv-python",
+        "python",
+        "--out",
+        str(tmp_path / "out/peers.jsonl"),
+    ]

@@ -31,7 +31,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three tables with a row for each contender; what a pair of towers sends is docs/towers.md's formula."""
     model.bench_model([1], "float32", 0.05, 1, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
-    tables = ["normalization of (N, 96, 55, 55), both ways, batch 1", "training steps, batch 1", "two towers, batch 1"]
+    tables = [
+        "normalization of (N, 96, 55, 55), both ways, batch 1",
+        "training steps, batch 1",
+        "two towers, batch 1",
+    ]
     assert list(dict.fromkeys(row["table"] for row in rows)) == tables
     assert [row["contender"] for row in rows[-3:]] == [model.TWO_DEVICES, model.ONE_GPU, model.ONE_DEVICE]
     megabytes = 4 * (256 * 13 * 13 + 9216 + 2 * 4096 + 500) / 1e6
@@ -51,7 +55,9 @@ def fail(rank: int, *_: object) -> None:
     time.sleep(60)
 
 
-def test_towers_that_fail_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_towers_that_fail_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """When a process of the pair is killed, the benchmark ends with the other tables and the reason."""
     monkeypatch.setattr(model, "run_tower", fail)
     for contenders, name in (("normalizations", model.THEIRS), ("training_steps", model.TORCHVISION)):

@@ -66,8 +66,12 @@ def test_less_than_the_job_is_refused(data: PeerData, less: dict[str, Any], comp
     """Whoever leaves out a part, or hands out an image twice and another one never, is not timed; who does all, is."""
     with pytest.raises(AssertionError, match=complaint):
         peers.check_batches(honest(data, **less), data, levels=1)
-    assert "128 of 128 images, once each; within 0.00 levels" in peers.check_batches(honest(data), data, levels=1)
-    assert "within 3.00 levels" in peers.check_batches(honest(data, noise=3.0), data, levels=8)  # as known of a decoder
+    assert "128 of 128 images, once each; within 0.00 levels" in peers.check_batches(
+        honest(data), data, levels=1
+    )
+    assert "within 3.00 levels" in peers.check_batches(
+        honest(data, noise=3.0), data, levels=8
+    )  # as known of a decoder
 
 
 @pytest.mark.parametrize("name", ["dali", "ours"])
@@ -125,4 +129,6 @@ def test_peers(shards: Path, tmp_path: Path) -> None:
         row["contender"] for row in rows
     }
     assert all(row["peers"]["webdataset"] for row in rows) and "--ffcv-python" in missing["FFCV"]
-    assert text.count("128 of 128 images, once each") == len(rows) and text.count("not measured: ") == len(missing)
+    assert text.count("128 of 128 images, once each") == len(rows) and text.count("not measured: ") == len(
+        missing
+    )

@@ -19,7 +19,10 @@ from tools.benchmarks.train import STEP, WAIT, WINDOW, read_timeline, union_leng
 
 def test_train(few: Path, tmp_path: Path) -> None:
     """Loader, network and both have positive rates; efficiency is the median over turns; the host's time adds up."""
-    out, small = tmp_path / "rows.jsonl", "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false"
+    out, small = (
+        tmp_path / "rows.jsonl",
+        "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false",
+    )
     config = ROOT / "train/configs/quickstart.yaml"
     turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
     text = run_ok("tools/bench.py", "train", few, "--recipe", config, "--settings", small, *turns)
@@ -27,30 +30,14 @@ def test_train(few: Path, tmp_path: Path) -> None:
     assert [row["contender"].split()[0] for row in rows] == ["loader", "network", "both,"]
     values = np.array([row["values"] for row in rows])
     efficiency = np.median(values[2] / values[:2].min(0))
-    assert rows[0]["efficiency"] == pytest.approx(efficiency) and f"min(loader, network): {efficiency:.2f}" in text
+    assert (
+        rows[0]["efficiency"] == pytest.approx(efficiency)
+        and f"min(loader, network): {efficiency:.2f}" in text
+    )
     assert f"the {'loader' if rows[0]['median'] < rows[1]['median'] else 'network'} binds" in text
     assert 0 < rows[0]["wait_percent"] < 100
     assert sum(rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")) == pytest.approx(100)
     assert ("busy_percent" in rows[0]) == (rows[0]["gpu"] is not None)
-
-
-@pytest.mark.parametrize(
-    ("intervals", "length"),
-    [
-        ([], 0),
-        ([(2, 2)], 0),
-        ([(12, 14), (11, 13)], 3),  # overlapping, out of order
-        ([(11, 19), (12, 13), (14, 15)], 8),  # nested
-        ([(11, 12), (12, 13), (15, 16)], 3),  # touching, and a gap
-        ([(11, 12), (11, 12), (11, 15)], 4),  # the same twice, the same start
-        ([(0, 11), (19, 30)], 2),  # cut off at both ends
-        ([(0, 5), (25, 30)], 0),  # outside
-        ([(0, 30)], 10),
-    ],
-)
-def test_union_length(intervals: list[tuple[float, float]], length: float) -> None:
-    """Of the window from 10 to 20."""
-    assert union_length(intervals, 10, 20) == length
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair)))))
@@ -92,7 +79,12 @@ def test_timeline() -> None:
         event("cuda_runtime", "cudaLaunchKernel", 1000, 2000),
     ]
     found = read_timeline(HOST + device, 2)[1]
-    gpu = {"busy_percent": 65, "network_kernels_percent": 50, "input_kernels_percent": 15, "copies_percent": 5}
+    gpu = {
+        "busy_percent": 65,
+        "network_kernels_percent": 50,
+        "input_kernels_percent": 15,
+        "copies_percent": 5,
+    }
     assert found == pytest.approx(host | gpu | {"idle_percent": 35})
 
 
@@ -102,7 +94,9 @@ while :; do echo 97; echo "[N/A]"; sleep 0.05; done
 """
 
 
-def test_utilization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_utilization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """nvidia-smi is asked about the right GPU while the block runs; without a GPU, or without it, there is none."""
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)

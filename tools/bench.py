@@ -44,7 +44,9 @@ def bench_all(
     for name, words in (data | ({"pack": [str(raw)]} if raw else {})).items():
         arguments = [name, *words, "--out", str(out / f"{name}.jsonl")]
         print(f"\npython tools/bench.py {shlex.join(arguments)}", flush=True)
-        if subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), *arguments], check=False).returncode:
+        if subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "bench.py"), *arguments], check=False
+        ).returncode:
             failed.append(name)
     if failed:
         raise ValueError(f"{', '.join(failed)}: failed, see above; run it alone by its command")

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -41,49 +42,18 @@ SETTLE_S = 3.0
 class Rate(NamedTuple):
     """One measurement."""
 
-    images: int
-    seconds: float
-    cpu_s: float
-
-    @property
-    def per_s(self) -> float:
-        """Images per second."""
-        return self.images / self.seconds
-
-    @property
-    def per_cpu_s(self) -> float:
-        """Images per CPU-second."""
-        return self.images / max(self.cpu_s, 1 / TICKS_PER_S)
+    per_s: float
+    """Images per second."""
+    per_cpu_s: float
+    """Images per CPU-second."""
 
 
-class Table(NamedTuple):
-    """Contenders that are compared with each other."""
-
-    title: str
-    rates: dict[str, list[Rate]]
-    """By contender, one a turn."""
-    reference: str
-    """The contender whose ratio is 1.00."""
-
-    def ratios(self, name: str) -> list[float]:
-        """Images per second over those of the reference, turn by turn."""
-        pairs = zip(self.rates[name], self.rates[self.reference], strict=True)
-        return [a.per_s / b.per_s for a, b in pairs]
-
-    def show(self) -> None:
-        """Print medians, spreads and ratios."""
-        width = max(40, len(self.title), *map(len, self.rates))
-        print(f"{self.title:<{width}} images/s      min      max  ratio  images/CPU-s")
-        for name, rates in self.rates.items():
-            numbers = [f([rate.per_s for rate in rates]) for f in (median, min, max)]
-            row = " ".join(f"{number:>8.{0 if number >= 100 else 2}f}" for number in numbers)
-            print(
-                f"{name:<{width}} {row} {median(self.ratios(name)):>6.2f} {median(r.per_cpu_s for r in rates):>13.1f}"
-            )
+Rates = dict[str, list[Rate]]
+"""By contender, one a turn."""
 
 
 def cpu_seconds() -> float:
-    """Sum the CPU time so far of this process and all that descend from it, ended ones that were waited for included."""
+    """Sum the CPU time so far of this process and of all that descend from it, waited-for ended ones included."""
     ticks: dict[int, int] = {}
     children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -106,7 +76,8 @@ def measure_job(work: Callable[[], int]) -> Rate:
     """Measure a whole job, which returns its number of images."""
     cpu_s, started = cpu_seconds(), perf_counter()
     images = work()
-    return Rate(images, perf_counter() - started, cpu_seconds() - cpu_s)
+    seconds, cpu_s = perf_counter() - started, cpu_seconds() - cpu_s
+    return Rate(images / seconds, images / max(cpu_s, 1 / TICKS_PER_S))
 
 
 def measure(
@@ -139,9 +110,9 @@ def measure(
     return measure_job(lambda: run(seconds))
 
 
-def interleave(contenders: Mapping[str, Callable[[], Rate]], repeats: int) -> dict[str, list[Rate]]:
+def interleave(contenders: Mapping[str, Callable[[], Rate]], repeats: int) -> Rates:
     """Measure each contender `repeats` times, in turns, after a first round that does not count."""
-    rates: dict[str, list[Rate]] = {name: [] for name in contenders}
+    rates: Rates = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
             settle()
@@ -155,6 +126,24 @@ def settle() -> None:
     while perf_counter() < end and (now := cpu_seconds()) > before + 1 / TICKS_PER_S:
         before = now
         sleep(0.05)
+
+
+def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]]:
+    """Print medians, spreads and ratios to the reference, turn by turn; returns them as rows, one per contender."""
+    width, rows = max(40, len(title), *map(len, rates)), []
+    print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
+    for name, values in rates.items():
+        per_s, per_cpu_s = ([value[field] for value in values] for field in (0, 1))
+        ratio = median(
+            value.per_s / other.per_s for value, other in zip(values, rates[reference], strict=True)
+        )
+        numbers = [f(per_s) for f in (median, min, max)]
+        text = " ".join(f"{number:>8.{0 if number >= 100 else 2}f}" for number in numbers)
+        print(f"{name:<{width}} {text} {ratio:>6.2f} {median(per_cpu_s):>13.1f}")
+        row: dict[str, Any] = {"contender": name, "table": title, "unit": "images/s", "reference": reference}
+        row |= {"ratio": ratio, "median": numbers[0], "median_per_cpu_s": median(per_cpu_s)}
+        rows.append(row | {"values": per_s, "values_per_cpu_s": per_cpu_s})
+    return rows
 
 
 def check_options(out: Path | None, **numbers: float | None) -> None:
@@ -171,7 +160,9 @@ def check_options(out: Path | None, **numbers: float | None) -> None:
 def describe_shards(shards: ShardSet) -> str:
     """Say which data it was: "1600 generated images, 32 kB each, in 2 shards of store crop256"."""
     kilobytes = sum(Path(tar).stat().st_size for tar in shards.tars) / shards.num_samples / 1000
-    generated = all(name.wnid.startswith("n9") for name in shards.classes)  # by make_demo; WordNet has n0 and n1
+    generated = all(
+        name.wnid.startswith("n9") for name in shards.classes
+    )  # by make_demo; WordNet has n0 and n1
     images = f"{shards.num_samples} {'generated ' if generated else ''}images, {kilobytes:.0f} kB each"
     return f"{images}, in {len(shards.tars)} shards of store {shards.store}"
 
@@ -184,7 +175,9 @@ def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
         for sample in webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False):
             yield sample["__key__"], sample["jpg"], int(sample["cls"])
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        raise DataError(f"{Path(shards.tars[0]).parent}: damaged shard ({error}); copy or pack it again") from None
+        raise DataError(
+            f"{Path(shards.tars[0]).parent}: damaged shard ({error}); copy or pack it again"
+        ) from None
 
 
 def first_shards(shards: ShardSet, images: int) -> ShardSet:
@@ -193,64 +186,36 @@ def first_shards(shards: ShardSet, images: int) -> ShardSet:
     return shards.only([k for k in range(len(shards.tars)) if before[k] < images])
 
 
-def record(out: Path | None, subcommand: str, tables: list[Table], data: str, **settings: Any) -> None:
-    """Append one JSON row per contender to `out`, with what it takes to judge and to repeat the measurement."""
-    if out is None:
-        return
-    about = describe_environment(subcommand) | {"data": data} | settings
-    with out.open("a") as file:
-        for table in tables:
-            for name, rates in table.rates.items():
-                row: dict[str, Any] = {
-                    "contender": name,
-                    "table": table.title,
-                    "unit": "images/s",
-                    "reference": table.reference,
-                }
-                row |= {"ratio": median(table.ratios(name)), "median": median(rate.per_s for rate in rates)}
-                row |= {"median_per_cpu_s": median(rate.per_cpu_s for rate in rates)}
-                row |= {"values": [rate.per_s for rate in rates], "cpu_s": [rate.cpu_s for rate in rates]}
-                file.write(json.dumps(row | about) + "\n")
+def record(out: Path | None, subcommand: str, rows: list[dict[str, Any]], data: str, **settings: Any) -> None:
+    """Append rows to `out` as lines of JSON, with what it takes to judge and to repeat the measurement."""
+    if out:
+        about = describe_environment(subcommand) | {"data": data} | settings
+        with out.open("a") as file:
+            file.writelines(json.dumps(row | about) + "\n" for row in rows)
 
 
 def describe_environment(subcommand: str) -> dict[str, Any]:
-    """Collect commit, command, hardware and versions, for a row."""
+    """Collect commit (with "-dirty" where files were changed), command, hardware and versions."""
     import nvidia.dali
     import torch
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "dali": nvidia.dali.__version__}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    module = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"Module\s.*?(\d+\.[\d.]+)", module.read_text()) if module.exists() else None
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dali": nvidia.dali.__version__,
+    }
     return {
         "benchmark": subcommand,
-        "commit": read_commit(),
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
-        "cpu": processor(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "cores": num_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "driver": query_nvidia_smi("driver_version", "0"),
+        "driver": driver[1] if driver else None,
         "versions": versions | {name: version(name) for name in ("simplejpeg", "numpy", "pillow")},
     }
-
-
-def query_nvidia_smi(field: str, gpu: str) -> str | None:
-    """Ask nvidia-smi for a field of one GPU, by its index or UUID; None where there is no answer."""
-    command = f"nvidia-smi --id={gpu} --query-gpu={field} --format=csv,noheader,nounits"
-    try:
-        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def read_commit() -> str:
-    """Read the commit that is measured, with "-dirty" where files were changed; empty outside of git."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def processor() -> str:
-    """Read the processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -51,7 +51,9 @@ class ShiftAndNormalize(Operation):
             count, height, width, colours = images.shape
             draws = np.random.standard_normal((count, colours)).astype(np.float32)
             for i in my_range(count):
-                row = np.empty((width, colours), np.float32)  # whole rows are twice as fast as three colours each
+                row = np.empty(
+                    (width, colours), np.float32
+                )  # whole rows are twice as fast as three colours each
                 for colour in range(colours):
                     row[:, colour] = means[colour] - (matrix[colour] * draws[i]).sum()
                 mean = row.reshape(width * colours)
@@ -67,7 +69,9 @@ class ShiftAndNormalize(Operation):
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         """Where the result goes."""
         dtype = np.dtype(np.float32)
-        return replace(previous_state, jit_mode=True, dtype=dtype), AllocationQuery(previous_state.shape, dtype)
+        return replace(previous_state, jit_mode=True, dtype=dtype), AllocationQuery(
+            previous_state.shape, dtype
+        )
 
 
 def write_beton(files: list[tuple[str, int]], path: Path) -> None:
@@ -102,7 +106,13 @@ def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
         drop_last=True,
         indices=np.tile(np.arange(count, dtype=np.uint64), repeats),
         pipelines={
-            "image": [decoder, RandomHorizontalFlip(), normalize, ToTensor(), ToTorchImage(channels_last=True)],
+            "image": [
+                decoder,
+                RandomHorizontalFlip(),
+                normalize,
+                ToTensor(),
+                ToTorchImage(channels_last=True),
+            ],
             "label": [IntDecoder(), ToTensor(), Squeeze()],
         },
     )
@@ -124,7 +134,9 @@ def main() -> None:
     for _ in sys.stdin:
         images, labels = next(endless)
         if settings["show"]:
-            np.savez(path.with_suffix(".npz"), images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+            np.savez(
+                path.with_suffix(".npz"), images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy()
+            )
         print("done", file=answers)
     os._exit(0)  # FFCV's threads are still at work
 

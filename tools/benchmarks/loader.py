@@ -81,16 +81,15 @@ def bench_loader(
             UNLIGHTED: partial(common.measure, partial(next, others), batch_size, seconds),
             EIGENBASIS: partial(measure_sums, common.first_shards(train, MAX_SUMMED), cores),
         }
-        table = common.Table("training images", common.interleave(contenders, repeats), LIMIT)
+        rates = common.interleave(contenders, repeats)
     for loader in loaders:
         loader.close()
     data = common.describe_shards(train)
     print(f"{data}; batch {batch_size}, finished on {device.type}")
     print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
-    table.show()
-    settings: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "device": device.type}
-    settings |= {"threads": speed.num_threads, "cores_used": cores, "seconds": seconds}
-    common.record(out, "loader", [table], data, **settings)
+    rows = common.print_table("training images", rates, LIMIT)
+    about: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "device": device.type}
+    common.record(out, "loader", rows, data, threads=speed.num_threads, **about)
 
 
 def check_work(jpegs: list[bytes], windows: "Pipeline", images: Any) -> None:
@@ -101,10 +100,12 @@ def check_work(jpegs: list[bytes], windows: "Pipeline", images: Any) -> None:
 
     for jpeg in jpegs[:32]:
         expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), np.int16)
-        assert np.abs(simplejpeg.decode_jpeg(jpeg, "RGB") - expected).max() <= 1, "libjpeg-turbo: other pixels"
+        assert np.abs(simplejpeg.decode_jpeg(jpeg, "RGB") - expected).max() <= 1, (
+            "libjpeg-turbo: wrong pixels"
+        )
     pixels, _ = windows.run()
-    assert len(pixels) == len(images) and np.asarray(pixels[0]).dtype == np.uint8, "DALI: other batches"
-    assert images.shape[1:] == (3, 224, 224) and images.isfinite().all(), "loader: other batches"
+    assert len(pixels) == len(images) and np.asarray(pixels[0]).dtype == np.uint8, "DALI: wrong batch"
+    assert images.shape[1:] == (3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
 
 
 def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline":
@@ -116,7 +117,7 @@ def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline
     from pipeline.draws import CROP_SIDE, OFFSETS, draw
     from pipeline.graph import read_graph, window_graph
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, seed=0, enable_checkpointing=True)
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     def graph() -> Any:
         encoded, digits = read_graph(shards, True, shuffle_buffer=1024)
         draws = draw(Augmentation(), 0, 0)

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.machine import num_cores
 from tools.benchmarks import common
-from tools.benchmarks.common import Rate, Table
+from tools.benchmarks.common import Rate, Rates
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +65,18 @@ def bench_model(
     keep_freed_memory()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
     print(f"{precision}, {repeats} repeats, on {device}")
-    tables, missing = [], {}
+    rows, missing = [], {}
     for title, contenders, reference in (
         ("normalization of (N, 96, 55, 55), both ways", normalizations, THEIRS),
         ("training steps", training_steps, TORCHVISION),
     ):
         for size in sizes:
             steps = contenders(size, dtype, device)
-            turns = {name: partial(common.measure, step, size, seconds, device) for name, step in steps.items()}
-            tables.append(Table(f"{title}, batch {size}", common.interleave(turns, repeats), reference))
-            tables[-1].show()
+            turns = {
+                name: partial(common.measure, step, size, seconds, device) for name, step in steps.items()
+            }
+            rates = common.interleave(turns, repeats)
+            rows += common.print_table(f"{title}, batch {size}", rates, reference)
             del steps, turns  # their memory is room for the next
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -86,14 +87,13 @@ def bench_model(
             missing["two towers"] = str(error).strip().splitlines()[-1]
             print(f"two towers: not measured: {missing['two towers']}")
         else:
-            rows = json.loads(Path(scratch, "rates.json").read_text())
-            rates = {name: [Rate(*rate) for rate in values] for name, values in rows.items()}
-            tables.append(Table(f"two towers, batch {sizes[0]}", rates, ONE_GPU))
-            tables[-1].show()
+            found = json.loads(Path(scratch, "rates.json").read_text())
+            rates = {name: [Rate(*rate) for rate in values] for name, values in found.items()}
+            rows += common.print_table(f"two towers, batch {sizes[0]}", rates, ONE_GPU)
             sent = sizes[0] * bytes_per_image(AlexNetConfig(), dtype.itemsize)
-            print(f"{judge_claim(tables[-1])}\neach of the two sends {sent / 1e6:.1f} MB a step (docs/towers.md)")
-    settings: dict[str, Any] = {"batch_sizes": sizes, "precision": precision, "seconds": seconds}
-    common.record(out, "model", tables, "random numbers", device=device.type, not_measured=missing, **settings)
+            print(f"{judge_claim(rates)}\neach of the two sends {sent / 1e6:.1f} MB a step (docs/towers.md)")
+    about: dict[str, Any] = {"precision": precision, "device": device.type, "not_measured": missing}
+    common.record(out, "model", rows, "random numbers", **about)
 
 
 def normalizations(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
@@ -233,29 +233,30 @@ def run_tower(
         steps[ONE_DEVICE] = train_on(AlexNet(pair), as_trained)
     seed_process(0, rank)  # dropout
 
-    def run(name: str, count: int) -> Rate:
-        cpu_s, started = common.cpu_seconds(), perf_counter()
+    def run(name: str, count: int) -> int:
         for _ in range(count):
             steps[name]()
         if kind == "cuda":
             torch.cuda.synchronize(device)
-        return Rate(count * batch_size, perf_counter() - started, common.cpu_seconds() - cpu_s)
+        return count * batch_size
 
     def measure(name: str) -> Rate:
         dist.barrier()
         if name not in steps:  # rank 0's turn alone
-            return Rate(0, 1.0, 0.0)
-        run(name, 1 + int(counts[name].item()) // 4)
-        rate = run(name, int(counts[name].item()))
-        cpu_s = torch.tensor(rate.cpu_s, device=device)
+            return Rate(0, 0)
+        count = int(counts[name].item())
+        run(name, 1 + count // 4)
+        rate = common.measure_job(lambda: run(name, count))
+        cpu_s = torch.tensor(1 / rate.per_cpu_s, device=device)  # of an image
         if name == TWO_DEVICES:
             dist.all_reduce(cpu_s)
-        return rate._replace(cpu_s=cpu_s.item())
+        return rate._replace(per_cpu_s=1 / cpu_s.item())
 
     counts = {}
     for name in steps:  # how many steps take so long
         run(name, 2)  # compiles
-        counts[name] = torch.tensor(max(1, round(2 * seconds / run(name, 2).seconds)), device=device)
+        rate = common.measure_job(partial(run, name, 2))
+        counts[name] = torch.tensor(max(1, round(seconds * rate.per_s / batch_size)), device=device)
     dist.broadcast(counts[TWO_DEVICES], 0)  # both take as many
     turns = {name: partial(measure, name) for name in (TWO_DEVICES, ONE_GPU, ONE_DEVICE)}
     rates = common.interleave(turns, repeats)
@@ -264,9 +265,11 @@ def run_tower(
     dist.destroy_process_group()
 
 
-def judge_claim(table: Table) -> str:
+def judge_claim(rates: Rates) -> str:
     """Say whether the paper's claim holds in these turns: in all of them, in none, or neither."""
-    ratios = table.ratios(TWO_DEVICES)
-    holds = "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"
+    ratios = [two.per_s / one.per_s for two, one in zip(rates[TWO_DEVICES], rates[ONE_GPU], strict=True)]
+    holds = (
+        "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"
+    )
     speed = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast as"
     return f"the two-GPU net trains {speed} the one-GPU net: that it takes less time (section 3.2) {holds}"

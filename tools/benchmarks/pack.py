@@ -57,7 +57,11 @@ def open_archive(path: str) -> int:
 
 
 def bench_pack(
-    raw: Path, repeats: int = 3, workers: int | None = None, scratch: Path | None = None, out: Path | None = None
+    raw: Path,
+    repeats: int = 3,
+    workers: int | None = None,
+    scratch: Path | None = None,
+    out: Path | None = None,
 ) -> None:
     """Images per second of make_shards, of Pillow processes with webdataset's ShardWriter, and of the codec alone.
 
@@ -90,9 +94,8 @@ def bench_pack(
     generated = "generated " if (raw / "demo.json").exists() else ""  # by make_demo
     data = f"{len(images)} {generated}images of {num_bytes / len(images) / 1e3:.0f} kB"
     print(f"{data}; {workers} workers, {repeats} repeats")
-    table = common.Table("packed", rates, BASELINE)
-    table.show()
-    common.record(out, "pack", [table], data, images=len(images), bytes=num_bytes, workers=workers)
+    rows = common.print_table("packed", rates, BASELINE)
+    common.record(out, "pack", rows, data, images=len(images), bytes=num_bytes, workers=workers)
 
 
 def list_images(raw: Path) -> list[RawImage]:
@@ -107,7 +110,9 @@ def list_images(raw: Path) -> list[RawImage]:
                     start = member.offset_data
                     images += [RawImage(train, start + each.offset_data, each.size, label) for each in inner]
     except tarfile.TarError as error:
-        raise ValueError(f"{raw}: expected the archives of ILSVRC-2012, got {error}; fetch them again") from None
+        raise ValueError(
+            f"{raw}: expected the archives of ILSVRC-2012, got {error}; fetch them again"
+        ) from None
     return images
 
 
@@ -127,7 +132,7 @@ def run_make_shards(raw: Path, store: str, images: list[RawImage], shards: Path,
     if not found:
         raise ValueError(f"make_shards failed on {raw}: {(outputs[1] or outputs[0]).strip()}")
     assert int(found[1]) == len(images), "make_shards: not every image is packed"
-    return rate._replace(seconds=len(images) / float(found[2]))
+    return rate._replace(per_s=float(found[2]))
 
 
 def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.Rate:

@@ -97,7 +97,9 @@ class Files(Dataset):
             return make_sample((np.asarray(image.convert("RGB")), label), self.basis)
 
 
-def load_in_workers(dataset: Any, data: PeerData, workers: int, sampler: Iterator[int] | None = None) -> Batches:
+def load_in_workers(
+    dataset: Any, data: PeerData, workers: int, sampler: Iterator[int] | None = None
+) -> Batches:
     """Batches of a DataLoader, whose processes are forked from one without threads, which ours has."""
     yield from DataLoader(
         dataset, data.batch_size, sampler=sampler, num_workers=workers, multiprocessing_context="forkserver"
@@ -116,7 +118,12 @@ def webdataset_batches(data: PeerData) -> Batches:
 
     data.versions["webdataset"] = version("webdataset")
     tars = list(data.shards.tars)
-    samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode("rgb8").to_tuple("jpg", "cls")
+    samples = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars))
+        .shuffle(1000)
+        .decode("rgb8")
+        .to_tuple("jpg", "cls")
+    )
     windows = samples.map(functools.partial(make_sample, basis=data.basis)).repeat()
     return load_in_workers(windows, data, min(data.workers, len(tars)))
 
@@ -155,7 +162,12 @@ def dali_batches(data: PeerData) -> Batches:
     @pipeline_def(batch_size=data.batch_size, num_threads=data.workers, device_id=None, seed=12)
     def graph() -> Any:
         encoded, label = fn.readers.file(
-            files=paths, labels=labels, random_shuffle=True, initial_fill=1024, pad_last_batch=True, name="Reader"
+            files=paths,
+            labels=labels,
+            random_shuffle=True,
+            initial_fill=1024,
+            pad_last_batch=True,
+            name="Reader",
         )
         x, y = fn.random.uniform(values=places), fn.random.uniform(values=places)
         windows = fn.decoders.image_crop(encoded, crop=(CROP_SIDE, CROP_SIDE), crop_pos_x=x, crop_pos_y=y)
@@ -170,8 +182,16 @@ def dali_batches(data: PeerData) -> Batches:
 
 def our_batches(data: PeerData) -> Batches:
     """The trainer's loader."""
-    place: dict[str, Any] = {"batch_size": data.batch_size, "seed": 0, "rank": 0, "num_ranks": 1, "device": "cpu"}
-    config = DataConfig(Path(data.shards.tars[0]).parent, speed=Speed(threads=data.workers + 1))  # its default
+    place: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "seed": 0,
+        "rank": 0,
+        "num_ranks": 1,
+        "device": "cpu",
+    }
+    config = DataConfig(
+        Path(data.shards.tars[0]).parent, speed=Speed(threads=data.workers + 1)
+    )  # its default
     with closing(train_loader(data.shards, data.basis, config, **place)) as loader:
         yield from itertools.chain.from_iterable(itertools.repeat(loader))
 

@@ -13,11 +13,6 @@ from pipeline.files import write_bytes
 from pipeline.shards import DataError
 from tools.benchmarks import common
 
-NO_GPU = (
-    "GPU tests (they skip themselves), batches of 128 and 1,024, GPU utilization and idle times, two towers over NCCL: "
-    "PyTorch finds no GPU here; what follows was measured on the CPU"
-)
-
 
 def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
     """Write a page about this machine's GPUs, on generated photographs: doctor, GPU tests, loader, model, training.
@@ -33,7 +28,8 @@ def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
     common.check_options(None, minutes=minutes)
     out.mkdir(parents=True, exist_ok=True)
     gpus, deadline = torch.cuda.device_count(), monotonic() + 60 * minutes
-    left_out = NO_GPU if gpus == 0 else "two towers (one GPU)" if gpus == 1 else "nothing"
+    left_out = "GPU tests, batches of 128 and 1,024, GPU utilization and idle times (PyTorch finds no GPU)"
+    left_out = "nothing" if gpus > 1 else "two towers (one GPU)" if gpus else left_out
     machine = common.describe_environment("report") | {"gpus": gpus, "left out": left_out}
     head = ["# GPU report", "", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", ""]
     head += [f"* {name}: {value}" for name, value in machine.items()]
@@ -58,7 +54,9 @@ def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
 def list_parts(gpus: int, data: Path, out: Path) -> dict[str, list[str]]:
     """List the report's commands by title, the most telling ones first."""
     raw, shards = str(data / "raw"), str(data / "shards")
-    photos, sizes = ("4000", (128, 1024)) if gpus else ("1000", (32,))  # too many for a core's cache, made in seconds
+    photos, sizes = (
+        ("4000", (128, 1024)) if gpus else ("1000", (32,))
+    )  # too many for a core's cache, made in seconds
 
     def bench(name: str, *arguments: str) -> list[str]:
         turns = ["--repeats", "2", "--seconds", "2", "--out", str(out / f"{name}.jsonl")]
@@ -87,7 +85,12 @@ def run_part(command: list[str], seconds: float) -> tuple[str, str]:
     words, pipe = [sys.executable, *command], subprocess.PIPE
     try:
         done = subprocess.run(
-            words, cwd=common.ROOT, timeout=seconds, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT
+            words,
+            cwd=common.ROOT,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
         )
     except subprocess.TimeoutExpired as error:
         return "cut off: no time was left", (error.stdout or b"").decode(errors="replace")

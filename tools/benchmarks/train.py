@@ -1,5 +1,5 @@
-"""Does the network wait for input? Measures the loader alone, the network alone on one batch, and both as the trainer runs
-them; and where the time of real training steps goes, from a trace of torch's profiler.
+"""Does the network wait for input? Measures the loader alone, the network alone on one batch, and both as the trainer
+runs them; and where the time of real training steps goes, from a trace of torch's profiler.
 
 In the trace the host marks the window that counts, and in it the waits for input and the steps. On a GPU it also has
 the kernels and copies of the whole process, DALI's too (CUPTI sees them all): the GPU is busy while any of them runs.
@@ -92,9 +92,13 @@ def bench_train(
 
     def measure_training() -> common.Rate:
         meter.pause()
-        with watch_utilization(device) as percents:  # `begin`: what queues held before is no figure of training
+        with watch_utilization(
+            device
+        ) as percents:  # `begin`: what queues held before is no figure of training
             rate = common.measure(take_step, images, seconds, device, begin=lambda: meter.read(images))
-        figures.append({name: value for name, value in meter.read(images).items() if name.startswith("wait_")})
+        figures.append(
+            {name: value for name, value in meter.read(images).items() if name.startswith("wait_")}
+        )
         figures[-1] |= {UTILIZATION: median(percents)} if percents else {}
         return rate
 
@@ -108,22 +112,23 @@ def bench_train(
     state.close()
     data = common.describe_shards(state.train_shards)
     print(f"{data}; batch {images}, {config.train.precision}, {repeats} repeats, on {device}")
-    table = common.Table("does the network wait?", rates, REAL)
-    table.show()
+    rows = common.print_table("does the network wait?", rates, REAL)
     speeds = zip(*([rate.per_s for rate in values] for values in rates.values()), strict=True)
     efficiency = median(real / min(loader, network) for loader, network, real in speeds)
     loader, network = (median(rate.per_s for rate in rates[name]) for name in (LOADER, SYNTHETIC))
     binds = "the loader" if loader < network else "the network"
     print(f"real / min(loader, network): {efficiency:.2f}; {binds} binds")
     if device.type == "cpu":
-        print(f"both share the cores: in turns they would reach {1 / (1 / loader + 1 / network):.0f} images/s")
+        print(
+            f"both share the cores: in turns they would reach {1 / (1 / loader + 1 / network):.0f} images/s"
+        )
     figures = figures[1:]  # as `interleave` does
     medians = {name: median(turn[name] for turn in figures if name in turn) for name in figures[0]}
     for name, value in (medians | {"ms_per_step": step_ms} | percent).items():
         print(f"{name:<40} {value:>8.2f}")
-    about: dict[str, Any] = {"config": {name: section for name, section in config.to_json().items() if name != "run"}}
-    about |= {"shards": state.train_shards.manifest_sha256, "device": device.type, "seconds": seconds}
-    common.record(out, "train", [table], data, efficiency=efficiency, **about, **medians, **percent)
+    about: dict[str, Any] = medians | percent | {"efficiency": efficiency, "device": device.type}
+    about |= {"shards": state.train_shards.manifest_sha256, "config": config.to_json()}
+    common.record(out, "train", rows, data, **about)
 
 
 @contextmanager
@@ -189,8 +194,12 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict
         busy = share(kernels + copies)
         percent |= {
             "busy_percent": busy,
-            "network_kernels_percent": share(event for event in kernels if event["args"]["stream"] in streams),
-            "input_kernels_percent": share(event for event in kernels if event["args"]["stream"] not in streams),
+            "network_kernels_percent": share(
+                event for event in kernels if event["args"]["stream"] in streams
+            ),
+            "input_kernels_percent": share(
+                event for event in kernels if event["args"]["stream"] not in streams
+            ),
             "copies_percent": share(copies),
             "idle_percent": 100 - busy,
         }
@@ -201,7 +210,6 @@ def union_length(spans: Iterable[tuple[float, float]], first: float, last: float
     """Measure the part of [first, last] that lies in any of the spans, which may overlap and come in any order."""
     total, end = 0.0, first
     for start, stop in sorted(spans):
-        start, stop = max(start, end), min(stop, last)
-        if stop > start:
-            total, end = total + stop - start, stop
+        total += max(0.0, min(stop, last) - max(start, end))
+        end = max(end, stop)
     return total
