@@ -101,7 +101,9 @@ class MeetingConv2d(nn.Conv2d):
 
     def forward(self, own: torch.Tensor) -> torch.Tensor:
         """(N, in_channels / 2, H, W) -> (N, out_channels, H, W)."""
-        return meet(lambda x, w, b: F.conv2d(x, w, b, padding=self.padding), own, self.weight, self.bias, self.peer)
+        return meet(
+            lambda x, w, b: F.conv2d(x, w, b, padding=self.padding), own, self.weight, self.bias, self.peer
+        )
 
 
 class MeetingLinear(nn.Linear):
@@ -141,7 +143,9 @@ class TowerAlexNet(AlexNet):
     def __init__(self, config: AlexNetConfig, peer: Peer) -> None:
         nn.Module.__init__(self)
         if config.num_towers != TOWERS or not config.maps[2]:
-            raise ValueError("parallel.placement=towers needs model.towers=2 and a conv3, where the towers meet")
+            raise ValueError(
+                "parallel.placement=towers needs model.towers=2 and a conv3, where the towers meet"
+            )
         whole = AlexNet(config).state_dict()  # drawn before anything else is
         self.peer = peer
         _, c2, c3, c4, c5 = config.maps
@@ -173,7 +177,9 @@ def split_state(state: Mapping[str, torch.Tensor], tower: int) -> dict[str, torc
     return {name: tensor.tensor_split(TOWERS)[tower] for name, tensor in state.items()}
 
 
-def join_state(state: Mapping[str, torch.Tensor], config: AlexNetConfig, peer: Peer) -> dict[str, torch.Tensor]:
+def join_state(
+    state: Mapping[str, torch.Tensor], config: AlexNetConfig, peer: Peer
+) -> dict[str, torch.Tensor]:
     """The state of the whole network from both towers' parts, on both processes; both have to call it."""
     with torch.device("meta"):
         whole = AlexNet(config).state_dict()

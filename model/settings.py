@@ -50,7 +50,9 @@ class AlexNetConfig:
                 f"not {self.maps}"
             )
         if self.hidden < 1 or self.hidden % self.num_towers:
-            raise ValueError(f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}")
+            raise ValueError(
+                f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}"
+            )
         if self.outputs < 2:
             raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
         if not 0 <= self.dropout < 1:

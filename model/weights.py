@@ -50,7 +50,10 @@ TORCHVISION_STD = (58.395, 57.12, 57.375)
 
 
 def weights_bytes(
-    state: Mapping[str, torch.Tensor], config: AlexNetConfig, inputs: dict[str, Any], names: Names = "alexnet-dali"
+    state: Mapping[str, torch.Tensor],
+    config: AlexNetConfig,
+    inputs: dict[str, Any],
+    names: Names = "alexnet-dali",
 ) -> bytes:
     """A safetensors file.
 
@@ -67,7 +70,9 @@ def weights_bytes(
         sizes = {"channels": config.maps, "hidden": config.hidden, "num_classes": config.outputs}
         theirs = AlexNetConfig("torchvision", dropout=config.dropout, **sizes)  # type: ignore[arg-type]
         if config.spelled_out() != theirs.spelled_out() or not all(config.maps):
-            raise ValueError("torchvision's alexnet is another network; only model.variant=torchvision has its names")
+            raise ValueError(
+                "torchvision's alexnet is another network; only model.variant=torchvision has its names"
+            )
         renamed = {ours: name for name, ours in OURS.items()}
         state = {renamed[name]: tensor for name, tensor in state.items()}
     described = json.dumps(dataclasses.asdict(config.spelled_out()))
@@ -98,7 +103,11 @@ def read_weights(path: Path) -> Weights:
         check_tensors(state, config)
         return Weights(config, state, triple(inputs["mean"]), triple(inputs["std"]))
     except Exception as error:  # files of all kinds get here; what is raised depends on where they are odd
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError | SafetensorError) and str(error) else ""
+        reason = (
+            str(error).splitlines()[0]
+            if isinstance(error, ValueError | SafetensorError) and str(error)
+            else ""
+        )
         raise ValueError(
             f"{path} holds no weights of this network{reason and f' ({reason})'}; give a .safetensors file that "
             "tools/export_weights.py wrote, or torchvision's .pth"
@@ -115,7 +124,9 @@ def triple(value: Any) -> tuple[float, float, float]:
 
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 OURS = {
-    f"{theirs}.{kind}": f"{layer}.{kind}" for theirs, layer in TORCHVISION_NAMES.items() for kind in ("weight", "bias")
+    f"{theirs}.{kind}": f"{layer}.{kind}"
+    for theirs, layer in TORCHVISION_NAMES.items()
+    for kind in ("weight", "bias")
 }
 """torchvision's names of tensors, and ours."""
 
@@ -127,18 +138,24 @@ def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> N
             expected = {name: tensor.shape for name, tensor in AlexNet(config).state_dict().items()}
     except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
         raise ValueError(f"there is no such network ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in state.values()
+    ):
         raise ValueError("what stands for its weights are no tensors")
     if {name: tensor.shape for name, tensor in state.items()} != expected:
         raise ValueError("its tensors have other names or shapes than those of its network")
-    if any(each.dtype not in FLOATING or each.is_meta or each.layout != torch.strided for each in state.values()):
+    if any(
+        each.dtype not in FLOATING or each.is_meta or each.layout != torch.strided for each in state.values()
+    ):
         raise ValueError("its tensors are no floating-point numbers")
 
 
 def torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
     """The sizes of a state dict under torchvision's names. Raises `ValueError` for other names."""
     if set(state) != set(OURS):
-        raise ValueError("it does not say which network it is of, and has not the names of torchvision's alexnet")
+        raise ValueError(
+            "it does not say which network it is of, and has not the names of torchvision's alexnet"
+        )
     sizes = {layer: len(state[f"{name}.weight"]) for name, layer in TORCHVISION_NAMES.items()}
     c1, c2, c3, c4, c5 = (sizes[f"conv{k}"] for k in range(1, 6))
     return AlexNetConfig(

@@ -53,7 +53,9 @@ def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
     ignored."""
     if decoder.where == "cpu":
         return crop_graph(encoded, IMAGE_SIDE, 0.5, 0.5)
-    cache: dict[str, Any] = {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
+    cache: dict[str, Any] = (
+        {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
+    )
     return fn.decoders.image(
         encoded,
         device="mixed",
@@ -135,7 +137,9 @@ def extent(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", si
     start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
     end = start + side * scale
     reach = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider where an image is reduced
-    return Extent(start, end, math.max(math.floor(start - reach), 0.0), math.min(math.ceil(end + reach), pixels))
+    return Extent(
+        start, end, math.max(math.floor(start - reach), 0.0), math.min(math.ceil(end + reach), pixels)
+    )
 
 
 def rounded_quotient(dividend: "DataNode", divisor: "DataNode") -> "DataNode":

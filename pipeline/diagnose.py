@@ -58,14 +58,21 @@ def shard_damage(tar: Path, index: Path, samples: int) -> str:
     for members in rows:
         for extension, offset, length, name in members:
             if offset + length > size:
-                return f"{tar} has {size} bytes, but {name or extension} lies at {offset} to {offset + length}"
+                return (
+                    f"{tar} has {size} bytes, but {name or extension} lies at {offset} to {offset + length}"
+                )
     return ""
 
 
 def chunked(shards: ShardSet) -> Iterator[list[Image]]:
     """The images of a split, some at a time."""
     for tar, index in zip(shards.tars, shards.indexes, strict=True):
-        images = [(tar, *member[1:]) for members in read_index(Path(index)) for member in members if member[0] == "jpg"]
+        images = [
+            (tar, *member[1:])
+            for members in read_index(Path(index))
+            for member in members
+            if member[0] == "jpg"
+        ]
         for first in range(0, len(images), CHUNK):
             yield images[first : first + CHUNK]
 

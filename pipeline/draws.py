@@ -34,7 +34,9 @@ class Draws(NamedTuple):
 def op_seed(seed: int, loader_rank: int, operator: str) -> int:
     """The seed of one random operator: independent between operators and loader ranks, the same in every run."""
     words = np.frombuffer(operator.encode().ljust(16)[:16], np.uint32).tolist()
-    return int(np.random.SeedSequence([seed, loader_rank, *words]).generate_state(1, np.uint32)[0]) % (2**31 - 1)
+    return int(np.random.SeedSequence([seed, loader_rank, *words]).generate_state(1, np.uint32)[0]) % (
+        2**31 - 1
+    )
 
 
 def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:

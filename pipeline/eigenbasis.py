@@ -146,13 +146,17 @@ class Eigenbasis:
         """From the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`."""
         found = [np.asarray(content[name]) for name in ("mean", "eigenvalues", "eigenvectors")]
         if not all(array.dtype.kind in "if" for array in found):  # "1" and true would do
-            raise ValueError("mean, eigenvalues or eigenvectors are no numbers; run tools/compute_pca.py again")
+            raise ValueError(
+                "mean, eigenvalues or eigenvectors are no numbers; run tools/compute_pca.py again"
+            )
         mean, eigenvalues, eigenvectors = (array.astype(np.float64) for array in found)
         shapes = [mean.shape, eigenvalues.shape, eigenvectors.shape]
         finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
         sound = shapes == [(3,), (3,), (3, 3)] and finite and (eigenvalues >= 0).all()
         if not sound or not np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-3):
-            raise ValueError("mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again")
+            raise ValueError(
+                "mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again"
+            )
         return Eigenbasis(mean, eigenvalues, eigenvectors)
 
     def to_json(self) -> dict[str, Any]:
@@ -180,7 +184,11 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or has another format version; {advice}")
     if content.get("manifest_sha256") != manifest_sha256:
         raise ValueError(f"{path} was made from other shards; {advice}")
-    if (content.get("scale"), content.get("channel_order"), content.get("geometry")) != (255, "RGB", GEOMETRY):
+    if (content.get("scale"), content.get("channel_order"), content.get("geometry")) != (
+        255,
+        "RGB",
+        GEOMETRY,
+    ):
         raise ValueError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
     try:
         Eigenbasis.from_json(content)
@@ -200,10 +208,16 @@ def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:
         image = np.load(path, allow_pickle=False)
     except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
         return None
-    fits = isinstance(image, np.ndarray) and image.dtype == np.float32 and image.shape == (IMAGE_SIDE, IMAGE_SIDE, 3)
+    fits = (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.float32
+        and image.shape == (IMAGE_SIDE, IMAGE_SIDE, 3)
+    )
     return (
         image
-        if fits and np.isfinite(image).all() and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
+        if fits
+        and np.isfinite(image).all()
+        and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
         else None
     )
 

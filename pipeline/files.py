@@ -75,7 +75,11 @@ def open_locked(path: Path, wait: bool) -> BinaryIO:
             file.close()
             raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing it", str(path)) from None
         except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a network file system without locks
+            if error.errno in (
+                errno.ENOSYS,
+                errno.ENOTSUP,
+                errno.ENOLCK,
+            ):  # a network file system without locks
                 return file
             file.close()
             raise

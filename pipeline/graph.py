@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def train_graph(
-    encoded: "DataNode", draws: Draws, basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
+    encoded: "DataNode",
+    draws: Draws,
+    basis: Eigenbasis,
+    augmentation: Augmentation,
+    decoder: Decoder,
+    device: str,
 ) -> "tuple[DataNode, ...]":
     """Encoded images to augmented windows.
 
@@ -67,7 +72,9 @@ def normalize_graph(
 def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder, device: str) -> "DataNode":
     """Encoded images to uint8 (224, 224, 3) windows, HWC RGB; 256x256 ones are decoded on a CPU and stay there."""
     if decoder.any_size:
-        return resampled_graph(encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS, device)
+        return resampled_graph(
+            encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS, device
+        )
     return crop_graph(encoded, CROP_SIDE, draws.crop_x, draws.crop_y)
 
 
@@ -106,7 +113,10 @@ def read_graph(
     Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and follow their files:
     DALI's default, a MiB at first for each member of each sample in the shuffle buffer, makes gigabytes.
     """
-    shuffling: dict[str, Any] = {"random_shuffle": True, "initial_fill": min(shuffle_buffer, shards.num_samples)}
+    shuffling: dict[str, Any] = {
+        "random_shuffle": True,
+        "initial_fill": min(shuffle_buffer, shards.num_samples),
+    }
     if not sticky:
         shuffling |= {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": op_seed(seed, 0, "shards")}
     outputs: Any = fn.readers.webdataset(

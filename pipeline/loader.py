@@ -86,7 +86,9 @@ class Loader:
         self._shards, self._basis, self._config, self._training = shards, basis, config, training
         self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
         self.device = torch.device(device)
-        self._decode = config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
+        self._decode = (
+            config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
+        )
         if self._decode == "gpu" and self.device.type != "cuda":
             raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
         if config.speed.decode_cache_gb and self._decode != "gpu":
@@ -111,9 +113,13 @@ class Loader:
         largest = -(-shards.num_samples // num_ranks)
         self._padded_steps = -(-largest // batch_size)
         self._num_samples = last - first
-        self.steps_per_epoch = shards.num_samples // num_ranks // batch_size if training else self._padded_steps
+        self.steps_per_epoch = (
+            shards.num_samples // num_ranks // batch_size if training else self._padded_steps
+        )
         """Batches an epoch, the same on every rank."""
-        self.dropped_per_epoch = shards.num_samples - self.steps_per_epoch * batch_size * num_ranks if training else 0
+        self.dropped_per_epoch = (
+            shards.num_samples - self.steps_per_epoch * batch_size * num_ranks if training else 0
+        )
         """Training samples, over all ranks, that an epoch leaves out; each epoch leaves out others."""
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -131,7 +137,9 @@ class Loader:
             for _ in range(self._padded_steps - self.steps_per_epoch):
                 self._run()  # the tail that does not fill a batch on every rank
             self.at_epoch, self.at_step = epoch, 0
-            ended = self._training and self._lighting() != self._config.augmentation.lighting.at_epoch(epoch - 1)
+            ended = self._training and self._lighting() != self._config.augmentation.lighting.at_epoch(
+                epoch - 1
+            )
             if self._pipe and ended:  # the same graph with other constants, from the same state
                 self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
@@ -164,7 +172,11 @@ class Loader:
         """Hit rate of the decode cache after the first epoch: the share of this rank's images that fit into it, as it
         evicts nothing. None for images of any size, whose bytes are not known before they are decoded."""
         image_bytes = IMAGE_SIDE * IMAGE_SIDE * 3
-        return None if self._shards.any_size else min(1.0, self._cache_mb * 2**20 // image_bytes / self._num_samples)
+        return (
+            None
+            if self._shards.any_size
+            else min(1.0, self._cache_mb * 2**20 // image_bytes / self._num_samples)
+        )
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
@@ -181,7 +193,9 @@ class Loader:
             offset_HWC = self.mean_offset.permute(1, 2, 0) * augmentation.std
         if self.device.type == "cuda":
             (images,) = outputs
-            return images if offset_HWC is None else images.sub_(offset_HWC / divisor), labels  # DALI writes them anew
+            return images if offset_HWC is None else images.sub_(
+                offset_HWC / divisor
+            ), labels  # DALI writes them anew
         windows, *draws = outputs
         mirrored, light = draws or (None, torch.zeros(len(windows), 3))
         means = torch.from_numpy(moved_means(light.numpy(), self._basis, lighting)).float()
@@ -212,7 +226,9 @@ class Loader:
             "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
             "rank": self._rank,
             "num_ranks": self._num_ranks,
-            "decoder": Decoder(self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, self._cache_mb),
+            "decoder": Decoder(
+                self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, self._cache_mb
+            ),
             "device": "gpu" if on_gpu else "cpu",
         }
         if self._training:
@@ -279,7 +295,9 @@ class Loader:
         differing = [name for name in mine if theirs.get(name) != mine[name]]
         for name in differing:
             if name not in free:
-                remedy = "; --resume.allow_world_change true goes on from an epoch's edge" if name in WORLD else ""
+                remedy = (
+                    "; --resume.allow_world_change true goes on from an epoch's edge" if name in WORLD else ""
+                )
                 raise ValueError(
                     f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "
                     f"{mine[name]}{remedy}"
@@ -308,7 +326,9 @@ def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor |
     if augmentation.mean == "channel":
         return None
     if basis.mean_image is None:
-        raise ValueError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
+        raise ValueError(
+            "augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image"
+        )
     first = (IMAGE_SIDE - CROP_SIDE) // 2
     centre_HWC = basis.mean_image[first : first + CROP_SIDE, first : first + CROP_SIDE] - basis.mean
     return torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)

@@ -44,5 +44,7 @@ def raise_open_files(num_shards: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n")
+        raise ValueError(
+            f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

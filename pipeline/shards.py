@@ -87,21 +87,31 @@ def open_shards(shards: Path, split: str) -> ShardSet:
     directory = Path(shards) / split
     path = directory / "manifest.json"
     if not path.is_file():
+        if split == "val" and (Path(shards) / "train" / "manifest.json").is_file():
+            raise FileNotFoundError(
+                f"{directory} holds no manifest.json: there are no validation shards; finish the pack, or pack into "
+                "another folder without --val-fraction 0"
+            )
         raise FileNotFoundError(
-            f"{directory} holds no manifest.json: no pack was finished there; run tools/make_shards.py pack (again)"
+            f"{directory} holds no manifest.json: no finished shards lie there; run tools/make_shards.py pack RAW "
+            "SHARDS, or give the folder where SHARDS lie now"
         )
     content = path.read_bytes()
     manifest = read_json(path)
     check_manifest(manifest, path)
     if manifest["split"] != split:
-        raise ValueError(f"{path} describes the {manifest['split']} split, not {split}; copy it again or pack again")
+        raise ValueError(
+            f"{path} describes the {manifest['split']} split, not {split}; copy it again or pack again"
+        )
     tars, indexes = [], []
     for shard in manifest["shards"]:
         tar = directory / shard["name"]
         index = tar.with_suffix(".idx")
         for file in (tar, index):
             if not file.is_file():
-                raise FileNotFoundError(f"{file} is listed in {path} but missing; copy it again or pack again")
+                raise FileNotFoundError(
+                    f"{file} is listed in {path} but missing; copy it again or pack again"
+                )
         if tar.stat().st_size != shard["bytes"]:
             raise ValueError(
                 f"{tar} has {tar.stat().st_size} bytes, {path} says {shard['bytes']}; copy it again or pack again"
@@ -137,7 +147,9 @@ def check_manifest(manifest: Any, path: Path) -> None:
     except (KeyError, TypeError, ValueError, OverflowError):
         version, well_formed = FORMAT_VERSION, False
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; pack again")
+        raise ValueError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; pack again"
+        )
     if not well_formed:
         raise ValueError(f"{path} is damaged or not a shard manifest; pack again")
 
@@ -171,7 +183,10 @@ def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
     Args:
         samples: per sample its members as (extension, offset of the data in bytes, size in bytes, member name).
     """
-    lines = [" ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in members) for members in samples]
+    lines = [
+        " ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in members)
+        for members in samples
+    ]
     return "\n".join([f"v1.2 {len(samples)}", *lines]) + "\n"
 
 
@@ -181,7 +196,10 @@ def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
         header, *lines = path.read_bytes().decode().splitlines()
         rows = [line.split(" ") for line in lines]
         samples = [
-            [(ext, int(offset), int(size), name) for ext, offset, size, name in zip(*[iter(row)] * 4, strict=True)]
+            [
+                (ext, int(offset), int(size), name)
+                for ext, offset, size, name in zip(*[iter(row)] * 4, strict=True)
+            ]
             for row in rows
         ]
         if any(not 0 <= number < 2**62 for row in samples for _, *numbers, _ in row for number in numbers):

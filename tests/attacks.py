@@ -15,31 +15,33 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from model.weights import read_weights
 from pipeline.diagnose import find_damage
-from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.eigenbasis import Eigenbasis
 from pipeline.shards import open_shards, read_index
-from tests.mutate import NAMES, make_tar, mutate_bytes, mutate_json, mutate_tar, mutate_text, mutate_tree, mutate_yaml
+from tests.mutate import (
+    NAMES,
+    make_tar,
+    mutate_bytes,
+    mutate_json,
+    mutate_tar,
+    mutate_text,
+    mutate_tree,
+    mutate_yaml,
+)
 from tests.sound import QUICKSTART, Place, config_arguments, config_of, copy, known_devkit, members_of, packed
-from tools.checks.shards import check_eigenbasis, check_mean_image
-from tools.compute_pca import draw_sample, is_done
+from tools.doctor import check_eigenbasis
 from tools.export_weights import export_weights
-from tools.moments import Sums, Tally
 from tools.packing.adopt import adopt, read_class_file
-from tools.packing.check_shard import check_image
-from tools.packing.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
 from tools.packing.images import Packed
+from tools.packing.layouts import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE, find_layout
 from tools.packing.listing import RawImage
-from tools.packing.manifest import LISTING
-from tools.packing.pack import pack_sample
 from tools.packing.plan import Options
-from tools.packing.raw import find_layout
-from tools.packing.stats import stats
-from tools.packing.verify import verify
-from tools.show_pca import table
+from tools.packing.verify import find_image_fault, stats, verify
+from tools.packing.writer import LISTING, pack_sample
+from tools.preview_sheet import format_eigenbasis
 from train import charts
 from train.checkpoint import (
     checkpoint_at_an_edge,
@@ -62,16 +64,16 @@ def images(rng: random.Random, place: Place) -> Calls:
     """An image file, packed in each way; what the packer takes, `verify` takes too."""
     path = rng.choice(sorted((place.seeds / "images").iterdir()))
     data = mutate_bytes(rng, path.read_bytes(), most=rng.choice((1, 3, 20)))
-    store, strict = rng.choice((("crop256", True), ("original", True), ("original", False)))
+    store = rng.choice(("crop256", "original"))
     file = place.given / f"n01_1{path.suffix}"
     file.write_bytes(data)
 
     def pack_it() -> None:
         image = RawImage(file.name, str(file), 0, len(data), 3)
-        options = Options(store=store, verify=strict, on_bad="fail")  # type: ignore[arg-type]
+        options = Options(store=store, on_bad="fail")  # type: ignore[arg-type]
         result, _ = pack_sample(("n01_1", image), options)
-        if isinstance(result, Packed) and strict:
-            check_image(result.jpeg, store)
+        if isinstance(result, Packed):
+            assert not find_image_fault(result.jpeg, store)
 
     return [pack_it]
 
@@ -79,7 +81,7 @@ def images(rng: random.Random, place: Place) -> Calls:
 def listed(raw: Path) -> None:
     """List a raw data set, as `pack` does, and read and pack every image."""
     with known_devkit():
-        data = find_layout(raw).read()
+        data = find_layout(raw)[1]()
     for listing in data.splits.values():
         for image in listing if not data.sequential else ():
             pack_sample((image.shown_name, image), Options(on_bad="skip"))
@@ -112,7 +114,7 @@ def devkit(rng: random.Random, place: Place) -> Calls:
             name = f"{folder}/ILSVRC2012_validation_ground_truth.txt"
             inner = make_tar({**files, name: mutate_text(rng, files[name])})
         archive.write_bytes(gzip.compress(inner, 1))
-    return [lambda: find_layout(place.given).read()]
+    return [lambda: find_layout(place.given)[1]()]
 
 
 def class_tars(rng: random.Random, place: Place) -> Calls:
@@ -126,15 +128,21 @@ def class_tars(rng: random.Random, place: Place) -> Calls:
 def kaggle(rng: random.Random, place: Place) -> Calls:
     """Kaggle's lists of labels and words."""
     copy(place.seeds / "kaggle", place.given)
-    path = place.given / rng.choice(("LOC_val_solution.csv", "LOC_val_solution.csv", "LOC_synset_mapping.txt"))
+    path = place.given / rng.choice(
+        ("LOC_val_solution.csv", "LOC_val_solution.csv", "LOC_synset_mapping.txt")
+    )
     path.write_bytes(mutate_text(rng, path.read_bytes()))
-    return [lambda: find_layout(place.given).read()]
+    return [lambda: find_layout(place.given)[1]()]
 
 
 def folders(rng: random.Random, place: Place) -> Calls:
     """Class folders with odd names of folders and files, links and pipes; packed to the end."""
     image = (place.seeds / "images" / "rgb.jpg").read_bytes()
-    names = [name for name in NAMES if name.strip("./") and "\0" not in name and "/" not in name and len(name) < 250]
+    names = [
+        name
+        for name in NAMES
+        if name.strip("./") and "\0" not in name and "/" not in name and len(name) < 250
+    ]
     for split in ("train", "val"):
         for _ in range(3):
             folder = place.given / split / rng.choice((*names, "n01", "n02"))
@@ -187,7 +195,20 @@ def adopted(rng: random.Random, place: Place) -> Calls:
         files = members_of(tar.read_bytes())
         name = rng.choice([name for name in files if name.endswith(".cls")])
         label = rng.choice(
-            (b"-1", b"", b" 1", b"1 ", b"1\n", b"9" * 6, b"9" * 7, b"1.5", b"\xff", b"0x1", b"00", "²".encode())
+            (
+                b"-1",
+                b"",
+                b" 1",
+                b"1 ",
+                b"1\n",
+                b"9" * 6,
+                b"9" * 7,
+                b"1.5",
+                b"\xff",
+                b"0x1",
+                b"00",
+                "²".encode(),
+            )
         )
         tar.write_bytes(make_tar({**files, name: label}))
     else:
@@ -231,21 +252,16 @@ def verified(rng: random.Random, place: Place) -> Calls:
 
 
 def index(rng: random.Random, place: Place) -> Calls:
-    """An index, read, compared with its shard, and sampled from."""
+    """An index, read, and compared with its shard."""
     copy(place.seeds / "shards", place.given)
     path = rng.choice(sorted((place.given / "train").glob("*.idx")))
     path.write_bytes(mutate_text(rng, path.read_bytes()))
-
-    def sampled() -> None:
-        train = open_shards(place.given, "train")
-        draw_sample(train, train.num_samples, 0, place.out)
 
     return [
         lambda: read_index(path),
         lambda: verify(place.given, fast=True),
         lambda: stats(place.given),
         lambda: find_damage(open_shards(place.given, "train")),
-        sampled,
     ]
 
 
@@ -263,12 +279,14 @@ def manifest(rng: random.Random, place: Place) -> Calls:
     ]
     if rng.random() < 0.3:
         calls += [lambda: packed(place.seeds / "raw", place.out / "shards", samples_per_shard=11)]
-        calls += [lambda: adopt(place.seeds / "tars", place.out / "shards", split="train", pattern="*", workers=1)]
+        calls += [
+            lambda: adopt(place.seeds / "tars", place.out / "shards", split="train", pattern="*", workers=1)
+        ]
     return calls
 
 
 def pca(rng: random.Random, place: Place) -> Calls:
-    """An eigenbasis, loaded, shown and checked; and whether one needs to be made."""
+    """An eigenbasis, loaded, formatted and checked."""
     copy(place.seeds / "shards", place.given)
     path = place.given / "pca.json"
     path.write_bytes(mutate_json(rng, path.read_bytes()))
@@ -277,13 +295,11 @@ def pca(rng: random.Random, place: Place) -> Calls:
     def shown() -> None:
         from pipeline.eigenbasis import read_eigenbasis
 
-        table(read_eigenbasis(path, train.manifest_sha256))
+        format_eigenbasis(read_eigenbasis(path, train.manifest_sha256))
 
     return [
         lambda: Eigenbasis.load(path, train.manifest_sha256, with_mean_image=True),
         lambda: check_eigenbasis(place.given, train),
-        lambda: check_mean_image(place.given, train),
-        lambda: is_done(place.given, train, None, True),
         shown,
     ]
 
@@ -293,7 +309,11 @@ def classes(rng: random.Random, place: Place) -> Calls:
     copy(place.seeds / "shards", place.given)
     path = place.given / "classes.json"
     path.write_bytes(mutate_json(rng, path.read_bytes()))
-    return [lambda: open_shards(place.given, "val"), lambda: read_class_file(path), lambda: stats(place.given)]
+    return [
+        lambda: open_shards(place.given, "val"),
+        lambda: read_class_file(path),
+        lambda: stats(place.given),
+    ]
 
 
 def mean_image(rng: random.Random, place: Place) -> Calls:
@@ -309,7 +329,9 @@ def mean_image(rng: random.Random, place: Place) -> Calls:
             ("(256, 256, 3)", "(99999999999, 256, 3)", "()", "(-1,)", "(2**40,)", "(1e9,)", "(9**9**9,)")
         )
         kind = rng.choice(("<f4", "|O", "<f8", "|V8", "<U99999999", "|b1", "[('a', '<f4')]"))
-        text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+        text = (
+            f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+        )
         data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data[128:]
     else:
         data = mutate_bytes(rng, data)
@@ -373,7 +395,10 @@ def odd_state(rng: random.Random, content: dict[str, Any]) -> dict[str, Any]:
         return content
     tensors = {name: content.pop(name) for name in ("model", "optimizer") if name in content}
     content = mutate_tree(rng, content, most=1)
-    return {**(content if isinstance(content, dict) else {"config": content}), **(tensors if draw < 0.95 else {})}
+    return {
+        **(content if isinstance(content, dict) else {"config": content}),
+        **(tensors if draw < 0.95 else {}),
+    }
 
 
 def odd_tensor(rng: random.Random, tensor: torch.Tensor) -> Any:
@@ -402,7 +427,9 @@ def pointers(rng: random.Random, place: Place) -> Calls:
     for name in rng.sample(("LATEST", "BEST"), rng.randint(1, 2)):
         path = run / "checkpoints" / name
         path.write_bytes(
-            rng.choice((mutate_bytes(rng, path.read_bytes()), rng.choice(NAMES).encode(errors="surrogateescape")))
+            rng.choice(
+                (mutate_bytes(rng, path.read_bytes()), rng.choice(NAMES).encode(errors="surrogateescape"))
+            )
         )
     content = {"best": {"step": 7, "top1_error": 1.0}, "model": {}}
 
@@ -425,7 +452,9 @@ def state_of(seeds: Path, out: Path) -> tuple[Any, dict[str, Any]]:
     from train.state import TrainState
 
     device = torch.device("cpu")
-    state = TrainState(parse_config(config_arguments(seeds, out)), device, Placement(ParallelConfig(), device))
+    state = TrainState(
+        parse_config(config_arguments(seeds, out)), device, Placement(ParallelConfig(), device)
+    )
     state.build()
     return state, state.capture()
 
@@ -483,7 +512,9 @@ def weights(rng: random.Random, place: Place) -> Calls:
         out, state = io.BytesIO(), torch.load(io.BytesIO(sound), weights_only=True)
         name = rng.choice(sorted(state))
         state[name] = odd_tensor(rng, state[name])
-        torch.save(state if draw < 0.9 else rng.choice(([], {}, state[name], {1: 2}, {"state_dict": state})), out)
+        torch.save(
+            state if draw < 0.9 else rng.choice(([], {}, state[name], {1: 2}, {"state_dict": state})), out
+        )
         data = out.getvalue()
     else:
         length = int.from_bytes(sound[:8], "little")
@@ -503,74 +534,27 @@ def weights(rng: random.Random, place: Place) -> Calls:
     return [lambda: read_weights(path), lambda: read_trained(path)]
 
 
-def tally_of(place: Place, folder: Path, with_image: bool) -> Tally:
-    """Sums of the packed shards, kept in a folder."""
-    return Tally(folder, open_shards(place.seeds / "shards", "train"), {"decoder": "any"}, with_image)
-
-
-def sums(rng: random.Random, place: Place) -> Calls:
-    """Kept colour sums: other bytes, or arrays of other shapes, types and values; totalled and made a basis."""
-    with_image = rng.random() < 0.3
-    tally = tally_of(place, place.out, with_image)
-    for number in range(len(tally.groups)):
-        image = np.ones((256, 256, 3), np.int64) if with_image else None
-        tally.write(number, Sums(Moments(10, 655360, (65536,) * 3, (65536 * 5,) * 9), image))
-    path, draw = tally.path(rng.randrange(len(tally.groups))), rng.random()
-    if draw < 0.4:
-        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-    else:
-        with np.load(path) as file:
-            arrays: dict[str, Any] = dict(file)
-        name = rng.choice(sorted(arrays))
-        odd = (np.array(5), np.array([]), np.array([1, 2]), np.zeros((2, 2)), np.array(["a", "b"]), arrays[name] * 1.5)
-        odd += (
-            -arrays[name],
-            arrays[name] * 0,
-            arrays[name] + np.nan,
-            np.full(9, 2**63 - 1),
-            np.ones((256, 256)),
-            np.array([True]),
-        )
-        arrays[name] = rng.choice(odd)
-        with path.open("wb") as stream:
-            np.savez(stream, **arrays)
-
-    def totalled() -> None:
-        if (total := tally.total()) is not None:
-            write_eigenbasis(place.out / "pca.json", total.moments, "m", "any")
-            assert total.image is None or total.image.shape == (256, 256, 3)
-
-    return [totalled]
-
-
 def listing(rng: random.Random, place: Place) -> Calls:
     """The packer's cached listing; a second pack reads it."""
     copy(place.seeds / "shards", place.out / "shards")
     path = place.out / "shards" / LISTING
-    if rng.random() < 0.5:
-        header, *blocks = path.read_bytes().splitlines()
-        lines = [header, *blocks]
-        at = rng.randrange(len(lines))
-        lines[at] = mutate_json(rng, lines[at])
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    else:
-        path.write_bytes(mutate_text(rng, path.read_bytes()))
+    path.write_bytes(mutate_bytes(rng, path.read_bytes(), most=20))
     return [lambda: packed(place.seeds / "raw", place.out / "shards", samples_per_shard=11)]
 
 
 def half_packed(rng: random.Random, place: Place) -> Calls:
-    """What a packer that was killed leaves: plan, notes, spilled segments; another goes on from there."""
+    """What a packer that was killed leaves: plan, sidecars, packed row groups; another resumes from there."""
     source = place.seeds / rng.choice(("half", "half-spilled"))
     copy(source, place.out / "shards")
     files = [
         each
         for each in (place.out / "shards").rglob("*")
-        if each.is_file() and each.suffix in (".json", ".npy", ".idx")
+        if each.is_file() and (each.suffix in (".json", ".idx") or each.name.startswith("segment"))
     ]
     path = rng.choice(sorted(files))
     path.write_bytes((mutate_json if path.suffix == ".json" else mutate_bytes)(rng, path.read_bytes()))
-    again = {"samples_per_shard": 11, "sequential_read": source.name == "half-spilled"}
-    return [lambda: packed(place.seeds / "raw", place.out / "shards", **again)]
+    raw = place.seeds / ("parquet" if source.name == "half-spilled" else "raw")
+    return [lambda: packed(raw, place.out / "shards", samples_per_shard=11)]
 
 
 def loader(rng: random.Random, place: Place) -> Calls:
@@ -598,7 +582,9 @@ def loader(rng: random.Random, place: Place) -> Calls:
         config = config_of(place)
         train = open_shards(place.given, "train")
         basis = Eigenbasis.load(place.given / "pca.json", train.manifest_sha256)
-        loads = train_loader(train, basis, config.data, batch_size=4, seed=1, rank=0, num_ranks=1, device="cpu")
+        loads = train_loader(
+            train, basis, config.data, batch_size=4, seed=1, rank=0, num_ranks=1, device="cpu"
+        )
         for _ in loads.epoch(0):
             pass
         loads.close()
@@ -627,7 +613,6 @@ ATTACKS: dict[Callable[[random.Random, Place], Calls], tuple[int, int]] = {
     restored: (0, 80),
     metrics: (10, 400),
     weights: (12, 500),
-    sums: (10, 300),
     listing: (5, 150),
     half_packed: (4, 150),
     loader: (0, 60),

@@ -36,7 +36,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{path}.lock"):
         if not (path / "few" / "pca.json").exists():
             run_ok("tools/make_demo.py", path / "raw")
-            run_ok("tools/make_shards.py", "pack", path / "raw", path / "shards", "--samples-per-shard", "180")
+            run_ok(
+                "tools/make_shards.py", "pack", path / "raw", path / "shards", "--samples-per-shard", "180"
+            )
             copy_first(path / "shards", path / "few", train=3, val=1)
             for name in ("shards", "few"):
                 run_ok("tools/compute_pca.py", path / name)
@@ -53,7 +55,9 @@ def copy_first(shards: Path, few: Path, **counts: int) -> None:
         kept = set()
         for row in manifest["shards"]:
             tar = shards / split / row["name"]
-            kept |= {Path(entry[3]).stem for sample in read_index(tar.with_suffix(".idx")) for entry in sample}
+            kept |= {
+                Path(entry[3]).stem for sample in read_index(tar.with_suffix(".idx")) for entry in sample
+            }
             for file in (tar, tar.with_suffix(".idx")):
                 shutil.copy(file, few / split)
         manifest["repairs"] = [row for row in manifest["repairs"] if row["key"] in kept]

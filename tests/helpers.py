@@ -43,10 +43,14 @@ Make = Callable[[int, int], ShardSet]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_python(*arguments: str | Path, timeout: float = 600, **options: object) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str | Path, timeout: float = 600, **options: object
+) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in the repository's root as a user would."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, **options
+    )  # type: ignore[call-overload, no-any-return]
 
 
 def run_here(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -54,7 +58,9 @@ def run_here(*arguments: str | Path, env: dict[str, str] | None = None) -> subpr
     one takes seconds to start. For whatever is not about processes. `env` comes on top of the environment."""
     program, *others = map(str, arguments[arguments[0] == "-m" :])
     module = program.removesuffix(".py").replace("/", ".")
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    handlers = [
+        (number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    ]
     threads, returncode = torch.get_num_threads(), 0
     # Real files: a program may ask its outputs for their descriptors.
     with (
@@ -106,7 +112,9 @@ def start_python(*arguments: str | Path, **options: Any) -> "subprocess.Popen[st
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, **pipes)
 
 
-def wait_for(reached: Callable[[], Any], process: "subprocess.Popen[str] | None" = None, seconds: float = 120) -> None:
+def wait_for(
+    reached: Callable[[], Any], process: "subprocess.Popen[str] | None" = None, seconds: float = 120
+) -> None:
     """Until `reached()` is true, which it has to be in time, and while the process runs."""
     deadline = time.monotonic() + seconds
     while not reached():
@@ -131,7 +139,9 @@ SHARED = (
 
 def small_run(shards: Path, directory: Path, *more: str) -> list[str]:
     """A small network on `few`, STEPS steps an epoch: dropout, lighting, flip and shuffling are on."""
-    small = "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
+    small = (
+        "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
+    )
     small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
     small += " --run.save_every 6 --run.keep 2 --run.keep_every 1"
     small += " --run.device cpu"  # bitwise equality is promised there
@@ -174,7 +184,9 @@ def rows_without_times(directory: Path) -> list[dict[str, object]]:
 
 def shipped(name: str) -> Config:
     """A configuration as it is shipped."""
-    return parse_config(["--config", str(ROOT / f"train/configs/{name}.yaml"), "--data.shards", "s", "--run.dir", "r"])
+    return parse_config(
+        ["--config", str(ROOT / f"train/configs/{name}.yaml"), "--data.shards", "s", "--run.dir", "r"]
+    )
 
 
 def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
@@ -206,7 +218,13 @@ def collect(loader: Loader, epochs: range) -> list[tuple[torch.Tensor, torch.Ten
 def torch_of(*gpus: tuple[str, int, list[int]], cuda: str | None = "12.6", **more: Any) -> dict[str, Any]:
     """What the probe tells of a PyTorch that sees these GPUs."""
     archs = ["sm_80", "sm_86", "sm_90", "compute_90"] if gpus else []
-    found = {"version": "2.13.0", "cuda": cuda, "file": "/torch/__init__.py", "distributed": True, "cudnn": None}
+    found = {
+        "version": "2.13.0",
+        "cuda": cuda,
+        "file": "/torch/__init__.py",
+        "distributed": True,
+        "cudnn": None,
+    }
     return found | {"told": [], "gpus": list(gpus), "peers": [], "nccl": "2.27.3", "archs": archs} | more
 
 
@@ -263,7 +281,11 @@ def write_foreign(
     src.mkdir(exist_ok=True)
     with webdataset.ShardWriter(f"{src}/{stem}-%04d.tar", maxcount=per_shard, verbose=0) as writer:
         for number, label in enumerate(labels):
-            content = {"cls": str(label).encode() + newline, "json": b'{"a": 1}', extension: images[number % 8]}
+            content = {
+                "cls": str(label).encode() + newline,
+                "json": b'{"a": 1}',
+                extension: images[number % 8],
+            }
             writer.write({"__key__": f"{stem}_{number:05d}", **content})
 
 
@@ -299,7 +321,9 @@ def look_at(pages: dict[str, int], folder: Path) -> tuple[list[dict[str, Any]], 
         frames += f'<iframe src="{number}.html" width="{width}" height="900" style="border:0"></iframe>'
     listen = "onmessage = event => document.body.append('FOUND' + JSON.stringify(event.data) + 'END')"
     (folder / "frames.html").write_text(f"<body><script>{listen}</script>{frames}</body>", encoding="utf-8")
-    quiet = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    quiet = (
+        "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    )
     quiet += " --disable-sync --enable-logging=stderr --hide-scrollbars --virtual-time-budget=5000"
     quiet += " --window-size=1400,900 --dump-dom"
     command = ["chromium", "--headless", *quiet.split(), f"--user-data-dir={folder / 'profile'}"]

@@ -38,7 +38,9 @@ def kaggle(raw: Path, images: Images) -> None:
     with (raw / "LOC_val_solution.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["ImageId", "PredictionString"])
-        rows.writerows([stem, f"{wnid} 1 2 3 4 "] for stem, (split, wnid, _) in images.items() if split == "val")
+        rows.writerows(
+            [stem, f"{wnid} 1 2 3 4 "] for stem, (split, wnid, _) in images.items() if split == "val"
+        )
     (raw / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} thing, {wnid[-1]}\n" for wnid in WNIDS))
 
 

@@ -62,7 +62,23 @@ NAMES = (
 )
 """For files: out of their folder, no names at all, too long, with what a terminal or a shell would act on."""
 TREES: tuple[Any, ...] = (
-    *(None, True, False, [], {}, "", 0.5, -0.0, 1e308, float("nan"), float("inf"), "NaN", "1", [1, [2]], {"a": 1}),
+    *(
+        None,
+        True,
+        False,
+        [],
+        {},
+        "",
+        0.5,
+        -0.0,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "NaN",
+        "1",
+        [1, [2]],
+        {"a": 1},
+    ),
     *NUMBERS,
     *NAMES,
 )
@@ -146,7 +162,9 @@ YAML_LINES = (
     "data: &d\n  augmentation: *d",
     "model: &m [*m]",
     "a: &a [x, x, x, x, x, x, x, x]\n"
-    + "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    + "\n".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ),
     "? {a: b}\n: c",
     "--- {}",
     "--config: x",
@@ -203,7 +221,9 @@ def mutate_bytes(rng: random.Random, data: bytes, most: int = 6) -> bytes:
                 out[at:end] = bytes(end - at)
             case 7:
                 size = rng.choice((1, 2, 4, 8))
-                out[at : at + size] = (rng.choice(NUMBERS) % 256**size).to_bytes(size, rng.choice(("big", "little")))
+                out[at : at + size] = (rng.choice(NUMBERS) % 256**size).to_bytes(
+                    size, rng.choice(("big", "little"))
+                )
             case _:
                 other = rng.randrange(len(out) + 1)
                 out[at:end] = out[other : other + length]
@@ -250,7 +270,9 @@ def mutate_tree(rng: random.Random, tree: Any, most: int = 2) -> Any:
                     container[key] = [container[key]] if rng.random() < 0.5 else {"x": container[key]}
             case 4:
                 other, name = rng.choice(places)
-                container[key] = copy.deepcopy(other[name]) if isinstance(name, int) and name < len(other) else None
+                container[key] = (
+                    copy.deepcopy(other[name]) if isinstance(name, int) and name < len(other) else None
+                )
             case _:
                 container[key] = copy.deepcopy(rng.choice(TREES))
     return tree
@@ -353,17 +375,23 @@ def mutate_tar(rng: random.Random, data: bytes) -> bytes:
         key = rng.choice(
             ("path", "size", "linkpath", "hdrcharset", "mtime", "GNU.sparse.size", "GNU.sparse.map", "uid")
         )
-        value = str(rng.choice((*NUMBERS, *NAMES, "1,2,3", "0,99999999999999"))).encode(errors="surrogateescape")
+        value = str(rng.choice((*NUMBERS, *NAMES, "1,2,3", "0,99999999999999"))).encode(
+            errors="surrogateescape"
+        )
         record = b" " + key.encode() + b"=" + value + b"\n"
         length = rng.choice((len(record) + len(str(len(record) + 3)), 0, 5, 10**9, len(record) + 2))
-        return data[:at] + pax(str(length).encode() + record, rng.choice((b"x", b"g", b"L", b"K"))) + data[at:]
+        return (
+            data[:at] + pax(str(length).encode() + record, rng.choice((b"x", b"g", b"L", b"K"))) + data[at:]
+        )
     header = bytearray(data[at : at + 512])
     for _ in range(rng.randint(1, 2)):
         name = rng.choice(("name", "size", "size", "type", *FIELDS))
         start, length = FIELDS[name]
         value = {
             "size": rng.choice(SIZES),
-            "type": rng.choice((b"0", b"\0", b"1", b"2", b"5", b"x", b"g", b"L", b"K", b"S", b"7", b"V", b"\xff")),
+            "type": rng.choice(
+                (b"0", b"\0", b"1", b"2", b"5", b"x", b"g", b"L", b"K", b"S", b"7", b"V", b"\xff")
+            ),
             "magic": rng.choice((b"ustar  \0", b"\0" * 8, b"ustar\x0000")),
         }.get(name, rng.choice(NAMES).encode(errors="surrogateescape"))
         header[start : start + length] = value[:length].ljust(length, b"\0")

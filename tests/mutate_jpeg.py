@@ -24,7 +24,11 @@ def sound_jpegs() -> list[bytes]:
     pixels = np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    files = [jpeg(pixels, progressive=progressive, subsampling=s) for progressive in (0, 1) for s in ("4:2:0", "4:4:4")]
+    files = [
+        jpeg(pixels, progressive=progressive, subsampling=s)
+        for progressive in (0, 1)
+        for s in ("4:2:0", "4:4:4")
+    ]
     files += [simplejpeg.encode_jpeg(pixels, 80, "RGB", sampling) for sampling in ("422", "440", "411")]
     files += [jpeg(pixels, "L"), jpeg(pixels, "L", progressive=True), jpeg(pixels, "CMYK")]
     files += [jpeg(pixels, keep_rgb=True), jpeg(pixels, restart_marker_blocks=3), jpeg(pixels, exif=exif)]
@@ -44,7 +48,9 @@ def parts_of(data: bytes) -> list[Part]:
             end = at + int.from_bytes(length, "big")
             body, at = data[at + 2 : end], end
         end = at
-        while marker == 0xDA and not (data[end] == 0xFF and not (data[end + 1] == 0 or 0xD0 <= data[end + 1] <= 0xD7)):
+        while marker == 0xDA and not (
+            data[end] == 0xFF and not (data[end + 1] == 0 or 0xD0 <= data[end + 1] <= 0xD7)
+        ):
             end += 1
         parts.append([bytes([marker]), length, body, data[at:end]])
         at = end
@@ -64,8 +70,17 @@ def segment(marker: int, body: bytes) -> Part:
 ADOBE = b"Adobe\0\x64\0\0\0\0"
 ICC = b"ICC_PROFILE\0"
 TIFF = b"II*\0\x08\0\0\0"
-EXIF = (b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff\1\2", b"XX*\0junk", b"II*\0\xff\xff\xff\xff", TIFF + b"\xff\xff" * 9)
-EXIF += tuple(TIFF + b"\1\0\x12\1" + entry for entry in (b"\3\0\1\0\0\0\x09\0\0\0", b"\2\0\xff\xff\xff\x7f\0\0\0\0"))
+EXIF = (
+    b"",
+    b"II*\0",
+    b"MM\0*\0\0\0\x08\xff\xff\1\2",
+    b"XX*\0junk",
+    b"II*\0\xff\xff\xff\xff",
+    TIFF + b"\xff\xff" * 9,
+)
+EXIF += tuple(
+    TIFF + b"\1\0\x12\1" + entry for entry in (b"\3\0\1\0\0\0\x09\0\0\0", b"\2\0\xff\xff\xff\x7f\0\0\0\0")
+)
 INSERTED = (
     *(segment(0xE0, b"JFIF\0" + revision + b"\0\0\1\0\1\0\0") for revision in (b"\0\0", b"\1\2", b"\2\0", b"\xff\xff")),
     *(segment(0xE0, body) for body in (b"", b"JFIF\0", b"JFXX\0\x13", b"AVI1\0\0")),
@@ -102,7 +117,9 @@ def change(rng: random.Random, parts: list[Part]) -> None:
             for part in frames:
                 body = bytearray(part[2] or b"x")
                 place = rng.randrange(len(body))
-                body[place] = rng.choice((0, 1, 2, 8, 12, 16, *b"\x11\x12\x21\x22\x41\x14\x44", rng.randrange(256)))
+                body[place] = rng.choice(
+                    (0, 1, 2, 8, 12, 16, *b"\x11\x12\x21\x22\x41\x14\x44", rng.randrange(256))
+                )
                 part[2] = bytes(body)
         case 7 if tables:
             edit(rng, rng.choice(tables), 2)
@@ -112,7 +129,9 @@ def change(rng: random.Random, parts: list[Part]) -> None:
             edit(rng, rng.choice(scans), 3)
         case 10 if scans:  # a scan again, of other coefficients or bits
             again = list(rng.choice(scans))
-            again[2] = again[2][:-3] + rng.choice((again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02"))
+            again[2] = again[2][:-3] + rng.choice(
+                (again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02")
+            )
             again[3] = rng.choice((again[3], b"", b"\0" * 40))
             parts.insert(len(parts) - 1, again)
         case 11:
@@ -148,7 +167,12 @@ def corpus(number: int) -> Iterator[bytes]:
     """The first `number` files: sound ones, then mutated ones, a quarter of them cut at a marker, as long as there are
     such."""
     rng, sound = random.Random(18), sound_jpegs()
-    cut = [joined(parts_of(data)[:k]) + tail for data in sound for k in range(1, len(parts_of(data))) for tail in TAILS]
+    cut = [
+        joined(parts_of(data)[:k]) + tail
+        for data in sound
+        for k in range(1, len(parts_of(data)))
+        for tail in TAILS
+    ]
     rng.shuffle(cut)
     endings = (b"\0" * 70, b"trailing", sound[0], b"\xff", b"\xff\xd9")
     first = [*sound, *(sound[k] + tail for k, tail in enumerate(endings))]

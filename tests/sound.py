@@ -21,10 +21,10 @@ from pipeline.eigenbasis import Moments, write_eigenbasis
 from pipeline.shards import open_shards
 from tests.helpers import ROOT, jpeg, photo
 from tests.mutate import make_tar
-from tools.demo_archives import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
+from tools.make_demo import DIGIT_TO_ID, DIGIT_TO_WNID, write_archives
 from tools.make_shards import pack
-from tools.packing import ilsvrc as ilsvrc_module
-from tools.packing.ilsvrc import read_devkit
+from tools.packing import layouts as layouts_module
+from tools.packing.layouts import read_devkit
 from train.checkpoint import save_checkpoint
 from train.config import parse_config
 
@@ -84,7 +84,7 @@ def members_of(tar: bytes) -> dict[str, bytes]:
 def known_devkit() -> Iterator[None]:
     """Read the devkit, which takes half a second, once in a process: for attacks on other files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ilsvrc_module, "read_devkit", cached_devkit)
+        patch.setattr(layouts_module, "read_devkit", cached_devkit)
         yield
 
 
@@ -153,16 +153,22 @@ def make_seeds(seeds: Path) -> None:
         )
         for name in ("shards", "half"):
             pack(seeds / "raw", seeds / name, samples_per_shard=11, workers=1)
-    make_half(seeds)
     (seeds / "tars").mkdir()
     for wnid in wnids[:3]:
-        (seeds / "tars" / f"{wnid}.tar").write_bytes(make_tar({f"{wnid}_{k}.JPEG": image[0] for k in range(2)}))
+        (seeds / "tars" / f"{wnid}.tar").write_bytes(
+            make_tar({f"{wnid}_{k}.JPEG": image[0] for k in range(2)})
+        )
     make_kaggle(seeds / "kaggle", wnids[:3], image[0])
     rows = {"image": [{"path": f"{wnid}_1.JPEG", "bytes": "x"} for wnid in wnids], "label": list(range(10))}
     (seeds / "rows.json").write_text(json.dumps(rows))
     rows["image"] = [{**row, "bytes": image[0]} for row in rows["image"]]  # type: ignore[dict-item]
     told = {"huggingface": json.dumps({"info": {"features": {"label": {"names": wnids}}}})}
-    pyarrow.parquet.write_table(pa.table(rows).replace_schema_metadata(told), seeds / "data.parquet", row_group_size=4)
+    pyarrow.parquet.write_table(
+        pa.table(rows).replace_schema_metadata(told), seeds / "data.parquet", row_group_size=4
+    )
+    (seeds / "parquet").mkdir()
+    shutil.copy(seeds / "data.parquet", seeds / "parquet" / "train-00000-of-00001.parquet")
+    make_half(seeds)
 
     pixels = np.stack([photo(np.random.default_rng(k)) for k in range(3)])
     train = open_shards(seeds / "shards", "train")
@@ -173,7 +179,7 @@ def make_seeds(seeds: Path) -> None:
 
 def make_half(seeds: Path) -> None:
     """The output of a packer that has written one shard, and of one that has spilled everything."""
-    from tools.packing import sequential
+    from tools.packing import parquet
 
     done = json.loads((seeds / "half/train/manifest.json").read_bytes())
     for row in done["shards"]:
@@ -185,8 +191,8 @@ def make_half(seeds: Path) -> None:
 
     patch = pytest.MonkeyPatch()
     with patch.context() as patched, redirect_stdout(io.StringIO()), pytest.raises(KeyboardInterrupt):
-        patched.setattr(sequential, "merge_shards", stopped)
-        packed(seeds / "raw", seeds / "half-spilled", samples_per_shard=11, sequential_read=True)
+        patched.setattr(parquet, "write_spilled_shard", stopped)
+        packed(seeds / "parquet", seeds / "half-spilled", samples_per_shard=11)
 
 
 def stopped(work: object) -> None:
@@ -214,14 +220,30 @@ def make_run(seeds: Path) -> None:
     config = parse_config(config_arguments(seeds, seeds))
     model, basis = AlexNet(config.model), json.loads((seeds / "shards" / "pca.json").read_bytes())
     fields = ("mean", "eigenvalues", "eigenvectors")
-    content = {"config": config.to_json(), "model": model.state_dict(), "wnids": sorted(DIGIT_TO_WNID.values())}
-    content |= {"eigenbasis": {name: basis[name] for name in fields}, "mean_image": None, "epoch": 1, "kept": []}
+    content = {
+        "config": config.to_json(),
+        "model": model.state_dict(),
+        "wnids": sorted(DIGIT_TO_WNID.values()),
+    }
+    content |= {
+        "eigenbasis": {name: basis[name] for name in fields},
+        "mean_image": None,
+        "epoch": 1,
+        "kept": [],
+    }
     content |= {"best": {"step": 3, "top1_error": 50.0}, "ranks": [{"loader": {"ended": True}}]}
     for step in (3, 7):
         save_checkpoint(seeds / "run", step, content, keep=2)
     (seeds / "run" / "config.yaml").write_text("data:\n\ntrain:\n\nrun:\n\nmodel:\n\noptimizer:\n")
     rows: list[dict[str, Any]] = [
-        {"kind": "train", "step": step, "epoch": step // 30, "loss": 2.0, "top1_error": 80.0, "images_per_s": 900.0}
+        {
+            "kind": "train",
+            "step": step,
+            "epoch": step // 30,
+            "loss": 2.0,
+            "top1_error": 80.0,
+            "images_per_s": 900.0,
+        }
         | {"wait_percent": 1.0, "step_ms_p50": 3.0, "saved_step": step // 7 * 7}
         for step in range(0, 60, 10)
     ]

@@ -1,8 +1,5 @@
-"""A comparison's figures are those of its runs, the shipped ablations are what their names say, and a comparison goes
-on where it stood or says why not.
-
-Longer than others: it is one program, with tables of what each ablation changes and of what is refused.
-"""
+"""A comparison's figures are those of its runs, the shipped ablations are what their names say, and a comparison
+resumes where it stopped or says why not."""
 
 import json
 import shutil
@@ -14,16 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.files import open_locked, read_json, write_json
+from pipeline.files import read_json, write_json
 from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
-from tools.ablate import ANY_WIDTH, ablate
-from tools.ablation import run as ablation_run
-from tools.ablation.comparison import PAPER, Entry, Figures, best_entry, figures, markdown
-from tools.ablation.draw_comparison import draw
-from tools.ablation.run import Run, trained
-from train.checkpoint import find_checkpoint, load_checkpoint
+from tools import ablate as program
+from tools.ablate import ANY_WIDTH, Run, ablate, train_to_end
+from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
 from train.config import Config, flatten, parse_config
-from train.kernels import TowerColours, tower_colours
 from train.recipe import ABLATIONS
 
 CONFIGS = ROOT / "train" / "configs"
@@ -54,7 +47,9 @@ TINY = "--model.channels [8,16,16,16,16] --model.hidden 32 --train.epochs 1 --ru
 
 def over_paper(*more: str) -> Config:
     """The paper's configuration with something over it."""
-    return parse_config(["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"])
+    return parse_config(
+        ["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"]
+    )
 
 
 def test_every_shipped_ablation_is_known_here() -> None:
@@ -67,30 +62,45 @@ def test_every_shipped_ablation_is_known_here() -> None:
 def test_shipped_ablations(name: str) -> None:
     """Over the paper's configuration each changes what its name says, and its comments give its command."""
     path = ABLATIONS / f"{name}.yaml"
-    paper, ablated = (flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path))))
+    paper, ablated = (
+        flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path)))
+    )
     assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
-    assert f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml" in path.read_text()
+    assert (
+        f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml"
+        in path.read_text()
+    )
 
 
 def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl from (step, epoch, error)."""
     kinds = (("train", "top1_error", train), ("eval", "centre_top1_error", val))
-    found = [{"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of]
+    found = [
+        {"kind": kind, "step": s, "epoch": e, name: error} for kind, name, of in kinds for s, e, error in of
+    ]
     return sorted(found, key=lambda row: int(row["step"]))
 
 
 def test_figures_of_a_run() -> None:
     """The training error is the mean of the last epoch's rows, the validation error the last one, and the epoch of the
     first row at or below the error in question is counted in steps."""
-    train = [(4, 0, 90.0), (8, 0, 70.0), (12, 1, 40.0), (16, 1, 26.0), (20, 1, 25.0), (24, 2, 30.0), (28, 2, 20.0)]
-    found = figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25, None)
-    assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0, None) and found.val_error == 35
-    assert figures(rows(train, [(10, 1, 60.0)]), 7, 19.9, None).epochs_to_error is None
+    train = [
+        (4, 0, 90.0),
+        (8, 0, 70.0),
+        (12, 1, 40.0),
+        (16, 1, 26.0),
+        (20, 1, 25.0),
+        (24, 2, 30.0),
+        (28, 2, 20.0),
+    ]
+    found = read_figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25)
+    assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0) and found.val_error == 35
+    assert read_figures(rows(train, [(10, 1, 60.0)]), 7, 19.9).epochs_to_error is None
 
 
 def run(seed: int, train_error: float, val_error: float, epochs: float | None = None) -> Figures:
     """A run's figures."""
-    return Figures(seed, train_error, (90.0, val_error), epochs, None)
+    return Figures(seed, train_error, (90.0, val_error), epochs)
 
 
 def test_the_best_rate() -> None:
@@ -98,31 +108,34 @@ def test_the_best_rate() -> None:
     seed diverged."""
     slow, fast = [run(1, 5, 9, 3.0), run(2, 5, 9, 5.0)], [run(1, 9, 9, 3.0), run(2, 9, 9, 4.0)]
     never, once = [run(1, 20, 9), run(2, 10, 9)], [run(1, 1, 9, 1.0), run(2, 28, 9)]
-    assert best_entry("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
-    assert best_entry("a", {0.1: once, 0.2: never}).rate == 0.1 and best_entry("a", {0.1: never, 0.2: once}).rate == 0.2
-    assert best_entry("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
-    assert best_entry("a", {0.1: [None, None]}) == Entry("a", None, ())
+    assert pick_rate("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
+    assert (
+        pick_rate("a", {0.1: once, 0.2: never}).rate == 0.1
+        and pick_rate("a", {0.1: never, 0.2: once}).rate == 0.2
+    )
+    assert pick_rate("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
+    assert pick_rate("a", {0.1: [None, None]}) == Entry("a", None, ())
 
 
-def test_table_and_picture(tmp_path: Path) -> None:
-    """Differences are taken seed by seed, with their spread; the paper's stand beside them, in the table and in the
-    picture, also for an ablation that diverged; colours have a line for every run."""
-    split, control = TowerColours((0.7, 0.2), 0.05, 0.0001), TowerColours((0.4,), 0.06, None)
-    first = Figures(1, 10.0, (30.0, 20.0), 1.5, split)
+def test_table_and_chart(tmp_path: Path) -> None:
+    """Differences are taken seed by seed, with their spread; the paper's stand next to them, also for an ablation that
+    diverged."""
+    first = Figures(1, 10.0, (30.0, 20.0), 1.5)
     base = Entry("base", 0.1, (first, run(2, 12, 30, 2.5)))
-    single = Entry("one-gpu", 0.2, (Figures(1, 20.0, (40.0, 21.0), None, control), run(2, 22, 34, 2.0)))
+    single = Entry("one-gpu", 0.2, (run(1, 20, 21), run(2, 22, 34, 2.0)))
     entries = [base, single, Entry("no-lrn", None, ())]
-    told = markdown(entries, 25, [0.1, 0.2], 359)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if "|" in line]
+    page = format_markdown(entries, 25, [0.1, 0.2], 359)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
     cells = {name: others for name, *others in table}
     assert cells["base"] == ["0.1", "11.0", "25.0", "+14.0", "2.0", "", ""]
     assert cells["one-gpu"] == ["0.2 *", "21.0", "27.5", "+6.5", "-", "+2.5 (+1.0 to +4.0)", "+1.7"]
     assert cells["no-lrn"] == ["", "diverged", "", "", "-", "", "+1.4"]
-    assert "- base, seed 1: tower 1 0.20, tower 0 0.70; split (p 0.0001, chance 0.05)" in told
-    assert "- one-gpu, seed 1: one tower 0.40; chance 0.06" in told and "one image is 0.28 points" in told
-    plain = markdown([Entry("base", None, (first,)), Entry("mine", None, (run(1, 9, 19.5),))], 25, None, 100)
-    assert "| mine " in plain and "| -0.5 |" in " ".join(plain.split()) and "rate" not in plain.split("\n")[2]
-    draw(tmp_path / "a.png", entries)
+    assert "one image is 0.28 points" in page
+    plain = format_markdown(
+        [Entry("base", None, (first,)), Entry("mine", None, (run(1, 9, 19.5),))], 25, None, 100
+    )
+    assert "| mine " in plain and "| -0.5 |" in " ".join(plain.split()) and "| rate |" not in plain
+    draw_curves(tmp_path / "a.png", entries)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,54 +144,56 @@ def test_what_shows_nothing_says_so() -> None:
     has not learned; another has no warning."""
     learned, not_yet = run(1, 9, 20, 3.0), run(1, 60, 70)
     runs = {"good": [learned] * 3, "two seeds": [learned] * 2, "short": [not_yet] * 3, "both": [not_yet]}
-    pages = {name: markdown([Entry("base", None, tuple(of))], 25, None, 100) for name, of in runs.items()}
+    pages = {
+        name: format_markdown([Entry("base", None, tuple(of))], 25, None, 100) for name, of in runs.items()
+    }
     warnings = {name: page.split("\n| ")[0].count("shows nothing") for name, page in pages.items()}
     assert warnings == {"good": 0, "two seeds": 1, "short": 1, "both": 2}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"ablations": ["no-dropuot"]}, r"no ablation no-dropuot; .* one of abs-tanh, no-conv4, no-dropout, "),
-        ({"ablations": ["no-lrn", str(ABLATIONS / "no-lrn.yaml")]}, "two of the runs would be called no-lrn"),
-        ({"ablations": []}, "--ablations names none"),
-        ({"seeds": ()}, "at least one"),
-        ({"seeds": (1, 1)}, "must be different"),
-        ({"rates": [0.1, 0.1]}, "must be different"),
-        ({"error": 100.0}, "between 0 and 100"),
-        ({"base": Path("nowhere.yaml")}, "nowhere.yaml is no file"),
-        ({"settings": "--train.seed=4"}, "must leave .*--train.seed alone"),
-        ({"rates": [0.1], "settings": "--optimizer.lr 4"}, "must leave .*--optimizer.lr alone"),
-        ({"settings": "'--model.lrn"}, "cannot be read"),
-        ({"settings": "--model.num_classes 7"}, r"hold 10 classes.*--model.num_classes 10"),
-        ({"settings": "--run.log_every 45"}, "an epoch of 44 steps .*--run.log_every 22"),
-        ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn changes nothing"),
-        ({"shards": Path("nowhere")}, "nowhere/train holds no manifest.json"),
+        ({"ablations": ["no-dropuot"]}, "--ablations no-dropuot: .* abs-tanh, no-conv4, "),
+        ({"ablations": ["no-lrn", str(ABLATIONS / "no-lrn.yaml")]}, "--ablations: .* no-lrn"),
+        ({"seeds": ()}, "--seeds"),
+        ({"seeds": (1, 1)}, "--seeds"),
+        ({"rates": [0.1, 0.1]}, "--rates"),
+        ({"rates": []}, "--rates"),
+        ({"error": 100.0}, "--error"),
+        ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
+        ({"settings": "--train.seed=4"}, "--settings: --train.seed"),
+        ({"rates": [0.1], "settings": "--optimizer.lr 4"}, "--settings: --optimizer.lr"),
+        ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),
+        ({"settings": "--model.num_classes 7"}, "--model.num_classes 10"),
+        ({"settings": "--run.log_every 45"}, "--run.log_every 22"),
+        ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn: expected a change"),
+        ({"shards": Path("nowhere")}, "nowhere/train"),
     ],
 )
-def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    """One sentence that names the thing and the remedy, before anything is written."""
+def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], field: str) -> None:
+    """One sentence that names the field, before anything is written."""
     given = {
         "base": QUICKSTART,
         "shards": shards,
         "out": tmp_path / "out",
         "ablations": ["no-lrn"],
         "seeds": (1,),
-    } | options
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        ablate(**given)
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match=field):
+        ablate(**given | options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Make the comparison of no-lrn over the quickstart in tmp_path; training leaves made-up rows, and its name in
+    """Make the comparison of no-lrn over the quickstart in tmp_path; training writes made-up rows, and its name to
     `trained`."""
     errors = {"base-seed1": 20.0, "base-seed2": 30.0, "no-lrn-seed1": 26.0, "no-lrn-seed2": 31.0}
     trained: list[str] = []
 
     def train(run: Run) -> bool:
-        directory = run.config.run.dir
+        directory = run.directory
         error = errors[directory.name]
         directory.mkdir(exist_ok=True)
         lines = [json.dumps(row) for row in rows([(20, 0, error - 10)], [(44, 1, error)])]
@@ -186,9 +201,11 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         trained.append(directory.name)
         return True
 
-    monkeypatch.setattr(ablation_run, "trained", train)
+    monkeypatch.setattr(program, "train_to_end", train)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of the tests stays
-    monkeypatch.setattr("tools.ablate.draw", lambda path, entries: path.write_text(str(len(entries))))  # it takes long
+    monkeypatch.setattr(
+        program, "draw_curves", lambda path, entries: path.write_text(str(len(entries)))
+    )  # it takes long
 
     def compare(settings: str = "", seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
         trained.clear()
@@ -209,7 +226,9 @@ def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -
     assert ablated["paper"] == "+1.4" and ablated["runs"][1]["val_errors"] == [31]
     before = {path: path.read_bytes() for path in tmp_path.glob("ablations.*")}
     assert {path.name for path in before} == {"ablations.json", "ablations.md", "ablations.png"}
-    assert compared()["trained"] == [] and all(path.read_bytes() == content for path, content in before.items())
+    assert compared()["trained"] == [] and all(
+        path.read_bytes() == content for path, content in before.items()
+    )
     shutil.rmtree(tmp_path / "no-lrn-seed2")
     assert compared()["trained"] == ["no-lrn-seed2"]
     (tmp_path / "base-seed2.json").unlink()
@@ -220,84 +239,73 @@ def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -
 
 
 def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Where a run that ended had other settings or other shards, it is not taken for the same
-    and nothing is written; nor is somebody's file."""
+    """Where a run that finished had other settings or other shards, nothing is written."""
     compared()
     result = tmp_path / "no-lrn-seed2.json"
     written, content = (tmp_path / "ablations.json").read_bytes(), read_json(result)
-    for settings, message in (
-        (
-            "--optimizer.lr .004",
-            "base-seed1: this run was started with optimizer.lr = 0.005, not 0.004; give another",
-        ),
-        ("--model.hidden 30", "started with model.hidden = 32"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for settings, field in (("--optimizer.lr .004", "optimizer.lr"), ("--model.hidden 30", "model.hidden")):
+        with pytest.raises(ValueError, match=f"base-seed1: .*{field}.*give another OUT"):
             compared(settings)
-    for damage, message in (
-        (content | {"shards": "0"}, "no-lrn-seed2 was trained on other shards"),
-        ({"mine": 1}, "no-lrn-seed2.json is none of this program's"),
-        ([], "no-lrn-seed2.json is none of this program's"),
-    ):
-        write_json(result, damage)
-        with pytest.raises(ValueError, match=message):
-            compared()
+    write_json(result, content | {"shards": "0"})
+    with pytest.raises(ValueError, match="no-lrn-seed2: trained on other shards"):
+        compared()
     assert (tmp_path / "ablations.json").read_bytes() == written
 
 
 @pytest.mark.parametrize(
     ("script", "outcome"),
     [
-        ("echo pictures:", True),
-        ("echo error: diverged; exit 4", False),
-        ("echo one; echo two; echo three; echo four >&2; exit 3", "ended with exit code 3: two / three / four$"),
-        ("echo stopped and saved at step 7; exit 0", "was stopped; the same command goes on"),
+        ("touch $DIR/report.html", True),
+        ("exit 4", False),
+        ("exit 3", "r: training failed with exit code 3; .*r.log"),
+        ("exit 0", "r: stopped"),
     ],
 )
-def test_how_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str) -> None:
-    """A run that failed tells its code and its own last lines, not those of an earlier try; one that was stopped has
-    not ended; a diverged one has. Two processes never train in one folder."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+def test_how_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str
+) -> None:
+    """Exit code and files tell how a run ended: it finished, diverged, failed, or was stopped before its report, of
+    which an earlier one does not count."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nDIR={tmp_path}/r\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     places = ["--data.shards", "s", "--run.dir", str(tmp_path / "r")]
-    run = Run("base", None, 1, [], parse_config(["--config", str(QUICKSTART), *places]))
-    earlier = "stopped and saved at step 3\nan earlier try\n"
-    (tmp_path / "r.log").write_text(earlier)
+    run = Run([], parse_config(["--config", str(QUICKSTART), *places]))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "report.html").touch()
+    (tmp_path / "r.log").write_text("an earlier try\n")
     if isinstance(outcome, bool):
-        assert trained(run) == outcome
+        assert train_to_end(run) == outcome
     else:
         with pytest.raises(ValueError, match=outcome):
-            trained(run)
-    assert (tmp_path / "r.log").read_text().startswith(earlier + script.split()[1].rstrip(";"))
-    with open_locked(tmp_path / "r.log", wait=False), pytest.raises(ValueError, match="by another process"):
-        trained(run)
+            train_to_end(run)
+    assert (tmp_path / "r.log").read_text() == "an earlier try\n"
 
 
 @pytest.mark.slow
-def test_stopped_and_continued(shards: Path, tmp_path: Path) -> None:
-    """Ctrl-C stops the run in progress, saved, with code 130; the same command goes on in it, trains what is left, and
-    writes a line of colours for each run, of the control too."""
+def test_stopped_and_resumed(shards: Path, tmp_path: Path) -> None:
+    """Ctrl-C stops the run in progress, saved, with code 130; the same command resumes it, trains what is left, and
+    leaves the bits of a comparison that was not stopped."""
     own = tmp_path / "one-gpu.yaml"
     own.write_text("model: {towers: 1, channels: [4, 8, 8, 8, 16]}\n")
-    command = ["tools/ablate.py", QUICKSTART, shards, tmp_path / "out", "--ablations", f"[{own}]", "--seeds", "[5]"]
-    command += ["--settings", TINY.replace("epochs 1", "epochs 3")]
+
+    def command(out: Path) -> list[Any]:
+        settings = TINY.replace("epochs 1", "epochs 3")
+        options = ["--ablations", f"[{own}]", "--seeds", "[5]", "--settings", settings]
+        return ["tools/ablate.py", QUICKSTART, shards, out, *options]
+
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     # A shell's background jobs ignore the signal, and so would what they start.
-    process = start_python(*command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    wait_for(lambda: rows_of(tmp_path / "out" / "base-seed5"), process)
+    process = start_python(*command(stopped), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(lambda: rows_of(stopped / "base-seed5"), process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and told == "error: interrupted\n"
-    log = tmp_path / "out" / "base-seed5.log"
-    assert "stopped and saved at step" in log.read_text() and not (tmp_path / "out" / "ablations.md").exists()
-    output = run_ok(*command)
-    assert "going on from" in log.read_text() and "\n- base, seed 5: tower" in output
-    assert "\n- one-gpu, seed 5: one tower" in output and (tmp_path / "out" / "ablations.png").is_file()
-    entries = read_json(tmp_path / "out" / "ablations.json")["entries"]
-    path = find_checkpoint(tmp_path / "out" / "base-seed5")
-    assert path is not None
-    weight = load_checkpoint(path)["model"]["conv1.weight"].numpy()
-    assert entries[0]["runs"][0]["colours"]["p"] == tower_colours(weight, 2).p and len(weight) == 8
-    assert [len(run["val_errors"]) for entry in entries for run in entry["runs"]] == [3, 3]
-    assert "training," not in run_ok(*command)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130 and output == "error: interrupted\n"
+    assert not (stopped / "base-seed5.json").exists() and not (stopped / "ablations.md").exists()
+    run_ok(*command(stopped))
+    run_ok(*command(whole))
+    entries = [read_json(out / "ablations.json")["entries"] for out in (stopped, whole)]
+    assert entries[0] == entries[1]
+    assert [len(run["val_errors"]) for entry in entries[0] for run in entry["runs"]] == [3, 3]
+    assert (stopped / "ablations.png").is_file() and "training," not in run_ok(*command(stopped))

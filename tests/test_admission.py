@@ -27,7 +27,9 @@ def windows_of(height: int, width: int) -> list[tuple[slice, slice]]:
     """A window at each corner, more than half as high and as wide as the image, and small ones within."""
     tall, wide = height // 2 + 1, width // 2 + 1
     rows, columns = (slice(tall), slice(height - tall, height)), (slice(wide), slice(width - wide, width))
-    inner = [(slice(k * height // 4, (k + 1) * height // 4), slice(width // 3, width // 2 + 1)) for k in (1, 2)]
+    inner = [
+        (slice(k * height // 4, (k + 1) * height // 4), slice(width // 3, width // 2 + 1)) for k in (1, 2)
+    ]
     inner = [place for place in inner if all(side.start < side.stop for side in place)]
     return [(row, column) for row in rows for column in columns] + inner
 
@@ -77,7 +79,9 @@ def decode_admitted(device: str, first: int, last: int) -> None:
         for place in windows_of(*expected.shape[:2]):
             start = np.array([side.start or 0 for side in place], np.int32)
             end = np.array([side.stop for side in place], np.int32)
-            assert np.array_equal(decoded(pipes[1], encoded=encoded, start=start, end=end), expected[place]), number
+            assert np.array_equal(
+                decoded(pipes[1], encoded=encoded, start=start, end=end), expected[place]
+            ), number
     print("admitted", *numbers)
 
 
@@ -103,7 +107,9 @@ def check_packed_twice(tmp_path: Path, number: int, store: str) -> None:
         results.append(files(shards))
     assert results[0] == results[1]
     manifest = read_json(shards / "train" / "manifest.json")
-    assert manifest["num_samples"] + len(manifest["skipped"]) == number and manifest["num_samples"] > number / 4
+    assert (
+        manifest["num_samples"] + len(manifest["skipped"]) == number and manifest["num_samples"] > number / 4
+    )
     done = run_python("tools/make_shards.py", "verify", shards)
     assert done.returncode == 0, done.stdout
 
@@ -147,14 +153,20 @@ def refined(data: bytes) -> bytes:
         (with_segment(SOUND[0], 0xEE, b"Adobe\0\x64\0\0\0\0\0"), ""),  # JFIF wins
         (SOUND[0] + b"trailing", ""),
         (jpeg(NOISE, keep_rgb=True), "RGB JPEG"),
-        (with_segment(jpeg(NOISE, keep_rgb=True), 0xE0, b"JFIF\0\1\1"), "RGB JPEG"),  # too short to be a JFIF header
+        (
+            with_segment(jpeg(NOISE, keep_rgb=True), 0xE0, b"JFIF\0\1\1"),
+            "RGB JPEG",
+        ),  # too short to be a JFIF header
         (jpeg(NOISE, keep_rgb=True)[:-2] + JFIF + b"\xff\xd9", "RGB JPEG"),  # too late
         (jpeg(NOISE, "CMYK"), "CMYK JPEG"),
         (subsampled(b"\x41\x11\x11"), ""),
         (subsampled(b"\x14\x11\x11"), "sampling"),
         (subsampled(b"\x22\x11\x12"), "sampling"),
         (subsampled(b"\x44\x11\x11"), "sampling"),
-        (SOUND[2][:-2] + b"".join([SOUND[2][SOUND[2].rindex(b"\xff\xda") : -2]] * 300) + b"\xff\xd9", "scans"),
+        (
+            SOUND[2][:-2] + b"".join([SOUND[2][SOUND[2].rindex(b"\xff\xda") : -2]] * 300) + b"\xff\xd9",
+            "scans",
+        ),
         (without_scans(SOUND[2], 3), "lacks scans"),
         (refined(SOUND[2]), "lacks scans"),
         (with_segment(SOUND[0], 0xE0, b"JFIF\0\0\0\0\0\1\0\1\0\0"), "JFIF"),
@@ -176,7 +188,9 @@ def test_the_rule(data: bytes, fault: str) -> None:
     found = find_fault(data)
     assert (fault in found) if fault else (found == "" or found.startswith("libjpeg warns")), found
     common = read_jpeg(data).is_common
-    assert common == (not any(word in fault for word in ("CMYK", "SOF3", "12 bits")) and b"\xff\xda" in data[2:])
+    assert common == (
+        not any(word in fault for word in ("CMYK", "SOF3", "12 bits")) and b"\xff\xda" in data[2:]
+    )
     if not common:
         with pytest.raises(AssertionError):
             decode_strictly(data, read_jpeg(data), 8)

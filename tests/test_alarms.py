@@ -30,7 +30,9 @@ def test_slow_input() -> None:
     assert len(told) == 2
 
 
-@pytest.mark.parametrize(("loss", "expected"), [(math.log(100), 1), (1.005 * math.log(100), 1), (4.0, 0), (5.0, 0)])
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(math.log(100), 1), (1.005 * math.log(100), 1), (4.0, 0), (5.0, 0)]
+)
 def test_loss_at_chance(loss: float, expected: int) -> None:
     """Told once after some thousand steps, and neither before nor where the loss is another."""
     told: list[str] = []

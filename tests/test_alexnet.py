@@ -37,7 +37,9 @@ def test_shapes(variant: str, pooling: str) -> None:
         model = AlexNet(AlexNetConfig(variant=variant, pooling=pooling))  # type: ignore[arg-type]
     shapes = {}
     for name, layer in model.named_children():
-        layer.register_forward_hook(lambda _m, _i, output, name=name: shapes.update({name: tuple(output.shape)}))
+        layer.register_forward_hook(
+            lambda _m, _i, output, name=name: shapes.update({name: tuple(output.shape)})
+        )
     logits = model(torch.empty(2, 3, 224, 224, device="meta", dtype=torch.float16))
     assert shapes == {
         "conv1": (2, 96, 55, 55), "conv2": (2, 256, 27, 27), "conv3": (2, 384, 13, 13), "conv4": (2, 384, 13, 13),
@@ -56,9 +58,13 @@ def test_forward_by_hand() -> None:
 
         def lrn(x: torch.Tensor, variant: str = variant) -> torch.Tensor:
             alpha = 5e-4 if variant == "paper" else 1e-4  # torch divides alpha by 5
-            return torch.cat([F.local_response_norm(tower, 5, alpha, 0.75, 2.0) for tower in x.chunk(2, 1)], 1)
+            return torch.cat(
+                [F.local_response_norm(tower, 5, alpha, 0.75, 2.0) for tower in x.chunk(2, 1)], 1
+            )
 
-        def conv(name: str, x: torch.Tensor, p: dict[str, torch.nn.Parameter] = p, **options: int) -> torch.Tensor:
+        def conv(
+            name: str, x: torch.Tensor, p: dict[str, torch.nn.Parameter] = p, **options: int
+        ) -> torch.Tensor:
             return F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **options)
 
         y = conv("conv1", F.pad(x, (0, 3, 0, 3)), stride=4)
@@ -114,7 +120,9 @@ def test_dropout_masks_without_scaling() -> None:
     x = torch.rand(100, 1000) + 1
     torch.manual_seed(0)
     kept = model.train().drop(x)
-    assert ((kept == 0) | (kept == x)).all() and (kept == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert ((kept == 0) | (kept == x)).all() and (kept == 0).float().mean().item() == pytest.approx(
+        0.5, abs=0.01
+    )
     torch.testing.assert_close(model.eval().drop(x), x * 0.5)
     quarter = AlexNet(replace(SLIM, dropout=0.25))
     assert (quarter.train().drop(x) == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
@@ -211,7 +219,10 @@ def test_torchvision_variant() -> None:
         (AlexNetConfig(towers=1, channels=(48, 128, 192, 192, 256)), 59_798_312),
         (AlexNetConfig(channels=(96, 256, 384, 0, 256)), 60_301_288),
         # Counted by hand: without conv3 conv4 reads 128 maps each; fc6 then reads what is left.
-        (AlexNetConfig(channels=(96, 256, 0, 384, 256)), 60_965_224 - 885_120 - 663_936 + 384 * (128 * 9 + 1)),
+        (
+            AlexNetConfig(channels=(96, 256, 0, 384, 256)),
+            60_965_224 - 885_120 - 663_936 + 384 * (128 * 9 + 1),
+        ),
         (AlexNetConfig(channels=(96, 256, 384, 384, 0)), 60_965_224 - 442_624 + (384 - 256) * 36 * 4096),
         (AlexNetConfig(channels=(96, 256, 0, 0, 0)), 34_944 + 307_456 + 37_752_832 + 16_781_312 + 4_097_000),
     ],
@@ -242,7 +253,9 @@ def test_compiles_as_one_graph(variant: str) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = function(images)
             loss.backward()
-            results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+            results.append(
+                [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            )
         for expected, got in zip(*results, strict=True):
             bound = (0.02 if half else 1e-4) * float(expected.abs().max())
             torch.testing.assert_close(got, expected, rtol=0, atol=bound)

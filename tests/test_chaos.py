@@ -79,7 +79,9 @@ def test_thirty_kills(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
 
         def due(target: int = target, began: float = began) -> bool:
             path = tmp_path / "metrics.jsonl"
-            return target < 0 or (path.exists() and path.stat().st_mtime > began and last_step(tmp_path) >= target)
+            return target < 0 or (
+                path.exists() and path.stat().st_mtime > began and last_step(tmp_path) >= target
+            )
 
         if not (runs_until(lambda: worker(launcher, rank), launcher) and runs_until(due, launcher)):  # noqa: B023
             output, _ = launcher.communicate()
@@ -89,13 +91,17 @@ def test_thirty_kills(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
         if pid is not None:
             os.kill(pid, number)
         output, _ = launcher.communicate(timeout=120)
-        assert 'Traceback (most recent call last):\n  File "/' not in output or "torch/distributed" in output, output
+        assert (
+            'Traceback (most recent call last):\n  File "/' not in output or "torch/distributed" in output
+        ), output
         kills, saved = kills + 1, saved + ("stopped and saved" in output)
-        assert launcher.returncode == 0 or number == signal.SIGKILL or target < 0 or "Signals.SIGTERM" in output, output
+        assert (
+            launcher.returncode == 0 or number == signal.SIGKILL or target < 0 or "Signals.SIGTERM" in output
+        ), output
     assert saved >= KILLS // 5
     before = last_step(tmp_path)
     output, _ = start(shards, tmp_path).communicate(timeout=240)
-    assert "going on from" in output and "ten-view top-1 accuracy" in output, output
+    assert "resuming from" in output and "ten-view top-1 accuracy" in output, output
     assert before < EPOCHS * STEPS == final(tmp_path)["step"]
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
@@ -108,6 +114,6 @@ def test_torchrun_restarts_by_itself(shards: Path, undisturbed: Path, tmp_path: 
     wait_for(lambda: last_step(tmp_path) >= STEPS + 6, launcher)
     os.kill(worker(launcher, 1) or 0, signal.SIGKILL)
     output, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == 0 and output.count("going on from") == 1, output
+    assert launcher.returncode == 0 and output.count("resuming from") == 1, output
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from train.checkpoint import CheckpointWriter, checkpoint_at_an_edge, find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    CheckpointWriter,
+    checkpoint_at_an_edge,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def content(step: int, **more: object) -> dict[str, object]:
@@ -87,7 +93,9 @@ def test_any_flipped_byte(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"00000007.pt is damaged .* echo {before.name} > .*/LATEST goes on"):
+        with pytest.raises(
+            ValueError, match=rf"00000007.pt is damaged .* echo {before.name} > .*/LATEST goes on"
+        ):
             load_checkpoint(path)
 
 
@@ -97,7 +105,9 @@ def test_damage(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1], b"", b"PK"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"is damaged or no checkpoint of this program; none before it is sound"):
+        with pytest.raises(
+            ValueError, match=r"is damaged or no checkpoint of this program; none before it is sound"
+        ):
             load_checkpoint(path)
     torch.save({"format_version": 1, "step": 1, "x": Path("/")}, path)
     with pytest.raises(ValueError, match="is damaged"):

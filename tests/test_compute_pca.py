@@ -4,22 +4,26 @@ through them."""
 import io
 import json
 import os
-import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
+from pipeline.eigenbasis import Eigenbasis, Moments
 from pipeline.files import read_json, write_json
 from pipeline.reader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
-from tests.helpers import jpeg, photo, refuses, run_here, run_ok, start_python, wait_for
-from tools.compute_pca import compute_pca, draw_sample
+from tests.helpers import ROOT, jpeg, photo, refuses, run_ok
+from tools.compute_pca import compute_pca
 from tools.make_shards import pack
+from tools.moments import Sums, batch_sums, sum_images
 from tools.packing.adopt import adopt
 from tools.packing.images import crop256
 
@@ -37,90 +41,40 @@ def test_file(few: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(content["sum"], total, rtol=1e-4)  # decoders may differ by a level in a pixel
     np.testing.assert_allclose(content["sum_products"], products, rtol=1e-4)
 
-    copy = tmp_path / "shards"
-    shutil.copytree(few, copy)
-    assert "nothing to do" in run_ok("tools/compute_pca.py", copy)
-    (copy / "pca.json").unlink()
-    run_ok("-m", "tools.compute_pca", copy, "--batch-size", "7", "--threads", "1")
-    assert (copy / "pca.json").read_bytes() == (few / "pca.json").read_bytes()
+    out = tmp_path / "new" / "pca.json"
+    taskset = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable]
+    subprocess.run([*taskset, "tools/compute_pca.py", few, "--out", out], cwd=ROOT, check=True)
+    assert out.read_bytes() == (few / "pca.json").read_bytes()
+    assert "nothing to do" in run_ok("tools/compute_pca.py", few)
 
 
-def test_parts_and_restarts(shards: Path, tmp_path: Path) -> None:
-    """Three parts, one of them killed (-9) in its midst and started again, in any order and from torchrun's or Slurm's
-    environment, leave the bytes of one run; what was counted is not counted again; the last one writes and cleans up.
-    """
-    copy = tmp_path / "shards"
-    shutil.copytree(shards, copy)
-    (copy / "pca.json").unlink()
-    before = {path.name for path in copy.iterdir()}
-    assert "left to other parts" in run_ok("tools/compute_pca.py", copy, "--part", "3/3", "--batch-size", "7")
-
-    slow = ["tools/compute_pca.py", str(copy), "--batch-size", "1", "--threads", "1"]
-    killed = start_python(*slow, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3"})
-    wait_for(lambda: list(copy.glob("pca.part-*-00")), killed)
-    killed.kill()
-    killed.communicate()
-    assert killed.returncode == -9, "the part was through before it could be killed"
-    (first,) = copy.glob("pca.part-*-00")
-    stamp = first.stat().st_mtime_ns
-    again = run_here("tools/compute_pca.py", copy, env={"RANK": "0", "WORLD_SIZE": "3"})
-    assert again.returncode == 0 and "left to other parts" in again.stdout
-    counted = int(re.search(r"counted (\d+) images", again.stdout)[1])  # type: ignore[index]
-    ours = sum(open_shards(copy, "train").samples[0::3])
-    assert 0 < counted < ours and first.stat().st_mtime_ns == stamp
-
-    # A quick estimate, and a part that was started with another option, leave what others have counted alone.
-    compute_pca(copy, sample=9)
-    compute_pca(copy, part="2/3", mean_image=True)
-    (copy / "pca.json").unlink()
-    for stray in copy.glob("pca.part-*"):
-        if stray.name.split("-")[1] != first.name.split("-")[1]:
-            stray.unlink()
-
-    task = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
-    last = run_here("tools/compute_pca.py", copy, env=task)
-    assert last.returncode == 0 and "stddev along the axes" in last.stdout and "part 2 of 3 (from SLURM" in last.stdout
-    assert (copy / "pca.json").read_bytes() == (shards / "pca.json").read_bytes()
-    assert {path.name for path in copy.iterdir()} == before | {"pca.json"}
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_sums_of_batches(numbered_shards: Callable[..., ShardSet], batch_size: int) -> None:
+    """Whatever the batches and threads, their sums add up to those of all images, and of no other."""
+    split = numbered_shards(20, 3)
+    stored = np.concatenate([batch.numpy().copy() for batch in decoded_batches(split, 10)])
+    for threads in (1, 9):
+        total = sum(batch_sums(split, batch_size, threads, with_image=True), start=Sums())
+        assert total.moments == Moments.of(stored)
+        np.testing.assert_array_equal(total.image, stored.sum(0, dtype=np.int64))
 
 
-def test_sample(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An estimate from a few images says so in the file, is the same for the same seed, gives way to the basis of all
-    images, and does not replace it."""
-    copy = tmp_path / "shards"
-    shutil.copytree(few, copy)
-    path, exact = copy / "pca.json", (few / "pca.json").read_bytes()
-    assert "nothing to do" in run_ok("tools/compute_pca.py", copy, "--sample", "10")
-    contents = []
-    for seed in (2012, 2012, 7):
-        path.unlink()
-        compute_pca(copy, sample=10, seed=seed)
-        assert "an estimate" in capsys.readouterr().out
-        contents.append(read_json(path))
-    assert contents[0] == contents[1] and contents[0]["sum"] != contents[2]["sum"]
-    assert contents[2]["sample"] == {"images": 10, "seed": 7} and contents[2]["num_images"] == 10
-    compute_pca(copy)
-    assert path.read_bytes() == exact
-    for wrong in (0, 100000):
-        with pytest.raises(ValueError, match="--sample"):
-            compute_pca(copy, sample=wrong)
+def test_a_billion_white_images() -> None:
+    """The largest sums that 10^9 images of 256x256 can have are divided exactly: half of the pixels white and half
+    black have the largest variance."""
+    pixels = 10**9 * 256**2
+    half = pixels // 2
+    white = Sums(Moments(10**9 // 2, half, (255 * half,) * 3, (255**2 * half,) * 9))
+    black = Sums(Moments(10**9 // 2, half, (0,) * 3, (0,) * 9))
+    basis = Eigenbasis.of((white + black).moments)
+    np.testing.assert_allclose(basis.mean, 127.5)
+    np.testing.assert_allclose(basis.eigenvalues, [3 * 127.5**2, 0, 0])
 
 
-def test_sample_takes_what_it_says(numbered_shards: Callable[[int, int], ShardSet], tmp_path: Path) -> None:
-    """A sample of one is one of the images, over the seeds several of them; a sample of all is all of them."""
-    train = numbered_shards(30, 4)
-    stored = np.concatenate([batch.numpy().copy() for batch in decoded_batches(train, 64)])
-    sums = [tuple(row) for row in stored.sum((1, 2), dtype=np.int64).tolist()]
-    found = set()
-    for seed in range(5):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        (image_1HWC,) = decoded_batches(draw_sample(train, 1, seed, folder), 4)
-        found.add(sums.index(tuple(image_1HWC[0].numpy().sum((0, 1), dtype=np.int64).tolist())))
-    assert len(found) > 1
-    everything = draw_sample(train, train.num_samples, 0, tmp_path)
-    assert everything.samples == train.samples
-    np.testing.assert_array_equal(np.concatenate([b.numpy() for b in decoded_batches(everything, 64)]), stored)
+def test_sum_of_images() -> None:
+    """Equal to numpy's, for the brightest images too."""
+    images = np.random.default_rng(0).integers(250, 256, (300, 5, 4, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(sum_images(torch.from_numpy(images)).numpy(), images.sum(0, dtype=np.int64))
 
 
 def test_mean_image(few: Path, tmp_path: Path) -> None:
@@ -128,7 +82,7 @@ def test_mean_image(few: Path, tmp_path: Path) -> None:
     verifying know both files."""
     copy = tmp_path / "shards"
     shutil.copytree(few, copy)
-    assert "nothing to do" not in run_ok("tools/compute_pca.py", copy, "--mean-image", "--batch-size", "50")
+    assert "nothing to do" not in run_ok("tools/compute_pca.py", copy, "--mean-image")
     stored = np.concatenate([batch.numpy() for batch in decoded_batches(open_shards(copy, "train"), 32)])
     mean = np.load(copy / "mean_image.npy")
     assert mean.dtype == np.float32
@@ -146,18 +100,16 @@ def test_mean_image(few: Path, tmp_path: Path) -> None:
         compute_pca(copy, mean_image=True)
         assert (copy / "mean_image.npy").read_bytes() == sound and (copy / "pca.json").read_bytes() == kept
         (copy / "mean_image.npy").write_bytes(sound[:1000])
-    with pytest.raises(ValueError, match="--sample"):
-        compute_pca(copy, sample=3, mean_image=True)
 
 
-def test_degenerate_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_degenerate_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Grey images, one colour and a single image work, with a warning; a sound set has none."""
     rng = np.random.default_rng(0)
     grey = [np.repeat(photo(rng, 300, 300)[:, :, :1], 3, 2) for _ in range(3)]
-    for name, images, told in (
+    for name, images, warning in (
         ("grey", grey, "one axis of colour"),
         ("flat", [np.full((300, 300, 3), 90, np.uint8)] * 2, "the same colour"),
-        ("one", [photo(rng, 300, 300)], "one image is no data set"),
+        ("one", [photo(rng, 300, 300)], "one image is not a data set"),
         ("sound", [photo(rng, 300, 300) for _ in range(3)], ""),
     ):
         for number, image in enumerate(images):
@@ -168,7 +120,7 @@ def test_degenerate_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
         capsys.readouterr()
         compute_pca(tmp_path / name / "shards")
         output = capsys.readouterr().out
-        assert told in output and ("warning" in output) == bool(told), name
+        assert warning in output and ("warning" in output) == bool(warning), name
         content = read_json(tmp_path / name / "shards" / "pca.json")
         assert np.isfinite(content["eigenvectors"]).all() and min(content["eigenvalues"]) >= 0
 
@@ -207,14 +159,10 @@ def test_images_of_other_sizes(tmp_path: Path) -> None:
 def test_gpu(few: Path, tmp_path: Path) -> None:
     """A GPU counts the same images, names its decoder, and its eigenvalues are those of the CPU within a per cent; its
     own runs agree to the byte."""
-    files = []
-    for batch_size in (64, 50):
-        copy = tmp_path / str(batch_size)
-        shutil.copytree(few, copy)
-        (copy / "pca.json").unlink()
-        run_ok("tools/compute_pca.py", copy, "--device", "cuda", "--batch-size", str(batch_size))
-        files.append((copy / "pca.json").read_bytes())
-    assert files[0] == files[1]
-    ours, cpu = json.loads(files[0]), read_json(few / "pca.json")
+    paths = [tmp_path / name for name in ("one.json", "two.json")]
+    for path in paths:
+        run_ok("tools/compute_pca.py", few, "--device", "cuda", "--out", path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    ours, cpu = read_json(paths[0]), read_json(few / "pca.json")
     assert ours["num_images"] == cpu["num_images"] and ours["decoder"].endswith("gpu")
     np.testing.assert_allclose(ours["eigenvalues"], cpu["eigenvalues"], rtol=0.01)

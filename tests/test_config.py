@@ -47,7 +47,15 @@ def test_every_docstring_is_in_help() -> None:
 def test_shipped_configs(path: Path) -> None:
     """Each parses; the command line wins over the file; its comments give its own command."""
     config = parse_config(
-        ["--config", str(path), *REQUIRED, "--train.batch_size", "7", "--data.augmentation.lighting.strength", "0.3"]
+        [
+            "--config",
+            str(path),
+            *REQUIRED,
+            "--train.batch_size",
+            "7",
+            "--data.augmentation.lighting.strength",
+            "0.3",
+        ]
     )
     assert (
         config.train.batch_size == 7
@@ -77,8 +85,18 @@ def test_paper_is_the_paper() -> None:
 def test_alexnet2012_is_the_program() -> None:
     """The 2012 run, epoch by epoch: rates of conv1, of the other weights, of biases, and of colour noise."""
     config = shipped("alexnet2012")
-    schedule, names = RateSchedule(config.optimizer, config.train.epochs), ["conv1.weight", "fc8.weight", "fc8.bias"]
-    expected = {0: (1e-2, 1e-2), 25: (1e-3, 1e-3), 51: (1e-4, 1e-4), 67: (1e-5, 1e-4), 72: (0, 1e-4), 79: (0, 1e-5)}
+    schedule, names = (
+        RateSchedule(config.optimizer, config.train.epochs),
+        ["conv1.weight", "fc8.weight", "fc8.bias"],
+    )
+    expected = {
+        0: (1e-2, 1e-2),
+        25: (1e-3, 1e-3),
+        51: (1e-4, 1e-4),
+        67: (1e-5, 1e-4),
+        72: (0, 1e-4),
+        79: (0, 1e-5),
+    }
     assert config.train.epochs == 91 and config.model.normalization == config.model.variant == "original"
     for epoch in range(91):
         conv1, others = expected[max(begin for begin in expected if begin <= epoch)]
@@ -110,7 +128,10 @@ def test_fast() -> None:
         (["--train.accumulate", "5"], "a multiple of 5 for train.accumulate 5"),
         (["--data.augmentation.share_window", "5"], "a multiple of 5 for data.augmentation.share_window 5"),
         (["--data.augmentation.share_window", "0"], "share_window must be at least 1"),
-        (["--optimizer.warmup_epochs", "10"], "optimizer.warmup_epochs (10.0) must be less than train.epochs (10)"),
+        (
+            ["--optimizer.warmup_epochs", "10"],
+            "optimizer.warmup_epochs (10.0) must be less than train.epochs (10)",
+        ),
         (["--optimizer.changes", "[{epoch: 3, lr: 0.1}]"], "optimizer.changes is of optimizer.schedule=hand"),
         (["--optimizer.changes", "[{epoch: 0, lr: 0.1}]"], "a change of rate is made at an epoch from 1 on"),
         (["--optimizer.changes", "[{epoch: 3, rate: 0.1}]"], "'rate' is not accepted"),
@@ -136,7 +157,10 @@ def test_fast() -> None:
         (["--data.speed.prefetch", "0"], "speed.prefetch (0)"),
         (["--data.speed.hw_decoder_load", "2"], "speed.hw_decoder_load is a share, 0 to 1, not 2"),
         (["--data.speed.decode_cache_gb", "-1"], "speed.decode_cache_gb must not be negative"),
-        (["--data.speed.decode_cache_gb", "1"], "memory of a GPU that decodes; set it to 0, or data.decode=gpu"),
+        (
+            ["--data.speed.decode_cache_gb", "1"],
+            "memory of a GPU that decodes; set it to 0, or data.decode=gpu",
+        ),
     ],
 )
 def test_wrong_values(arguments: list[str], message: str, tmp_path: Path, shards: Path) -> None:
@@ -155,7 +179,16 @@ def test_unknown_key_in_a_file(tmp_path: Path) -> None:
 def test_same_run() -> None:
     """Speed, logging, places and epochs to come are free; anything else, also epochs that have begun, is refused."""
     saved = parse_config(QUICKSTART).to_json()
-    free = ["--run.log_every", "3", "--data.speed.threads", "1", "--train.epochs", "11", "--data.shards", "elsewhere"]
+    free = [
+        "--run.log_every",
+        "3",
+        "--data.speed.threads",
+        "1",
+        "--train.epochs",
+        "11",
+        "--data.shards",
+        "elsewhere",
+    ]
     check_same_run(saved, parse_config([*QUICKSTART, *free]).to_json(), 10)
     for name, value in [
         ("train.epochs", "9"),
@@ -171,7 +204,9 @@ def test_same_run() -> None:
     check_same_run(saved, parse_config([*spread, "--resume.allow_world_change", "true"]).to_json(), 1)
     cosine = [*QUICKSTART, "--optimizer.schedule", "cosine", "--optimizer.steps", "[]"]
     with pytest.raises(ValueError, match=r"started with train\.epochs = 10"):  # the curve would be another
-        check_same_run(parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json(), 1)
+        check_same_run(
+            parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json(), 1
+        )
 
 
 @pytest.mark.parametrize(

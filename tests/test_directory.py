@@ -101,7 +101,9 @@ def test_of_the_wrong_kind(tmp_path: Path, name: str, link: bool) -> None:
     else:
         path.write_text("")
     before = {each: each.lstat().st_mtime_ns for each in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"{path} is no (file|folder)" + " but a link to .*not mounted;" * link):
+    with pytest.raises(
+        ValueError, match=rf"{path} is no (file|folder)" + " but a link to .*not mounted;" * link
+    ):
         RunDirectory(tmp_path).claim()
     assert {each: each.lstat().st_mtime_ns for each in tmp_path.iterdir()} == before
 

@@ -68,11 +68,17 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command of a page."""
     words = shlex.split(command, comments=True)
     while "=" in words[0] or words[0] == "srun":  # variables, and what starts our program
-        words = words[1:] if "=" in words[0] else words[next(k for k, word in enumerate(words) if ".venv" in word) :]
+        words = (
+            words[1:]
+            if "=" in words[0]
+            else words[next(k for k, word in enumerate(words) if ".venv" in word) :]
+        )
     program, *arguments = words
     if program == "make":
         names = [word for word in arguments if "=" not in word]
-        assert subprocess.run(["make", "-n", *names], cwd=ROOT, capture_output=True, check=False).returncode == 0
+        assert (
+            subprocess.run(["make", "-n", *names], cwd=ROOT, capture_output=True, check=False).returncode == 0
+        )
     elif program == ".venv/bin/torchrun":
         parsed = get_args_parser().parse_args(arguments)
         assert parsed.module
@@ -111,7 +117,9 @@ def test_mistakes_are_seen(command: str, monkeypatch: pytest.MonkeyPatch) -> Non
         check(command, monkeypatch)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "train" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "train" / "configs").rglob("*.yaml")), ids=lambda path: path.stem
+)
 def test_commands_of_recipes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in their comments."""
     monkeypatch.chdir(ROOT)
@@ -122,11 +130,15 @@ def test_commands_of_recipes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_links(page: Path) -> None:
     """Files and headings that pages point to are there."""
     for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text()):
@@ -140,7 +152,9 @@ def test_links(page: Path) -> None:
 
 def test_the_table_of_files() -> None:
     """docs/design.md has a line for every file of the four rooms, by its folder, and none for others."""
-    (table,) = re.findall(r"^## Files\n\n```text\n(.*?)^```", (ROOT / "docs/design.md").read_text(), re.M | re.S)
+    (table,) = re.findall(
+        r"^## Files\n\n```text\n(.*?)^```", (ROOT / "docs/design.md").read_text(), re.M | re.S
+    )
     told, folders = set(), [""]
     for line in table.splitlines():
         indent, names = re.fullmatch(r"( *)(\S+(?:, \S+)*)  .*|()(\S+)", line).group(1, 2)  # type: ignore[union-attr]
@@ -148,8 +162,14 @@ def test_the_table_of_files() -> None:
         for name in (names or line.split()[0]).split(", "):
             folders[depth + 1 :] = [name] if name.endswith("/") else []
             told.add("".join(folders[: depth + 1]) + name)
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    files = {name for name in listed.stdout.split() if re.match(r"(pipeline|model|train|tools)/.*\.(py|html)$", name)}
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = {
+        name
+        for name in listed.stdout.split()
+        if re.match(r"(pipeline|model|train|tools)/.*\.(py|html)$", name)
+    }
     there = {name for name in files if not name.endswith("__init__.py") and (ROOT / name).is_file()}
     assert {name for name in told if re.search(r"\.(py|html)$", name)} - there == set()
     assert there - told == set()

@@ -1,4 +1,4 @@
-"""What a machine lacks is told in one line each with its remedy, whatever is broken, missing, odd or hanging there."""
+"""Whatever is broken, missing, odd or hanging on a machine is a finding with its remedy, and the exit code tells."""
 
 import json
 import os
@@ -15,21 +15,39 @@ import numpy as np
 import pytest
 
 from pipeline.shards import ShardSet, open_shards
-from tests.helpers import DALI, ROOT, torch_of
+from tests.helpers import ROOT
 from tools import doctor as program
-from tools.checks.finding import Finding, answer, isolated, ok, probe
-from tools.checks.host import check_open_files
-from tools.checks.nvidia_smi import Nvidia
-from tools.checks.shards import (
+from tools.doctor import (
+    Finding,
+    call,
+    check_cores,
+    check_dali,
     check_disk,
+    check_driver,
     check_eigenbasis,
-    check_file_system,
-    check_mean_image,
+    check_gpus,
     check_split,
-    file_system,
-    read_rate,
+    measure_disk,
+    probe,
+    read_cgroup,
+    run_check,
 )
-from tools.checks.software import check_compiler, check_headers, check_torch, unmet
+
+H100 = "NVIDIA H100 80GB HBM3, 86 GB, compute capability 9.0, JPEG engine"
+DRIVER = {"version": "580.65.06", "cuda": "13.0", "gpus": [H100]}
+TORCH: dict[str, Any] = {"version": "2.13.0", "cuda": "12.6", "gpus": [H100], "peers": 0}
+DALI: dict[str, Any] = {"version": "2.4.0", "cuda": 12, "decodes": "gpu"}
+PYNVML = """
+NVMLError = type("NVMLError", (Exception,), {})
+nvmlInit = lambda: None
+nvmlSystemGetCudaDriverVersion_v2 = lambda: 12040
+nvmlSystemGetDriverVersion = lambda: "550.54.15"
+nvmlDeviceGetCount = lambda: 8
+nvmlDeviceGetHandleByIndex = lambda number: number
+nvmlDeviceGetName = lambda handle: "NVIDIA H100 80GB HBM3"
+nvmlDeviceGetMemoryInfo = lambda handle: type("Memory", (), {"total": 85_520_809_984})
+nvmlDeviceGetCudaComputeCapability = lambda handle: (9, 0)
+"""
 
 
 @pytest.fixture
@@ -37,115 +55,163 @@ def broken(tmp_path: Path) -> dict[str, str]:
     """An environment where neither PyTorch nor DALI imports."""
     for name in ("torch", "nvidia/dali"):
         (tmp_path / "stub" / name).mkdir(parents=True)
-        (tmp_path / "stub" / name / "__init__.py").write_text(f"raise ImportError('lib{name[:5]}.so is not there')\n")
+        (tmp_path / "stub" / name / "__init__.py").write_text(
+            f"raise ImportError('lib{name[:5]}.so is not there')\n"
+        )
     (tmp_path / "stub" / "nvidia" / "__init__.py").touch()
     return {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}:{ROOT}"}
 
 
 def run_doctor(*arguments: str | Path, environment: dict[str, str] | None = None, limit: str = ":") -> Any:
-    """Run the program as a user would, behind a shell command such as `ulimit`."""
-    command = ["bash", "-c", f'{limit}; exec "$0" "$@"', sys.executable, "tools/doctor.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    """Run the program as a user would, after a shell command such as `ulimit`."""
+    command = [
+        "bash",
+        "-c",
+        f'{limit}; exec "$0" "$@"',
+        sys.executable,
+        "tools/doctor.py",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
 
 
-def test_the_whole_program(shards: Path) -> None:
+def test_sound_machine(shards: Path) -> None:
     """With real libraries and sound shards there is no problem, exit code 0; --json has the documented keys."""
     done = run_doctor(shards, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    assert set(told) == {"findings", "versions"}
-    assert all(list(row) == ["name", "status", "value", "remedy"] for row in told["findings"])
-    assert all((row["status"] in ("warning", "problem")) == bool(row["remedy"]) for row in told["findings"])
-    status = {row["name"]: row["status"] for row in told["findings"]}
-    sound = ("PyTorch", "DALI", "packages", "training shards", "validation shards", "eigenbasis", "open files")
-    assert all(status[name] == "ok" for name in sound), told
-    assert told["versions"]["dali"] == installed("nvidia-dali-cuda120")
-    assert told["versions"]["torch"].split("+")[0] == installed("torch").split("+")[0]
-    assert all(value is None or isinstance(value, str) for value in told["versions"].values())
+    found = json.loads(done.stdout)
+    assert set(found) == {"findings", "system", "python", "driver", "torch", "dali"}
+    assert all(list(row) == ["name", "status", "value", "remedy"] for row in found["findings"])
+    assert all((row["status"] in ("warning", "problem")) == bool(row["remedy"]) for row in found["findings"])
+    status = {row["name"]: row["status"] for row in found["findings"]}
+    sound = ("PyTorch", "DALI", "packages", "train shards", "val shards", "eigenbasis")
+    assert all(status[name] == "ok" for name in sound), found
+    assert found["dali"]["version"] == installed("nvidia-dali-cuda120")
+    assert found["torch"]["version"].split("+")[0] == installed("torch").split("+")[0]
 
 
 def test_neither_torch_nor_dali(broken: dict[str, str], shards: Path) -> None:
-    """Where nothing imports, both are named as problems, exit code 2, and all else is told all the same."""
+    """Where nothing imports, both are problems, exit code 2, and every other check still runs."""
     done = run_doctor(shards, environment=broken)
     assert done.returncode == 2 and not done.stderr
     lines = done.stdout.splitlines()
     for name, library in (("PyTorch", "libtorch"), ("DALI", "libnvidi")):
         (line,) = [line for line in lines if line.startswith(f"problem  {name} ")]
-        assert "does not import: ImportError" in line and library in line
-        assert "-> run make install" in lines[lines.index(line) + 1]
-    assert any(line.startswith("ok       training shards") for line in lines)
-    assert lines[-1].startswith("2 problems")
+        assert library in line and "make install" in lines[lines.index(line) + 1]
+    assert any(line.startswith("ok       train shards") for line in lines)
+    assert "problems: 2" in lines[-1]
 
 
-def test_too_few_open_files(broken: dict[str, str], shards: Path, tmp_path: Path) -> None:
-    """A hard limit below shards and 256 is a problem, just at it is none; the soft limit does not count."""
+def test_too_few_open_files(broken: dict[str, str], shards: Path) -> None:
+    """A hard limit below shards and 256 is a problem, at it there is none; the soft limit does not count."""
     most = len(open_shards(shards, "train").tars) + 256
     for limit, status in ((f"ulimit -n {most - 1}", "problem"), (f"ulimit -n {most}; ulimit -Sn 100", "ok")):
-        told = json.loads(run_doctor(shards, "--json", environment=broken, limit=limit).stdout)
-        (row,) = [row for row in told["findings"] if row["name"] == "open files"]
+        found = json.loads(run_doctor(shards, "--json", environment=broken, limit=limit).stdout)
+        (row,) = [row for row in found["findings"] if row["name"] == "train shards"]
         assert row["status"] == status and ("ulimit -n" in row["remedy"]) == (status == "problem")
-    assert check_open_files(10**9, -1).status == "ok"  # RLIM_INFINITY
 
 
 @pytest.mark.parametrize(
-    ("body", "tells"),
-    [("import os; os.abort()", "signal 6"), ("import time; time.sleep(60)", "does not answer"), ("0 / 0", "ZeroDiv")],
+    ("body", "reason"),
+    [
+        ("import os; os.abort()", "signal 6"),
+        ("import time; time.sleep(60)", "no answer"),
+        ("0 / 0", "ZeroDiv"),
+    ],
 )
-def test_a_library_that_crashes_or_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, tells: str
+def test_library_that_crashes_or_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
 ) -> None:
-    """A library that kills its process, never comes back or raises anything is a finding, soon."""
+    """A library that kills its process, never returns or raises anything is a finding, soon."""
     (tmp_path / "torch.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    begun = time.monotonic()
+    start = time.monotonic()
     found = probe("torch", timeout_s=1)
-    assert tells in found["error"] and time.monotonic() - begun < 3
-    assert check_torch(found).status == "problem"
+    assert reason in found["error"] and time.monotonic() - start < 3
+    assert program.check_torch(found).status == "problem"
 
 
-def test_file_systems() -> None:
-    """The deepest mount counts, the last one of a place, and a space in its name; network disks are told."""
-    mounts = "/dev/a / ext4 rw\nhost:/x /data nfs4 rw\ntmpfs /data/fast tmpfs rw\n"
-    mounts += "x /a\\040b lustre rw\ny /a\\040b xfs rw\nodd"
-    places = {"/home/x": "ext4", "/data/s": "nfs4", "/data/fast/s": "tmpfs", "/database": "ext4", "/a b/c": "xfs"}
-    for path, kind in places.items():
-        assert file_system(Path(path), mounts)[0] == kind, path
-    assert file_system(Path("/x"), "") == ("unknown", "/")
-    network = {kind for kind in ("ext4", "xfs", "overlay", "nfs", "nfs4", "lustre", "fuse.sshfs", "cifs", "9p")
-               if check_file_system(kind, "/").status == "warning"}  # fmt: skip
-    assert network == {"nfs", "nfs4", "lustre", "fuse.sshfs", "cifs", "9p"}
+def test_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's GPUs are described; without a driver nothing is wrong, with one that does not answer something is."""
+    (tmp_path / "pynvml.py").write_text(PYNVML)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = probe("driver")
+    assert found == {"probe": "driver", "version": "550.54.15", "cuda": "12.4", "gpus": [H100] * 8}
+    assert check_driver(found, is_loaded=True).status == "ok"
+    assert check_driver({"error": "Driver Not Loaded"}, is_loaded=False).status == "-"
+    assert check_driver({"error": "Driver Not Loaded"}, is_loaded=True).status == "warning"
 
 
-def test_a_check_that_fails_or_hangs() -> None:
-    """It becomes a warning that says so; what is slow is left behind."""
-    found = isolated(lambda: Finding("ok", str(1 // 0)))
+@pytest.mark.parametrize(
+    ("driver", "torch", "visible", "status"),
+    [
+        ({"error": "no NVML"}, TORCH | {"gpus": []}, None, "-"),
+        ({"error": "no NVML"}, TORCH, None, "ok"),
+        (DRIVER, TORCH, None, "ok"),
+        (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 2, "peers": 2}, "0,1", "ok"),
+        (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 8, "peers": 55}, None, "warning"),
+        (DRIVER, TORCH | {"gpus": []}, "", "-"),
+        (
+            DRIVER,
+            TORCH | {"gpus": [], "cuda_error": "the driver is too old (found version 11040)"},
+            None,
+            "problem",
+        ),
+        (DRIVER, TORCH | {"cuda": None, "gpus": []}, None, "problem"),
+        (DRIVER, TORCH | {"cuda_error": "no kernel image is available"}, None, "problem"),
+        (DRIVER, {"error": "ImportError"}, None, "-"),
+    ],
+)
+def test_gpu_that_cannot_be_used(
+    driver: Any, torch: dict[str, Any], visible: str | None, status: str
+) -> None:
+    """A GPU that is there and unused is a problem, unless it was hidden on purpose."""
+    found = check_gpus(driver, torch, visible)
+    assert found.status == status and bool(found.remedy) == (status in ("warning", "problem"))
+
+
+def test_dali_decodes_where_pytorch_trains() -> None:
+    """On the GPU where there is one that PyTorch uses, else anywhere."""
+    assert check_dali(DALI, has_gpu=True).status == check_dali(DALI, has_gpu=False).status == "ok"
+    assert check_dali(DALI | {"decodes": "cpu"}, has_gpu=False).status == "ok"
+    assert check_dali(DALI | {"decodes": "cpu"}, has_gpu=True).status == "problem"
+    failed = check_dali(DALI | {"decodes": None, "decode_error": "no nvjpeg"}, has_gpu=True)
+    assert failed.status == "problem" and "no nvjpeg" in failed.value
+
+
+def test_limits_of_cgroups(tmp_path: Path) -> None:
+    """The limits of a process's cgroup and of those around it are read; the smallest quota below the cores is a warning
+    that names the threads to set, odd texts are no quota."""
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "job" / "cpu.max").write_text("400000 100000\n")
+    (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
+    texts = read_cgroup("cpu.max", "0::/job/step\n", tmp_path)
+    assert texts == ["", "400000 100000\n", "max 100000\n"] and read_cgroup("cpu.max", "odd", tmp_path) == [
+        ""
+    ]
+    assert (
+        check_cores(8, 8, texts).status == "warning"
+        and "--data.speed.threads 5" in check_cores(8, 8, texts).remedy
+    )
+    assert check_cores(4, 8, texts).status == check_cores(8, 8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
+
+
+def test_check_that_fails_or_hangs() -> None:
+    """It becomes a warning, an error of the user's a problem with its remedy; what is slow is abandoned."""
+    found = run_check(lambda: Finding("ok", str(1 // 0)))
     assert found.status == "warning" and "ZeroDivisionError" in found.value and found.remedy
-    begun = time.monotonic()
-    assert "no answer" in isolated(lambda: time.sleep(60) or ok(""), timeout_s=0.2).value
-    assert time.monotonic() - begun < 2
-    assert isinstance(answer(lambda: {}["a"]), KeyError)
-
-
-def test_one_failing_check_among_all(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The others are still told, and a warning alone is exit code 0."""
-    monkeypatch.setattr(program, "probe", {"torch": torch_of(cuda=None), "dali": DALI | {"decodes": "cpu"}}.__getitem__)
-    monkeypatch.setattr(program, "ask_nvidia", lambda: Nvidia(error="nvidia-smi cannot be started"))
-    monkeypatch.setattr(program, "check_headers", lambda: [][0])
-    program.doctor(None, as_json=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("warning  Python headers") and "IndexError" in line for line in lines)
-    assert any(line.startswith("ok       cores") or "warning  cores" in line for line in lines)
-
-
-def opened(shards: Path, split: str = "train") -> Any:
-    """The shards or the error."""
-    return answer(lambda: open_shards(shards, split))
+    start = time.monotonic()
+    assert run_check(lambda: time.sleep(60) or Finding("ok", ""), timeout_s=0.2).status == "warning"
+    assert time.monotonic() - start < 2
+    assert isinstance(call(lambda: {}["a"]), KeyError)
 
 
 def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
-    """Missing, a file, half-written, cut: a problem with its remedy each; sound ones are ok."""
+    """Missing, a file, half-written, cut: a problem with a remedy each; sound ones are ok."""
     numbered_shards(12, 3)
-    assert check_split(tmp_path, "train", opened(tmp_path)).status == "ok"
+    assert check_split(tmp_path, "train").status == "ok"
     file, half, cut = tmp_path / "file", tmp_path / "half", tmp_path / "cut"
     file.write_text("x")
     for copy in (half, cut):
@@ -153,73 +219,49 @@ def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_p
     (half / "train" / "manifest.json").unlink()
     with (cut / "train" / "train-000001.tar").open("r+b") as tar:
         tar.truncate(512)
-    cases = {tmp_path / "none": "does not exist", file: "is a file", half: "no manifest.json", cut: "has 512 bytes"}
-    for place, tells in cases.items():
-        found = check_split(place, "train", opened(place))
-        assert found.status == "problem" and tells in found.value and found.remedy, place
-        assert check_eigenbasis(place, None).status == "-"
-    assert check_split(tmp_path, "train", TimeoutError("no answer within 30 s")).status == "problem"
+    for place in (tmp_path / "none", file, half, cut):
+        found = run_check(lambda place=place: check_split(place, "train"))  # type: ignore[misc]
+        assert found.status == "problem" and str(place) in found.value and found.remedy
 
 
-def test_eigenbasis_and_mean_image(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
-    """pca.json of no or of other shards is a problem that names the command; a wrong mean image is a warning."""
+def test_eigenbasis(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
+    """pca.json of no or of other shards, and a wrong mean image, are problems whose remedy is the command."""
     train = numbered_shards(4, 1)
-    assert "compute_pca" in check_eigenbasis(tmp_path, train).remedy
+
+    def check() -> Finding:
+        return run_check(lambda: check_eigenbasis(tmp_path, train))
+
+    assert check().status == "problem" and "compute_pca" in check().remedy
     shutil.copy(shards / "pca.json", tmp_path)
-    assert "other shards" in check_eigenbasis(tmp_path, train).value
+    assert check().status == "problem"
     assert check_eigenbasis(shards, open_shards(shards, "train")).status == "ok"
-    assert check_mean_image(tmp_path, train).status == "-"
-    np.save(tmp_path / "mean_image.npy", np.zeros(3))
-    assert check_mean_image(tmp_path, train).status == "warning"
+    shutil.copytree(shards, tmp_path / "copy")
+    np.save(tmp_path / "copy" / "mean_image.npy", np.zeros(3))
+    found = run_check(lambda: check_eigenbasis(tmp_path / "copy", open_shards(shards, "train")))
+    assert found.status == "problem" and "mean_image.npy" in found.value
 
 
-def test_reading_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more bytes are read than asked for, give or take a chunk a file, and not for longer; odd sizes are read to
-    their end."""
-    files = []
-    for number in range(20):
-        file = tmp_path / f"{number}.tar"
-        file.write_bytes(bytes(9 * 2**20 + 12345 if number == 0 else 1000))
-        files.append(str(file))
-    counts: list[int] = []
-    real = os.preadv
-
-    def count(*arguments: Any) -> int:
-        counts.append(real(*arguments))
-        return counts[-1]
-
-    monkeypatch.setattr(os, "preadv", count)
-    assert read_rate(files[:1]) and sum(counts) == 9 * 2**20 + 12345
-    counts.clear()
-    assert read_rate(files[:1], at_most_bytes=2**20) and sum(counts) <= 4 * 2**20
-    counts.clear()
-    assert read_rate(files) and len(counts) == 3 + 7  # eight of the twenty
-    assert read_rate(files, at_most_s=0) is None and read_rate([]) is None
-
-
-def test_rate_in_images(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images/s are MB/s over the mean size of an image; many GPUs ask for more."""
+def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images/s are bytes/s over the mean size of an image; many GPUs need more. Reading is bounded."""
     train = numbered_shards(40, 2)
+    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, at_most_s=0) == 0
     size = sum(Path(tar).stat().st_size for tar in train.tars) / 40
-    monkeypatch.setattr("tools.checks.shards.read_rate", lambda files: program_rate(size * 25_000))
-    assert "25,000 images/s" in check_disk(train, "ext4", 1).value
-    assert [check_disk(train, "ext4", gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
-    assert check_disk(train, "tmpfs", 8).status == check_disk(None, "ext4", 0).status == "-"
+    monkeypatch.setattr(program, "measure_disk", lambda files: size * 25_000)
+    assert "25,000 images/s" in check_disk(train, 1).value
+    assert [check_disk(train, gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
+    df = subprocess.CompletedProcess([], 0, "Type Mounted on\nnfs4 /data\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: df)
+    assert check_disk(train, 1).status == "warning"
 
 
-def program_rate(bytes_per_s: float) -> Any:
-    """A measured rate."""
-    from tools.checks.shards import Rate
-
-    return Rate(bytes_per_s, direct=True)
-
-
-def test_packages_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing and what is of another version are told apart; extras and other systems do not count."""
-    asked = ["numpy>=2", "numpy>=99", "no-such-thing", "other; extra == 'dev'", "w; sys_platform == 'win32'"]
-    missing, other = unmet(asked)
-    assert missing == ["no-such-thing"] and len(other) == 1 and ">=99" in other[0]
-    assert check_headers(str(tmp_path)).status == "warning"
-    assert check_compiler("/a b/torch/__init__.py", gpu=False).status == "warning"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert check_compiler("/torch/__init__.py", gpu=False).status == "warning"
+def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package is a problem, one of another version a warning; what others require does not count."""
+    lines = [
+        "other 1 requires numpy, which is not installed.",
+        "alexnet-dali 0.1.0 has requirement numpy>=2, but ...",
+    ]
+    lines.append("nvidia-dali-cuda120 2.4.0 requires nvidia-nvimgcodec-cu12, which is not installed.")
+    for count, status in ((1, "ok"), (2, "warning"), (3, "problem")):
+        pip = subprocess.CompletedProcess([], 1, "\n".join(lines[:count]))
+        monkeypatch.setattr(subprocess, "run", lambda *_, pip=pip, **__: pip)
+        assert program.check_packages().status == status

@@ -33,7 +33,10 @@ def test_equals_numpy(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.just(3))), st.data())
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.just(3))),
+    st.data(),
+)
 def test_any_partition(images: np.ndarray, data: st.DataObject) -> None:
     """Moments of parts, added in any order, are the moments of the whole, as Python's own integers give them."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(images)), max_size=4)))

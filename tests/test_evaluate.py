@@ -87,7 +87,12 @@ def test_accuracy_ignores_padding() -> None:
 
     perfect = evaluate(Sighted(), Numbers(), mirrored=True)  # type: ignore[arg-type]
     assert perfect is not None and perfect.samples == 5
-    assert (perfect.centre_top1, perfect.centre_top5, perfect.views_top1, perfect.views) == (100, 100, 100, "ten-view")
+    assert (perfect.centre_top1, perfect.centre_top5, perfect.views_top1, perfect.views) == (
+        100,
+        100,
+        100,
+        "ten-view",
+    )
 
     class Blind(Corner):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,10 @@ def test_over_ranks_with_the_real_loader(
     val = open_shards(tmp_path, "val")
     for num_ranks in (1, 3):
         place = {"batch_size": 4, "num_ranks": num_ranks, "device": "cpu"}
-        ranks = [val_loader(val, plain_basis, DataConfig(tmp_path), rank=rank, **place) for rank in range(num_ranks)]
+        ranks = [
+            val_loader(val, plain_basis, DataConfig(tmp_path), rank=rank, **place)
+            for rank in range(num_ranks)
+        ]
         results = [evaluate(Corner(), loader, mirrored=True) for loader in ranks]
         assert sum(result.samples for result in results if result) == 41
 
@@ -125,7 +133,9 @@ def test_wrong_input(tmp_path: Path, shards: Path) -> None:
         assert message in refuses("-m", "train.evaluate", place, shards)
 
 
-def test_weights_per_class_and_confusion(tmp_path: Path, few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_per_class_and_confusion(
+    tmp_path: Path, few: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Weights alone are evaluated as Pillow, numpy and ten forward passes do it; the CSV has each class's error and the
     picture is one."""
     model = tiny(tmp_path / "w.safetensors", few)
@@ -173,7 +183,9 @@ def test_wrong_weights(tmp_path: Path, shards: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_outputs_that_cannot_be_written(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_cannot_be_written(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Told of before an image is looked at; an evaluation that fails leaves no file."""
     path, out = tmp_path / "w.safetensors", tmp_path / "out"
     tiny(path, shards)
@@ -198,7 +210,13 @@ def test_over_processes(tmp_path: Path, shards: Path) -> None:
     for processes in ("1", "3"):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         out = ["--per-class", tmp_path / f"{processes}.csv", "--device", "cpu"]
-        told.append(run_ok(*launcher, "-m", "train.evaluate", tmp_path / "w.safetensors", shards, *out, run=run_python))
-    one, three = ([line for line in text.splitlines() if "accuracy" in line or "images" in line] for text in told)
+        told.append(
+            run_ok(
+                *launcher, "-m", "train.evaluate", tmp_path / "w.safetensors", shards, *out, run=run_python
+            )
+        )
+    one, three = (
+        [line for line in text.splitlines() if "accuracy" in line or "images" in line] for text in told
+    )
     assert one == three and len(one) == 5
     assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()

@@ -63,7 +63,10 @@ with atomic_writer(Path({str(path)!r})) as file:
 """
     other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == b"writing\n"
-    with pytest.raises(BlockingIOError, match="another process is writing it"), atomic_writer(path, wait=False):
+    with (
+        pytest.raises(BlockingIOError, match="another process is writing it"),
+        atomic_writer(path, wait=False),
+    ):
         pass
     assert path.with_name("shard.tar.tmp").exists() and other.poll() is None
     other.kill()

@@ -66,7 +66,11 @@ def test_examples_with_numpy() -> None:
         assert len(examples) == 10
         for example, k in zip(examples, expected, strict=True):
             np.testing.assert_array_equal(example.image.numpy(), images[k])
-            assert (example.label, example.guesses[0], example.correct) == (labels[k], guess[k], labels[k] == guess[k])
+            assert (example.label, example.guesses[0], example.correct) == (
+                labels[k],
+                guess[k],
+                labels[k] == guess[k],
+            )
             np.testing.assert_allclose(example.probabilities, np.sort(scores[k])[::-1][:5], rtol=1e-6)
 
 
@@ -74,7 +78,9 @@ def test_shared_out() -> None:
     """Three processes that look at a third each find together what one finds; a process without images does no harm."""
     given = batches(12)
     alone, parts = seen(given), [seen(given[:4]), seen(given[4:12]), seen([])]
-    counts, confusion = (torch.stack([getattr(p, name) for p in parts]).sum(0) for name in ("counts", "confusion"))
+    counts, confusion = (
+        torch.stack([getattr(p, name) for p in parts]).sum(0) for name in ("counts", "confusion")
+    )
     kept = [[part._wrong.kept for part in parts], [part._right.kept for part in parts]]
     for part in parts:
         totals, lists = iter((counts, confusion)), iter(kept)
@@ -93,7 +99,9 @@ def test_csv_and_nothing_found() -> None:
     assert [row["words"] for row in rows] == [name.words for name in NAMES]
     assert rows[2]["top1_error"] == "" and 0 <= float(rows[3]["top1_error"]) <= 100
     nothing = seen([])
-    assert nothing.mistakes == nothing.close_calls == [] and len(nothing.csv(NAMES).splitlines()) == CLASSES + 1
+    assert (
+        nothing.mistakes == nothing.close_calls == [] and len(nothing.csv(NAMES).splitlines()) == CLASSES + 1
+    )
 
 
 def test_too_many_classes_for_pairs(monkeypatch: object) -> None:

@@ -55,7 +55,11 @@ def snapshot(place: Place) -> dict[str, tuple[int, ...]]:
         for name in (*names, *files):
             path = os.path.join(folder, name)  # noqa: PTH118 (names are odd)
             status = os.lstat(path)
-            found[path] = (status.st_size if name in files else 0, status.st_mtime_ns * (name in files), status.st_mode)
+            found[path] = (
+                status.st_size if name in files else 0,
+                status.st_mtime_ns * (name in files),
+                status.st_mode,
+            )
     return found
 
 

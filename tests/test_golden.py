@@ -27,8 +27,8 @@ from tests.helpers import ROOT
 GOLDEN = ROOT / "tests" / "golden.json"
 STEPS = 44
 """Of the quickstart's first epoch."""
-FREE = ("options", "plan", "versions", "format_version")
-"""Fields of a manifest that name options and versions: what they come to is in the others."""
+FREE = ("options", "plan", "versions", "format_version", "manifest_sha256")
+"""Fields of manifests and of pca.json that name options and versions: what they come to is in the others."""
 
 
 def surroundings() -> dict[str, str]:
@@ -46,8 +46,8 @@ def sha(data: bytes) -> str:
 
 
 def measure(root: Path, scratch: Path, packed: Path | None = None) -> dict[str, Any]:
-    """The demo packed with its eigenbasis, an epoch of the quickstart and its evaluation, by the programs of a checkout;
-    `packed` are the shards where they are there already."""
+    """The demo packed with its eigenbasis, an epoch of the quickstart and its evaluation, by the programs of a
+    checkout; `packed` are the shards where they are there already."""
 
     def run(*words: str | Path) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -56,7 +56,11 @@ def measure(root: Path, scratch: Path, packed: Path | None = None) -> dict[str, 
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    shards, directory, weights = packed or scratch / "shards", scratch / "run", scratch / "weights.safetensors"
+    shards, directory, weights = (
+        packed or scratch / "shards",
+        scratch / "run",
+        scratch / "weights.safetensors",
+    )
     if packed is None:
         run("tools.make_demo", scratch / "raw")
         run("tools.make_shards", "pack", scratch / "raw", shards, "--samples-per-shard", "180")
@@ -76,12 +80,12 @@ def measure(root: Path, scratch: Path, packed: Path | None = None) -> dict[str, 
     evaluation = run("train.evaluate", directory, shards, "--device", "cpu")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in load_file(weights).items()}
-    files = sorted([*shards.glob("*/*.tar"), *shards.glob("*/*.idx"), shards / "classes.json", shards / "pca.json"])
+    files = sorted([*shards.glob("*/*.tar"), *shards.glob("*/*.idx"), shards / "classes.json"])
     found: dict[str, Any] = {str(path.relative_to(shards)): sha(path.read_bytes()) for path in files}
-    for split in ("train", "val"):
-        manifest = json.loads((shards / split / "manifest.json").read_text())
-        rest = {name: value for name, value in manifest.items() if name not in FREE}
-        found[f"{split}/manifest.json"] = sha(json.dumps(rest, sort_keys=True).encode())
+    for name in ("train/manifest.json", "val/manifest.json", "pca.json"):
+        content = json.loads((shards / name).read_text())
+        rest = {name: value for name, value in content.items() if name not in FREE}
+        found[name] = sha(json.dumps(rest, sort_keys=True).encode())
     return {
         "files": found,
         "losses": [row["loss"] for row in rows if row["kind"] == "train"],
@@ -97,7 +101,9 @@ def recorded(scratch: Path) -> dict[str, Any]:
         return dict(golden["data"])
     worktree = scratch / "golden"
     git = ["git", "-C", str(ROOT), "worktree"]
-    added = subprocess.run([*git, "add", "--detach", worktree, golden["commit"]], capture_output=True, check=False)
+    added = subprocess.run(
+        [*git, "add", "--detach", worktree, golden["commit"]], capture_output=True, check=False
+    )
     if added.returncode:
         pytest.skip(f"recorded on another machine, and commit {golden['commit']} is not in this clone")
     try:

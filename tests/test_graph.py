@@ -33,7 +33,9 @@ KINDS: list[tuple[str, dict[str, object]]] = [
 def images_of_every_kind(count: int) -> list[bytes]:
     """256x256 JPEGs, kinds in turn."""
     rng = np.random.default_rng(0)
-    return [jpeg(photo(rng), mode, **options) for mode, options in (KINDS[k % len(KINDS)] for k in range(count))]
+    return [
+        jpeg(photo(rng), mode, **options) for mode, options in (KINDS[k % len(KINDS)] for k in range(count))
+    ]
 
 
 def feed(items: list[bytes]) -> Iterator[list[np.ndarray]]:
@@ -56,7 +58,9 @@ def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention
         images = normalize_graph(windows, light, plain_basis, augmentation, mirror=mirror)
         return windows, images, decode_graph(files, Decoder()), *draws
 
-    windows, images, decoded, crop_x, crop_y, mirror, light = (output.as_array() for output in pipeline().run())
+    windows, images, decoded, crop_x, crop_y, mirror, light = (
+        output.as_array() for output in pipeline().run()
+    )
     assert windows.shape == (72, 224, 224, 3) and windows.dtype == np.uint8
     for n, data in enumerate(encoded):
         pillow = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
@@ -85,7 +89,9 @@ def test_val_graph(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        return *val_graph(files, plain_basis, Augmentation(), Decoder(), "cpu"), decode_graph(files, Decoder())
+        return *val_graph(files, plain_basis, Augmentation(), Decoder(), "cpu"), decode_graph(
+            files, Decoder()
+        )
 
     images, decoded = (output.as_array() for output in pipeline().run())
     assert np.array_equal(images, decoded) and images.shape == (12, 256, 256, 3)
@@ -99,7 +105,9 @@ def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        windows, *_ = train_graph(files, draw(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu")
+        windows, *_ = train_graph(
+            files, draw(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu"
+        )
         return windows, decode_graph(files, Decoder())
 
     windows, decoded = (output.as_array() for output in pipeline().run())

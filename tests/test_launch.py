@@ -13,9 +13,19 @@ from train.launch import PORTS, find_launch, find_task, first_host, local_rank
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
 # shell of salloc, in the shell of salloc under LaunchParameters=use_interactive_step, and in srun's second task.
-SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0"}
+SCRIPT = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_GTIDS": "0",
+}
 SALLOC = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[03-04]"}
-INTERACTIVE = SCRIPT | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node03"}
+INTERACTIVE = SCRIPT | {
+    "SLURM_STEP_ID": "4294967290",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_NODELIST": "node03",
+}
 TASK = SCRIPT | {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "1",
@@ -95,7 +105,9 @@ def test_first_host(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-@pytest.mark.parametrize("nodes", ["", "node[03", "node]3", "node[a-b]", "node[]", ",a", "a b", "n[-3]", "(null)"])
+@pytest.mark.parametrize(
+    "nodes", ["", "node[03", "node]3", "node[a-b]", "node[]", ",a", "a b", "n[-3]", "(null)"]
+)
 def test_node_lists_that_are_none(nodes: str) -> None:
     """They are refused by name and value."""
     with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST is .* set MASTER_ADDR"):
@@ -148,7 +160,9 @@ def test_broken_values_of_torchrun(rank: str | None, world: str | None) -> None:
         find_task(TASK | given)
 
 
-@pytest.mark.parametrize(("name", "value"), [("MASTER_ADDR", ""), ("MASTER_PORT", None), ("MASTER_PORT", "99999")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("MASTER_ADDR", ""), ("MASTER_PORT", None), ("MASTER_PORT", "99999")]
+)
 def test_nowhere_to_meet(name: str, value: str | None) -> None:
     """Of several processes each has to know where; one needs it not."""
     given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1234", name: value}
@@ -160,7 +174,9 @@ def test_nowhere_to_meet(name: str, value: str | None) -> None:
 def test_the_place_on_a_machine() -> None:
     """torchrun's variable comes first."""
     assert local_rank({}) == 0 and local_rank({"LOCAL_RANK": ""}) == 0
-    assert local_rank({"SLURM_LOCALID": "3"}) == 3 and local_rank({"SLURM_LOCALID": "3", "LOCAL_RANK": "1"}) == 1
+    assert (
+        local_rank({"SLURM_LOCALID": "3"}) == 3 and local_rank({"SLURM_LOCALID": "3", "LOCAL_RANK": "1"}) == 1
+    )
     with pytest.raises(ValueError, match="LOCAL_RANK"):
         local_rank({"LOCAL_RANK": "first"})
 

@@ -94,7 +94,8 @@ def visit(shards: ShardSet, basis: Eigenbasis, lighting: Lighting, epochs: int, 
         for images, labels in loader.epoch(epoch):
             windows_NHWC = images.permute(0, 2, 3, 1).numpy()
             row_NWC, column_NHC = (  # levels of a pixel and its shift
-                line * lighting.divisor + basis.mean for line in (windows_NHWC[:, 110], windows_NHWC[:, :, 112])
+                line * lighting.divisor + basis.mean
+                for line in (windows_NHWC[:, 110], windows_NHWC[:, :, 112])
             )
             flat = row_NWC[:, 112]
             np.testing.assert_allclose(flat, column_NHC[:, 200], atol=1e-3)  # the whole image moves alike
@@ -154,10 +155,14 @@ def test_variances_for_deviations_are_noticed(
         check_distribution(wrong, plain_basis, sigmas)
     unturned = replace(plain_basis, eigenvectors=np.eye(3))
     with pytest.raises(AssertionError):
-        check_distribution(visit(shards, unturned, Lighting(strength=STRENGTH), epochs=4), plain_basis, sigmas)
+        check_distribution(
+            visit(shards, unturned, Lighting(strength=STRENGTH), epochs=4), plain_basis, sigmas
+        )
 
 
-def test_draws_of_the_eigenvalue_convention(marked_shards: Callable[[int], ShardSet], plain_basis: Eigenbasis) -> None:
+def test_draws_of_the_eigenvalue_convention(
+    marked_shards: Callable[[int], ShardSet], plain_basis: Eigenbasis
+) -> None:
     """There the deviations are s * eigenvalue / 255 levels, and nothing is divided."""
     visits = visit(marked_shards(500), plain_basis, Lighting("eigenvalue", STRENGTH), epochs=4)
     spread = (visits.shifts @ plain_basis.eigenvectors).std(0)

@@ -29,10 +29,14 @@ def test_training_epochs_are_exact(numbered_shards: Make, plain_basis: Eigenbasi
         batches = [list(loader.epoch(epoch)) for loader in ranks]
         assert {len(rank) for rank in batches} == {131 // num_ranks // 8}
         assert all(
-            batch.images.shape == (8, 3, 224, 224) and batch.labels.shape == (8,) for rank in batches for batch in rank
+            batch.images.shape == (8, 3, 224, 224) and batch.labels.shape == (8,)
+            for rank in batches
+            for batch in rank
         )
         seen = torch.cat([batch.labels for rank in batches for batch in rank]).tolist()
-        assert len(seen) == len(set(seen)) == 131 - ranks[0].dropped_per_epoch and set(seen) <= set(range(131))
+        assert len(seen) == len(set(seen)) == 131 - ranks[0].dropped_per_epoch and set(seen) <= set(
+            range(131)
+        )
         epochs.append(frozenset(seen))
         orders.append(seen)
     assert 0 < ranks[0].dropped_per_epoch < 8 * num_ranks + num_ranks
@@ -59,11 +63,18 @@ def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbas
     none, bit for bit, labels, windows and flips included; also when resumed before, at and after the edge."""
     shards = numbered_shards(60, 3)
 
-    def epochs(lighting: Lighting, state: Any = None, first: int = 0) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        (loader,) = loaders(shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=lighting))
+    def epochs(
+        lighting: Lighting, state: Any = None, first: int = 0
+    ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        (loader,) = loaders(
+            shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=lighting)
+        )
         if state:
             loader.load_state_dict(state)
-        return [[(batch.images.clone(), batch.labels.clone()) for batch in loader.epoch(e)] for e in range(first, 4)]
+        return [
+            [(batch.images.clone(), batch.labels.clone()) for batch in loader.epoch(e)]
+            for e in range(first, 4)
+        ]
 
     def same(mine: list[Any], theirs: list[Any]) -> bool:
         pairs = zip(mine, theirs, strict=True)
@@ -174,11 +185,15 @@ def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
     assert np.median(sizes[120:]) <= 1.02 * np.median(sizes[60:120]), sizes[::10]
 
 
-def test_the_shuffle_buffer_holds_little_more_than_its_files(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+def test_the_shuffle_buffer_holds_little_more_than_its_files(
+    numbered_shards: Make, plain_basis: Eigenbasis
+) -> None:
     """1,200 files of a few kB, all of them in the buffer, take some MB each loader, not a MiB for each member."""
 
     def data_mb() -> float:
-        (held,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmData:"))
+        (held,) = (
+            row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmData:")
+        )
         return int(held.split()[1]) / 1024
 
     before = data_mb()
@@ -223,7 +238,9 @@ def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode
     place = {"batch_size": 32, "seed": 3, "rank": 0, "num_ranks": 1}
     on_cpu = train_loader(train, basis, DataConfig(shards), device="cpu", **place)
     on_gpu = train_loader(train, basis, DataConfig(shards, decode=decode), device="cuda", **place)  # type: ignore[arg-type]
-    for (images, labels), (gpu_images, gpu_labels), _ in zip(on_cpu.epoch(0), on_gpu.epoch(0), range(5), strict=False):
+    for (images, labels), (gpu_images, gpu_labels), _ in zip(
+        on_cpu.epoch(0), on_gpu.epoch(0), range(5), strict=False
+    ):
         assert gpu_images.dtype == torch.float16 and gpu_images.is_cuda
         assert gpu_images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(labels, gpu_labels.cpu())

@@ -22,7 +22,9 @@ def test_a_shard_cut_under_a_running_loader(numbered_shards: Make, plain_basis: 
     for tar in shards.tars:
         with Path(tar).open("r+b") as file:
             file.truncate(50_000)
-    with pytest.raises(DataError, match=r"reading .*train failed: .*train-00000\d\.tar has 50000 bytes, but s\d+\."):
+    with pytest.raises(
+        DataError, match=r"reading .*train failed: .*train-00000\d\.tar has 50000 bytes, but s\d+\."
+    ):
         list(steps)
 
 

@@ -49,15 +49,21 @@ def test_a_state_that_does_not_fit_is_refused(numbered_shards: Make, plain_basis
     state = train_loader(shards, plain_basis, config, **place).state_dict()
     free = replace(config, speed=Speed(threads=1), augmentation=Augmentation(lighting=Lighting(strength=0)))
     train_loader(shards, plain_basis, free, **place).load_state_dict(state)
-    for name, changed in [("batch_size", {"batch_size": 4}), ("seed", {"seed": 4}), ("num_ranks", {"num_ranks": 2})]:
+    for name, changed in [
+        ("batch_size", {"batch_size": 4}),
+        ("seed", {"seed": 4}),
+        ("num_ranks", {"num_ranks": 2}),
+    ]:
         with pytest.raises(ValueError, match=f"{name} was"):
             train_loader(shards, plain_basis, config, **{**place, **changed}).load_state_dict(state)
     with pytest.raises(ValueError, match="augmentation was"):
-        train_loader(shards, plain_basis, replace(config, augmentation=Augmentation(flip=0)), **place).load_state_dict(
+        train_loader(
+            shards, plain_basis, replace(config, augmentation=Augmentation(flip=0)), **place
+        ).load_state_dict(state)
+    with pytest.raises(ValueError, match="shards was"):
+        train_loader(replace(shards, manifest_sha256="other"), plain_basis, config, **place).load_state_dict(
             state
         )
-    with pytest.raises(ValueError, match="shards was"):
-        train_loader(replace(shards, manifest_sha256="other"), plain_basis, config, **place).load_state_dict(state)
 
 
 def rank_batches(shards: Path, rank: int, num_ranks: int, state: Path, what: str) -> Iterator[str]:
@@ -89,12 +95,16 @@ def test_ranks_in_processes_continue(few: Path, num_ranks: int, tmp_path: Path) 
         "import sys; from pathlib import Path; from tests.test_loader_state import rank_batches as batches; "
         "place = sys.argv"
     )
-    code += "; sys.stdout.writelines(batches(Path(place[1]), *map(int, place[2:4]), Path(place[4]), place[5]))"
+    code += (
+        "; sys.stdout.writelines(batches(Path(place[1]), *map(int, place[2:4]), Path(place[4]), place[5]))"
+    )
 
     def processes(what: str) -> list[str]:
         command = ["-c", code, few]
         ranks = range(num_ranks)
-        started = [start_python(*command, str(rank), str(num_ranks), tmp_path / str(rank), what) for rank in ranks]
+        started = [
+            start_python(*command, str(rank), str(num_ranks), tmp_path / str(rank), what) for rank in ranks
+        ]
         outputs = [process.communicate(timeout=120)[0] for process in started]
         assert {process.returncode for process in started} == {-9 if what == "stop" else 0}
         return outputs
@@ -128,7 +138,9 @@ def test_another_world_goes_on_from_an_epochs_edge(numbered_shards: Make, plain_
         (again, _) = loaders(shards, plain_basis, 2, training=True, batch_size=4)
         again.load_state_dict(ranks[0].state_dict())
         expected, got = collect(ranks[0], range(2, 3)), collect(again, range(2, 3))
-        assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in zip(got, expected, strict=True))
+        assert all(
+            torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in zip(got, expected, strict=True)
+        )
         other_seed = ranks[0].state_dict()
         other_seed["fingerprint"]["seed"] = 9
         with pytest.raises(ValueError, match="seed was 9"):

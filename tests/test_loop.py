@@ -65,7 +65,9 @@ def test_no_waiting_outside_log_steps(state_of: Any, monkeypatch: pytest.MonkeyP
     for name in WAITS:
         original = getattr(torch.Tensor, name)
 
-        def spy(self: torch.Tensor, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+        def spy(
+            self: torch.Tensor, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any
+        ) -> Any:
             if watching:
                 asked.append((state.step, _name))
             return _original(self, *args, **kwargs)
@@ -86,7 +88,16 @@ def test_no_waiting_outside_log_steps(state_of: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 def test_no_waiting_on_a_gpu(state_of: Any) -> None:
     """Steps between two log rows synchronize with the GPU nowhere, as CUDA itself tells."""
-    more = ["--run.device", "cuda", "--train.precision", "bf16", "--run.log_every", "50", "--run.save_every", "1000"]
+    more = [
+        "--run.device",
+        "cuda",
+        "--train.precision",
+        "bf16",
+        "--run.log_every",
+        "50",
+        "--run.save_every",
+        "1000",
+    ]
     state, steps = state_of(*more, device="cuda:0"), 0
 
     def stop() -> bool:
@@ -134,7 +145,11 @@ def test_what_saving_tells(state_of: Any, capsys: pytest.CaptureFixture[str]) ->
     helps = ["free some space", "set its permissions", "move away what lies there", "look after the disk"]
     assert [line.split("; ")[-1] for line in [*lines[:4], lines[5]]] == [*helps, helps[0]]
     assert all(line.startswith("could not save: metrics.jsonl: ") for line in [*lines[:4], lines[5]])
-    assert lines[4].startswith("saving works again: ") and lines[4].endswith("step-00000006.pt") and len(lines) == 6
+    assert (
+        lines[4].startswith("saving works again: ")
+        and lines[4].endswith("step-00000006.pt")
+        and len(lines) == 6
+    )
 
 
 def steps(state: TrainState, count: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -161,7 +176,8 @@ def test_accumulated_gradients(state_of: Any) -> None:
 def test_half_precision(state_of: Any, precision: str) -> None:
     """The first losses are those of float32, within half precision's rounding; weights stay float32."""
     (expected, _), (losses, weights) = (
-        steps(state_of("--model.dropout", "0", "--train.precision", each), 3) for each in ("float32", precision)
+        steps(state_of("--model.dropout", "0", "--train.precision", each), 3)
+        for each in ("float32", precision)
     )
     assert losses == pytest.approx(expected, rel=0.02) and losses != expected
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
@@ -173,7 +189,9 @@ def test_overflow_leaves_a_step_out(state_of: Any) -> None:
     state.learner.scale.factor.fill_(2.0**40)
     before = {name: tensor.clone() for name, tensor in state.learner.model.state_dict().items()}
     _, after = steps(state, 1)
-    assert state.learner.scale.factor == 2.0**39 and all(torch.equal(before[name], after[name]) for name in before)
+    assert state.learner.scale.factor == 2.0**39 and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     state.learner.scale.factor.fill_(2.0**10)
     rates = dict.fromkeys(before, 0.001)
     state.learner.step(next(state.train_loader.epoch(0)), rates)
@@ -190,5 +208,7 @@ def test_gradient_norm(state_of: Any) -> None:
         norms[precision] = norm.item()
     model, reference = state_of("--model.dropout", "0"), torch.nn.utils.clip_grad_norm_
     torch.nn.functional.cross_entropy(model.learner.model(batch.images), batch.labels).backward()
-    assert norms["float32"] == pytest.approx(reference(model.learner.model.parameters(), 1e9).item(), rel=1e-5)
+    assert norms["float32"] == pytest.approx(
+        reference(model.learner.model.parameters(), 1e9).item(), rel=1e-5
+    )
     assert norms["fp16"] == pytest.approx(norms["float32"], rel=0.02)

@@ -80,7 +80,9 @@ def test_compiled_equals_eager() -> None:
 def test_half_precision_is_computed_in_float32(convention: str, towers: int, autocast: bool) -> None:
     """bfloat16 differs from float64 by the rounding of its output alone, forward and backward, under autocast too."""
     x = activations(2, 16, 4, 4).bfloat16().requires_grad_()
-    weight = torch.randn(2, 16, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = torch.randn(
+        2, 16, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).bfloat16()
     exact = x.detach().double().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = local_response_norm(x, convention, towers)  # type: ignore[arg-type]

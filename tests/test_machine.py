@@ -15,8 +15,16 @@ from tests.helpers import run_ok, run_python
         ({}, 16, 16),
         ({"LOCAL_WORLD_SIZE": "8"}, 16, 2),  # torchrun: each process sees all of them
         ({"LOCAL_WORLD_SIZE": "32"}, 16, 1),
-        ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "128"}, 16, 16),  # srun has bound each task to its own
-        ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "16"}, 16, 2),  # torchrun in a batch script, or no binding
+        (
+            {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "128"},
+            16,
+            16,
+        ),  # srun has bound each task to its own
+        (
+            {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "16"},
+            16,
+            2,
+        ),  # torchrun in a batch script, or no binding
         ({"LOCAL_WORLD_SIZE": "odd", "SLURM_CPUS_ON_NODE": "odd"}, 16, 16),
         ({"LOCAL_WORLD_SIZE": "0"}, 16, 16),
     ],
@@ -30,7 +38,9 @@ def test_processes_share_cores(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert share_of_cores() == share and Speed().num_threads == share + 1 and Speed(threads=5).num_threads == 5
+    assert (
+        share_of_cores() == share and Speed().num_threads == share + 1 and Speed(threads=5).num_threads == 5
+    )
     assert processes_here() >= 1
 
 

@@ -13,8 +13,8 @@ from scipy.io import loadmat
 
 from tests.helpers import refuses, run_ok
 from tools import make_demo
-from tools.packing.ilsvrc import read_archives
-from tools.photos import AXES, AXIS_STDS, photo
+from tools.packing.layouts import read_archives
+from tools.photos import AXES, AXIS_STDS, make_photo
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def test_same_seed_same_bytes(raw: Path, tmp_path: Path) -> None:
     archives = [path.name for path in sorted(raw.glob("ILSVRC*"))]
     assert len(archives) == 3
     assert all((raw / name).read_bytes() == (again / name).read_bytes() for name in archives)
-    rgb = make_demo.render(make_demo.np.ones((8, 8)), make_demo.np.random.default_rng(1))
-    other = make_demo.render(make_demo.np.ones((8, 8)), make_demo.np.random.default_rng(2))
+    rgb = make_demo.render_digit(make_demo.np.ones((8, 8)), make_demo.np.random.default_rng(1))
+    other = make_demo.render_digit(make_demo.np.ones((8, 8)), make_demo.np.random.default_rng(2))
     assert rgb.size != other.size
 
 
@@ -111,7 +111,7 @@ def test_photos_counts_and_labels(photos: Path) -> None:
     train, val = list(data.splits["train"]), list(data.splits["val"])
     assert (len(train), len(val), len(data.classes)) == (32, 8, 10)
     assert {image.label for image in train} == set(range(10))
-    drawn = {photo(number, 2012): make_demo.DIGIT_TO_WNID[number % 10] for number in (0, 5, 14, 19)}
+    drawn = {make_photo(number, 2012): make_demo.DIGIT_TO_WNID[number % 10] for number in (0, 5, 14, 19)}
     assert [data.classes[image.label].wnid for image in val[:4]] == [drawn[image.read()] for image in val[:4]]
 
 
@@ -121,7 +121,10 @@ def test_photos_are_like_photographs(photos: Path) -> None:
     images = [Image.open(io.BytesIO(file)) for file in files]
     pixels = sum(image.width * image.height for image in images)
     assert 0.35 < sum(map(len, files)) / pixels < 0.75
-    assert sum(max(image.size) == 500 for image in images) > 16 and min(min(image.size) for image in images) >= 96
+    assert (
+        sum(max(image.size) == 500 for image in images) > 16
+        and min(min(image.size) for image in images) >= 96
+    )
     assert [image.format for image in images].count("PNG") == 1
     slopes = [amplitude_slope(np.asarray(image.convert("L"))) for image in images if min(image.size) > 200]
     assert np.percentile(slopes, 10) > -1.5 and np.percentile(slopes, 90) < -0.7
@@ -139,10 +142,12 @@ def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
     archives = [path.name for path in sorted(photos.glob("ILSVRC*"))]
     assert len(archives) == 3
     assert all((photos / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in archives)
-    assert photo(3, 2012) == photo(3, 2012)
-    assert len({photo(3, 2012), photo(4, 2012), photo(3, 1)}) == 3
+    assert make_photo(3, 2012) == make_photo(3, 2012)
+    assert len({make_photo(3, 2012), make_photo(4, 2012), make_photo(3, 1)}) == 3
     assert "nothing to do" in run_ok("tools/make_demo.py", photos, "--photos", "40")
     for other in ((), ("--photos", "41"), ("--photos", "40", "--seed", "1")):
         assert "holds something else" in refuses("tools/make_demo.py", photos, *other)
-    assert "at least 20" in refuses("tools/make_demo.py", tmp_path / "few", "--photos", "19")
+    assert "--photos: expected at least 20" in refuses(
+        "tools/make_demo.py", tmp_path / "few", "--photos", "19"
+    )
     assert not (tmp_path / "few").exists()

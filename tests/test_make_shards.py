@@ -34,12 +34,17 @@ def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
                     )  # type: ignore[union-attr]
     with tarfile.open(raw / "ILSVRC2012_devkit_t12.tar.gz") as devkit:
         folder = "ILSVRC2012_devkit_t12/data"
-        synsets = loadmat(io.BytesIO(devkit.extractfile(f"{folder}/meta.mat").read()), squeeze_me=True)["synsets"]  # type: ignore[union-attr]
+        synsets = loadmat(io.BytesIO(devkit.extractfile(f"{folder}/meta.mat").read()), squeeze_me=True)[
+            "synsets"
+        ]  # type: ignore[union-attr]
         labels = devkit.extractfile(f"{folder}/ILSVRC2012_validation_ground_truth.txt").read().split()  # type: ignore[union-attr]
     wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     with tarfile.open(raw / "ILSVRC2012_img_val.tar") as val:
         for position, image in enumerate(sorted(val, key=lambda member: member.name)):
-            found[image.name.removesuffix(".JPEG")] = (val.extractfile(image).read(), wnid[int(labels[position])])  # type: ignore[union-attr]
+            found[image.name.removesuffix(".JPEG")] = (
+                val.extractfile(image).read(),
+                wnid[int(labels[position])],
+            )  # type: ignore[union-attr]
     return found
 
 
@@ -62,7 +67,9 @@ def test_every_image_once_with_its_label(raw: Path, shards: Path) -> None:
         with Image.open(io.BytesIO(expected[key][0])) as image:
             rgb = image.convert("RGB")
         short = min(rgb.size)
-        rgb = rgb.resize((round(rgb.width * 256 / short), round(rgb.height * 256 / short)), Image.Resampling.BICUBIC)
+        rgb = rgb.resize(
+            (round(rgb.width * 256 / short), round(rgb.height * 256 / short)), Image.Resampling.BICUBIC
+        )
         left, top = (rgb.width - 256) // 2, (rgb.height - 256) // 2
         square = np.asarray(rgb.crop((left, top, left + 256, top + 256))).astype(int)
         assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - square).mean() < 2.5
@@ -97,7 +104,9 @@ def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp
     seed matters."""
     again = tmp_path / "again"
     run_ok("-m", "tools.make_shards", "pack", raw, again, "--samples-per-shard", "180", "--workers", "1")
-    files = sorted(path.relative_to(shards) for path in shards.rglob("*") if path.is_file() and path.name != "pca.json")
+    files = sorted(
+        path.relative_to(shards) for path in shards.rglob("*") if path.is_file() and path.name != "pca.json"
+    )
     assert len(files) == 24
     assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
     assert "nothing to do" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
@@ -180,7 +189,9 @@ def classes_without_images(raw: Path, *more: int) -> bytes:
         ("ILSVRC2012_img_val.tar", tar_of({}), "holds 0 images"),
     ],
 )
-def test_wrong_input_is_one_sentence(raw: Path, tmp_path: Path, archive: str, content: object, message: str) -> None:
+def test_wrong_input_is_one_sentence(
+    raw: Path, tmp_path: Path, archive: str, content: object, message: str
+) -> None:
     """Exit code 2, one line that names the archive, and nothing written."""
     broken = tmp_path / "raw"
     shutil.copytree(raw, broken)

@@ -64,7 +64,9 @@ def test_two_steps_ahead() -> None:
         meter.end_step(torch.tensor(1.0), torch.tensor(0), batches[step])
         batches[step] = None  # type: ignore[call-overload]
         assert waited == list(range(step - 1))
-        assert [each() is not None for each in kept[: step + 1]] == [False] * (step - 1) + [True] * min(2, step + 1)
+        assert [each() is not None for each in kept[: step + 1]] == [False] * (step - 1) + [True] * min(
+            2, step + 1
+        )
 
 
 def test_clock_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +80,6 @@ def test_clock_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
         meter.end_step(torch.tensor(1.0), torch.tensor(0))
         time.sleep(0.01)
     figures = meter.read(batch_size=8)
-    assert 9 < figures["wait_ms_p50"] < 500 and 19 < figures["step_ms_p50"] < 500 and figures["images_per_s"] > 0
+    assert (
+        9 < figures["wait_ms_p50"] < 500 and 19 < figures["step_ms_p50"] < 500 and figures["images_per_s"] > 0
+    )

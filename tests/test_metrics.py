@@ -53,11 +53,15 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.write("train", 1, epoch=0, loss=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1]))  # half a row fits
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1])
+        )  # half a row fits
         for step in (2, 3):
             log.write("train", step, epoch=0, loss=1.0)
         told = capsys.readouterr().out
-        assert told.count("its rows are kept in memory") == told.count("no more TensorBoard curves") == 1, told
+        assert told.count("its rows are kept in memory") == told.count("no more TensorBoard curves") == 1, (
+            told
+        )
         assert str(log.path) in told
         assert [row["step"] for row in read_metrics(log.path)] == [1]
         with pytest.raises(OSError, match=r"File too large: '.*/metrics\.jsonl'"):
@@ -79,7 +83,12 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
         log.close()
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert curves.Tags()["scalars"] == ["train/epoch", "train/loss"]
-    assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == [(1, 3.5), (2, 4), (3, 3.5), (4, 4)]
+    assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == [
+        (1, 3.5),
+        (2, 4),
+        (3, 3.5),
+        (4, 4),
+    ]
 
 
 def test_rows_and_syncs_from_two_threads(tmp_path: Path) -> None:

@@ -18,7 +18,11 @@ def test_formula_over_a_schedule(fused: bool) -> None:
     if fused and not can_compile(torch.device("cpu")):
         pytest.skip("torch cannot compile here")
     rng = np.random.default_rng(0)
-    start = {"a.weight": rng.standard_normal((3, 4)), "b.weight": rng.standard_normal(6), "a.bias": np.ones(5)}
+    start = {
+        "a.weight": rng.standard_normal((3, 4)),
+        "b.weight": rng.standard_normal(6),
+        "a.bias": np.ones(5),
+    }
     decay = {"a.weight": 5e-4, "b.weight": 5e-4, "a.bias": 0.0}
     parameters = {name: torch.nn.Parameter(torch.tensor(values)) for name, values in start.items()}
     config = OptimizerConfig(momentum=0.9, weight_decay=5e-4, bias_weight_decay=0.0)
@@ -38,7 +42,9 @@ def test_formula_over_a_schedule(fused: bool) -> None:
         optimizer.step(rates)
         for name, parameter in parameters.items():
             np.testing.assert_allclose(parameter.detach().numpy(), weights[name], rtol=0, atol=1e-15)
-            np.testing.assert_allclose(optimizer.state_dict()[name].numpy(), velocity[name], rtol=0, atol=1e-15)
+            np.testing.assert_allclose(
+                optimizer.state_dict()[name].numpy(), velocity[name], rtol=0, atol=1e-15
+            )
             assert parameter.grad is None
 
 
@@ -76,7 +82,10 @@ def test_scaled_loss() -> None:
         optimizer.step({"w": 0.1}, overflow)
         finite = bool(np.isfinite(gradient).all())
         assert bool(overflow) != finite and weight.isfinite().all()
-        assert torch.equal(weight, before) != finite and torch.equal(optimizer.state_dict()["w"], velocity) != finite
+        assert (
+            torch.equal(weight, before) != finite
+            and torch.equal(optimizer.state_dict()["w"], velocity) != finite
+        )
         factors.append(float(scale.factor))
         restored = LossScale(torch.device("cpu"), True)
         restored.load_state_dict(scale.state_dict())

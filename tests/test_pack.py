@@ -152,7 +152,9 @@ def test_ctrl_c(small: Path, tmp_path: Path, delay_s: float) -> None:
     process = start_python(
         *command,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
     )
     assert process.stdout is not None
     process.stdout.readline()  # the layout is named
@@ -184,7 +186,10 @@ if __name__ == "__main__":
     assert len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / "shards").rglob("*.tmp"))
     for tar in (tmp_path / "shards").rglob("*.tar"):
-        assert files(tmp_path / "shards")[str(tar.relative_to(tmp_path / "shards"))] == clean[f"train/{tar.name}"]
+        assert (
+            files(tmp_path / "shards")[str(tar.relative_to(tmp_path / "shards"))]
+            == clean[f"train/{tar.name}"]
+        )
     run_ok("tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL)
     assert files(tmp_path / "shards") == clean
 

@@ -20,7 +20,9 @@ def test_undecodable_images(tmp_path: Path) -> None:
     good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
     bad = {"n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""}
     write(raw / "n00000011.tar", tar_of({**good, **bad}))
-    with pytest.raises(ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"):
+    with pytest.raises(
+        ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"
+    ):
         pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1)
     assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
     pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
@@ -53,11 +55,11 @@ from pathlib import Path
 import tools.make_shards as make_shards
 from train.program import exit_with
 raw, shards = map(Path, sys.argv[1:])
-real = make_shards.claim
+real = make_shards.claim_output
 def claim(*arguments):
     real(*arguments)
     (raw / "n00000022.tar").write_bytes((raw / "n00000022.tar").read_bytes()[:20000])
-make_shards.claim = claim
+make_shards.claim_output = claim
 if __name__ == "__main__":
     exit_with(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
 """
@@ -81,14 +83,16 @@ def test_store_original(small: Path, tmp_path: Path) -> None:
     assert found == expected
     # Statistics are of what the pipeline makes of them, the squares that crop256 stores, but for its JPEGs.
     run_ok("tools/compute_pca.py", tmp_path / "shards")
-    pack(small, val_fraction=0, shards=tmp_path / "squares", quality=100, subsampling="444", workers=1)
+    pack(small, val_fraction=0, shards=tmp_path / "squares", quality=100, workers=1)
     run_ok("tools/compute_pca.py", tmp_path / "squares")
     ours, squares = (read_json(tmp_path / name / "pca.json") for name in ("shards", "squares"))
     np.testing.assert_allclose(ours["mean"], squares["mean"], atol=0.2)
     np.testing.assert_allclose(ours["axis_stddev"], squares["axis_stddev"], rtol=0.01)
 
 
-def test_dry_run(small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run(
+    small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It writes nothing, and is right about the number of shards and, to a tenth, about their size."""
     pack(small, val_fraction=0, shards=tmp_path / "shards", samples_per_shard=9, workers=1, dry_run=True)
     line = next(line for line in capsys.readouterr().out.splitlines() if "GB" in line)

@@ -8,7 +8,7 @@ import pytest
 from pipeline.files import read_json
 from tests.helpers import files, tar_of, write
 from tools.make_shards import pack
-from tools.packing.parts import find_part
+from tools.packing.plan import find_part
 
 
 def test_parts_one_after_the_other(
@@ -59,7 +59,9 @@ def test_damaged_notes_are_written_again(small: Path, clean: dict[str, bytes], t
     tars = sorted(shards.rglob("*.tar"))
     for tar, note in zip(tars, (b"", b"[]", b"{}", None, b"x" * 99), strict=True):
         path = tar.with_suffix(".json")
-        path.write_bytes(path.read_bytes().replace(b'"samples": 9', b'"samples": 8') if note is None else note)
+        path.write_bytes(
+            path.read_bytes().replace(b'"samples": 9', b'"samples": 8') if note is None else note
+        )
     pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     assert files(shards) == clean
 
@@ -85,15 +87,15 @@ def test_packers_share_the_work(small: Path, tmp_path: Path, monkeypatch: pytest
     from tools import make_shards
 
     shards = tmp_path / "shards"
-    real, written = make_shards.run_units, []
+    real, written = make_shards.run_jobs, []
 
-    def run_units(*arguments: object) -> object:
-        monkeypatch.setattr(make_shards, "run_units", real)
+    def run_jobs(*arguments: object) -> object:
+        monkeypatch.setattr(make_shards, "run_jobs", real)
         pack(small, shards, samples_per_shard=9, workers=1, part="1/2", val_fraction=0)  # the other one
         written.append({path.name: path.stat().st_mtime_ns for path in shards.rglob("*.tar")})
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(make_shards, "run_units", run_units)
+    monkeypatch.setattr(make_shards, "run_jobs", run_jobs)
     pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     after = {path.name: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
     assert len(written[0]) == 5 and len(after) == 10 and written[0].items() <= after.items()
@@ -106,14 +108,14 @@ def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch
     other = tmp_path / "other"
     for tar in small.glob("*.tar"):
         write(other / tar.name.replace("n0", "n1"), tar_of({f"{tar.stem}_1.JPEG": b"x"}))
-    real = make_shards.claim
+    real = make_shards.claim_output
 
     def claim(shards: Path, *arguments: object) -> None:
-        monkeypatch.setattr(make_shards, "claim", real)
+        monkeypatch.setattr(make_shards, "claim_output", real)
         pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
         real(shards, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(make_shards, "claim", claim)
+    monkeypatch.setattr(make_shards, "claim_output", claim)
     with pytest.raises(ValueError, match="other classes"):
         pack(other, tmp_path / "shards", samples_per_shard=9, workers=1, val_fraction=0)
     names = [row["wnid"] for row in read_json(tmp_path / "shards" / "classes.json")["classes"]]

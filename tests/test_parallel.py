@@ -23,7 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.parallel import MeetingConv2d, Mesh, TowerAlexNet, bytes_per_image, join_state, seed_process, split_state
+from model.parallel import (
+    MeetingConv2d,
+    Mesh,
+    TowerAlexNet,
+    bytes_per_image,
+    join_state,
+    seed_process,
+    split_state,
+)
 from model.peer import PeerLostError
 from train.optimizer import PaperSGD
 from train.schedule import OptimizerConfig
@@ -31,9 +39,13 @@ from train.schedule import OptimizerConfig
 CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""
 OTHERS = (
-    AlexNetConfig("original", channels=(8, 16, 24, 24, 0), hidden=32, num_classes=6, activation="tanh", dropout=0),
+    AlexNetConfig(
+        "original", channels=(8, 16, 24, 24, 0), hidden=32, num_classes=6, activation="tanh", dropout=0
+    ),
     AlexNetConfig("torchvision", towers=2, channels=(8, 16, 24, 0, 16), hidden=32, num_classes=3, dropout=0),
-    AlexNetConfig(channels=(8, 16, 24, 0, 0), hidden=32, num_classes=2, lrn="none", pooling="plain", dropout=0),
+    AlexNetConfig(
+        channels=(8, 16, 24, 0, 0), hidden=32, num_classes=2, lrn="none", pooling="plain", dropout=0
+    ),
 )
 """Of which one step is compared."""
 BATCH, STEPS = 4, 50
@@ -216,7 +228,8 @@ def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int, single
                 assert torch.equal(got["initial"][name], expected["initial"][name])
                 assert_close(got["weights"][name], weight, max(bound, 1e-9))
             assert all(
-                torch.equal(got["weights"][name], found[0][str(dtype)]["weights"][name]) for name in got["weights"]
+                torch.equal(got["weights"][name], found[0][str(dtype)]["weights"][name])
+                for name in got["weights"]
             )
         losses = [found[rank][str(dtype)]["loss"] for rank in range(0, world, 2)]
         assert_close(torch.stack(losses).mean(), expected["loss"], bound)

@@ -85,7 +85,7 @@ def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "LATEST").write_text("step-00000020.pt\n")
     assert "parallel.placement = towers" in train_refuses(*run)
     told = run_ok("-m", "train.run", *run, "--resume.allow_world_change", "true")
-    assert f"going on from {tmp_path}/checkpoints/step-{STEPS:08d}.pt (epoch 1, step {STEPS})" in told
+    assert f"resuming from {tmp_path}/checkpoints/step-{STEPS:08d}.pt (epoch 2, step {STEPS})" in told
     ended = final(tmp_path)
     assert ended["step"] == 2 * STEPS and len(ended["ranks"]) == 1  # type: ignore[arg-type]
     assert not same_weights(began, ended)
@@ -108,7 +108,9 @@ def test_agreement() -> None:
     """Equal facts pass; the first that differs is told with both values and where, by the first process alone."""
     facts = {"train.seed": 5, "torch": "2.13"}
     Others(None, facts, facts).agree(facts)
-    with pytest.raises(ValueError, match=r"the processes differ: torch is 2.11 in process 2 on h, 2.13 in process 0"):
+    with pytest.raises(
+        ValueError, match=r"the processes differ: torch is 2.11 in process 2 on h, 2.13 in process 0"
+    ):
         Others(None, facts, {**facts, "torch": "2.11"}).agree(facts)
     with pytest.raises(ValueError, match=r"train.seed is 6 in process 1 on h, 5 in .*\(1 more such\)"):
         Others(None, facts | {"train.seed": 6}, facts | {"torch": "2.11"}).agree(facts)
@@ -139,7 +141,14 @@ def test_what_fails_in_one_process() -> None:
 @pytest.mark.slow
 def test_divergence_is_told_once(shards: Path, tmp_path: Path) -> None:
     """By the first process, who knows the last good checkpoint."""
-    jump = ["--optimizer.schedule", "hand", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]", "--train.epochs", "2"]
+    jump = [
+        "--optimizer.schedule",
+        "hand",
+        "--optimizer.changes",
+        "[{epoch: 1, lr: 1e9}]",
+        "--train.epochs",
+        "2",
+    ]
     done = run_python(*TORCHRUN, *shared_run(shards, tmp_path, *jump))
     assert done.returncode == 1 and done.stderr.count("error: training diverged") == 1
     assert f"The last good checkpoint is {tmp_path}/checkpoints/step-{STEPS:08d}.pt" in done.stderr
@@ -165,7 +174,12 @@ def test_processes_that_differ(shards: Path, tmp_path: Path, more: list[str], me
     ]
     told = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [2, 2], told
-    assert told[1] == ("", "") and told[0][0] == "" and len(told[0][1].splitlines()) == 1 and message in told[0][1]
+    assert (
+        told[1] == ("", "")
+        and told[0][0] == ""
+        and len(told[0][1].splitlines()) == 1
+        and message in told[0][1]
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ from tests.helpers import ROOT, jpeg, photo, run_ok, run_python, write
 PROGRAM = """
 import multiprocessing, os, signal, time
 from multiprocessing.context import SpawnProcess
-from tools.packing.pool import as_they_finish
+from tools.packing.pool import imap_unordered
 
 start = SpawnProcess.start
 
@@ -26,7 +26,7 @@ def slow_start(process):
 
 if __name__ == "__main__":
     SpawnProcess.start = slow_start
-    list(as_they_finish(time.sleep, [0.1] * 10, 2))
+    list(imap_unordered(time.sleep, [0.1] * 10, 2))
 """
 
 
@@ -39,7 +39,7 @@ def test_a_worker_dies_while_another_starts(tmp_path: Path) -> None:
 
 DYING = """
 import os, signal, sys, time
-from tools.packing.pool import as_they_finish, name_work
+from tools.packing.pool import imap_unordered, name_work
 
 def work(number):
     name_work(f"image {number}")
@@ -48,7 +48,7 @@ def work(number):
     time.sleep(0.05)
 
 if __name__ == "__main__":
-    list(as_they_finish(work, range(20), 3))
+    list(imap_unordered(work, range(20), 3))
 """
 
 
@@ -59,7 +59,9 @@ def test_the_image_that_a_worker_died_of_is_named(tmp_path: Path, number: signal
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = run_python(tmp_path / "program.py", str(int(number)), timeout=60, env=environment)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and number.name in last and re.findall(r"image \d+", last) == ["image 7"], done.stderr
+    assert done.returncode == 1 and number.name in last and re.findall(r"image \d+", last) == ["image 7"], (
+        done.stderr
+    )
 
 
 DEADLY = """
@@ -87,7 +89,14 @@ def test_deadly_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     again = ("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "again", "--store", "original")
-    adopt = ("tools/make_shards.py", "adopt", tmp_path / "shards" / "train", tmp_path / "adopted", "--split", "train")
+    adopt = (
+        "tools/make_shards.py",
+        "adopt",
+        tmp_path / "shards" / "train",
+        tmp_path / "adopted",
+        "--split",
+        "train",
+    )
     for command in (
         (*again, *options),
         (*adopt, "--pattern", "*.tar", "--workers", "2"),

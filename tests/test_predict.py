@@ -56,7 +56,7 @@ def test_what_evaluation_makes_of_them(weights: Path, few: Path, tmp_path: Path,
         assert torch.allclose(got, chances, atol=1e-6)
 
 
-def test_files_folders_and_patterns(
+def test_files_and_folders(
     weights: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gives its images once, in order, whatever format they are in; classes have the names of the shards."""
@@ -66,7 +66,9 @@ def test_files_folders_and_patterns(
         out = io.BytesIO()
         Image.fromarray(photo(rng, 300, 400)).save(out, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG"))
         (tmp_path / name).write_bytes(out.getvalue() if not name.endswith("txt") else b"x")
-    rows = predicted(weights, tmp_path / "a", tmp_path / "*.webp", tmp_path / "a" / "1.jpg", "--shards", shards)
+    rows = predicted(
+        weights, tmp_path / "a", tmp_path / "b.webp", tmp_path / "a" / "1.jpg", "--shards", shards
+    )
     assert [Path(str(row["image"])).name for row in rows] == ["1.jpg", "2.png", "b.webp", "1.jpg"]
     names = {row.wnid: (k, row.words) for k, row in enumerate(open_shards(shards, "val").classes)}
     for row in rows:
@@ -77,12 +79,9 @@ def test_files_folders_and_patterns(
     assert "class " in text and len(text.splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [("none.jpg", "none.jpg"), ("empty", "empty"), ("no*.jpg", "no*.jpg"), ("bad.jpg", "bad.jpg: not decod")],
-)
-def test_what_is_no_image(weights: Path, tmp_path: Path, name: str, told: str) -> None:
+@pytest.mark.parametrize("name", ["none.jpg", "empty", "bad.jpg"])
+def test_not_an_image(weights: Path, tmp_path: Path, name: str) -> None:
     """A sentence that names it."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jpg").write_bytes(jpeg(photo(np.random.default_rng(0)))[:100])
-    assert told in refuses("tools/predict.py", weights, tmp_path / name)
+    assert f"{tmp_path / name}: " in refuses("tools/predict.py", weights, tmp_path / name)

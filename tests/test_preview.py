@@ -1,7 +1,8 @@
 """The sheet shows what training sees: its windows are those of the training loader, cut from the images that its
-captions name; nothing in it overlaps."""
+captions name; nothing in it overlaps. The table and picture of the eigenbasis are those of pca.json."""
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,22 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.files import read_json
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ClassName, DataError, ShardSet
-from tests.helpers import jpeg, photo, refuses
-from tools.preview import find_sample, key_of, preview, repeated_views, training_views
-from tools.preview_sheet import View, class_words, draw_sheet, write
+from tests.helpers import jpeg, photo, refuses, run_ok
+from tools.preview import parse_key, preview, render_views
+from tools.preview_sheet import IMAGENET, View, class_name, draw_sheet, format_eigenbasis, write_text
 
-UNLIT = Augmentation(lighting=Lighting(strength=0))
+NO_LIGHTING = Augmentation(lighting=Lighting(strength=0))
 Make = Callable[..., ShardSet]
 
 
@@ -45,9 +45,9 @@ def places(window: np.ndarray, image: np.ndarray) -> set[tuple[int, int, bool]]:
         for top in range(33):
             for left in range(33):
                 cut = image[top : top + 224, left : left + 224]
-                if all(np.abs(cut[step, step] - turned[step, step]).max() <= 2 for step in (0, 111, 223)) and (
-                    np.abs(cut - turned).max() <= 2
-                ):
+                if all(
+                    np.abs(cut[step, step] - turned[step, step]).max() <= 2 for step in (0, 111, 223)
+                ) and (np.abs(cut - turned).max() <= 2):
                     found.add((left, top, mirrored))
     return found
 
@@ -64,7 +64,8 @@ def test_one_image_in_its_windows(numbered_shards: Make, plain_basis: Eigenbasis
     """Without lighting, each of the 24 augmentations is a window of the chosen image, where it is said to lie; places
     and flips vary, and another image holds none of them."""
     shards = numbered_shards(10, 2)
-    views = repeated_views(shards, plain_basis, UNLIT, 3, find_sample(shards, "s6"))
+    (one,) = [view for view in render_views(shards, plain_basis, NO_LIGHTING, 3) if view.key == "s6"]
+    views = render_views(shards, plain_basis, NO_LIGHTING, 3, one)
     _, image = stored(shards)["s6"]
     for view in views:
         assert (view.key, view.label) == ("s6", 6)
@@ -79,14 +80,16 @@ def test_training_images(numbered_shards: Make, plain_basis: Eigenbasis) -> None
     """The lower half is 24 different images in another order than they are stored in, each with its own key, label and
     window."""
     shards = numbered_shards(60, 3)
-    views, expected = training_views(shards, plain_basis, UNLIT, 5), stored(shards)
+    views, expected = render_views(shards, plain_basis, NO_LIGHTING, 5), stored(shards)
     assert len({view.key for view in views}) == 24 and len(expected) == 60
     for view in views:
         label, image = expected[view.key]
         assert view.label == label
         assert (view.left, view.top, view.mirrored) in places(view.pixels, image)
     assert [view.label for view in views] != sorted(view.label for view in views)
-    assert [view.key for view in views] != [view.key for view in training_views(shards, plain_basis, UNLIT, 6)]
+    assert [view.key for view in views] != [
+        view.key for view in render_views(shards, plain_basis, NO_LIGHTING, 6)
+    ]
 
 
 @pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
@@ -95,22 +98,24 @@ def test_equals_the_loader(numbered_shards: Make, plain_basis: Eigenbasis, conve
     shards = numbered_shards(60, 3)
     lighting = Lighting(convention, 0.5)  # type: ignore[arg-type]
     augmentation = Augmentation(lighting=lighting)
-    views = training_views(shards, plain_basis, augmentation, 5)
+    views = render_views(shards, plain_basis, augmentation, 5)
     config = DataConfig(Path(), augmentation=augmentation)
-    loader = train_loader(shards, plain_basis, config, batch_size=40, seed=5, rank=0, num_ranks=1, device="cpu")
+    loader = train_loader(
+        shards, plain_basis, config, batch_size=40, seed=5, rank=0, num_ranks=1, device="cpu"
+    )
     images, labels = next(iter(loader))
     assert labels[:24].tolist() == [view.label for view in views]
     levels = images[:24].permute(0, 2, 3, 1).double().numpy() * lighting.divisor + plain_basis.mean
     difference = np.stack([view.pixels for view in views]) - levels.clip(0, 255)
     assert np.abs(difference).max() < 0.51
-    unlit = np.stack([view.pixels for view in training_views(shards, plain_basis, UNLIT, 5)])
+    unlit = np.stack([view.pixels for view in render_views(shards, plain_basis, NO_LIGHTING, 5)])
     assert np.abs(unlit - levels.clip(0, 255)).max() > 5, "lighting can be seen"
 
 
 def test_images_of_any_size(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """Images that are kept as they came are shown as the central 256x256 of which training cuts its windows."""
     shards = replace(numbered_shards(2, 1, jpeg(photo(np.random.default_rng(4), 300, 420))), store="original")
-    (first, second) = training_views(shards, plain_basis, UNLIT, 5)
+    (first, second) = render_views(shards, plain_basis, NO_LIGHTING, 5)
     assert first.stored.shape == (256, 256, 3) and first.key != second.key
     cut = first.stored[first.top : first.top + 224, first.left : first.left + 224].astype(int)
     shown = first.pixels[:, ::-1] if first.mirrored else first.pixels
@@ -129,14 +134,14 @@ def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_sampl
         draw_sheet(path, train, repeated, training, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr("tools.preview.draw_sheet", spy)
-    preview(folder, image="s2", seed=9, strength=0.3)
+    preview(folder, folder / "out", seed=9, strength=0.3)
     repeated, training = drawn
-    assert {view.key for view in repeated} == {"s2"}
+    assert len({view.key for view in repeated}) == 1
     assert len({view.key for view in training}) == len(training) == min(24, num_samples)
-    with Image.open(folder / "preview.png") as image:
+    with Image.open(folder / "out" / "preview.png") as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB"))
-    # Margins 28, column of text 256, windows of 224 and gaps of 14; headings of 38, captions of 21 and of 42.
+    # Margins 28, column of the stored image 256, windows of 224 and gaps of 14; headings of 38, captions of 21 and 42.
     assert pixels.shape == (3 * 28 + (38 + 3 * 259) + (38 + rows * 280), 2 * 28 + 256 + 14 + 8 * 238, 3)
     blank = pixels.copy()
     for views, top, height in ((repeated, 28 + 38, 259), (training, 28 + 38 + 3 * 259 + 28 + 38, 280)):
@@ -150,7 +155,9 @@ def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_sampl
     assert (blank[66:, 28 + 256 :] == 255)[: 3 * 259].all(), "nothing stands between captions and windows"
 
 
-@pytest.mark.parametrize("text", ["n01440764_10026", "W" * 40, "$x^2$ and $", "train/" * 9, "Ж" * 30, "a_{b}\\frac"])
+@pytest.mark.parametrize(
+    "text", ["n01440764_10026", "W" * 40, "$x^2$ and $", "train/" * 9, "Ж" * 30, "a_{b}\\frac"]
+)
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_captions_fit(text: str, keep_end: bool) -> None:
     """No text leaves its column, and one that is short enough is written as it is, whatever signs it holds."""
@@ -158,46 +165,73 @@ def test_captions_fit(text: str, keep_end: bool) -> None:
 
     figure = Figure(dpi=120)
     FigureCanvasAgg(figure)
-    write(figure, 10, 10, 224, text, keep_end=keep_end, size=9)
+    write_text(figure, 10, 10, 224, text, keep_end=keep_end, size=9)
     (line,) = figure.texts
     assert line.get_window_extent().width <= 224
     shown = line.get_text()
     assert len(text) > 15 or shown == text
-    assert shown.strip("…") in text and (shown.strip("…") == text or (shown[0] if keep_end else shown[-1]) == "…")
+    assert shown.strip("…") in text and (
+        shown.strip("…") == text or (shown[0] if keep_end else shown[-1]) == "…"
+    )
 
 
-@given(st.text("ab_1/.-", min_size=1, max_size=12))
-def test_keys_are_those_of_the_library(stem: str) -> None:
+@pytest.mark.parametrize("name", ["s6.jpg", "a/b/n01_1.jpg", "a.b/c.d.jpg", "x:y/z:1.jpg", "./a.jpg"])
+def test_keys_are_those_of_the_library(numbered_shards: Make, name: str) -> None:
     """A member's key is what the webdataset library makes of its name."""
-    key, _ = base_plus_ext(name := f"{stem}.jpg")
-    assert key is None or key_of(name) == key
+    shards = numbered_shards(2, 1)
+    key, _ = base_plus_ext(name)
+    assert parse_key(f"{shards.tars[0]}:512:{name}", shards) == key
 
 
-def test_what_is_wrong_is_said(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """A key that is not there, a basis that is missing or of other shards, and labels beyond the classes get one
-    sentence that names them; the first sample is the default."""
+def test_mistakes(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
+    """A basis that is missing or of other shards, a seed out of range, and labels beyond the classes get one sentence
+    that names them, and no picture."""
     shards = numbered_shards(3, 2)
-    assert find_sample(shards, None).key == "s0" and find_sample(shards, "s2").digits == b"2"
-    with pytest.raises(ValueError, match=r"train holds no image with the key s3; give one such as s0$"):
-        find_sample(shards, "s3")
-    told = refuses("tools/preview.py", tmp_path)
-    assert f"{tmp_path}/pca.json is missing; make it with tools/compute_pca.py" in told
-    with pytest.raises(ValueError, match="was made from other shards"):
+    assert f"{tmp_path}/pca.json" in refuses("tools/preview.py", tmp_path)
+    with pytest.raises(ValueError, match=r"pca\.json"):
         preview(add_basis(shards, "0" * 64))
-    with pytest.raises(ValueError, match=r"--seed must lie in 0\.\.2\^63-1, not -1"):
+    with pytest.raises(ValueError, match="--seed"):
         preview(tmp_path, seed=-1)
-    views = training_views(shards, plain_basis, UNLIT, 5)
-    with pytest.raises(DataError, match="has label 2, there are 2 classes"):
-        draw_sheet(tmp_path / "x.png", replace(shards, classes=shards.classes[:2]), views, views, Lighting(), 0)
+    views = render_views(shards, plain_basis, NO_LIGHTING, 5)
+    with pytest.raises(DataError, match="s2: expected a label below 2"):
+        draw_sheet(
+            tmp_path / "x.png", replace(shards, classes=shards.classes[:2]), views, views, Lighting(), 0
+        )
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "preview.png").exists()
     named = replace(shards, classes=tuple(ClassName(str(k), "a $5 note, money") for k in range(3)))
-    assert {class_words(view, named) for view in views} == {"a $5 note"}
+    assert {class_name(view, named) for view in views} == {"a $5 note"}
 
 
 def test_damaged_image_is_named(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """An image that cannot be decoded is a `DataError`."""
-    shards = numbered_shards(3, 1, b"no image")
     with pytest.raises(DataError, match=r"s\d\.jpg"):
-        training_views(shards, plain_basis, UNLIT, 5)
-    with pytest.raises(DataError, match=r"s\d\.jpg"):
-        repeated_views(shards, plain_basis, UNLIT, 5, find_sample(shards, None))
+        render_views(numbered_shards(3, 1, b"no image"), plain_basis, NO_LIGHTING, 5)
+
+
+def test_published_eigenbasis() -> None:
+    """ImageNet's axes are orthonormal to their four digits; next to themselves their angles are zero, and their
+    variances on 0..1 are those that fb.resnet's readers know (.228, .0212, .0060)."""
+    vectors, stddev = np.array(IMAGENET["eigenvectors"]), np.array(IMAGENET["axis_stddev"])
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=2e-4)
+    assert (vectors[np.abs(vectors).argmax(0), range(3)] > 0).all()
+    np.testing.assert_allclose(stddev**2 / 255**2, [0.228, 0.0212, 0.0060], rtol=0.01)
+    content = {"num_images": 1, "mean": IMAGENET["mean"]}
+    content |= {"eigenvalues": (stddev**2).tolist(), "eigenvectors": vectors.tolist()}
+    lines = format_eigenbasis(content).splitlines()
+    assert max(map(float, lines[-1].split()[-3:])) < 1
+    assert "121.78 (121.78)" in lines[5] and "89.37 (89.37)" in lines[6]
+
+
+def test_program_shows_the_eigenbasis(few: Path, tmp_path: Path) -> None:
+    """It prints the figures of pca.json, and draws a picture in which the middle of each ramp is the mean colour."""
+    shards = tmp_path / "shards"
+    shutil.copytree(few, shards)
+    output, content = run_ok("tools/preview.py", shards), read_json(shards / "pca.json")
+    for name in ("mean", "channel_stddev", "axis_stddev"):
+        assert all(f"{value:.2f} (" in output for value in content[name]), name
+    pixels = np.asarray(Image.open(shards / "pca.png").convert("RGB")).astype(int)
+    middle = pixels[:, pixels.shape[1] // 2]
+    close = (np.abs(middle - np.array(content["mean"])) <= 2).all(1)
+    runs = np.flatnonzero(np.diff(np.concatenate([[0], close, [0]])) == 1)
+    assert len(runs) >= 3, "three ramps cross the mean colour in the middle of the picture"
+    assert "note:" not in run_ok("tools/make_shards.py", "verify", shards, "--fast")

@@ -13,7 +13,10 @@ from train.program import BROKEN_PIPE, DIVERGED
 CASES = {
     "raise ValueError('give a folder')": (2, "error: give a folder\n"),
     "raise FileNotFoundError('no such shard')": (2, "error: no such shard\n"),
-    "from pipeline.shards import DataError; raise DataError('shard 3 is cut')": (3, "error: shard 3 is cut\n"),
+    "from pipeline.shards import DataError; raise DataError('shard 3 is cut')": (
+        3,
+        "error: shard 3 is cut\n",
+    ),
     "raise DivergedError('the loss is nan')": (4, "error: the loss is nan\n"),
     r"raise ValueError('\x1b[2Ja\nb\x00')": (2, "error: \\x1b[2Ja b\\x00\n"),
     "raise ValueError('give ' + 'x' * 10**6 + '; a remedy')": (
@@ -40,7 +43,9 @@ def test_exit_codes(body: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_librarys_value_error() -> None:
     """It keeps its traceback: the mistake is ours."""
-    done = run_python("-c", "from train.program import exit_with; import json; exit_with(lambda: json.loads('{'))")
+    done = run_python(
+        "-c", "from train.program import exit_with; import json; exit_with(lambda: json.loads('{'))"
+    )
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
@@ -57,7 +62,9 @@ def test_help_of_every_program() -> None:
 
 
 HEAVY = {"torch", "nvidia.dali", "matplotlib.pyplot", "scipy", "sklearn", "webdataset"}
-PROGRAMS = sorted(f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
+PROGRAMS = sorted(
+    f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()
+)
 
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "train.run", "train.evaluate"])
@@ -102,7 +109,10 @@ VALUES = {
     ("--model.lrn", "x"): "one of none, paper, original, or null, not x",
     ("--model.channels", "[1, 2]"): "a list of whole numbers, 5 of them, or null, not [1, 2]",
     ("--optimizer.steps", "[a]"): "a list of whole numbers, not a",
-    ("--model", "no.yaml"): "its fields one by one, or the name of a YAML file with them; what was given is neither",
+    (
+        "--model",
+        "no.yaml",
+    ): "its fields one by one, or the name of a YAML file with them; what was given is neither",
     ("--train.seed", ""): "a whole number, not nothing",
     ("--train.seed", "'Got value: 7'"): "a whole number, not Got value: 7",
     ("--train.seed", 'Unable to load config "zz"'): 'a whole number, not Unable to load config "zz"',
@@ -112,7 +122,9 @@ VALUES = {
 @pytest.mark.parametrize(("option", "value"), VALUES)
 def test_wrong_values_in_plain_words(option: str, value: str) -> None:
     """What an option takes is said as a user would, not as Python does."""
-    told = refuses("-m", "train.run", "--config", "quickstart", option, value, "--data.shards", "s", "--run.dir", "r")
+    told = refuses(
+        "-m", "train.run", "--config", "quickstart", option, value, "--data.shards", "s", "--run.dir", "r"
+    )
     assert told == f"error: {option} takes {VALUES[option, value]} (--help lists every option)\n"
 
 
@@ -122,7 +134,18 @@ def test_wrong_values_within() -> None:
         ("--model", "{lrn: foo}", "model.lrn takes one of none, paper, original, or null, not foo"),
         ("--optimizer.changes", "[{epoch: a, lr: 1}]", "epoch takes a whole number, not a"),
     ):
-        words = ("-m", "train.run", "--config", "quickstart", option, value, "--data.shards", "s", "--run.dir", "r")
+        words = (
+            "-m",
+            "train.run",
+            "--config",
+            "quickstart",
+            option,
+            value,
+            "--data.shards",
+            "s",
+            "--run.dir",
+            "r",
+        )
         assert f"error: {told}" in refuses(*words)
 
 
@@ -148,8 +171,13 @@ def test_a_full_disk_under_the_log(unbuffered: str) -> None:
     codes = []
     for command in ("> /dev/full 2>&1", "outlives > /dev/full 2>&1", "outlives 2>/dev/full | head -c 9"):
         command = f"set -o pipefail; {shlex.quote(sys.executable)} {unbuffered} -c {shlex.quote(TALKATIVE)} {command}"
-        codes.append(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False).returncode)
-    assert codes[0] in (2, 120) and codes[1:] == [DIVERGED, BROKEN_PIPE]  # 120: Python's own, where it cannot flush
+        codes.append(
+            subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False).returncode
+        )
+    assert codes[0] in (2, 120) and codes[1:] == [
+        DIVERGED,
+        BROKEN_PIPE,
+    ]  # 120: Python's own, where it cannot flush
 
 
 def test_a_reader_that_leaves(shards: Path) -> None:

@@ -14,9 +14,8 @@ from pipeline.files import read_json
 from tests.helpers import files, jpeg, photo, tar_of, write
 from tests.layouts import WNIDS, Images, class_tars, folders, image_set, kaggle, parquet
 from tools.make_shards import pack
-from tools.packing.cache import load_listing, save_listing, stamp
-from tools.packing.listing import Listing
-from tools.packing.raw import cut_validation, open_raw
+from tools.packing.layouts import cut_validation, open_raw
+from tools.packing.listing import Listing, load_listing, save_listing, stamp_archives
 
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
 
@@ -27,7 +26,9 @@ def expected_square(data: bytes) -> np.ndarray:
         rgb = image.convert("RGB")
     width, height = (round(side * 256 / min(rgb.size)) for side in rgb.size)
     left, top = (width - 256) // 2, (height - 256) // 2
-    return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 256, top + 256)))
+    return np.asarray(
+        rgb.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 256, top + 256))
+    )
 
 
 @pytest.mark.parametrize("place", ["", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC", "link"])
@@ -42,16 +43,20 @@ def test_kaggles_tree_from_any_level(tmp_path: Path, place: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("layout", [kaggle, folders, class_tars, parquet])
-def test_layouts(layout: Callable[[Path, Images], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts(
+    layout: Callable[[Path, Images], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every image once, in its split, under its class among the sorted wnids, with Pillow's pixels; the first line of
     output names the layout."""
     images = image_set()
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     layout(raw, images)
-    pack(raw, shards, samples_per_shard=5, workers=1, quality=97, subsampling="444", val_fraction=0)
+    pack(raw, shards, samples_per_shard=5, workers=1, quality=97, val_fraction=0)
     output = capsys.readouterr().out
-    assert ("passed over 1 files" in output) == (layout is folders)  # hidden files are not told of
-    named = {kaggle: "Kaggle", folders: "class folders", class_tars: "per-class tars", parquet: "parquet"}[layout]
+    assert ("ignored 1 files" in output) == (layout is folders)  # system files are not counted
+    named = {kaggle: "Kaggle", folders: "class folders", class_tars: "per-class tars", parquet: "parquet"}[
+        layout
+    ]
     assert named in output.splitlines()[0]
     assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == WNIDS
     found = {}
@@ -80,7 +85,9 @@ def test_class_folders_without_train(tmp_path: Path, place: str, capsys: pytest.
         pack(tmp_path / "raw", tmp_path / shards, workers=1, val_fraction=fraction)
         assert ("val-fraction 0" in capsys.readouterr().out) == (fraction is None)
     assert files(tmp_path / "tenth") == files(tmp_path / "again")
-    labels = {split: np.bincount(labels_of(tmp_path / "tenth" / split)).tolist() for split in ("train", "val")}
+    labels = {
+        split: np.bincount(labels_of(tmp_path / "tenth" / split)).tolist() for split in ("train", "val")
+    }
     assert labels == {"train": [1, 9, 23], "val": [1, 1, 2]}
     assert np.bincount(labels_of(tmp_path / "none" / "train")).tolist() == [2, 10, 25]
     assert not (tmp_path / "none" / "val").exists()
@@ -110,7 +117,9 @@ def labels_of(split: Path) -> list[int]:
 
 def test_train_in_train(tmp_path: Path) -> None:
     """What an archive of train/ becomes when it is unpacked into train/."""
-    images = {f"{split}/{split}/{wnid}/{k}.jpg" for split in ("train", "val") for wnid in WNIDS for k in range(2)}
+    images = {
+        f"{split}/{split}/{wnid}/{k}.jpg" for split in ("train", "val") for wnid in WNIDS for k in range(2)
+    }
     for name in images:
         write(tmp_path / name, IMAGE)
     data, _ = open_raw(tmp_path, tmp_path / "none")
@@ -119,7 +128,9 @@ def test_train_in_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["folders", "tar", "raw"])
-def test_one_class_is_worth_a_warning(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_class_is_worth_a_warning(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In any layout; several are not."""
     for name in ("one", "two"):
         raw = tmp_path / name
@@ -200,7 +211,7 @@ def test_val_fraction(tmp_path: Path) -> None:
 
 def test_the_listing_is_cached(tmp_path: Path) -> None:
     """A cached listing equals the first; a changed archive, a damaged cache or none list again."""
-    raw, cache = tmp_path / "raw", tmp_path / "listing.jsonl"
+    raw, cache = tmp_path / "raw", tmp_path / "listing.npz"
     class_tars(raw, image_set())
     (raw / f"{WNIDS[0]}.tar").unlink()
     write(raw / f"{WNIDS[0]}.tar", tar_of({os.fsdecode(b"b\xe4d na\nme.JPEG"): b"x" * 700, "é.JPEG": b"yy"}))
@@ -212,15 +223,16 @@ def test_the_listing_is_cached(tmp_path: Path) -> None:
     assert list(again.splits["train"]) == list(data.splits["train"])
     assert again.splits["train"].digest() == data.splits["train"].digest()
     content = cache.read_bytes()
-    others = [content.replace(b'"offset": [', b'"offset": [7,'), content.replace(b'"label": [0', b'"label": [1')]
-    for damage in (b"", content[: len(content) // 2], b"\xff{", *others):
+    flipped = bytearray(content)
+    flipped[content.index(b"train.offset.npy") + 200] ^= 1
+    for damage in (b"", content[: len(content) // 2], b"\xff{", b"\x93NUMPY", bytes(flipped)):
         assert damage != content
         cache.write_bytes(damage)
         assert load_listing(cache, raw, validity) is None
     cache.write_bytes(content)
     os.utime(raw / f"{WNIDS[1]}.tar", (1, 1))
     assert open_raw(raw, cache)[1] is not None
-    assert stamp(raw, [raw / f"{WNIDS[1]}.tar"])[0][0] == f"{WNIDS[1]}.tar"
+    assert stamp_archives(raw, [raw / f"{WNIDS[1]}.tar"])[0][0] == f"{WNIDS[1]}.tar"
 
 
 def test_listing_rows(tmp_path: Path) -> None:

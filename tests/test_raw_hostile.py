@@ -75,15 +75,18 @@ def members_end(content: bytes) -> int:
         (special(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
         (special(tarfile.CHRTYPE), "a link, a device or a sparse file"),
         (special(tarfile.REGTYPE, size=10 * 2**30), "cut short inside"),
-        (lambda tar: pax(b"20 GNU.sparse.size=\n", b"x") + tar, "is not a tar archive|is damaged at byte"),
-        (lambda tar: pax(b"20 GNU.sparse.map=a\n", b"x") + tar, "is not a tar archive|is damaged at byte|sparse"),
-        (b"", "is not a tar archive"),
+        (lambda tar: pax(b"20 GNU.sparse.size=\n", b"x") + tar, "not a tar archive|damaged at byte"),
+        (
+            lambda tar: pax(b"20 GNU.sparse.map=a\n", b"x") + tar,
+            "not a tar archive|damaged at byte|sparse",
+        ),
+        (b"", "not a tar archive"),
         (b"\x00" * 10240, "holds no image"),
-        (lambda tar: backwards(tar), "is damaged at byte|a negative size"),
-        (lambda tar: hole(tar, 3), "has a damaged header at byte"),
-        (lambda tar: tar[: members_end(tar)], "lacks an end mark"),
-        (lambda tar: tar + tar, "has a damaged header at byte"),
-        (b"garbage" * 1000, "is not a tar archive"),
+        (lambda tar: backwards(tar), "damaged at byte|a negative size"),
+        (lambda tar: hole(tar, 3), "damaged header at byte"),
+        (lambda tar: tar[: members_end(tar)], "no end mark"),
+        (lambda tar: tar + tar, "damaged header at byte"),
+        (b"garbage" * 1000, "not a tar archive"),
     ],
 )
 def test_hostile_tars_are_refused(content: object, message: str, tmp_path: Path) -> None:
@@ -104,17 +107,36 @@ def test_hostile_names_become_safe_keys(tmp_path: Path) -> None:
     under a key of its own, the manifest tells which, and nothing is written outside of the output."""
     raw, shards = tmp_path / "a" / "raw", tmp_path / "a" / "shards"
     raw.mkdir(parents=True)
-    names = ["../../evil.JPEG", "/abs/olute.JPEG", "x.y.JPEG", "sp ace.JPEG", "new\nline.JPEG", "0_7.JPEG", "1_2.JPEG"]
-    names += [os.fsdecode(b"b\xff\xfe.JPEG"), "a" * 150 + ".JPEG", "plain.JPEG", "d/twice.JPEG", "e/twice.JPEG"]
+    names = [
+        "../../evil.JPEG",
+        "/abs/olute.JPEG",
+        "x.y.JPEG",
+        "sp ace.JPEG",
+        "new\nline.JPEG",
+        "0_7.JPEG",
+        "1_2.JPEG",
+    ]
+    names += [
+        os.fsdecode(b"b\xff\xfe.JPEG"),
+        "a" * 150 + ".JPEG",
+        "plain.JPEG",
+        "d/twice.JPEG",
+        "e/twice.JPEG",
+    ]
     images = [jpeg(np.full((60, 60, 3), 20 * number, np.uint8)) for number in range(len(names) + 1)]
     names = [f"n00000011/{name}" for name in names]
-    write(raw / "train.tar", tar_of({**dict(zip(names, images, strict=False)), "n00000022/other.JPEG": images[-1]}))
+    write(
+        raw / "train.tar",
+        tar_of({**dict(zip(names, images, strict=False)), "n00000022/other.JPEG": images[-1]}),
+    )
     pack(raw, shards, samples_per_shard=4, workers=1, quality=97, val_fraction=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["raw", "shards"]
     renamed = read_json(shards / "train" / "manifest.json")["renamed"]
     tars = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
-    found = {s["__key__"]: s["jpg"] for s in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)}
+    found = {
+        s["__key__"]: s["jpg"] for s in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+    }
     assert len(found) == len(names) + 1 and {"plain", "evil", "olute", "other"} <= set(found)
     shown = {name: os.fsencode(name).decode("utf-8", "backslashreplace") for name in names}
     key_of = {name: key for key, name in renamed.items()}
@@ -129,7 +151,9 @@ def odd_parquet(raw: Path, **row: object) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.Table.from_pylist([{"label": 0, **row}]).replace_schema_metadata({"huggingface": '{"info": "x"}'})
+    table = pyarrow.Table.from_pylist([{"label": 0, **row}]).replace_schema_metadata(
+        {"huggingface": '{"info": "x"}'}
+    )
     pyarrow.parquet.write_table(table, raw / "train-0.parquet")
 
 
@@ -142,7 +166,9 @@ def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
 
     path = tmp_path / "raw" / "train-0.parquet"
     path.parent.mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False
+    )
     data = path.read_bytes()
     path.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
     with pytest.raises(ValueError, match=r"train-0\.parquet is damaged in row group 0"):
@@ -168,9 +194,18 @@ def twice(raw: Path) -> None:
         (lambda raw: None, "holds nothing that can be packed"),
         (lambda raw: (raw / "train").mkdir(), "holds no class folders"),
         (lambda raw: (raw / "train" / "cat").mkdir(parents=True), "holds no image"),
-        (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").unlink()), "LOC_val_solution.csv"),
-        (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_text("a,b\n1,2\n")), "Kaggle"),
-        (lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_bytes(b"\xff\xfea")), "Kaggle"),
+        (
+            lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").unlink()),
+            "LOC_val_solution.csv",
+        ),
+        (
+            lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_text("a,b\n1,2\n")),
+            "Kaggle",
+        ),
+        (
+            lambda raw: (kaggle(raw, image_set()), (raw / "LOC_val_solution.csv").write_bytes(b"\xff\xfea")),
+            "Kaggle",
+        ),
         (
             lambda raw: odd_parquet(raw, image={"bytes": "text", "path": "a"}),
             "image.bytes is of type string, not binary",
@@ -178,15 +213,21 @@ def twice(raw: Path) -> None:
         (lambda raw: odd_parquet(raw, image={"bytes": b"", "path": "a"}, label="x"), "labels row 0 as x"),
         (lambda raw: write(raw / "a.tar", tar_of({"1.jpg": b"", "1.cls": b"0"})), "make_shards.py adopt"),
         (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
-        (lambda raw: parquet_of(raw, {"picture": b"", "label": 0}), r"it lacks the columns image\.bytes, image\.path"),
+        (
+            lambda raw: parquet_of(raw, {"picture": b"", "label": 0}),
+            r"it lacks the columns image\.bytes, image\.path",
+        ),
         (lambda raw: parquet_of(raw, {"image": IMAGE, "label": -1}), "labels row 0 as -1, which is no class"),
         (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "val seems to be a split"),
-        (lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")), "no plain file"),
+        (
+            lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")),
+            "not a plain file",
+        ),
         (
             lambda raw: (folders(raw, image_set()), (raw / "train" / "n00000011" / "x.jpg").symlink_to("no")),
             "to nothing",
         ),
-        (lambda raw: write(raw / "train" / os.fsdecode(b"b\xe4r") / "1.jpg", b""), r"b\\xe4r is no UTF-8"),
+        (lambda raw: write(raw / "train" / os.fsdecode(b"b\xe4r") / "1.jpg", b""), r"b\\xe4r is not UTF-8"),
         (
             lambda raw: (parquet(raw, image_set()), next(raw.glob("*/train-*1-of*")).unlink()),
             "lacks train-00001-of-00002",
@@ -195,10 +236,16 @@ def twice(raw: Path) -> None:
         (lambda raw: trees(raw, "Train/cat", "Train/dog", "Val/cat"), "Train seems to be a split"),
         (lambda raw: trees(raw, "training_set/cat", "test_set/dog"), "seems to be a split"),
         (lambda raw: trees(raw, "ILSVRC2012_img_train/n01", "ILSVRC2012_img_val"), "seems to be a split"),
-        (lambda raw: trees(raw, "imagenet/train/cat", "imagenet/val/cat", "docs"), "train seems to be a split"),
+        (
+            lambda raw: trees(raw, "imagenet/train/cat", "imagenet/val/cat", "docs"),
+            "train seems to be a split",
+        ),
         (lambda raw: trees(raw, "a/train/cat", "b/train/cat"), "train seems to be a split"),
         (
-            lambda raw: (trees(raw, "cat", "dog"), write(raw / "extra.tar", tar_of({"1.jpg": IMAGE["bytes"]}))),
+            lambda raw: (
+                trees(raw, "cat", "dog"),
+                write(raw / "extra.tar", tar_of({"1.jpg": IMAGE["bytes"]})),
+            ),
             "extra.tar",
         ),
     ],

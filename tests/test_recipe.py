@@ -61,7 +61,12 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text, "utf-8-sig")
     config = parse_config(["--config", str(QUICKSTART), "--config", str(path), *PLACE])
-    assert (config.optimizer.lr, config.train.seed, config.model.hidden, config.run.log_every) == (0.25, 0, 20, 10)
+    assert (config.optimizer.lr, config.train.seed, config.model.hidden, config.run.log_every) == (
+        0.25,
+        0,
+        20,
+        10,
+    )
     assert config.train.weights == Path("007") and config.data.augmentation.lighting.strength == 0.5
 
 
@@ -69,7 +74,10 @@ def test_other_programs(tmp_path: Path) -> None:
     """Tools read their own options from such a file, too, as do their subcommands."""
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 1\nseed: 2\n")
-    for arguments in (("tools/preview.py", "--config", path, "s"), ("tools/bench.py", "train", "--config", path, "s")):
+    for arguments in (
+        ("tools/preview.py", "--config", path, "s"),
+        ("tools/bench.py", "train", "--config", path, "s"),
+    ):
         assert refuses(*arguments) == f"error: {path}, line 2: seed comes a second time; keep one\n"
 
 

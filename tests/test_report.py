@@ -66,7 +66,10 @@ def story() -> Story:
         towers=2,
         kernels=blank,
         augmentation=blank,
-        config={"data": {"shards": 'a "folder" <b>', "more": {"std": 1.0, "none": None}}, "model": {"maps": [1, 2]}},
+        config={
+            "data": {"shards": 'a "folder" <b>', "more": {"std": 1.0, "none": None}},
+            "model": {"maps": [1, 2]},
+        },
     )
 
 
@@ -121,7 +124,9 @@ def test_whole_and_alone(story: Story) -> None:
     assert len(parsed.images) == 6 + 2 + 1 + 10 + 1
     assert all(words in parsed.text for words in HOSTILE) and "a <run> & more" in parsed.text
     assert (
-        ["shards", 'a "folder" <b>'] in parsed.rows and ["none", "null"] in parsed.rows and "data.more" in parsed.text
+        ["shards", 'a "folder" <b>'] in parsed.rows
+        and ["none", "null"] in parsed.rows
+        and "data.more" in parsed.text
     )
     assert "ten-view 42.5 % top-1, 82.0 % top-5; after 2 epochs, 20 steps, 640 images." in parsed.text
 
@@ -169,7 +174,8 @@ def test_figures_that_are_none(story: Story) -> None:
     names = ("loss", "top1_error", "images_per_s", "wait_percent", "gpu_memory_gb")
     odd = ["b", "12", [1.0], {}, 10**400, -1e300, float("nan"), float("inf")]
     rows = [
-        {"kind": "train", "step": step, "epoch": 0, **dict.fromkeys(names, value)} for step, value in enumerate(odd)
+        {"kind": "train", "step": step, "epoch": 0, **dict.fromkeys(names, value)}
+        for step, value in enumerate(odd)
     ]
     rows += [{**rows[0], "step": step, **dict.fromkeys(names, 7.0)} for step in (20, 10**400)]
     steps, values = figures_of(rows, "train", "loss")
@@ -200,4 +206,6 @@ def test_in_a_browser(story: Story, tmp_path: Path) -> None:
         assert each["sections"] == SECTIONS and each["images"] == 20 and not each["broken"]
         assert each["scroll"] <= each["width"] and not each["outside"]
     assert ruined["broken"] == 2 and ruined["scroll"] > 700 and ruined["outside"]
-    assert "Content Security Policy" in console and "127.0.0.1:9" in console and len(console.splitlines()) == 1
+    assert (
+        "Content Security Policy" in console and "127.0.0.1:9" in console and len(console.splitlines()) == 1
+    )

@@ -46,7 +46,8 @@ def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
 )
 def test_killed_stopped_and_continued_gives_the_same_weights(
     few: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
@@ -61,12 +62,12 @@ def test_killed_stopped_and_continued_gives_the_same_weights(
     wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= STEPS + 4, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "going on from" in output and "run the same command again" in output
+    assert process.returncode == 0 and "resuming from" in output and "run the same command again" in output
 
     stopped = final(tmp_path)
     assert STEPS < stopped["step"] < 2 * STEPS  # type: ignore[operator]
     assert stopped["epoch"] == 1 and not same_weights(stopped, final(undisturbed))
-    assert "going on from" in run_ok(*TRAIN, *small_run(few, tmp_path))
+    assert "resuming from" in run_ok(*TRAIN, *small_run(few, tmp_path))
     assert final(tmp_path)["step"] == EPOCHS * STEPS
     assert same_weights(final(tmp_path), final(undisturbed))
     assert rows_without_times(tmp_path) == rows_without_times(undisturbed)
@@ -81,7 +82,12 @@ def test_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     good = find_checkpoint(tmp_path)
     time.sleep(1)  # some checkpoints and rows
-    assert process.poll() is None and find_checkpoint(tmp_path) == good and good is not None and load_checkpoint(good)
+    assert (
+        process.poll() is None
+        and find_checkpoint(tmp_path) == good
+        and good is not None
+        and load_checkpoint(good)
+    )
     before = len(rows_of(tmp_path))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
     output, _ = process.communicate(timeout=120)
@@ -115,7 +121,15 @@ def test_what_a_finished_run_leaves(few: Path, undisturbed: Path) -> None:
     """Configuration, metrics, events, checkpoints, pictures and the page; it learned."""
     names = {path.name for path in undisturbed.iterdir()}
     pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
-    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "lock", "report.html", *pictures}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "lock",
+        "report.html",
+        *pictures,
+    }
     assert all((undisturbed / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
     rows = rows_of(undisturbed)
     train, evals = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
@@ -154,7 +168,9 @@ def test_resumed_by_its_folder_alone(few: Path, undisturbed: Path, tmp_path: Pat
     options = ("--optimizer.schedule", "steps", "--optimizer.steps", "[1]", "--train.epochs", "2")
     relative = os.path.relpath(few, ROOT)
     arguments = [
-        each for each in small_run(Path(relative), tmp_path, *options) if each not in ("--model.num_classes", "10")
+        each
+        for each in small_run(Path(relative), tmp_path, *options)
+        if each not in ("--model.num_classes", "10")
     ]
     told = run_ok(*TRAIN, *arguments)
     assert "10 classes" in told and "epoch 2 step" in told
@@ -167,7 +183,7 @@ def test_resumed_by_its_folder_alone(few: Path, undisturbed: Path, tmp_path: Pat
             assert "started with" in train_refuses("--run.dir", str(tmp_path), *more)
         else:
             longer = run_ok(*TRAIN, "--run.dir", str(tmp_path), *more, "--train.epochs", "3")
-            assert "going on from" in longer and final(tmp_path)["step"] == 3 * STEPS
+            assert "resuming from" in longer and final(tmp_path)["step"] == 3 * STEPS
     rates = {row["epoch"]: row["lr"] for row in rows_of(tmp_path) if row["kind"] == "train"}
     assert rates == {0: 0.005, 1: pytest.approx(0.0005), 2: pytest.approx(0.00005)}
 
@@ -200,14 +216,19 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.safetensors"
     assert f"step {EPOCHS * STEPS} of" in run_ok("tools/export_weights.py", undisturbed, out)
     config, state, *_ = read_weights(out)
-    assert config.maps == (8, 16, 16, 16, 16) and config.num_classes == 10 and config.normalization == "original"
+    assert (
+        config.maps == (8, 16, 16, 16, 16) and config.num_classes == 10 and config.normalization == "original"
+    )
     saved = final(undisturbed)["model"]
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]
     with safe_open(out, "pt") as file:
-        assert json.loads(file.metadata()["input"]) == {"mean": read_json(few / "pca.json")["mean"], "std": 1.0}
+        assert json.loads(file.metadata()["input"]) == {
+            "mean": read_json(few / "pca.json")["mean"],
+            "std": 1.0,
+        }
     (tmp_path / "folder.safetensors").mkdir()
     for name in ("out.pth", "folder.safetensors"):
-        with pytest.raises(ValueError, match=r"a file's name that ends in .safetensors"):
+        with pytest.raises(ValueError, match=r"a name that ends in .safetensors"):
             export_weights(undisturbed, tmp_path / name)
     with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
         export_weights(undisturbed, tmp_path / "names.safetensors", "torchvision")
@@ -216,7 +237,7 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     content = final(undisturbed)
     del content["eigenbasis"]
     torch.save(content, tmp_path / "folder.safetensors" / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt is no checkpoint of a training run"):
+    with pytest.raises(ValueError, match=r"x\.pt: not a checkpoint of a training run"):
         export_weights(tmp_path / "folder.safetensors" / "x.pt", tmp_path / "again.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {out.name, "folder.safetensors"}
 

@@ -36,7 +36,9 @@ def test_disk_full_at_the_end(few: Path, tmp_path: Path) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "File too large; free some space" in output and "Traceback" not in output, output
+    assert (
+        process.returncode == 2 and "File too large; free some space" in output and "Traceback" not in output
+    ), output
     assert load_checkpoint(find_checkpoint(tmp_path) or tmp_path)["step"] % 6 == 0
 
 
@@ -82,7 +84,9 @@ def test_damaged_data(few: Path, tmp_path: Path) -> None:
     # The order of the shards alone is shuffled, so that the damage is not read at once.
     more = ["--data.shuffle_buffer", "1", "--run.save_every", "1000"]
     done = run_python(*TRAIN, *small_run(copy, run, *more))
-    assert done.returncode == 3 and "Traceback" not in done.stderr and "what was trained is saved" in done.stderr
+    assert (
+        done.returncode == 3 and "Traceback" not in done.stderr and "what was trained is saved" in done.stderr
+    )
     assert f"{name} at offset {offset} of {tar}" in done.stderr
     assert 0 < final(run)["step"] < STEPS  # type: ignore[operator]
 

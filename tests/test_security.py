@@ -12,8 +12,23 @@ from tests.helpers import ROOT
 ROOMS = ("pipeline", "model", "train", "tools")
 FORBIDDEN = {
     *("eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
-    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open", "dill.load"),
-    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all"),
+    *(
+        "pickle.load",
+        "pickle.loads",
+        "pickle.Unpickler",
+        "marshal.load",
+        "marshal.loads",
+        "shelve.open",
+        "dill.load",
+    ),
+    *(
+        "yaml.load",
+        "yaml.load_all",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "yaml.unsafe_load_all",
+        "yaml.full_load_all",
+    ),
     *("shutil.unpack_archive", "tempfile.mktemp", "torch.jit.load", "torch.hub.load", "joblib.load"),
 }
 """Calls, by full name."""

@@ -31,7 +31,11 @@ def test_no_manifest(tmp_path: Path) -> None:
     [
         (lambda d: (d / "train/train-000001.tar").unlink(), FileNotFoundError, "train-000001.tar is listed"),
         (lambda d: (d / "train/train-000000.idx").unlink(), FileNotFoundError, "train-000000.idx is listed"),
-        (lambda d: (d / "train/train-000001.tar").write_bytes(b"short"), ValueError, "train-000001.tar has 5 bytes"),
+        (
+            lambda d: (d / "train/train-000001.tar").write_bytes(b"short"),
+            ValueError,
+            "train-000001.tar has 5 bytes",
+        ),
         (lambda d: (d / "train/manifest.json").write_text("{"), ValueError, "not valid JSON"),
         (lambda d: (d / "train/manifest.json").write_text("[1]"), ValueError, "not a shard manifest"),
         (lambda d: (d / "classes.json").unlink(), FileNotFoundError, "classes.json is missing"),
@@ -54,7 +58,11 @@ def test_no_manifest(tmp_path: Path) -> None:
     ],
 )
 def test_damage(
-    numbered_shards: Make, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str
+    numbered_shards: Make,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    error: type[Exception],
+    message: str,
 ) -> None:
     """Each kind of damage has its own sentence."""
     numbered_shards(10, 3)

@@ -14,7 +14,7 @@ from pipeline.files import read_json, write_json
 from pipeline.shards import DataError
 from tests.helpers import run_here, write_foreign
 from tools.packing.adopt import adopt
-from tools.packing.stats import stats
+from tools.packing.verify import stats
 
 
 def tables(text: str) -> list[dict[str, str]]:
@@ -78,7 +78,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
     tar = tmp_path / "src" / "x-0000.tar"
     content = tar.read_bytes()
     tar.write_bytes(content.replace(b"1" + bytes(511), b"?" + bytes(511)))
-    with pytest.raises(DataError, match="verify tells where"):
+    with pytest.raises(DataError, match="verify says where"):
         stats(tmp_path / "shards")
     for folder, code in ((tmp_path / "shards", 3), (tmp_path / "src", 2)):
         done = run_here("tools/make_shards.py", "stats", folder)
@@ -90,7 +90,9 @@ def test_what_others_wrote_into_a_manifest(tmp_path: Path, capsys: pytest.Captur
     write_foreign(tmp_path / "src", "x", [0, 1], 4)
     adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
     path = tmp_path / "shards" / "val" / "manifest.json"
-    write_json(path, read_json(path) | {"repairs": ["x", 3, None], "options": {"store": "adopted", "a": "\x1b[2J\0"}})
+    write_json(
+        path, read_json(path) | {"repairs": ["x", 3, None], "options": {"store": "adopted", "a": "\x1b[2J\0"}}
+    )
     capsys.readouterr()
     stats(tmp_path / "shards")
     (table,) = tables(capsys.readouterr().out)
@@ -104,5 +106,5 @@ def test_an_image_that_ends_behind_the_shard(tmp_path: Path, size: int) -> None:
     adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
     index = tmp_path / "shards" / "val" / "x-0000.idx"
     index.write_text(re.sub(r"jpg (\d+) \d+", rf"jpg \1 {size}", index.read_text()))
-    with pytest.raises(DataError, match="verify tells where"):
+    with pytest.raises(DataError, match="verify says where"):
         stats(tmp_path / "shards")

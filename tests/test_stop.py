@@ -63,7 +63,9 @@ class Together:
         return [max(pair) for pair in zip(numbers, self.others, strict=True)]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, step_s: float, steps: int, **attributes: Any) -> tuple[Together, list[float]]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, step_s: float, steps: int, **attributes: Any
+) -> tuple[Together, list[float]]:
     """Ask after each of `steps` steps; returns the times of the exchanges."""
     placement, now = Together(), [0.0]
     for name, value in attributes.items():

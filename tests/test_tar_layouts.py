@@ -12,7 +12,7 @@ from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_ok, tar_of, write
 from tests.layouts import WNIDS
 from tools.make_shards import pack
-from tools.packing.raw import open_raw
+from tools.packing.layouts import open_raw
 
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
 Listed = dict[str, list[tuple[str, str]]]
@@ -36,7 +36,10 @@ def listed(raw: Path) -> Listed:
 
 def expected(*splits: str, count: int = 3) -> Listed:
     """What `tree` should be read as."""
-    return {split: [(wnid, f"{split}_{wnid}_{k}.JPEG") for wnid in WNIDS for k in range(count)] for split in splits}
+    return {
+        split: [(wnid, f"{split}_{wnid}_{k}.JPEG") for wnid in WNIDS for k in range(count)]
+        for split in splits
+    }
 
 
 @pytest.mark.parametrize("val", ["val", "validation"])
@@ -47,7 +50,7 @@ def test_a_tar_for_each_split(tmp_path: Path, val: str, wrapper: str) -> None:
     write(tmp_path / f"{val}.tar", tar_of(tree("", "val")))
     write(tmp_path / "test.tar", tar_of({"1.JPEG": IMAGE}))
     assert listed(tmp_path) == expected("train", "val")
-    assert open_raw(tmp_path, tmp_path / "none")[0].passed_over == [tmp_path / "test.tar"]
+    assert open_raw(tmp_path, tmp_path / "none")[0].ignored == [tmp_path / "test.tar"]
 
 
 @pytest.mark.parametrize("wrapper", ["", "imagenet/", "data/imagenet/"])
@@ -57,7 +60,7 @@ def test_one_tar_of_both_splits(tmp_path: Path, wrapper: str, inner: str) -> Non
     content = tree(f"{wrapper}train/{inner}", "train") | tree(f"{wrapper}val/", "val")
     write(tmp_path / "imagenet.tar", tar_of(content | {f"{wrapper}test/1.JPEG": IMAGE}))
     assert listed(tmp_path) == expected("train", "val")
-    assert len(open_raw(tmp_path, tmp_path / "none")[0].passed_over) == 1
+    assert len(open_raw(tmp_path, tmp_path / "none")[0].ignored) == 1
 
 
 def test_one_tar_of_class_folders(tmp_path: Path) -> None:
@@ -73,9 +76,14 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
     names = ["car", "train", "plane"]
     for name in names:
         files = {f"{wrapper.format(name)}{name}_{k}.jpg": IMAGE for k in range(2)}
-        write(tmp_path / f"{name}.tar", tar_of({**files, "./._x.jpg": b"x", ".DS_Store": b"x", "Thumbs.db": b"x"}))
-    assert listed(tmp_path) == {"train": [(name, f"{name}_{k}.jpg") for name in sorted(names) for k in range(2)]}
-    assert len(open_raw(tmp_path, tmp_path / "none")[0].passed_over) == 3
+        write(
+            tmp_path / f"{name}.tar",
+            tar_of({**files, "./._x.jpg": b"x", ".DS_Store": b"x", "Thumbs.db": b"x"}),
+        )
+    assert listed(tmp_path) == {
+        "train": [(name, f"{name}_{k}.jpg") for name in sorted(names) for k in range(2)]
+    }
+    assert len(open_raw(tmp_path, tmp_path / "none")[0].ignored) == 3
 
 
 @pytest.mark.parametrize(
@@ -112,17 +120,22 @@ def test_what_is_not_clear(tmp_path: Path, tars: dict[str, list[str]], named: st
     assert named in told and not (tmp_path / "shards").exists()
 
 
-def test_what_is_passed_over(tmp_path: Path) -> None:
+def test_what_is_ignored(tmp_path: Path) -> None:
     """Test archives beside class tars; annotations beside images in class folders; and a file that is there twice is
     refused, as only the last one counts when it is unpacked."""
     for name in ("n1", "n2"):
         write(tmp_path / "classes" / f"{name}.tar", tar_of({f"{name}.JPEG": IMAGE}))
     write(tmp_path / "classes" / "ILSVRC2012_img_test_v10102019.tar", tar_of({"test/1.JPEG": IMAGE}))
     assert listed(tmp_path / "classes") == {"train": [("n1", "n1.JPEG"), ("n2", "n2.JPEG")]}
-    write(tmp_path / "xml" / "train.tar", tar_of({**tree("", "train"), f"{WNIDS[0]}/train_{WNIDS[0]}_0.xml": b"<a/>"}))
+    write(
+        tmp_path / "xml" / "train.tar",
+        tar_of({**tree("", "train"), f"{WNIDS[0]}/train_{WNIDS[0]}_0.xml": b"<a/>"}),
+    )
     assert listed(tmp_path / "xml") == expected("train")
-    assert len(open_raw(tmp_path / "xml", tmp_path / "none")[0].passed_over) == 1
-    write(tmp_path / "twice" / "train.tar", tar_of([("a/1.jpg", IMAGE), ("b/1.jpg", IMAGE), ("a/1.jpg", IMAGE)]))
+    assert len(open_raw(tmp_path / "xml", tmp_path / "none")[0].ignored) == 1
+    write(
+        tmp_path / "twice" / "train.tar", tar_of([("a/1.jpg", IMAGE), ("b/1.jpg", IMAGE), ("a/1.jpg", IMAGE)])
+    )
     with pytest.raises(ValueError, match=r"train\.tar holds a file twice"):
         listed(tmp_path / "twice")
 

@@ -14,10 +14,8 @@ from PIL import Image
 
 from pipeline.files import read_json, sha256, write_json
 from pipeline.shards import DataError, open_shards, read_index
-from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of, write_foreign
-from tools.packing.adopt import adopt
-from tools.packing.check_shard import MAX_TOLD, check_image
-from tools.packing.verify import has_runs, unmixed_shards, verify
+from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of
+from tools.packing.verify import MAX_PROBLEMS, find_image_fault, verify
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ def copy(few: Path, tmp_path: Path) -> Path:
 def faults(shards: Path, capsys: pytest.CaptureFixture[str], fast: bool = False) -> list[str]:
     """The lines that `verify` prints about shards that it has to refuse."""
     capsys.readouterr()
-    with pytest.raises(DataError, match=r"problem\(s\), told one a line; "):
+    with pytest.raises(DataError, match=r"problem\(s\), printed one a line; "):
         verify(shards, fast=fast, workers=1)
     return capsys.readouterr().out.splitlines()
 
@@ -45,7 +43,10 @@ def test_sound_shards_pass(few: Path, capsys: pytest.CaptureFixture[str]) -> Non
     verify(few, workers=1)
     assert capsys.readouterr().out.startswith(f"{few}: {count} images in 4 shards, all sound (")
     verify(few, fast=True)
-    assert capsys.readouterr().out == f"{few}: {count} images in 4 shards, all sound (the images were not read)\n"
+    assert (
+        capsys.readouterr().out
+        == f"{few}: {count} images in 4 shards, all sound (the images were not read)\n"
+    )
 
 
 def test_strays_are_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +57,7 @@ def test_strays_are_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "train: note: train-000003.tar.tmp is not in the manifest"
     assert lines[1] == "val: note: val-000000.json is not in the manifest"
-    assert lines[2] == f"{copy}: note: holiday.jpg is no part of the shards" and len(lines) == 4
+    assert lines[2] == f"{copy}: note: holiday.jpg is not part of the shards" and len(lines) == 4
 
 
 def test_a_flipped_byte(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,11 +84,14 @@ def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (lambda content: content[:700_000], ["has 700000 bytes, the manifest says", "cut short inside", "SHA-256"]),
+        (
+            lambda content: content[:700_000],
+            ["has 700000 bytes, the manifest says", "cut short inside", "SHA-256"],
+        ),
         (lambda content: content[:1000], ["has 1000 bytes", "cut short", "holds 0 readable samples"]),
         (lambda content: bytes(len(content)), ["holds 0 readable samples, the manifest says 180", "SHA-256"]),
-        (lambda content: b"", ["has 0 bytes", "damaged or is none"]),
-        (lambda content: content[7:] + content[:7], ["damaged or is none", "SHA-256"]),
+        (lambda content: b"", ["has 0 bytes", "not a tar archive"]),
+        (lambda content: content[7:] + content[:7], ["not a tar archive", "SHA-256"]),
         (lambda content: content[:512] + b"x" + content[513:], ["at byte 512: no image", "SHA-256"]),
     ],
 )
@@ -111,14 +115,26 @@ def swap_two_lines(content: bytes) -> bytes:
     ("change", "message", "fast_too"),
     [
         (lambda content: None, "its .idx cannot be read (No such file or directory)", True),
-        (lambda content: b"\xfe\xff garbage \0" * 99, "its .idx is damaged or no DALI index", True),
-        (lambda content: b"hello\nworld 1 2 3\n", "its .idx is damaged or no DALI index", True),
-        (lambda content: content[:-200], "its .idx is damaged or no DALI index", True),
+        (lambda content: b"\xfe\xff garbage \0" * 99, "its .idx is damaged or not a DALI index", True),
+        (lambda content: b"hello\nworld 1 2 3\n", "its .idx is damaged or not a DALI index", True),
+        (lambda content: content[:-200], "its .idx is damaged or not a DALI index", True),
         (lambda content: b"v1.2 0\n", "its .idx lists 0 samples, the manifest 1", True),
-        (lambda content: content.replace(b"jpg 512 ", b"jpg 51200000 "), "line 2 of its .idx points at no data", True),
-        (lambda content: content.replace(b"jpg 512 ", b"jpg 513 "), "line 2 of its .idx points at no data", True),
+        (
+            lambda content: content.replace(b"jpg 512 ", b"jpg 51200000 "),
+            "line 2 of its .idx points at no data",
+            True,
+        ),
+        (
+            lambda content: content.replace(b"jpg 512 ", b"jpg 513 "),
+            "line 2 of its .idx points at no data",
+            True,
+        ),
         (swap_two_lines, "line 2 of its .idx does not fit n", False),
-        (lambda content: content.replace(b"jpg 512 ", b"jpg 1024 "), "line 2 of its .idx does not fit n", False),
+        (
+            lambda content: content.replace(b"jpg 512 ", b"jpg 1024 "),
+            "line 2 of its .idx does not fit n",
+            False,
+        ),
     ],
 )
 def test_a_damaged_index(
@@ -136,7 +152,9 @@ def test_a_damaged_index(
         path.write_bytes(content)
     assert any(line.startswith(f"train/train-000002.tar: {message}") for line in faults(copy, capsys))
     if fast_too:
-        assert any(line.startswith(f"train/train-000002.tar: {message}") for line in faults(copy, capsys, fast=True))
+        assert any(
+            line.startswith(f"train/train-000002.tar: {message}") for line in faults(copy, capsys, fast=True)
+        )
     else:
         verify(copy, fast=True)
 
@@ -180,7 +198,9 @@ def test_half_a_pack(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(copy / "train" / "manifest.json", copy / "val")
     assert "val: its manifest describes the split train" in faults(copy, capsys, fast=True)
     (copy / "classes.json").write_text("[]")
-    assert all("classes.json" in line for line in faults(copy, capsys, fast=True) if line.startswith("train: "))
+    assert all(
+        "classes.json" in line for line in faults(copy, capsys, fast=True) if line.startswith("train: ")
+    )
 
 
 def change_json(path: Path, **changes: object) -> None:
@@ -197,7 +217,7 @@ def test_labels_out_of_range(copy: Path, capsys: pytest.CaptureFixture[str]) -> 
     change_json(copy / "val" / "manifest.json", num_classes=9)
     lines = [line for line in faults(copy, capsys) if line.startswith("val/val-000000.tar: ")]
     labels = [int(key.split()[0]) for key in label_texts(copy / "val" / "val-000000.tar")]
-    assert len(lines) == min(labels.count(9), MAX_TOLD + 1)
+    assert len(lines) == min(labels.count(9), MAX_PROBLEMS + 1)
     assert "has label 9, there are 9 classes" in lines[0]
 
 
@@ -222,46 +242,6 @@ def test_doubled_samples(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-def test_class_sorted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shards that were written class by class are told as such; the same samples in a random order pass."""
-    labels = [number // 20 for number in range(400)]
-    write_foreign(tmp_path / "sorted", "x", labels, 40)
-    write_foreign(tmp_path / "mixed", "x", np.random.default_rng(1).permutation(labels).tolist(), 40)
-    for name in ("sorted", "mixed"):
-        for split in ("train", "val"):
-            adopt(tmp_path / name, tmp_path / f"{name}-out", split=split, pattern="x-*.tar", workers=1)  # type: ignore[arg-type]
-    lines = faults(tmp_path / "sorted-out", capsys)
-    told = "not shuffled: 10 of 10 shards hold too few classes; {}/x-0000.tar has 2, a random order about 17"
-    assert lines == [f"train: {told.format('train')}", f"val: note: {told.format('val')}"]
-    verify(tmp_path / "mixed-out", workers=1)
-
-
-def test_random_orders_are_not_accused() -> None:
-    """Over 2,000 random orders of balanced, skewed and tiny sets no shard is taken for sorted."""
-    from collections import Counter
-
-    from tools.packing.check_shard import Report
-
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        num_classes, per_shard = int(rng.integers(1, 50)), int(rng.integers(1, 60))
-        shares = rng.dirichlet(np.full(num_classes, rng.choice([0.1, 1, 100])))
-        labels = rng.choice(num_classes, int(rng.integers(1, 12)) * per_shard, p=shares)
-        parts = np.split(labels, len(labels) // per_shard)
-        reports = [
-            Report("x", labels=Counter(part.tolist()), repeats=int((part[1:] == part[:-1]).sum())) for part in parts
-        ]
-        assert unmixed_shards(Counter(labels.tolist()), reports) == []
-        assert not has_runs(Counter(labels.tolist()), reports)
-
-
-def test_few_classes_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two classes one after the other are told too, though every shard holds about as many classes as it should."""
-    write_foreign(tmp_path / "src", "x", [0] * 50 + [1] * 50, 40)
-    adopt(tmp_path / "src", tmp_path / "out", split="train", pattern="x-*.tar", workers=1)
-    assert faults(tmp_path / "out", capsys) == ["train: not shuffled: most images have the class of their neighbour"]
-
-
 def test_what_an_image_has_to_be() -> None:
     """A JPEG that every reader takes, in any store; in shards of squares a square. What other formats, CMYK, damage and
     libjpeg's warnings are, is refused."""
@@ -270,14 +250,14 @@ def test_what_an_image_has_to_be() -> None:
     warns = good[:-2] + bytes(50) + good[-2:]  # "extraneous bytes before marker"
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
-    with pytest.raises(ValueError, match="256x100"):
-        check_image(small, "crop256")
+    assert "256x100" in find_image_fault(small, "crop256")
     for store in ("crop256", "original", "adopted"):
-        for content in (good, jpeg(pixels, "L"), jpeg(pixels, progressive=True)) + (small,) * (store != "crop256"):
-            check_image(content, store)
+        for content in (good, jpeg(pixels, "L"), jpeg(pixels, progressive=True)) + (small,) * (
+            store != "crop256"
+        ):
+            assert not find_image_fault(content, store)
         for content in (b"", b"no image", good[:300], out.getvalue(), jpeg(pixels, "CMYK"), warns):
-            with pytest.raises(ValueError):
-                check_image(content, store)
+            assert find_image_fault(content, store)
 
 
 def test_bad_labels_and_members(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +269,7 @@ def test_bad_labels_and_members(copy: Path, capsys: pytest.CaptureFixture[str]) 
     change_json(copy / "val" / "manifest.json", shards=[row], num_samples=2)
     lines = [line for line in faults(copy, capsys) if ".cls" in line]
     assert lines == [
-        "val/val-000000.tar: sample a at byte 512: a.cls holds b'7.0', not a class index of at most 6 digits"
+        "val/val-000000.tar: sample a at byte 512: expected a class index of at most 6 digits in a.cls, got b'7.0'"
     ]
 
 
@@ -298,7 +278,9 @@ def test_command_line(copy: Path, tmp_path: Path) -> None:
     assert "all sound" in run_ok("tools/make_shards.py", "verify", "--fast", copy)
     rewrite(copy / "train" / "train-000001.tar", lambda content: content[:5000])
     done = run_here("tools/make_shards.py", "verify", copy, "--workers", "2")
-    assert done.returncode == 3 and "remove train/train-000001.tar and run the pack command again" in done.stderr
+    assert (
+        done.returncode == 3 and "remove train/train-000001.tar and run the pack command again" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1 and "train/train-000001.tar: has 5000 bytes" in done.stdout
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "none", tmp_path / "empty"):

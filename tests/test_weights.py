@@ -105,7 +105,9 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no file"):
         read_weights(path)
     odd = AlexNet(SLIM).state_dict()
-    described = json.dumps({"variant": "original", "channels": [8, 16, 24, 0, 16], "hidden": 32, "num_classes": 7})
+    described = json.dumps(
+        {"variant": "original", "channels": [8, 16, 24, 0, 16], "hidden": 32, "num_classes": 7}
+    )
 
     def with_config(text: str, input: str | None = None, **tensors: torch.Tensor) -> bytes:
         metadata = {"config": text} | ({"input": input} if input else {})
@@ -136,7 +138,9 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"x.safetensors holds no weights of this network"):
             read_weights(path)
     theirs = {f"{name}.{kind}": torch.tensor(1.0) for name in TORCHVISION for kind in ("weight", "bias")}
-    for number, state in enumerate((odd, {"epoch": 3}, [1, 2], theirs, {name: torch.ones(0) for name in theirs})):
+    for number, state in enumerate(
+        (odd, {"epoch": 3}, [1, 2], theirs, {name: torch.ones(0) for name in theirs})
+    ):
         torch.save(state, tmp_path / f"{number}.pth")
         with pytest.raises(ValueError, match=r".pth holds no weights of this network"):
             read_weights(tmp_path / f"{number}.pth")
@@ -146,7 +150,13 @@ def test_only_torchvisions_network_has_its_names() -> None:
     """Another activation, pooling, normalization or a second tower would load there and be something else."""
     plain = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3, dropout=0.2)
     assert weights_bytes(AlexNet(plain).state_dict(), plain, INPUTS, "torchvision")
-    for change in ({"activation": "tanh"}, {"pooling": "plain"}, {"lrn": "paper"}, {"towers": 2}, {"variant": "paper"}):
+    for change in (
+        {"activation": "tanh"},
+        {"pooling": "plain"},
+        {"lrn": "paper"},
+        {"towers": 2},
+        {"variant": "paper"},
+    ):
         config = replace(plain, **change)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
             weights_bytes(AlexNet(config).state_dict(), config, INPUTS, "torchvision")
@@ -160,7 +170,13 @@ def test_tensors_that_are_none(tmp_path: Path) -> None:
     torch.save(state, path)
     assert read_weights(path).config.hidden == TORCHVISIONS.hidden
     sound = state[name]
-    for odd in (sound.to_sparse(), torch.empty(sound.shape, device="meta"), [1.0] * len(sound), None, sound.bool()):
+    for odd in (
+        sound.to_sparse(),
+        torch.empty(sound.shape, device="meta"),
+        [1.0] * len(sound),
+        None,
+        sound.bool(),
+    ):
         torch.save({**state, name: odd}, path)
         with pytest.raises(ValueError, match=r"x\.pth holds no weights of this network"):
             read_weights(path)

@@ -1,189 +1,377 @@
-"""Tell what a bug report needs and what has to be put right before training, on one screen.
+"""List what a bug report needs and what has to be put right before training, on one screen.
 
     python tools/doctor.py [SHARDS] [--json]
 
-A line for each finding: `ok`, `warning` (it works, but slowly, or not always), `problem` (training cannot run, or not
-on the GPU that is there) or `-` (does not apply), and below it what to do. Exit code 2 if there is a problem, else 0.
+A line for each check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training cannot run, or not on
+the GPU that is there) or `-` (does not apply), and below it what to do. Exit code 2 if there is a problem, else 0.
 
 `--json` prints one object instead: `findings`, a list of objects with `name`, `status`, `value` and `remedy` (empty
-where there is nothing to do), and `versions`, an object of texts, null for what is not there.
+where there is nothing to do); texts `system` and `python`; and what the probes found of `driver`, `torch` and `dali`.
 
-It imports neither PyTorch nor DALI: a process of its own does that for each, so that one that is broken, crashes or
-hangs is a finding as any other. A check that fails becomes a warning, and no question waits for ever.
+It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in a process for each, so that one that is broken,
+crashes or hangs is a finding like any other. A check that fails becomes a warning, and every check has a time limit.
 """
 
 import json
 import os
 import platform
-import resource
+import re
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
 
+from pipeline.machine import num_cores, raise_open_files
 from pipeline.shards import ShardSet, open_shards
-from tools.checks.finding import Finding, answer, isolated, one_line, probe
-from tools.checks.gpu import all_gpus, check_driver, check_gpus, check_jpeg_engines, check_links, check_peers
-from tools.checks.host import (
-    check_cores,
-    check_locked_memory,
-    check_memory,
-    check_open_files,
-    check_page_cache,
-    check_shared_memory,
-    cores,
-    free_bytes,
-    memory_limit,
-    read,
-)
-from tools.checks.nvidia_smi import Nvidia, ask_nvidia
-from tools.checks.shards import (
-    check_disk,
-    check_eigenbasis,
-    check_file_system,
-    check_mean_image,
-    check_split,
-    file_system,
-    shard_bytes,
-)
-from tools.checks.software import (
-    check_compiler,
-    check_dali,
-    check_headers,
-    check_nccl,
-    check_nvimgcodec,
-    check_packages,
-    check_python,
-    check_torch,
-    dali_distribution,
-    declared,
-    installed,
-)
 from train.program import WRONG_INPUT, Parser, exit_with
 
-Checks = list[tuple[str, Callable[[], Finding]]]
+TIMEOUT_S, PROBE_TIMEOUT_S = 30.0, 120.0
+"""stat on a network disk whose server is gone, and programs stuck in a driver, never return. Importing PyTorch or DALI
+reads gigabytes from a disk that may be slow."""
+INSTALL = "run make install"
+BUILDS = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
+SHM_BYTES = 1e9
+"""/dev/shm below which NCCL may find too little between several GPUs (Docker's default is 64 MiB)."""
+NETWORK = re.compile(
+    r"nfs\d?|cifs|smb3?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|virtiofs|wekafs|orangefs|pvfs2|panfs|fuse\..+"
+)
+"""File systems that bring bytes over a network, or, as most of FUSE's, may."""
+READ_BYTES, READ_S, CHUNK = 256 * 2**20, 2.0, 4 * 2**20
+"""How much of the shards is read to measure the disk, for how long, and how much at a time."""
+GPU_IMAGES_PER_S, CPU_IMAGES_PER_S = 10_000, 500
+"""Below which a disk is called slow: about what a GPU takes (docs/storage.md), and a CPU."""
+
+
+class Finding(NamedTuple):
+    """Result of one check."""
+
+    status: Literal["ok", "warning", "problem", "-"]
+    value: str
+    remedy: str = ""
+    """What to do; empty where there is nothing to do."""
+
+
+Facts = dict[str, Any]
+"""What a probe found; `error` where it failed."""
 
 
 def doctor(shards: Path | None, as_json: bool) -> None:
-    """Check everything, print what was found, and leave with exit code 2 if there is a problem."""
-    with ThreadPoolExecutor() as pool:  # each ends by its own time limits
-        asked, probes = pool.submit(ask_nvidia), pool.map(probe, ("torch", "dali"))
-        torch, dali = probes
-        nvidia = asked.result()
-    checks = checks_of_machine(nvidia, torch, dali)
-    if shards is not None:
-        checks += checks_of_shards(shards.absolute(), len(torch.get("gpus", ())))
-    findings = [(name, isolated(check)) for name, check in checks]
+    """Run all checks, print the findings, and exit with code 2 if there is a problem."""
+    with ThreadPoolExecutor() as pool:
+        driver, torch, dali = pool.map(probe, ("driver", "torch", "dali"))
+    gpus = len(torch.get("gpus") or ())
+    found = call(partial(open_shards, shards, "train")) if shards else None
+    train = found if isinstance(found, ShardSet) else None
+    checks: dict[str, Callable[[], Finding]] = {
+        "driver": lambda: check_driver(driver, Path("/proc/driver/nvidia/version").exists()),
+        "GPUs": lambda: check_gpus(driver, torch, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        "packages": check_packages,
+        "PyTorch": lambda: check_torch(torch),
+        "DALI": lambda: check_dali(dali, gpus > 0),
+        "C++ compiler": check_compiler,
+        "cores": lambda: check_cores(num_cores(), os.cpu_count(), read_cgroup("cpu.max")),
+        "memory": lambda: check_memory(train),
+        "/dev/shm": lambda: check_shared_memory(gpus),
+    }
+    if shards:
+        checks |= {f"{split} shards": partial(check_split, shards, split) for split in ("train", "val")}
+    if shards and train:
+        checks["eigenbasis"] = partial(check_eigenbasis, shards, train)
+        checks["disk"] = lambda: check_disk(train, gpus)
+    findings = {name: run_check(check) for name, check in checks.items()}
     if as_json:
-        rows = [{"name": name, **finding._asdict()} for name, finding in findings]
-        print(json.dumps({"findings": rows, "versions": versions(nvidia, torch, dali)}, indent=1))
+        rows = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
+        machine = {"system": platform.platform(), "python": platform.python_version()}
+        print(
+            json.dumps(
+                {"findings": rows, **machine, "driver": driver, "torch": torch, "dali": dali}, indent=1
+            )
+        )
     else:
-        print(table(findings))
-        if shards is None:
+        print(format_table(findings))
+        if not shards:
             print("give a folder of shards to check it as well: python tools/doctor.py SHARDS")
     sys.stdout.flush()
-    if any(finding.status == "problem" for _, finding in findings):
+    if any(finding.status == "problem" for finding in findings.values()):
         sys.exit(WRONG_INPUT)
 
 
-def checks_of_machine(nvidia: Nvidia, torch: dict[str, Any], dali: dict[str, Any]) -> Checks:
-    """Name and check, in the order in which they are told."""
-    gpus, usable = all_gpus(nvidia, torch), len(torch.get("gpus", ()))
-    codec, info = installed("nvidia-nvimgcodec-cu12"), read(Path("/proc/meminfo"))
-    membership = read(Path("/proc/self/cgroup"))
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return [
-        ("driver", partial(check_driver, nvidia)),
-        ("GPUs", partial(check_gpus, nvidia, torch, os.environ.get("CUDA_VISIBLE_DEVICES"))),
-        ("JPEG engines", partial(check_jpeg_engines, gpus)),
-        ("peer access", partial(check_peers, gpus, torch)),
-        ("NVLink", partial(check_links, gpus, nvidia.links)),
-        ("Python", lambda: check_python(declared()[0])),
-        ("packages", lambda: check_packages(declared()[1])),
-        ("PyTorch", partial(check_torch, torch)),
-        ("DALI", partial(check_dali, dali, nvidia, usable > 0)),
-        ("nvImageCodec", lambda: check_nvimgcodec(codec, dali_distribution())),
-        ("NCCL", partial(check_nccl, torch)),
-        ("C++ compiler", partial(check_compiler, torch.get("file", ""), usable > 0)),
-        ("Python headers", check_headers),
-        ("cores", lambda: check_cores(*cores())),
-        ("memory", lambda: check_memory(info, memory_limit(membership))),
-        ("locked memory", lambda: check_locked_memory(locked, any(Path("/sys/class/infiniband").glob("*")))),
-        ("/dev/shm", partial(check_shared_memory, Path("/dev/shm"), usable)),
-    ]
+def check_driver(driver: Facts, is_loaded: bool) -> Finding:
+    """Check that NVML answers; `is_loaded`: whether the kernel module is there."""
+    if "error" not in driver:
+        return Finding("ok", f"{driver['version']}, CUDA up to {driver['cuda']}")
+    if not is_loaded:
+        return Finding("-", "none")
+    remedy = "in a container, let it have the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
+    return Finding("warning", f"NVML fails: {driver['error']}", remedy)
 
 
-def checks_of_shards(shards: Path, gpus: int) -> Checks:
-    """The same for a folder of shards."""
-    opened = {split: answer(partial(open_shards, shards, split)) for split in ("train", "val")}
-    train = opened["train"] if isinstance(opened["train"], ShardSet) else None
-    hung = isinstance(opened["train"], TimeoutError)
-    if not train and not hung and not shards.is_dir():
-        return [("shards", partial(check_split, shards, "train", opened["train"]))]
-    # Adopted shards are links to where their bytes lie.
-    place = shards if hung else Path(train.tars[0]).resolve() if train else shards.resolve()
-    kind, mount = file_system(place, read(Path("/proc/mounts")))
-    limit = memory_limit(read(Path("/proc/self/cgroup")))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = max((len(each.tars) for each in opened.values() if isinstance(each, ShardSet)), default=None)
-    return [
-        ("training shards", partial(check_split, shards, "train", opened["train"])),
-        ("validation shards", partial(check_split, shards, "val", opened["val"])),
-        ("eigenbasis", partial(check_eigenbasis, shards, train)),
-        ("mean image", partial(check_mean_image, shards, train)),
-        ("open files", partial(check_open_files, most, hard)),
-        ("file system", partial(check_file_system, kind, mount)),
-        ("disk", partial(check_disk, train, kind, gpus)),
-        (
-            "page cache",
-            lambda: check_page_cache(
-                free_bytes(read(Path("/proc/meminfo")), limit), shard_bytes(train) if train else None
-            ),
-        ),
-    ]
+def check_gpus(driver: Facts, torch: Facts, visible: str | None) -> Finding:
+    """Check that PyTorch runs on the GPUs that are there, and that these reach each other's memory; `visible` is
+    CUDA_VISIBLE_DEVICES."""
+    gpus, usable = driver.get("gpus") or torch.get("gpus") or [], torch.get("gpus") or []
+    if not gpus:
+        return Finding("-", "none: trains on the CPU")
+    text = "; ".join(f"{count} x {gpu}" for gpu, count in Counter(usable or gpus).items())
+    if "error" in torch:
+        return Finding("-", text)
+    if torch["cuda"] is None:
+        return Finding("problem", f"{text}; this PyTorch is built without CUDA", BUILDS)
+    if not usable and visible in ("", "-1"):
+        return Finding("-", f"{text}; hidden by CUDA_VISIBLE_DEVICES: trains on the CPU")
+    if not usable or "cuda_error" in torch:
+        why = (
+            f"PyTorch for CUDA {torch['cuda']} cannot use them: {torch.get('cuda_error', 'no reason given')}"
+        )
+        return Finding("problem", f"{text}; {why}", f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
+    text += (
+        f"; {len(gpus) - len(usable)} more are hidden from this process" if len(gpus) > len(usable) else ""
+    )
+    peers, pairs = torch["peers"], len(usable) * (len(usable) - 1)
+    if peers < pairs:
+        text += f"; {peers} of {pairs} ordered pairs reach each other's memory, the others copy through the host's"
+        remedy = (
+            "some GPUs cannot do it; else switch off the IOMMU or ACS. NCCL hangs? Set NCCL_P2P_DISABLE=1"
+        )
+        return Finding("warning", text, remedy)
+    return Finding("ok", text)
 
 
-def versions(nvidia: Nvidia, torch: dict[str, Any], dali: dict[str, Any]) -> dict[str, str | None]:
-    """What a bug report needs of versions."""
-    found = {
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "driver": nvidia.driver,
-        "driver_cuda": nvidia.cuda,
-        "torch": torch.get("version"),
-        "torch_cuda": torch.get("cuda"),
-        "cudnn": torch.get("cudnn"),
-        "nccl": torch.get("nccl"),
-        "dali": dali.get("version"),
-        "nvimgcodec": installed("nvidia-nvimgcodec-cu12"),
-        "numpy": installed("numpy"),
-    }
-    return {name: None if value is None else str(value) for name, value in found.items()}
+def check_packages() -> Finding:
+    """Check that all that this project and its DALI require is installed, in versions that fit."""
+    pip = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    lines = [line for line in pip.stdout.splitlines() if line.startswith(("alexnet-dali ", "nvidia-dali-"))]
+    if lines:
+        missing = any("not installed" in line for line in lines)
+        return Finding("problem" if missing else "warning", " ".join(lines), INSTALL)
+    return Finding("ok", f"all that this project requires, in {sys.prefix}")
 
 
-def table(findings: list[tuple[str, Finding]]) -> str:
-    """A line for each, the remedy below, and how many want one."""
+def check_torch(torch: Facts) -> Finding:
+    """Check that PyTorch imports."""
+    if "error" in torch:
+        return Finding("problem", f"does not import: {torch['error']}", INSTALL)
+    cuda = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
+    return Finding("ok", f"{torch['version']}, {cuda}")
+
+
+def check_dali(dali: Facts, has_gpu: bool) -> Finding:
+    """Check that DALI imports, and decodes where PyTorch trains."""
+    if "error" in dali:
+        return Finding("problem", f"does not import: {dali['error']}", INSTALL)
+    text = f"{dali['version']}, built for CUDA {dali['cuda']}"
+    if dali["decodes"] == "gpu" or (dali["decodes"] == "cpu" and not has_gpu):
+        return Finding("ok", f"{text}; decodes a JPEG on the {dali['decodes'].upper()}")
+    why = dali.get("decode_error", "it sees no GPU")
+    remedy = f"install a newer driver (docs/install.md), or {INSTALL}"
+    return Finding("problem", f"{text}; decodes no JPEG on the {'GPU' if has_gpu else 'CPU'}: {why}", remedy)
+
+
+def check_compiler() -> Finding:
+    """Check what torch.compile needs: a C++ compiler and Python's headers."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if compiler and header.is_file():
+        return Finding("ok", f"{compiler}, {header}")
+    missing = f"no {header if compiler else 'g++ or clang++'}: the network runs uncompiled, more slowly"
+    return Finding("warning", missing, f"apt-get install {'python3-dev' if compiler else 'g++'}")
+
+
+def read_cgroup(name: str, membership: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> list[str]:
+    """Read a limit of this process's cgroup (version 2), and of those around it, which hold as well.
+
+    In a container the path of /proc/self/cgroup, "0::/a/b", may be that of the host; its own limits are at the root.
+    """
+    text = read_text(Path("/proc/self/cgroup")) if membership is None else membership
+    path = next((line[3:].strip("/") for line in text.splitlines() if line.startswith("0::")), "")
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    return [read_text(root.joinpath(*parts[:depth], name)) for depth in range(len(parts) + 1)]
+
+
+def read_text(path: Path) -> str:
+    """Read a small file; empty where it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def check_cores(usable: int, machine: int | None, quotas: list[str]) -> Finding:
+    """Check that cgroups (texts of cpu.max, "QUOTA PERIOD" in microseconds) allow the cores that DALI counts on."""
+    numbers = [re.fullmatch(r"(\d+) (\d+)\s*", text, re.ASCII) for text in quotas]
+    quota = min((int(found[1]) / int(found[2]) for found in numbers if found and int(found[2])), default=None)
+    text = f"{usable} of {machine}"
+    if quota is None or quota >= usable:
+        return Finding("ok", text)
+    threads = max(1, round(quota)) + 1
+    remedy = f"set --data.speed.threads {threads} (DALI would start {usable + 1}), or get more cores"
+    return Finding("warning", f"{text}, but a cgroup allows the time of {quota:.3g} alone", remedy)
+
+
+def check_memory(train: ShardSet | None) -> Finding:
+    """Check that a training process, the quickstart's takes about 1 GB, and the training shards fit into memory."""
+    info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", read_text(Path("/proc/meminfo")), re.MULTILINE))
+    limits = [int(text) for text in read_cgroup("memory.max") if text.strip().isdecimal()]
+    free, total = (min([1024 * int(info[name]), *limits]) for name in ("MemAvailable", "MemTotal"))
+    size = shard_bytes(train) if train else 0
+    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}" + f", training shards {size / 1e9:.2f} GB" * (
+        size > 0
+    )
+    if free < 2e9:
+        return Finding("warning", text, "end other programs, or get more memory")
+    if size > 0.9 * free:
+        remedy = "a fast disk, or more memory (docs/storage.md)"
+        return Finding("warning", f"{text}: every epoch reads the disk again", remedy)
+    return Finding("ok", text)
+
+
+def check_shared_memory(gpus: int) -> Finding:
+    """Check that /dev/shm is large enough for NCCL."""
+    text = f"{shutil.disk_usage('/dev/shm').total / 1e9:.2f} GB"
+    if gpus > 1 and shutil.disk_usage("/dev/shm").total < SHM_BYTES:
+        return Finding("warning", f"{text}, NCCL may need more", "in a container, give it --shm-size 1g")
+    return Finding("ok", text)
+
+
+def check_split(shards: Path, split: str) -> Finding:
+    """Check that a split opens, and that every shard of it may stay open."""
+    opened = open_shards(shards, split)
+    raise_open_files(len(opened.tars))
+    text = f"{opened.num_samples:,} images in {len(opened.tars)} shards, {len(opened.classes)} classes"
+    return Finding("ok", text)
+
+
+def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:
+    """Check that pca.json, and mean_image.npy where it exists, were computed from these shards."""
+    from pipeline.eigenbasis import Eigenbasis  # numpy
+
+    with_image = (shards / "mean_image.npy").exists()
+    Eigenbasis.load(shards / "pca.json", train.manifest_sha256, with_mean_image=with_image)
+    return Finding("ok", "pca.json" + (" and mean_image.npy" if with_image else ", no mean_image.npy"))
+
+
+def check_disk(train: ShardSet, gpus: int) -> Finding:
+    """Check that the shards' disk is local and fast enough."""
+    shards = Path(train.tars[0]).resolve()  # adopted shards are links to where their bytes are
+    df = subprocess.run(["df", "--output=fstype,target", shards], capture_output=True, text=True, check=True)
+    kind, mount = df.stdout.splitlines()[1].split(maxsplit=1)
+    bytes_per_s = measure_disk(train.tars)
+    images_per_s = bytes_per_s * train.num_samples / max(shard_bytes(train), 1)
+    text = f"{kind} at {mount}, {bytes_per_s / 1e6:,.0f} MB/s, {images_per_s:,.0f} images/s from one reader"
+    needed = GPU_IMAGES_PER_S * gpus or CPU_IMAGES_PER_S
+    if images_per_s < needed:
+        return Finding("warning", f"{text}; {needed:,} are wanted", "use a faster disk (docs/storage.md)")
+    if NETWORK.fullmatch(kind):
+        return Finding(
+            "warning", f"{text}, over a network", "copy the shards to a local disk (docs/storage.md)"
+        )
+    return Finding("ok", text)
+
+
+def measure_disk(files: Sequence[str], at_most_bytes: int = READ_BYTES, at_most_s: float = READ_S) -> float:
+    """Read the beginnings of up to eight files, evenly spread, after the kernel dropped them from its page cache, as
+    far as it does; returns bytes per second."""
+    chosen = files[:: -(-len(files) // 8)]
+    total, start = 0, perf_counter()
+    for number, name in enumerate(chosen, start=1):
+        with Path(name).open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while total < at_most_bytes * number / len(chosen) and perf_counter() - start < at_most_s:
+                if not (chunk := file.read(CHUNK)):
+                    break
+                total += len(chunk)
+    return total / max(perf_counter() - start, 1e-9)
+
+
+def shard_bytes(train: ShardSet) -> int:
+    """Add up the sizes of all shards."""
+    return sum(Path(tar).stat().st_size for tar in train.tars)
+
+
+def call(function: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    """Return the result of `function`, or the exception that it raised; `TimeoutError` when it takes longer. Its thread
+    is then abandoned: what hangs in the kernel cannot be ended."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return results[0] if results else TimeoutError(f"no answer within {timeout_s:.0f} s")
+
+
+def run_check(check: Callable[[], Finding], timeout_s: float = TIMEOUT_S) -> Finding:
+    """Run a check. An error of the user's is a problem, its remedy what follows the semicolon; a check that hangs or
+    fails becomes a warning, and the others still run."""
+    found = call(check, timeout_s)
+    if isinstance(found, Finding):
+        return found
+    if isinstance(found, TimeoutError):
+        return Finding("warning", str(found), "a disk, its server or a driver hangs; see dmesg and mount")
+    if isinstance(found, OSError | ValueError):
+        what, _, remedy = str(found).rpartition("; ")
+        return Finding("problem", what or remedy, remedy if what else "set its permissions, or make it again")
+    return Finding(
+        "warning", f"cannot be checked: {type(found).__name__}: {found}", "please report this as a bug"
+    )
+
+
+def probe(name: str, timeout_s: float = PROBE_TIMEOUT_S) -> Facts:
+    """Run tools/doctor_probe.py; `error` says why a library cannot be used. A process that hangs is killed, and not
+    waited for: in a driver it may never end."""
+    command = [sys.executable, str(Path(__file__).with_name("doctor_probe.py")), name]
+    with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as any grandchild
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no answer within {timeout_s:.0f} s"}
+        finally:
+            if process.poll() is None:  # also after Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        *_, last = ["", *output.read().decode(errors="replace").strip().splitlines()]
+    if last.startswith('{"probe"'):
+        return dict(json.loads(last))
+    return {"error": f"ended by signal {-code}" if code < 0 else f"exit code {code}: {last}"}
+
+
+def format_table(findings: dict[str, Finding]) -> str:
+    """Format a line for each finding, the remedy below it, and the number of problems and warnings."""
     lines = []
-    for name, finding in findings:
-        lines.append(f"{finding.status:<9}{name:<19}{one_line(finding.value, at_most=400)}")
-        if finding.remedy:
-            lines.append(f"{'':<28}-> {finding.remedy}")
-    count = {status: sum(finding.status == status for _, finding in findings) for status in ("problem", "warning")}
-    told = [f"{number} {status}{'s' * (number != 1)}" for status, number in count.items()]
-    return "\n".join([*lines, ", ".join(told)])
+    for name, finding in findings.items():
+        lines.append(f"{finding.status:<9}{name:<14}{' '.join(finding.value.split())[:400]}")
+        lines += [f"{'':<23}-> {finding.remedy}"] if finding.remedy else []
+    counts = Counter(finding.status for finding in findings.values())
+    return "\n".join([*lines, f"problems: {counts['problem']}, warnings: {counts['warning']}"])
 
 
 def main() -> None:
-    """Read the command line, and check."""
+    """Read the command line and run the checks."""
     about = (__doc__ or "").partition("\n\n")[0] + " Exit code 2 if there is a problem."
-    parser = Parser(prog="doctor.py", description=about)
+    parser = Parser(prog="python tools/doctor.py", description=about)
     parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check as well.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    arguments = parser.parse_args()
-    doctor(arguments.shards, arguments.json)
+    given = parser.parse_args()
+    exit_with(lambda: doctor(given.shards, given.json))
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    main()

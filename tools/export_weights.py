@@ -21,7 +21,7 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
         names: Of the tensors: ours, or torchvision's, which fit `model.variant: torchvision` alone.
     """
     if out.suffix != ".safetensors" or out.is_dir():
-        raise ValueError(f"{out} is to be a safetensors file; give a file's name that ends in .safetensors")
+        raise ValueError(f"{out}: expected a file to write; give a name that ends in .safetensors")
     from model.weights import weights_bytes
     from train.checkpoint import checkpoint_path, load_checkpoint
 
@@ -29,22 +29,20 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
     content = load_checkpoint(path)
     try:
         config, state = AlexNetConfig.from_json(content["config"]["model"]), content["model"]
-        inputs = {
-            "mean": content["eigenbasis"]["mean"],
-            "std": content["config"]["data"]["augmentation"]["std"],
-        }
-        step, with_image = content["step"], content.get("mean_image") is not None
+        std = content["config"]["data"]["augmentation"]["std"]
+        inputs = {"mean": content["eigenbasis"]["mean"], "std": std}
+        step, has_mean_image = content["step"], content.get("mean_image") is not None
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError(f"{path} is no checkpoint of a training run; give one of RUN/checkpoints") from None
+        raise ValueError(f"{path}: not a checkpoint of a training run; give one of RUN/checkpoints") from None
     try:
         data = weights_bytes(state, config, inputs, names)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be exported: {error}; give another checkpoint") from None
+        raise ValueError(f"{path}: cannot be exported: {error}; give another checkpoint") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, data)
     print(f"{out}: step {step} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")
-    if with_image:
-        print("note: images were less a mean image in training, of which the file holds the mean colour alone")
+    if has_mean_image:
+        print("note: training subtracted a mean image; the file holds its mean colour alone")
 
 
 if __name__ == "__main__":

@@ -17,24 +17,39 @@ writes N photograph-like images instead (`tools/photos.py`), for measuring speed
 """
 
 import functools
-from collections.abc import Iterator
+import gzip
+import io
+import signal
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.files import read_json, write_json
+from pipeline.files import atomic_writer, read_json, write_json
 from pipeline.machine import num_cores
-from tools.demo_archives import DIGIT_TO_ID, DIGIT_TO_WNID, WORDS, write_archives
-from tools.packing.ilsvrc import DEVKIT_ARCHIVE, TRAIN_ARCHIVE, VAL_ARCHIVE
-from tools.packing.pool import in_order
-from tools.photos import encode, photo
+from tools.photos import encode, make_photo
 from train.program import run_program
 
-MARKER = "demo.json"
-
-MIN_PHOTOS = 20  # every class then has an image to train on
+Member = tuple[str, bytes]
+"""Name and content of a file in a tar."""
+TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
+ARCHIVES = {TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE}
+STAMP = "demo.json"
+MIN_PHOTOS = 20
+"""Every class then has an image to train on."""
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+OFFSETS = (418, 731, 127, 992, 388, 602, 854, 51, 517, 256)
+DIGIT_TO_WNID = {digit: f"n90000{offset:03d}" for digit, offset in enumerate(OFFSETS)}
+"""Made-up WordNet offsets (real ones start with n0 or n1): their sorted order is 7, 2, 9, 4, 0, 8, 5, 1, 6, 3."""
+DIGIT_TO_ID = {digit: number for number, digit in enumerate((3, 8, 0, 5, 9, 1, 7, 4, 2, 6), start=1)}
+"""ILSVRC2012_ID counts from 1, in a third order; IDs above the number of classes are inner nodes of the hierarchy."""
 
 
 def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
@@ -47,26 +62,26 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
             speed. Every core helps.
     """
     if seed < 0:
-        raise ValueError(f"--seed must not be negative, but is {seed}")
+        raise ValueError(f"--seed: expected at least 0, got {seed}; leave it out for 2012")
     if photos is not None and photos < MIN_PHOTOS:
-        raise ValueError(f"--photos must be at least {MIN_PHOTOS}, but is {photos}")
-    marker, stamp = raw / MARKER, {"format_version": 1, "seed": seed} | ({"photos": photos} if photos else {})
-    archives = [raw / name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE)]
-    whole = all(path.is_file() for path in archives)
-    if marker.is_file() and read_json(marker) == stamp and whole:
+        raise ValueError(f"--photos: expected at least {MIN_PHOTOS}, got {photos}; write more")
+    stamp = {"format_version": 1, "seed": seed} | ({"photos": photos} if photos else {})
+    is_complete = all((raw / name).is_file() for name in (*ARCHIVES, STAMP))
+    if is_complete and read_json(raw / STAMP) == stamp:
         print(f"{raw} holds the demo images already; nothing to do")
         return
-    ours = {TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE}  # without a marker: of a run that was interrupted
+    # An interrupted run leaves archives without a stamp, or temporary files.
     names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
-    names -= {MARKER} if not whole else set()
-    if (raw.exists() and not raw.is_dir()) or names - ours:
-        raise ValueError(f"{raw} holds something else; give a folder that is new or empty")
+    if (raw.exists() and not raw.is_dir()) or is_complete or names - {*ARCHIVES, STAMP}:
+        raise ValueError(
+            f"{raw}: expected a new or empty folder, got one that holds something else; give another"
+        )
     raw.mkdir(parents=True, exist_ok=True)
     if photos:
         write_photos(raw, photos, seed)
     else:
         write_digits(raw, seed)
-    write_json(marker, stamp)
+    write_json(raw / STAMP, stamp)
 
 
 def write_digits(raw: Path, seed: int) -> None:
@@ -76,49 +91,20 @@ def write_digits(raw: Path, seed: int) -> None:
     digits = load_digits()
     rng = np.random.default_rng(seed)
     is_val = stratified_split(digits.target, fraction=0.2, rng=rng)
-    train: dict[str, list[tuple[str, bytes]]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
-    val: list[tuple[str, bytes]] = []
+    train: dict[str, list[Member]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
+    val: list[Member] = []
     ground_truth: list[int] = []
     samples = list(zip(digits.images, digits.target, is_val, strict=True))
+    png = int(np.flatnonzero(~is_val)[100])  # a PNG named .JPEG, as n02105855_2933 of ImageNet is
     for position, (ink, digit, in_val) in enumerate(tqdm(samples, "demo images", unit="img", disable=None)):
-        # One train image is a PNG named .JPEG, as n02105855_2933 of ImageNet is.
-        encoding = "png" if position == int(np.flatnonzero(~is_val)[100]) else None
-        encoded = encode(render(ink / 16, rng), rng, encoding)
+        encoded = encode(render_digit(ink / 16, rng), rng, "png" if position == png else None)
         if in_val:
             val.append((f"ILSVRC2012_val_{len(val) + 1:08d}.JPEG", encoded))
             ground_truth.append(DIGIT_TO_ID[int(digit)])
         else:
             wnid = DIGIT_TO_WNID[int(digit)]
             train[wnid].append((f"{wnid}_{position}.JPEG", encoded))
-
     write_archives(raw, train, val, ground_truth)
-
-
-def write_photos(raw: Path, count: int, seed: int) -> None:
-    """Write the archives of `count` photograph-like images, a class at a time; every fifth is for validation."""
-    number_to_digit = {number: number % len(WORDS) for number in range(count)}
-    in_val = {number: (number // len(WORDS) + number) % 5 == 0 for number in range(count)}
-    val = [number for number in range(count) if in_val[number]]
-    train: dict[str, list[int]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
-    for number, digit in number_to_digit.items():
-        if not in_val[number]:
-            train[DIGIT_TO_WNID[digit]].append(number)
-
-    numbers = [number for _, each in sorted(train.items()) for number in each] + val  # as they are asked for
-    drawn = in_order(functools.partial(photo, seed=seed), numbers, num_cores())
-    with tqdm(total=count, desc="photos", unit="img", disable=None) as progress:
-
-        def named(names: list[str]) -> Iterator[tuple[str, bytes]]:
-            for name in names:
-                progress.update()
-                yield name, next(drawn)
-
-        write_archives(
-            raw,
-            {wnid: named([f"{wnid}_{n}.JPEG" for n in each]) for wnid, each in train.items()},
-            named([f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, len(val) + 1)]),
-            [DIGIT_TO_ID[number_to_digit[number]] for number in val],
-        )
 
 
 def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -130,7 +116,7 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
     return chosen
 
 
-def render(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
+def render_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """Print one digit, light ink on dark paper in random tints, centred on a page with sides of 260 to 520 pixels.
 
     Args:
@@ -147,6 +133,116 @@ def render(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     ink_rgb, paper_rgb = rng.uniform(0.6, 1.0, 3), rng.uniform(0.0, 0.3, 3)
     tints = paper_rgb + (ink_rgb - paper_rgb) * np.linspace(0, 1, 256)[:, None]
     return Image.fromarray(np.rint(tints * 255).astype(np.uint8)[coverage])
+
+
+def write_photos(raw: Path, count: int, seed: int) -> None:
+    """Write the archives of `count` photograph-like images, a class at a time; every fifth is for validation."""
+    val = [number for number in range(count) if (number // len(WORDS) + number) % 5 == 0]
+    train: dict[str, list[int]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
+    for number in sorted(set(range(count)) - set(val)):
+        train[DIGIT_TO_WNID[number % len(WORDS)]].append(number)
+    numbers = [
+        number for _, each in sorted(train.items()) for number in each
+    ] + val  # in the order of writing
+    draw = functools.partial(make_photo, seed=seed)
+    ignore_interrupt = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_IGN
+    )  # the parent ends the pool
+    with ProcessPoolExecutor(num_cores(), initializer=ignore_interrupt) as pool:
+        drawn = iter(tqdm(pool.map(draw, numbers, chunksize=16), "photos", count, unit="img", disable=None))
+
+        def take(names: list[str]) -> Iterator[Member]:
+            for name in names:
+                yield name, next(drawn)
+
+        write_archives(
+            raw,
+            {wnid: take([f"{wnid}_{n}.JPEG" for n in each]) for wnid, each in train.items()},
+            take([f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, len(val) + 1)]),
+            [DIGIT_TO_ID[number % len(WORDS)] for number in val],
+        )
+
+
+def write_archives(
+    raw: Path, train: Mapping[str, Iterable[Member]], val: Iterable[Member], ground_truth: list[int]
+) -> None:
+    """Write the three archives.
+
+    Args:
+        raw: Folder to write into.
+        train: Training images by wnid, read in the order of the sorted wnids.
+        val: Validation images, read after them.
+        ground_truth: ILSVRC2012_ID of each validation image.
+    """
+    counts = {}
+    with (
+        atomic_writer(raw / TRAIN_ARCHIVE) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as outer,
+    ):
+        for wnid, images in sorted(train.items()):
+            with tempfile.TemporaryFile(dir=raw) as inner:  # its length stands in the outer tar before it
+                counts[wnid] = write_tar(inner, images)
+                info = tarfile.TarInfo(f"{wnid}.tar")
+                info.size = inner.tell()
+                inner.seek(0)
+                outer.addfile(info, inner)
+    with atomic_writer(raw / VAL_ARCHIVE) as file:
+        num_val = write_tar(file, val)
+    with atomic_writer(raw / DEVKIT_ARCHIVE) as file:
+        file.write(gzip.compress(make_devkit(counts, ground_truth), mtime=0))
+    print(f"{raw}: {sum(counts.values())} train and {num_val} val images of {len(WORDS)} classes")
+
+
+def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
+    """Make the devkit's tar: `meta.mat` (struct array `synsets`), and the validation labels as ILSVRC2012_ID, one a
+    line."""
+    from scipy.io import savemat
+
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss"]
+    fields += ["num_children", "children", "wordnet_height", "num_train_images"]
+    rows: list[tuple[Any, ...]] = [
+        (
+            DIGIT_TO_ID[digit],
+            wnid,
+            f"{WORDS[digit]}, {digit}",
+            f"the digit {digit}",
+            0,
+            [],
+            0,
+            train_counts[wnid],
+        )
+        for digit, wnid in DIGIT_TO_WNID.items()
+    ]
+    leaves = [row[0] for row in rows]
+    rows.append(
+        (len(rows) + 1, "n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0)
+    )
+    synsets = np.zeros((len(rows), 1), dtype=[(name, object) for name in fields])
+    for position, row in enumerate(sorted(rows, key=lambda row: row[0])):
+        synsets[position, 0] = row
+    mat = io.BytesIO()
+    savemat(mat, {"synsets": synsets})
+    # savemat writes the time into the 116 bytes of free text that head the file; equal seeds are to give equal bytes.
+    content = b"MATLAB 5.0 MAT-file, demo devkit".ljust(116) + mat.getvalue()[116:]
+    labels = "".join(f"{number}\n" for number in ground_truth).encode()
+    folder = "ILSVRC2012_devkit_t12/data"
+    out = io.BytesIO()
+    write_tar(
+        out, [(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)]
+    )
+    return out.getvalue()
+
+
+def write_tar(file: IO[bytes], members: Iterable[Member]) -> int:
+    """Write a USTAR archive, the same bytes for the same input. Returns the number of members."""
+    count = 0
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+            count += 1
+    return count
 
 
 if __name__ == "__main__":

@@ -24,18 +24,24 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from tools.packing.adopt import adopt
-from tools.packing.cache import save_listing
-from tools.packing.ilsvrc import check_md5
-from tools.packing.listing import RawImageNet, random_read_rate
-from tools.packing.manifest import LISTING, check_output, claim, notes, unfinished, write_manifest
-from tools.packing.pack import Done, pack_sample, run_units, write_shard
-from tools.packing.parts import find_part
-from tools.packing.plan import Options, Plan, make_plan
+from tools.packing.layouts import check_md5, cut_validation, open_raw
+from tools.packing.listing import RawImageNet, random_read_rate, save_listing
+from tools.packing.parquet import pack_parquet
+from tools.packing.plan import Options, Plan, find_part, make_plan
 from tools.packing.pool import check_workers
-from tools.packing.raw import cut_validation, open_raw
-from tools.packing.sequential import pack_in_order
-from tools.packing.stats import stats
-from tools.packing.verify import verify
+from tools.packing.verify import stats, verify
+from tools.packing.writer import (
+    LISTING,
+    PackStats,
+    check_output,
+    claim_output,
+    find_unfinished,
+    pack_sample,
+    read_sidecars,
+    run_jobs,
+    write_manifest,
+    write_shard,
+)
 from train.program import run_program
 
 SLOW_READS_PER_S = 500
@@ -53,12 +59,9 @@ def pack(
     workers: int | None = None,
     seed: int = 2012,
     quality: int = 90,
-    subsampling: Literal["420", "444"] = "420",
     on_bad: Literal["fail", "skip"] = "fail",
     val_fraction: float | None = None,
     part: str | None = None,
-    sequential_read: bool = False,
-    verify: bool = True,
     check_md5: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -77,27 +80,26 @@ def pack(
         workers: Processes; every core by default.
         seed: Seed of the one global order in which images are packed.
         quality: JPEG quality of what is encoded, 1 to 100.
-        subsampling: Chroma subsampling of what is encoded.
         on_bad: What to do with an image that cannot be decoded: stop, or leave it out and list it in the manifest.
         val_fraction: Part of each class to set aside for validation, at least one image, where the source has no
             validation images; a tenth by default, 0 for none.
         part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default torchrun's or srun's
-            variables tell, or it does everything. All parts write into the same folder.
-        sequential_read: Read each archive once in order (for hard disks); needs the shards' size once more on disk.
-        verify: Decode every image of `store original` strictly; false looks at the headers alone.
+            variables, else everything. All parts write into the same folder.
         check_md5: First compare the archives with the published MD5 sums.
         dry_run: Say what would be written, how big and in what time, and write nothing.
     """
-    options = Options(store, quality, subsampling, samples_per_shard, seed, val_fraction or 0.0, verify, on_bad)
+    options = Options(store, quality, samples_per_shard, seed, val_fraction or 0.0, on_bad)
     mine = find_part(part, os.environ)
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
-    announce(raw, shards, data)
+    print_layout(raw, shards, data)
     if check_md5:
         check_archives(raw, data)
     listed = data
     if val_fraction is None and "val" not in data.splits:
-        options = replace(options, val_fraction=VAL_FRACTION if len(data.splits["train"]) > len(data.classes) else 0.0)
+        options = replace(
+            options, val_fraction=VAL_FRACTION if len(data.splits["train"]) > len(data.classes) else 0.0
+        )
     if options.val_fraction:
         data = cut_validation(data, options.val_fraction, seed)
         print(
@@ -105,53 +107,62 @@ def pack(
             f"{options.val_fraction:.3g} of each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
     elif "val" not in data.splits:
-        print("no validation images: training wants some")
-    plans = [make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()]
-    if data.sequential or sequential_read:
-        if mine.world > 1:
-            raise ValueError("reading in order cannot be shared out; pack parquet files and hard disks in one part")
-    else:
+        print(
+            "no validation images, of which training needs some: without --val-fraction 0 a tenth is set aside"
+        )
+    plans = [
+        make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
+    ]
+    if data.sequential and mine.world > 1:
+        raise ValueError("parquet files are read in order, which cannot be shared out; pack them in one part")
+    if not data.sequential:
         warn_of_slow_reads(raw, data, workers)
     if dry_run:
         check_output(shards, classes_json(data.classes), plans)
         estimate(plans, data, workers)
         return
-    claim(shards, classes_json(data.classes), plans)
+    claim_output(shards, classes_json(data.classes), plans)
     if validity:
         save_listing(shards / LISTING, listed, validity)
 
     started, done = time.perf_counter(), []
     if mine.world > 1:
-        print(f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; the other parts have to run as well")
-    left = [(plan, number) for plan in plans for number in unfinished(plan)]
+        print(
+            f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; the other parts have to run as well"
+        )
+    left = [(plan, number) for plan in plans for number in find_unfinished(plan)]
     own = [(plan, number) for plan, number in left if number % mine.world == mine.rank]
-    if data.sequential or sequential_read:
+    if data.sequential:
         for plan in plans:
             if numbers := [number for owner, number in own if owner is plan]:
-                done += pack_in_order(plan, numbers, workers, data.sequential)
+                done += pack_parquet(plan, numbers, workers)
     elif own:
         images = sum(last - first for plan, number in own for first, last in [plan.bounds(number)])
-        done = run_units(write_shard, (plan.shard(number) for plan, number in own), images, workers)
+        done = run_jobs(write_shard, (plan.shard(number) for plan, number in own), images, workers)
     if not left:
         print("every shard is there already; nothing to do")
-    say_what_was_done(done, time.perf_counter() - started, workers)
+    print_speed(done, time.perf_counter() - started, workers)
     for plan in plans:
         finish(plan, data)
 
 
-def announce(raw: Path, shards: Path, data: RawImageNet) -> None:
+def print_layout(raw: Path, shards: Path, data: RawImageNet) -> None:
     """Say what was found. Raises `ValueError` when the output would lie among the images."""
     if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
-        raise ValueError(f"{shards} lies inside {raw}, whose folders are read as images; give a folder elsewhere")
+        raise ValueError(
+            f"{shards} lies inside {raw}, whose folders are read as images; give a folder elsewhere"
+        )
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
-    if others := data.passed_over:
+    if others := data.ignored:
         print(
-            f"passed over {len(others)} files that are no images by their names or lie outside of class folders, such "
+            f"ignored {len(others)} files that are not images by their names or lie outside of class folders, such "
             f"as {others[0]}"
         )
     if len(data.classes) == 1:
-        print(f"warning: there is one class, {data.classes[0].wnid!r}: nothing can be learned from that; is it meant?")
+        print(
+            f"warning: there is one class, {data.classes[0].wnid!r}: nothing can be learned from that; is it meant?"
+        )
 
 
 def finish(plan: Plan, data: RawImageNet) -> None:
@@ -162,7 +173,7 @@ def finish(plan: Plan, data: RawImageNet) -> None:
             f"{len(manifest['repairs'])} repaired or noted, {len(manifest['skipped'])} skipped"
         )
     else:
-        missing = plan.num_shards - len(notes(plan))
+        missing = plan.num_shards - len(read_sidecars(plan))
         print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
 
 
@@ -183,7 +194,7 @@ def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
     if rate < SLOW_READS_PER_S and images / rate > WORTH_A_WARNING_S:
         print(
             f"warning: {raw} gives {rate:.0f} images a second when read at random, which is {images / rate / 3600:.1f} "
-            "hours for all; copy it to an SSD first, or use --sequential-read"
+            "hours for all; copy the archives to an SSD first"
         )
 
 
@@ -202,7 +213,9 @@ def estimate(plans: list[Plan], data: RawImageNet, workers: int, sample: int = 6
             times.append(time.perf_counter() - started)
         # Two tar headers, the label, and half a block of padding on average.
         bytes_per_image = sum(sizes) / len(sizes) + 3.5 * 512
-        usual = sum(times[1:]) / len(times[1:]) if len(times) > 1 else times[0]  # libraries load with the first image
+        usual = (
+            sum(times[1:]) / len(times[1:]) if len(times) > 1 else times[0]
+        )  # libraries load with the first image
         seconds = usual * len(plan.listing) / workers
         print(
             f"{shards}, about {bytes_per_image * len(plan.listing) / 1e9:.2f} GB in {seconds / 60:.0f} min with "
@@ -211,16 +224,18 @@ def estimate(plans: list[Plan], data: RawImageNet, workers: int, sample: int = 6
     print("nothing was written")
 
 
-def say_what_was_done(done: list[Done], seconds: float, workers: int) -> None:
+def print_speed(done: list[PackStats], seconds: float, workers: int) -> None:
     """Print the pack's figures."""
-    images, read, written = (sum(getattr(x, n) for x in done) for n in ("images", "bytes_read", "bytes_written"))
+    images, read, written = (
+        sum(getattr(x, n) for x in done) for n in ("images", "bytes_read", "bytes_written")
+    )
     if images:
         print(
             f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
             f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
         )
     if busy := sum(result.busy for result in done):
-        print(f"{busy} shards are being written by another process and were left to it")
+        print(f"{busy} shards are being written by another process")
 
 
 def main() -> NoReturn:

@@ -20,25 +20,26 @@ AXES = np.array([[-0.5635, -0.5762, -0.5920], [-0.7126, -0.0235, 0.7012], [0.418
 SCENES, SCENE_SIDE, SCENE_CONTRAST = 8, 1024, 0.3
 
 
-def photo(number: int, seed: int) -> bytes:
-    """One photograph-like image as a file; equal numbers and seeds give equal bytes, in any process."""
+def make_photo(number: int, seed: int) -> bytes:
+    """Make one photograph-like image as a file; equal numbers and seeds give equal bytes, in any process."""
     rng = np.random.default_rng([seed, number])
-    width, height = photo_size(rng)
-    page = texture(rng, width, height, seed)
+    width, height = draw_size(rng)
+    page = cut_texture(rng, width, height, seed)
     # Radii by the power law under which a picture of leaves looks the same at every scale.
     largest, smallest = 0.5 * min(width, height), 0.03 * min(width, height)
     share = rng.uniform(0, 1, int(rng.integers(0, 60)))
     for radius in np.sort((smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5)[::-1]:
         side = max(2, round(2 * radius))
-        corner = (int(rng.integers(-side // 2, width - side // 2)), int(rng.integers(-side // 2, height - side // 2)))
-        page.paste(texture(rng, side, side, seed), corner, disc().resize((side, side), Image.Resampling.BILINEAR))
+        left, top = (int(rng.integers(-side // 2, length - side // 2)) for length in (width, height))
+        mask = draw_disc().resize((side, side), Image.Resampling.BILINEAR)
+        page.paste(cut_texture(rng, side, side, seed), (left, top), mask)
     # ImageNet has one PNG, 23 CMYK files in 1.3 million, grey ones in a hundred.
     kind = rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.927, 0.02, 0.003, 0.03, 0.02])
     return encode(page, rng, "png" if number == 1 else str(kind), quality=int(rng.choice([80, 85, 90, 94])))
 
 
-def photo_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height as in ImageNet: mostly 500 pixels long, many smaller, a few as they came from the camera."""
+def draw_size(rng: np.random.Generator) -> tuple[int, int]:
+    """Draw width and height as in ImageNet: mostly 500 pixels long, many smaller, a few as a camera made them."""
     kind = rng.choice(["500", "small", "large"], p=[0.62, 0.345, 0.035])
     if kind == "500":
         short = int(rng.choice([375, 333, 332, 400], p=[0.66, 0.2, 0.07, 0.07]))
@@ -49,9 +50,9 @@ def photo_size(rng: np.random.Generator) -> tuple[int, int]:
     return (long, short) if rng.uniform() < 0.7 else (short, long)
 
 
-def texture(rng: np.random.Generator, width: int, height: int, seed: int) -> Image.Image:
-    """A window of a scene, in a contrast and colour of its own. RGB."""
-    scene = scenes(seed)[rng.integers(SCENES)]
+def cut_texture(rng: np.random.Generator, width: int, height: int, seed: int) -> Image.Image:
+    """Cut a window out of a scene, in a contrast and colour of its own. RGB."""
+    scene = make_scenes(seed)[rng.integers(SCENES)]
     top, left = rng.integers(0, SCENE_SIDE, 2)
     window = scene.take(top + np.arange(height), 0, mode="wrap").take(left + np.arange(width), 1, mode="wrap")
     contrast = rng.uniform(0.1, 1.0) / SCENE_CONTRAST
@@ -61,8 +62,8 @@ def texture(rng: np.random.Generator, width: int, height: int, seed: int) -> Ima
 
 
 @functools.cache
-def scenes(seed: int) -> list[np.ndarray]:
-    """Periodic pictures with amplitudes of 1/f, in ImageNet's colours at low contrast around 128.
+def make_scenes(seed: int) -> list[np.ndarray]:
+    """Make periodic pictures with amplitudes of 1/f, in ImageNet's colours at low contrast around 128.
 
     Each uint8, (SCENE_SIDE, SCENE_SIDE, 3).
     """
@@ -79,13 +80,15 @@ def scenes(seed: int) -> list[np.ndarray]:
 
 
 @functools.cache
-def disc() -> Image.Image:
-    """A white disc on black, 512x512, to be made smaller: its edge is then a pixel wide. Mode L."""
+def draw_disc() -> Image.Image:
+    """Draw a white disc on black, 512x512, to be made smaller: its edge is then a pixel wide. Mode L."""
     offset = np.arange(512) - 255.5
     return Image.fromarray(np.where(np.hypot(offset[:, None], offset) < 256, 255, 0).astype(np.uint8))
 
 
-def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92) -> bytes:
+def encode(
+    image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92
+) -> bytes:
     """Encode as one of the kinds of file that ImageNet holds.
 
     Args:
@@ -109,11 +112,11 @@ def encode(image: Image.Image, rng: np.random.Generator, encoding: str | None = 
     elif encoding == "progressive":
         options["progressive"] = True
     elif encoding == "exif":
-        exif = Image.Exif()
-        exif[0x0112] = 6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
-        options["exif"] = exif
-    ImageFile.MAXBLOCK = max(
-        ImageFile.MAXBLOCK, 3 * image.width * image.height
-    )  # a progressive file comes in one piece
+        options["exif"] = exif = Image.Exif()
+        exif[0x0112] = (
+            6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
+        )
+    # A progressive file comes in one piece.
+    ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 3 * image.width * image.height)
     image.save(out, "JPEG", **options)
     return out.getvalue()

@@ -1,27 +1,25 @@
-"""What the network will see: SHARDS/preview.png, a sheet drawn by the training graph itself.
+"""Draw what the network will see: SHARDS/preview.png, a sheet drawn by the training graph itself, and SHARDS/pca.png.
 
     python tools/preview.py SHARDS
 
-Above one image as it is stored and 24 times as training may show it, below the 24 images with which training begins.
-Windows are drawn pixel by pixel. The mean is added back and the divisor of lighting undone; colours that lighting moves
-beyond 0..255 are cut in the picture, not in training.
+preview.png: above, one image as it is stored and 24 times as training may show it; below, the first 24 images of
+training, of which it is the most colourful. Crops are drawn pixel by pixel. The mean is added back and the divisor of
+lighting undone; colours that lighting moves beyond 0..255 are clipped in the picture, not in training. pca.png shows
+the axes of pca.json as colours, and images moved along them; its numbers are printed next to ImageNet's.
 """
 
-import os
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.eigenbasis import Eigenbasis
+from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import DataError, ShardSet, open_shards, read_index
-from tools.preview_sheet import View, draw_sheet
+from pipeline.shards import ShardSet, open_shards
+from tools.preview_sheet import View, draw_eigenbasis, draw_sheet, format_eigenbasis
 from train.program import run_program
 
 if TYPE_CHECKING:
@@ -31,178 +29,115 @@ COUNT = 24
 """Images in each half of the sheet."""
 
 
-class Sample(NamedTuple):
-    """One sample as it is stored."""
-
-    key: str
-    image: bytes
-    """The encoded image."""
-    digits: bytes
-    """The label in ASCII decimal."""
-
-
 def preview(
     shards: Path,
     out: Path | None = None,
-    image: str | None = None,
     seed: int = 2012,
     strength: float = Lighting.strength,
     convention: Literal["stddev", "eigenvalue"] = "stddev",
 ) -> None:
-    """Draw what the network will see: one image in 24 augmentations, and the 24 images with which training begins.
+    """Draw one image in 24 augmentations, the 24 images with which training begins, and the RGB eigenbasis.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
-        out: PNG file to write; SHARDS/preview.png by default.
-        image: Key of the image that is shown 24 times, such as n01440764_10026; the first one by default.
-        seed: Seed of order, windows, flips and lighting; with `train.seed` of a run the lower half is its first images.
+        out: Folder for preview.png and pca.png; SHARDS by default.
+        seed: Seed of order, windows, flips and lighting; with a run's `train.seed` the lower half is its first images.
         strength: Strength of lighting, as in training; 0 turns it off.
         convention: Convention of lighting, as in training.
     """
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must lie in 0..2^63-1, not {seed}")
-    lighting = Lighting(convention, strength)
+        raise ValueError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
     train = open_shards(shards, "train")
-    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    sample = find_sample(train, image)
-    augmentation, path = Augmentation(lighting=lighting), out or shards / "preview.png"
-    check_writable(path)
-    repeated = repeated_views(train, basis, augmentation, seed, sample)
-    draw_sheet(path, train, repeated, training_views(train, basis, augmentation, seed), lighting, seed)
-    print(f"picture: {path}")
+    content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
+    basis, augmentation = Eigenbasis.from_json(content), Augmentation(lighting=Lighting(convention, strength))
+    sheet, axes = ((out or shards) / name for name in ("preview.png", "pca.png"))
+    check_writable(sheet)
+
+    training = render_views(train, basis, augmentation, seed)
+    colourful = max(training, key=lambda view: np.ptp(view.stored.mean((0, 1))))
+    repeated = render_views(train, basis, augmentation, seed, colourful)
+    draw_sheet(sheet, train, repeated, training, augmentation.lighting, seed)
+    print(f"{format_eigenbasis(content)}\n")
+    draw_eigenbasis(axes, train, content)
+    print(f"pictures: {sheet}, {axes}")
 
 
-def find_sample(shards: ShardSet, key: str | None) -> Sample:
-    """Read the sample with this key, or the first one. Raises `ValueError` where there is none."""
-    example = ""
-    for tar, index in zip(shards.tars, shards.indexes, strict=True):
-        for members in read_index(Path(index)):
-            places = {extension: (offset, size, name) for extension, offset, size, name in members}
-            if not {"jpg", "cls"} <= places.keys():
-                raise DataError(f"{index} lists a sample without .jpg or .cls; pack or adopt the shards again")
-            found = key_of(places["jpg"][2])
-            if key in (None, found):
-                with Path(tar).open("rb") as file:
-                    image, digits = (
-                        os.pread(file.fileno(), size, offset) for offset, size, _ in (places["jpg"], places["cls"])
-                    )
-                return Sample(found, image, digits)
-            example = example or found
-    raise ValueError(f"{Path(shards.tars[0]).parent} holds no image with the key {key}; give one such as {example}")
-
-
-def key_of(name: str) -> str:
-    """The key of a tar's member: its path up to the first dot of the base name, as in the webdataset library."""
-    match = re.match(r"((?:.*/|)[^.]+)[.]", name)
-    return match[1] if match else name
-
-
-def training_views(
-    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int, count: int = COUNT
-) -> list[View]:
-    """The images with which training on one rank begins; fewer than `count` where there are no more.
-
-    Raises `DataError` when DALI fails.
-    """
-    from pipeline.graph import read_graph  # DALI takes seconds, which errors in the input need not wait for
-
-    shuffle_buffer = DataConfig(Path()).shuffle_buffer
-
-    def read() -> "tuple[DataNode, DataNode]":
-        return read_graph(shards, True, seed, shuffle_buffer, 0, 1)
-
-    return views(shards, basis, augmentation, seed, 0, min(count, shards.num_samples), read)
-
-
-def repeated_views(
-    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int, sample: Sample, count: int = COUNT
-) -> list[View]:
-    """One image `count` times, each time augmented anew. Raises `DataError` when DALI fails."""
-    from nvidia.dali import fn
-
-    def repeat(data: bytes) -> "DataNode":
-        return fn.external_source(lambda: [np.frombuffer(data, np.uint8)] * count)
-
-    def read() -> "tuple[DataNode, DataNode]":
-        return repeat(sample.image), repeat(sample.digits)
-
-    # Numbers of another rank, so that both halves of the sheet differ.
-    return [
-        view._replace(key=sample.key)
-        for view in views(shards, basis, augmentation, seed, 1, count, read, indexed=False)
-    ]
-
-
-def views(
+def render_views(
     shards: ShardSet,
     basis: Eigenbasis,
     augmentation: Augmentation,
     seed: int,
-    rank: int,
-    count: int,
-    read: "Callable[[], tuple[DataNode, DataNode]]",
-    indexed: bool = True,
+    repeat: View | None = None,
 ) -> list[View]:
-    """One batch through the training graph on the CPU, and what it was made of.
+    """Run one batch through the training graph on the CPU.
 
     Args:
-        shards: What is read.
+        shards: Training split.
         basis: Mean and RGB axes.
         augmentation: What happens to an image.
-        seed: Behind windows, flips and lighting, together with `rank`.
-        rank: Of the loader.
-        count: Images in the batch.
-        read: Gives (encoded image, label digits) within a pipeline.
-        indexed: Whether that is the reader of shards; otherwise views have no key.
+        seed: Of order, windows, flips and lighting.
+        repeat: Show this one `COUNT` times; None: the first images of training on one rank, fewer than `COUNT` where
+            the split has no more.
+
+    Raises `DataError` when DALI fails.
     """
-    from nvidia.dali import Pipeline, fn
+    from nvidia.dali import Pipeline, fn  # DALI takes seconds, which errors in the input need not wait for
 
     from pipeline.decode import Decoder
     from pipeline.draws import OFFSETS, draw
-    from pipeline.graph import square_graph, train_graph
+    from pipeline.graph import read_graph, square_graph, train_graph
     from pipeline.lighting import moved_means
     from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
     raise_open_files(len(shards.tars))
     decoder = Decoder("cpu", shards.any_size)
+    count = COUNT if repeat else min(COUNT, shards.num_samples)
+
+    def feed(data: bytes) -> "DataNode":
+        return fn.external_source(lambda: [np.frombuffer(data, np.uint8)] * count)
+
     pipe = Pipeline(batch_size=count, num_threads=num_cores(), device_id=None, prefetch_queue_depth=1)
     with pipe:
-        encoded, digits = read()
-        draws = draw(augmentation, seed, rank)
-        windows, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
-        sources = [fn.get_property(encoded, key="source_info")] if indexed else []
+        if repeat:
+            encoded, digits = feed(repeat.jpeg), feed(str(repeat.label).encode())
+        else:
+            encoded, digits = read_graph(shards, True, seed, DataConfig(Path()).shuffle_buffer, 0, 1)
+        # Random numbers of another rank for the repeated image, so that the halves of the sheet differ.
+        draws = draw(augmentation, seed, 1 if repeat else 0)
+        crops, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
+        source = [] if repeat else [fn.get_property(encoded, key="source_info")]
+        squares = square_graph(encoded, decoder)
         pipe.set_outputs(
-            windows,
-            light,
-            square_graph(encoded, decoder),
-            digits,
-            draws.crop_x,
-            draws.crop_y,
-            mirrored,
-            *sources,
+            crops, light, squares, encoded, digits, draws.crop_x, draws.crop_y, mirrored, *source
         )
     with data_errors(shards):
         pipe.build()
-        if indexed:
+        if not repeat:
             check_index(pipe, shards)
         outputs: Any = pipe.run()
-    found = []
+
+    views = []
     for n in range(count):
-        window, light, stored, digits, x, y, mirror, *source = (np.array(output.at(n)) for output in outputs)
-        key = key_of(member_of(source[0].tobytes().decode(), shards)) if source else ""
-        left, top = round(float(x) * OFFSETS), round(float(y) * OFFSETS)
-        seen = window[:, ::-1] if mirror else window
+        crop, light, square, jpeg, digits, x, y, mirror, *name = (
+            np.array(output.at(n)) for output in outputs
+        )
         mean = moved_means(light[None], basis, augmentation.lighting)[0]
+        pixels = to_pixels((crop[:, ::-1] if mirror else crop) - mean, basis.mean)
+        key = repeat.key if repeat else parse_key(name[0].tobytes().decode(), shards)
         label = int(digits.tobytes().strip(b"\0"))
-        found.append(View(key, label, to_pixels(seen - mean, basis.mean), stored, left, top, bool(mirror)))
-    return found
+        left, top = (round(float(offset) * OFFSETS) for offset in (x, y))
+        views.append(View(key, label, jpeg.tobytes(), square, pixels, left, top, bool(mirror)))
+    return views
 
 
-def member_of(source: str, shards: ShardSet) -> str:
-    """The member's name in DALI's `TAR:OFFSET:NAME`, whose parts may hold colons themselves."""
+def parse_key(source: str, shards: ShardSet) -> str:
+    """Take the key from DALI's `TAR:OFFSET:NAME`, whose parts may hold colons themselves: the member's name up to the
+    first dot of its base name, as in the webdataset library."""
     tar = next(tar for tar in shards.tars if source.startswith(f"{tar}:"))
-    return source[len(tar) + 1 :].partition(":")[2]
+    name = source[len(tar) + 1 :].partition(":")[2]
+    base = name.rpartition("/")[2]
+    return name[: len(name) - len(base)] + base.partition(".")[0]
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ def evaluate(
             centre, average = probabilities(model, images, mirrored, loader.mean_offset)
         else:
             centre_NCHW = window(images, CENTRE)
-            centre = average = model(centre_NCHW if loader.mean_offset is None else centre_NCHW - loader.mean_offset)
+            centre = average = model(
+                centre_NCHW if loader.mean_offset is None else centre_NCHW - loader.mean_offset
+            )
         hits = [top_hits(scores, labels, k) for scores in (centre, average) for k in (1, 5)]
         watch(images, labels, average)
         correct += torch.stack(hits)

@@ -122,7 +122,10 @@ def draw_curves(figure: "Figure", rows: Rows, steps_per_epoch: int, classes: int
 SPEED = {
     "Throughput": ("images/s", {"training": ("train", "images_per_s")}),
     "Waiting for input": ("% of the time", {"training": ("train", "wait_percent")}),
-    "Time of a step": ("ms", {"all": ("train", "step_ms_p50"), "while saving": ("train", "saving_step_ms_p50")}),
+    "Time of a step": (
+        "ms",
+        {"all": ("train", "step_ms_p50"), "while saving": ("train", "saving_step_ms_p50")},
+    ),
     "Time of an evaluation": ("s", {"after an epoch, centre crop": ("eval", "eval_s")}),
 }
 """Title: (unit, {label: (kind, figure)})."""
@@ -135,14 +138,18 @@ def speed_charts(rows: Rows) -> dict[str, tuple[bytes, str]]:
         lines = {label: figures_of(rows, *name) for label, name in names.items()}
         medians = {label: float(np.median(values)) for label, (_, values) in lines.items() if len(values)}
 
-        def draw(figure: "Figure", title: str = title, unit: str = unit, lines: dict[str, Any] = lines) -> None:
+        def draw(
+            figure: "Figure", title: str = title, unit: str = unit, lines: dict[str, Any] = lines
+        ) -> None:
             axes = figure.subplots()
             draw_lines(axes, title, unit, lines)
             axes.set(xlabel="step")
 
         if medians:
             notes = {label: f" ({label})" if len(medians) > 1 else "" for label in names}
-            values = {label: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for label, value in medians.items()}
+            values = {
+                label: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for label, value in medians.items()
+            }
             told = ", ".join(f"{value} {unit}{notes[label]}" for label, value in values.items())
             charts[title] = png_of(draw), f"Median over the rows: {told}."
     return charts
@@ -153,12 +160,19 @@ def draw_saturations(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
     axes = figure.subplots()
     for number, (values, colour) in enumerate(zip(towers, TOWER_COLOURS, strict=False)):
         axes.plot(
-            np.arange(1, len(values) + 1), np.sort(values), "o", markersize=4, color=colour, label=f"tower {number}"
+            np.arange(1, len(values) + 1),
+            np.sort(values),
+            "o",
+            markersize=4,
+            color=colour,
+            label=f"tower {number}",
         )
         axes.axhline(values.mean(), color=colour, linewidth=0.8, label=f"its mean, {values.mean():.2f}")
     axes.axhline(2 / 3, color="grey", linewidth=0.8, linestyle=":", label="noise")
     axes.set(
-        title="Saturation of every kernel", xlabel="kernels of a tower, the greyest first", ylabel="0 grey, 1 colour"
+        title="Saturation of every kernel",
+        xlabel="kernels of a tower, the greyest first",
+        ylabel="0 grey, 1 colour",
     )
     finish(axes)
     axes.set_ylim(0, 1)
@@ -187,4 +201,6 @@ def draw_confusion(figure: "Figure", findings: Findings, classes: Sequence[Class
         axes.set_yticks(range(len(names)), names)
         for row, column in zip(*np.nonzero(counts), strict=True):
             dark = shares[row, column] > 0.5
-            axes.text(column, row, counts[row, column], ha="center", va="center", color="white" if dark else "black")
+            axes.text(
+                column, row, counts[row, column], ha="center", va="center", color="white" if dark else "black"
+            )

@@ -44,14 +44,18 @@ class CheckpointWriter:
         """Whether one is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int] = ()) -> None:
+    def start(
+        self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int] = ()
+    ) -> None:
         """Write `content`, none of whose tensors may change any more; `before` is called first. All but the newest ones
         and those of the steps in `keep` are removed then. The one before is written: `wait` has told."""
         assert not self.busy
         self._thread = Thread(target=self._write, args=(step, content, before, keep), name="checkpoint")
         self._thread.start()
 
-    def _write(self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int]) -> None:
+    def _write(
+        self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int]
+    ) -> None:
         try:
             before()
             self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep, self._tell_once)
@@ -137,9 +141,13 @@ def find_checkpoint(place: Path) -> Path | None:
     """
     latest = place / "checkpoints" / "LATEST"
     if latest.is_dir():
-        raise ValueError(f"{latest} is a folder; remove it, or write the name of a step-*.pt into a file of that name")
+        raise ValueError(
+            f"{latest} is a folder; remove it, or write the name of a step-*.pt into a file of that name"
+        )
     if not latest.is_file():
-        found = sorted(latest.parent.glob("step-*.pt"))  # whole, each of them: a kill came before LATEST was written
+        found = sorted(
+            latest.parent.glob("step-*.pt")
+        )  # whole, each of them: a kill came before LATEST was written
         return found[-1] if found else None
     name = named_by(latest)
     if not re.fullmatch(NAME, name) or not (path := latest.with_name(name)).is_file():
@@ -172,7 +180,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `ValueError` when it is none or is damaged; the
     sentence offers the one before it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; give a checkpoint (RUN/checkpoints/step-*.pt) or a run directory")
+        raise FileNotFoundError(
+            f"{path} is no file; give a checkpoint (RUN/checkpoints/step-*.pt) or a run directory"
+        )
     content = read_content(path)
     if content is None:
         remedy = "give a sound step-*.pt"
@@ -181,10 +191,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             sound = next((each for each in older if read_content(each)), None)
             remedy = "none before it is sound: put one back from a copy, or begin anew in another directory"
             if sound:
-                remedy = f"the one before it is sound: echo {sound.name} > {path.parent}/LATEST goes on from there"
+                remedy = (
+                    f"the one before it is sound: echo {sound.name} > {path.parent}/LATEST goes on from there"
+                )
         raise ValueError(f"{path} is damaged or no checkpoint of this program; {remedy}")
     if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}"
+        )
     return content
 
 

@@ -55,7 +55,7 @@ class RunConfig:
     """Where a run computes and writes, and how often."""
 
     dir: Path
-    """Run directory; a run that was stopped goes on in it."""
+    """Run directory; a run that was stopped resumes from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the first GPU if there is one."""
     deterministic: bool = False
@@ -65,7 +65,7 @@ class RunConfig:
     save_every: int = 1000
     """Steps between checkpoints, which are also written at the end of each epoch."""
     keep: int = 3
-    """Newest checkpoints to keep; the best one, by centre top-1 error, stays besides."""
+    """Newest checkpoints to keep; the best one, by centre top-1 error, stays, too."""
     keep_every: int = 0
     """Keep the checkpoint at the end of every so many epochs for good; 0: of none."""
 
@@ -90,11 +90,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """How a run goes on."""
+    """How a run resumes."""
 
     allow_world_change: bool = False
-    """Go on under another number of processes or another placement, from the end of an epoch: of the last one that a
-    kept checkpoint has. Order and augmentation are drawn anew from there."""
+    """Resume under another number of processes or another placement, from the end of an epoch: of the last one that a
+    kept checkpoint has. Order and augmentation are other ones from there."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,19 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Several processes."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    """Going on."""
+    """Resuming."""
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_epochs >= self.train.epochs:
             raise ValueError(
-                f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs}) must be less than train.epochs "
-                f"({self.train.epochs})"
+                f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs:g}) must be less than train.epochs "
+                f"({self.train.epochs}); give --optimizer.warmup_epochs {self.train.epochs - 1} or less, or more epochs"
             )
         for change in self.optimizer.changes:
             if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
-                raise ValueError(f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out")
+                raise ValueError(
+                    f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out"
+                )
 
     def with_classes(self, classes: int) -> "Config":
         """The same for shards of so many classes, unless `model.num_classes` says how many there have to be."""
@@ -145,7 +147,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="python -m train.run",
-        usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]",
+        usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]\n"
+        "       %(prog)s --run.dir DIR    (resume)",
     )
     parser.add_argument(
         "--config",
@@ -157,7 +160,13 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         words = add_saved_config(split_pairs(sys.argv[1:] if arguments is None else arguments))
         parsed = parser.instantiate(parser.parse_args(with_recipes(words)))
         return Config(
-            parsed.data, parsed.train, parsed.run, parsed.model, parsed.optimizer, parsed.parallel, parsed.resume
+            parsed.data,
+            parsed.train,
+            parsed.run,
+            parsed.model,
+            parsed.optimizer,
+            parsed.parallel,
+            parsed.resume,
         )
 
 
@@ -168,12 +177,20 @@ def split_pairs(arguments: list[str]) -> list[str]:
 
 
 def add_saved_config(words: list[str]) -> list[str]:
-    """The same, with the configuration that a run was started with where nothing but its directory is named: what else
-    is given comes on top."""
-    if "--config" in words or "--data.shards" in words or "--run.dir" not in words[:-1]:
+    """The same, with the configuration that a run was started with where `--run.dir` names its directory and there is
+    no `--config`: what else is given comes on top. Raises `ValueError` where a directory alone is given and holds no
+    run."""
+    if "--config" in words or "--run.dir" not in words[:-1]:
         return words
-    saved = Path(words[words.index("--run.dir") + 1]) / "config.yaml"
-    return ["--config", str(saved), *words] if saved.is_file() else words
+    directory = Path(words[words.index("--run.dir") + 1])
+    if (directory / "config.yaml").is_file():
+        return ["--config", str(directory / "config.yaml"), *words]
+    if not any(word.startswith("--data.shards") for word in words):
+        raise ValueError(
+            f"{directory} holds no run to resume (no config.yaml); give an earlier run's --run.dir, or --config FILE "
+            "and --data.shards SHARDS"
+        )
+    return words
 
 
 def with_recipes(words: list[str]) -> list[str]:
@@ -203,12 +220,32 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> No
     for name in sorted(before.keys() | after.keys()):
         spread = name.startswith("parallel.") or name == "train.accumulate"
         moves = name.startswith("resume.") or (spread and after["resume.allow_world_change"])
-        free = moves or (name.startswith(("run.", "data.speed.")) and name != "run.device") or name == "data.shards"
+        free = (
+            moves
+            or (name.startswith(("run.", "data.speed.")) and name != "run.device")
+            or name == "data.shards"
+        )
         # A cosine is laid out over all epochs.
         ahead = name == "train.epochs" and after[name] >= begun and after["optimizer.schedule"] != "cosine"
         if name in ("optimizer.steps", "optimizer.changes"):
             ahead = changes_before(before.get(name), begun) == changes_before(after.get(name), begun)
         if before.get(name) != after.get(name) and not (free or ahead):
+            if name in ("optimizer.steps", "optimizer.changes"):
+                kept = changes_before(before.get(name), begun)
+                raise ValueError(
+                    f"this run is in epoch {begun}: {name} may change from then on, but has to keep "
+                    f"{kept or 'nothing'} before; give that and what is to come"
+                )
+            if name == "train.epochs":
+                remedy = (
+                    f"at least {begun}"
+                    if after["optimizer.schedule"] != "cosine"
+                    else f"still {before[name]}"
+                )
+                raise ValueError(
+                    f"train.epochs: expected {remedy}, got {after[name]}; the run is in epoch {begun}, and a cosine "
+                    "schedule is laid out over all epochs"
+                )
             raise ValueError(
                 f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "
                 "continue it with the same value or give another --run.dir"

@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
     Raises `ValueError` when a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("a GPU was asked for (device cuda), but PyTorch sees no GPU; install a driver or say cpu")
+        raise ValueError(f"device cuda: {why_no_gpu()}; see docs/install.md, or take device cpu")
     place = local_rank(os.environ)
     if name != "cpu" and place >= torch.cuda.device_count() > 0:
         raise ValueError(
@@ -39,12 +39,9 @@ def gpu_advice(device: torch.device, world: int, images: int) -> list[str]:
     """
     found = torch.cuda.device_count()
     if device.type == "cpu" and has_nvidia_gpu() and not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            reason = f"PyTorch {torch.__version__} is a build without CUDA; install one with it"
-        else:
-            reason = f"PyTorch {torch.__version__} is made for CUDA {torch.version.cuda}, for which the driver is too "
-            reason += "old, or which it cannot reach; tools/doctor.py says what it sees"
-        return [f"warning: TRAINING ON THE CPU, though this machine has an NVIDIA GPU: {reason} (docs/install.md)"]
+        return [
+            f"warning: TRAINING ON THE CPU, though this machine has an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
+        ]
     if device.type == "cuda" and world == 1 and found > 1:
         start = f"torchrun --standalone --nproc-per-node {found} -m train.run"
         return [f"note: this run uses 1 of {found} GPUs; {start} and the same options use all"]
@@ -60,9 +57,22 @@ MANY_IMAGES = 64
 """At a time on a GPU, below which the host's 2.4 ms of launches a step bind (docs/tuning.md)."""
 
 
+def why_no_gpu() -> str:
+    """Why PyTorch sees no GPU."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is a build without CUDA; install one with it"
+    if not has_nvidia_gpu():
+        return "this machine has no NVIDIA GPU, or no driver for it"
+    return (
+        f"PyTorch {torch.__version__} is made for CUDA {torch.version.cuda}, for which the driver is too old, or which "
+        "it cannot reach; tools/doctor.py says what it sees"
+    )
+
+
 def has_nvidia_gpu() -> bool:
-    """Whether the kernel knows of an NVIDIA GPU, whatever PyTorch thinks."""
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+    """Whether the kernel, or that of Windows under WSL, knows of an NVIDIA GPU, whatever PyTorch thinks."""
+    places = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
+    return any(Path(place).exists() for place in places)
 
 
 def set_arithmetic(deterministic: bool) -> str:

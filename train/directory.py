@@ -45,7 +45,9 @@ class RunDirectory:
             sound, kind = (path.is_file(), "file") if path.name in FILES else (path.is_dir(), "folder")
             if (path.is_symlink() or path.exists()) and not sound:
                 leads = f" but a link to {path.readlink()}" if path.is_symlink() else ""
-                raise ValueError(f"{path} is no {kind}{leads}; mount or put back what belongs there, or remove it")
+                raise ValueError(
+                    f"{path} is no {kind}{leads}; mount or put back what belongs there, or remove it"
+                )
 
     def _check_checkpoints(self) -> None:
         """Refuse a folder of checkpoints that cannot be written, or from which those that rows tell of are gone."""
@@ -84,6 +86,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()
         content = config.to_json()
-        content["data"]["shards"] = str(config.data.shards.absolute())  # the run may go on from another folder
+        content["data"]["shards"] = str(
+            config.data.shards.absolute()
+        )  # the run may go on from another folder
         write_bytes(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
         (self.path / "checkpoints").mkdir(exist_ok=True)  # behind what tells that the directory is a run's

@@ -67,7 +67,9 @@ def evaluate_checkpoint(
             augmentation=trained.augmentation,
         )
         where = {"rank": placement.rank, "num_ranks": placement.world, "device": place}
-        loader = placement.together(lambda: val_loader(val, trained.basis, config, batch_size=batch_size, **where))
+        loader = placement.together(
+            lambda: val_loader(val, trained.basis, config, batch_size=batch_size, **where)
+        )
         model = AlexNet(trained.config)
         model.load_state_dict(trained.state)
         findings = Findings(len(val.classes), place)
@@ -120,7 +122,9 @@ def open_for(trained: "Trained", shards: Path) -> ShardSet:
             "trained on"
         )
     if len(names) != trained.config.outputs:
-        raise ValueError(f"{trained.path} tells {trained.config.outputs} classes apart, {shards} has {len(names)}")
+        raise ValueError(
+            f"{trained.path} tells {trained.config.outputs} classes apart, {shards} has {len(names)}"
+        )
     return val
 
 

@@ -62,7 +62,9 @@ class Findings:
         self._wrong.add(torch.where((labels >= 0) & ~hits[:, 0], confidence, never), rows_of)
         self._right.add(torch.where((labels >= 0) & hits[:, 0], -confidence, never), rows_of)
 
-    def collect(self, total: Callable[[torch.Tensor], torch.Tensor], gather: Callable[[Any], list[Any]]) -> None:
+    def collect(
+        self, total: Callable[[torch.Tensor], torch.Tensor], gather: Callable[[Any], list[Any]]
+    ) -> None:
         """Put together what all processes found, in each of them: `total` adds tensors up, `gather` lists objects."""
         self.counts, self.confusion = total(self.counts), total(self.confusion)
         for extremes in (self._wrong, self._right):
@@ -100,7 +102,9 @@ class Findings:
         rows, out = self.table(names), io.StringIO()
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows)
+        writer.writerows(
+            {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows
+        )
         return out.getvalue().encode()
 
 
@@ -121,7 +125,10 @@ class Extremes:
     def merge(self, several: list[tuple[torch.Tensor, ...]]) -> None:
         """Keep the best of several."""
         device = several[0][0].device
-        joined = [torch.cat([each.to(device) for each in parts]) for parts in zip(*filter(None, several), strict=True)]
+        joined = [
+            torch.cat([each.to(device) for each in parts])
+            for parts in zip(*filter(None, several), strict=True)
+        ]
         best = joined[0].topk(min(self._count, len(joined[0]))).indices
         self.kept = tuple(each[best] for each in joined)
 

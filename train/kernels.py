@@ -75,6 +75,8 @@ def tower_colours(weight: np.ndarray, towers: int, halvings: int = 10_000, seed:
     chance = float(np.quantile(differences, 1 - SIGNIFICANT))
     if towers == 1:
         return TowerColours((float(means[0]),), chance, None)
-    as_far = int((differences >= abs(means[0] - means[1]) - 1e-12).sum())  # the same halving may round otherwise
+    as_far = int(
+        (differences >= abs(means[0] - means[1]) - 1e-12).sum()
+    )  # the same halving may round otherwise
     # The towers themselves are one of the halvings that could have come: p is never 0.
     return TowerColours((float(means[0]), float(means[1])), chance, (1 + as_far) / (1 + halvings))

@@ -84,7 +84,9 @@ def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
 def check_meeting_point(environment: Mapping[str, str]) -> None:
     """Raise `ValueError` unless the variables say where processes meet."""
     if not environment.get("MASTER_ADDR"):
-        raise ValueError("there are other processes, but MASTER_ADDR is not set; start all of them by torchrun or srun")
+        raise ValueError(
+            "there are other processes, but MASTER_ADDR is not set; start all of them by torchrun or srun"
+        )
     if not 0 < read_number(environment, "MASTER_PORT") < 2**16:
         raise ValueError(f"MASTER_PORT has to lie in 1..65535, but is {environment['MASTER_PORT']}")
 
@@ -107,7 +109,9 @@ def read_number(environment: Mapping[str, str], name: str) -> int:
     """A variable that holds a number from 0. Raises `ValueError` when it does not, or is missing."""
     value = environment.get(name)
     if value is None:
-        raise ValueError(f"a launcher started this process, but {name} is not set; start it by srun or torchrun again")
+        raise ValueError(
+            f"a launcher started this process, but {name} is not set; start it by srun or torchrun again"
+        )
     if not (value.isascii() and value.isdigit()):
         raise ValueError(f"{name} has to be a number from 0, but is {value!r}")
     return int(value)

@@ -55,7 +55,9 @@ class Learner:
         overflow = self.scale.unscale(self.optimizer.gradients, self._placement.any_on_device)
         norm = None
         if with_norm:
-            squares = torch.stack([gradient.float().square().sum() for gradient in self.optimizer.gradients]).sum()
+            squares = torch.stack(
+                [gradient.float().square().sum() for gradient in self.optimizer.gradients]
+            ).sum()
             norm = self._placement.total_over_parts(squares).sqrt()
         self.optimizer.step(rates, overflow)
         return loss, correct, norm

@@ -35,7 +35,9 @@ class Trainer:
         """How long training stood still for checkpoints since the last row."""
         self.trouble: OSError | None = None
         """What kept the last checkpoint from being written."""
-        self.alarms = Alarms(self.config.model.outputs, tqdm.write if self.placement.is_first else lambda line: None)
+        self.alarms = Alarms(
+            self.config.model.outputs, tqdm.write if self.placement.is_first else lambda line: None
+        )
 
     def fit(self) -> bool:
         """Train from the present position to the end. Returns False when it was stopped; its state is saved either way.
@@ -68,7 +70,10 @@ class Trainer:
         state.learner.model.train()
         self.stop.hurry()
         steps = loader.steps_per_epoch
-        title, quiet = f"epoch {state.epoch + 1}", None if self.placement.is_first else True  # None: if on a terminal
+        title, quiet = (
+            f"epoch {state.epoch + 1}",
+            None if self.placement.is_first else True,
+        )  # None: if on a terminal
         with tqdm(desc=title, total=steps, unit="step", disable=quiet, leave=False) as progress:
             progress.update(loader.at_step % steps)
             for batch in loader.epoch(state.epoch):
@@ -111,7 +116,9 @@ class Trainer:
         if self.state.learner.scale.enabled:
             figures["loss_scale"] = self.state.learner.scale.factor.item()
         if self.state.train_loader.cached_share:
-            figures["cache_hits_percent"] = 100 * self.state.train_loader.cached_share if self.state.epoch else 0.0
+            figures["cache_hits_percent"] = (
+                100 * self.state.train_loader.cached_share if self.state.epoch else 0.0
+            )
         if self.log:
             self.log.write("train", self.state.step, epoch=self.state.epoch, lr=lr, **figures)
         self.alarms.train_row(self.state.step, self.state.epoch, self.config.run.log_every, figures)
@@ -163,7 +170,8 @@ class Trainer:
             raise DivergedError(
                 f"training diverged in steps {first} to {self.state.step}: loss or weights are no longer finite. The "
                 f"last good checkpoint is {latest or 'none'}; start a new run with a lower --optimizer.lr or some "
-                "--optimizer.warmup_epochs" + (f", or from it with --train.weights {latest}" if latest else "")
+                "--optimizer.warmup_epochs"
+                + (f", or from it with --train.weights {latest}" if latest else "")
             )
 
     @property

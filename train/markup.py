@@ -22,14 +22,22 @@ def inline(png: bytes) -> str:
 
 
 def table(
-    rows: Sequence[Sequence[str]], head: Sequence[str] = (), *, numbers: int = 0, caption: str = "", css: str = ""
+    rows: Sequence[Sequence[str]],
+    head: Sequence[str] = (),
+    *,
+    numbers: int = 0,
+    caption: str = "",
+    css: str = "",
 ) -> str:
     """Rows of texts, the first of each its name; the `numbers` columns behind it are set to the right."""
 
     def cells(texts: Sequence[str], every: str) -> str:
         first, *others = [escape(text) for text in texts]
         number = f'<{every} class="number">'
-        ends = [f"{number if place < numbers else f'<{every}>'}{text}</{every}>" for place, text in enumerate(others)]
+        ends = [
+            f"{number if place < numbers else f'<{every}>'}{text}</{every}>"
+            for place, text in enumerate(others)
+        ]
         return f"<th>{first}</th>{''.join(ends)}"
 
     top = f"<caption>{escape(caption)}</caption>" if caption else ""

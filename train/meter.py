@@ -57,7 +57,9 @@ class StepMeter:
         self._next_ms = 0.0 if self._host_end is None else (perf_counter() - self._host_end) * 1e3
         self._start = self._now()
 
-    def end_step(self, loss: torch.Tensor, correct: torch.Tensor, batch: Any = None, saving: bool = False) -> None:
+    def end_step(
+        self, loss: torch.Tensor, correct: torch.Tensor, batch: Any = None, saving: bool = False
+    ) -> None:
         """The update is done (on a GPU: queued).
 
         Args:
@@ -103,7 +105,8 @@ class StepMeter:
         total_ms = waits.sum() + sum(self._ms(mark.start, mark.end) for mark in self._marks)
         figures = {
             "loss": self.loss_sum() / self._steps,
-            "top1_error": 100 - 100 * self._placement.total(self._correct).item() / (self._steps * batch_size),
+            "top1_error": 100
+            - 100 * self._placement.total(self._correct).item() / (self._steps * batch_size),
             "images_per_s": len(self._marks) * batch_size / total_ms * 1e3,
             "step_ms_p50": float(np.percentile(steps, 50)),
             "wait_ms_p50": float(np.percentile(waits, 50)),
@@ -121,7 +124,11 @@ class StepMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Loss and errors since the last row, so that a resumed run writes the rows of an undisturbed one."""
-        return {"loss": self._loss.clone().cpu(), "correct": self._correct.clone().cpu(), "steps": self._steps}
+        return {
+            "loss": self._loss.clone().cpu(),
+            "correct": self._correct.clone().cpu(),
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""

@@ -37,7 +37,10 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row."""
-        rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+        rounded = {
+            name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in values.items()
+        }
         with self._one_at_a_time:
             first_trouble = not self._pending
             self._pending.append((json.dumps({"kind": kind, "step": step, **rounded}) + "\n").encode())
@@ -45,7 +48,9 @@ class MetricsLog:
                 self._append()
             except OSError as error:
                 if first_trouble:
-                    tqdm.write(f"cannot write {self.path} ({error.strerror}); going on, its rows are kept in memory")
+                    tqdm.write(
+                        f"cannot write {self.path} ({error.strerror}); going on, its rows are kept in memory"
+                    )
         try:
             if self._curves:
                 self._curves.write(kind, step, values)

@@ -49,9 +49,14 @@ class PaperSGD:
         gradients = dict(zip(self._named, self.gradients, strict=True))
         for (rate, decay), names in groups.items():
             if rate > 0:
-                weights, velocity = [self._named[name] for name in names], [self._velocity[name] for name in names]
+                weights, velocity = (
+                    [self._named[name] for name in names],
+                    [self._velocity[name] for name in names],
+                )
                 before = [tensor.clone() for tensor in (*weights, *velocity)] if overflow is not None else []
-                self._update(weights, [gradients[name] for name in names], velocity, rate, self._momentum, decay)
+                self._update(
+                    weights, [gradients[name] for name in names], velocity, rate, self._momentum, decay
+                )
                 for tensor, old in zip((*weights, *velocity), before, strict=False):
                     tensor.copy_(torch.where(overflow, old, tensor))  # type: ignore[arg-type]
         for parameter in self._named.values():
@@ -97,7 +102,9 @@ class LossScale:
         """float32 scalar on the device."""
         self._good = torch.zeros((), dtype=torch.int64, device=device)
 
-    def unscale(self, gradients: list[torch.Tensor], any_process: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def unscale(
+        self, gradients: list[torch.Tensor], any_process: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Any:
         """Divide gradients by the factor, in place, and adapt it. Returns whether they overflowed (in any process, as
         `any_process` tells of a bool tensor); None where nothing is scaled."""
         if not self.enabled:

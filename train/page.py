@@ -83,7 +83,8 @@ def build_page(story: Story) -> bytes:
         "<main>",
     ]
     parts += [
-        f'<section id="{ids[title]}">\n<h2>{title}</h2>\n{content}\n</section>' for title, content in shown.items()
+        f'<section id="{ids[title]}">\n<h2>{title}</h2>\n{content}\n</section>'
+        for title, content in shown.items()
     ]
     frame = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     html = frame.substitute(title=escape(story.name), body="\n".join([*parts, "</main>"]))
@@ -101,7 +102,11 @@ def curves(story: Story) -> str:
         content += picture(error, "Top-1 error over epochs, in training and validation")
     for title, (png, told) in charts.speed_charts(rows).items():
         content += picture(png, f"{title} over steps", told)
-    return f'<div class="charts">{content}</div>' if content else "<p>The run was too short for a row of metrics.</p>"
+    return (
+        f'<div class="charts">{content}</div>'
+        if content
+        else "<p>The run was too short for a row of metrics.</p>"
+    )
 
 
 def kernels(story: Story) -> str:
@@ -109,12 +114,15 @@ def kernels(story: Story) -> str:
     towers = np.split(saturation(story.conv1), story.towers)
     chart = charts.png_of(lambda figure: charts.draw_saturations(figure, towers))
     listed = "".join(
-        f"<p>tower {number}: {' '.join(f'{value:.2f}' for value in values)}</p>" for number, values in enumerate(towers)
+        f"<p>tower {number}: {' '.join(f'{value:.2f}' for value in values)}</p>"
+        for number, values in enumerate(towers)
     )
     order = "one block for each tower, in their order" if len(towers) > 1 else "in their order"
     return (
         f"<p>{escape(colours_told(story.conv1, story.towers))}</p>"
-        + picture(story.kernels, f"The {len(story.conv1)} kernels of conv1", f"conv1's kernels, {order}.", "medium")
+        + picture(
+            story.kernels, f"The {len(story.conv1)} kernels of conv1", f"conv1's kernels, {order}.", "medium"
+        )
         + picture(
             chart,
             "Saturation of every kernel of conv1, sorted, for each tower",
@@ -177,7 +185,9 @@ def hardest(story: Story) -> str:
 def mistakes(story: Story) -> str:
     """The images that the network was surest about and wrong, and those it was right about but least sure."""
     findings = story.findings
-    content = "<p>Validation images with the most probable classes over all views; the true class is green.</p>"
+    content = (
+        "<p>Validation images with the most probable classes over all views; the true class is green.</p>"
+    )
     for title, examples, none in (
         ("Wrong, and sure of it", findings.mistakes, "No validation image was mistaken."),
         ("Right, but close", findings.close_calls, "No validation image was recognized."),

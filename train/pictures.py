@@ -51,7 +51,9 @@ def draw_kernels(figure: "Figure", network: AlexNet) -> None:
     sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]
     figure.set_size_inches(8, 0.6 + sum(8 * sheet.shape[0] / sheet.shape[1] + 0.3 for sheet in sheets))
     figure.suptitle(f"conv1: {len(kernels)} kernels of 11x11x3 (noise at the start of training)")
-    for number, (axes, sheet) in enumerate(zip(np.atleast_1d(figure.subplots(len(sheets), 1)), sheets, strict=True)):
+    for number, (axes, sheet) in enumerate(
+        zip(np.atleast_1d(figure.subplots(len(sheets), 1)), sheets, strict=True)
+    ):
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(f"tower {number}", fontsize=9)
         axes.axis("off")
@@ -79,7 +81,11 @@ def draw_augmentation(figure: "Figure", state: TrainState) -> None:
         num_ranks=1,
         device="cpu",
     )
-    batch = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * augmentation.std * augmentation.lighting.divisor
+    batch = (
+        next(iter(loader)).images.permute(0, 2, 3, 1).numpy()
+        * augmentation.std
+        * augmentation.lighting.divisor
+    )
     loader.close()
 
     figure.set_size_inches(10, 8.4)

@@ -49,7 +49,9 @@ class Placement:
             self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._mesh = Mesh.join(device) if towers else None
         mesh = self._mesh
-        self.replica, self.num_replicas = (mesh.replica, mesh.num_replicas) if mesh else (self.rank, self.world)
+        self.replica, self.num_replicas = (
+            (mesh.replica, mesh.num_replicas) if mesh else (self.rank, self.world)
+        )
         self._shares = towers and config.share_images
         self.loader_rank = self.rank if self._shares else self.replica
         self.num_loader_ranks = self.world if self._shares else self.num_replicas
@@ -74,21 +76,35 @@ class Placement:
         unit = math.lcm(self.num_loader_ranks * share_window, self.num_replicas * accumulate)
         most = num_images // self.num_loader_ranks * self.num_loader_ranks // unit * unit
         shared = f"{self.num_loader_ranks} processes" if self.num_loader_ranks > 1 else ""
-        shared += f"{' and ' * bool(shared)}data.augmentation.share_window {share_window}" * (share_window > 1)
+        shared += f"{' and ' * bool(shared)}data.augmentation.share_window {share_window}" * (
+            share_window > 1
+        )
         shared += f"{' and ' * bool(shared)}train.accumulate {accumulate}" * (accumulate > 1)
         if not most:
-            raise ValueError(f"{num_images} training images are too few for {shared}; take less of them")
+            raise ValueError(
+                f"{num_images} training images do not fill the smallest batch, {unit}, for {shared}; take fewer "
+                "processes or a smaller data.augmentation.share_window"
+            )
         if batch_size > most:
             raise ValueError(
                 f"{num_images} training images do not fill a batch of {batch_size}; train.batch_size can be {most}"
             )
         if batch_size % unit:
-            fitting = [str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size <= most]
+            fitting = [
+                str(size)
+                for size in (batch_size // unit * unit, -(-batch_size // unit) * unit)
+                if size <= most
+            ]
             remedy = f"take {' or '.join(size for size in fitting if size != '0')}"
-            if share_window > 1 and batch_size % math.lcm(self.num_loader_ranks, self.num_replicas * accumulate) == 0:
+            if (
+                share_window > 1
+                and batch_size % math.lcm(self.num_loader_ranks, self.num_replicas * accumulate) == 0
+            ):
                 smaller = math.gcd(share_window, batch_size // self.num_loader_ranks)
                 remedy += f", or data.augmentation.share_window {smaller}"
-            raise ValueError(f"train.batch_size ({batch_size}) has to be a multiple of {unit} for {shared}; {remedy}")
+            raise ValueError(
+                f"train.batch_size ({batch_size}) has to be a multiple of {unit} for {shared}; {remedy}"
+            )
 
     def build(self, config: AlexNetConfig, seed: int) -> AlexNet:
         """This process's part of the network, the same initial weights everywhere; then seed dropout, differently."""

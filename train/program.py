@@ -63,11 +63,19 @@ class Parser(ArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add `--samples-per-shard` for a parameter `samples_per_shard`; the spelling with underscores is taken too. A
         bool of a function that is off by default is a plain flag: `--fast`."""
-        ours = all(name.startswith("--") and "." not in name for name in args)  # a list has --name and --name+
-        if args and ours and args != ("--print_config",):  # jsonargparse's own, whose value it cuts off by length
-            args = tuple(dict.fromkeys(spelling for name in args for spelling in (name.replace("_", "-"), name)))
+        ours = all(
+            name.startswith("--") and "." not in name for name in args
+        )  # a list has --name and --name+
+        if (
+            args and ours and args != ("--print_config",)
+        ):  # jsonargparse's own, whose value it cuts off by length
+            args = tuple(
+                dict.fromkeys(spelling for name in args for spelling in (name.replace("_", "-"), name))
+            )
             if kwargs.get("type") is bool and kwargs.get("default") is False:
-                kwargs = {name: value for name, value in kwargs.items() if name != "type"} | {"action": "store_true"}
+                kwargs = {name: value for name, value in kwargs.items() if name != "type"} | {
+                    "action": "store_true"
+                }
         return super().add_argument(*args, **kwargs)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
@@ -75,7 +83,11 @@ class Parser(ArgumentParser):
         actions = [action for action in self._actions if not action.dest.endswith(".help")]
         types = {action.dest: getattr(action, "_typehint", None) for action in actions}
         # jsonargparse takes nothing, in a file, for any of them.
-        valued = {name for name, kind in types.items() if kind and kind is not Any and type(None) not in get_args(kind)}
+        valued = {
+            name
+            for name, kind in types.items()
+            if kind and kind is not Any and type(None) not in get_args(kind)
+        }
         check_recipe(Path(path), types.keys(), valued)
         self._reading = f"{path}: "
         settings = super().parse_path(path, *args, **kwargs)
@@ -95,12 +107,13 @@ class Parser(ArgumentParser):
         it was given."""
         found = re.fullmatch(r'Parser key "([^"]+)": (.*)', message)
         action = next((action for action in self._actions if found and action.dest == found[1]), None)
+        message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Expected a tuple", "expected a list")
         if found is None or action is None:
             return message
         key, fault = found.groups()
         typed = {word.split("=")[0] for word in sys.argv}
         name = next((option for option in action.option_strings if option in typed), key)
-        if fault.startswith("Unable to load config "):  # neither that nor what it begins with is a field of ours
+        if fault.startswith("Unable to load config "):  # neither that nor its beginning is a field of ours
             within = re.search(rf'Parser key "{re.escape(key)}\..*', fault)
             fields = "takes its fields one by one, or the name of a YAML file with them"
             return self.in_words(within[0]) if within else f"{name} {fields}; what was given is neither"
@@ -171,10 +184,14 @@ def outlive_full_disk() -> None:
     def outlet(stream: TextIO) -> TextIO:
         stream.flush()
         file = io.BufferedWriter(Outlet(stream.fileno(), "w", closefd=False))
-        at_once = stream.isatty() or stream is sys.stderr or getattr(stream, "write_through", False)  # python -u
+        at_once = (
+            stream.isatty() or stream is sys.stderr or getattr(stream, "write_through", False)
+        )  # python -u
         return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=at_once)
 
-    sys.stdout, sys.stderr = (stream and outlet(stream) for stream in (sys.stdout, sys.stderr))  # None if closed
+    sys.stdout, sys.stderr = (
+        stream and outlet(stream) for stream in (sys.stdout, sys.stderr)
+    )  # None if closed
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:

@@ -58,7 +58,9 @@ class StrictLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a list is no name of a setting", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem="a list is no name of a setting", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"{key.value} comes a second time; keep one", problem_mark=key.start_mark
@@ -82,7 +84,9 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
 
-def check_recipe(path: Path, options: Collection[str], valued: Collection[str] = (), prefix: str = "") -> None:
+def check_recipe(
+    path: Path, options: Collection[str], valued: Collection[str] = (), prefix: str = ""
+) -> None:
     """Raise `ValueError` where a file is no YAML, sets something twice, or has no settings where a section is to be.
 
     Args:
@@ -106,7 +110,9 @@ def check_recipe(path: Path, options: Collection[str], valued: Collection[str] =
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path} holds no settings; write some, such as train: {{epochs: 3}}, or leave the file out")
+        raise ValueError(
+            f"{path} holds no settings; write some, such as train: {{epochs: 3}}, or leave the file out"
+        )
     if num_values(root, {}) > MOST_VALUES:
         raise ValueError(
             f"{path} repeats itself, by aliases, to more than {MOST_VALUES} values; write out what is needed"
@@ -117,7 +123,11 @@ def check_recipe(path: Path, options: Collection[str], valued: Collection[str] =
 def num_values(node: yaml.Node, known: dict[int, int]) -> int:
     """Values within a node, those that aliases repeat counted each time; `known`: by the nodes' ids."""
     if id(node) not in known:
-        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = (
+            [each for pair in node.value for each in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
         nodes = inner if isinstance(node, yaml.CollectionNode) else []
         known[id(node)] = 1 + sum(num_values(each, known) for each in nodes)
     return known[id(node)]
@@ -141,7 +151,9 @@ def check_sections(
             continue
         name = f"{prefix}{key.value}"
         if name in valued and value.tag == NOTHING:
-            raise ValueError(f"{path}, line {key.start_mark.line + 1}: {name} has no value; give one, or leave it out")
+            raise ValueError(
+                f"{path}, line {key.start_mark.line + 1}: {name} has no value; give one, or leave it out"
+            )
         if any(option.startswith(f"{name}.") for option in options):
             if isinstance(value, yaml.MappingNode):
                 check_sections(value, path, options, valued, f"{name}.")

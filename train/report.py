@@ -16,7 +16,9 @@ from train.pictures import example_pixels
 from train.state import TrainState
 
 
-def report(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings, pictures: list[Path]) -> None:
+def report(
+    state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings, pictures: list[Path]
+) -> None:
     """Print what was trained on, how well and how fast, and where the pictures lie; write the page. Raises
     `OSError`."""
     rows = read_metrics(state.config.run.dir / "metrics.jsonl")
@@ -97,7 +99,9 @@ def summary(accuracy: Accuracy, epochs: int, steps: int, images: int) -> str:
     """One line: how well, after how much."""
     shares = [f"centre crop {accuracy.centre_top1:.1f} % top-1, {accuracy.centre_top5:.1f} % top-5"]
     if accuracy.views:
-        shares.append(f"{accuracy.views} {accuracy.views_top1:.1f} % top-1, {accuracy.views_top5:.1f} % top-5")
+        shares.append(
+            f"{accuracy.views} {accuracy.views_top1:.1f} % top-1, {accuracy.views_top5:.1f} % top-5"
+        )
     length = f"after {epochs:,} epoch{'s' * (epochs != 1)}, {steps:,} steps, {images:,} images"
     return f"Accuracy: {'; '.join(shares)}; {length}."
 

@@ -2,7 +2,7 @@
 
     python -m train.run --config FILE --data.shards SHARDS --run.dir DIR [--section.key VALUE ...]
 
-The same command goes on where a run was stopped (Ctrl-C, SIGTERM, SIGUSR1, or any other end); a finished run is
+The same command resumes a run that was stopped (Ctrl-C, SIGTERM, SIGUSR1, or any other end); a finished run is
 evaluated again. Under torchrun or srun it is one run of all processes.
 """
 
@@ -59,7 +59,7 @@ def set_out(state: "TrainState", directory: "RunDirectory") -> None:
     told = ""
     if checkpoint:
         path = placement.together(lambda: state.restore(checkpoint))
-        told = f"going on from {path} (epoch {state.epoch}, step {state.step})"
+        told = f"resuming from {path} (epoch {state.epoch + 1}, step {state.step})"
     elif config.train.weights:
         told = state.start_from(config.train.weights)
     placement.first_does(lambda: directory.prepare(config))
@@ -84,7 +84,9 @@ def train(state: "TrainState", stop: "StopVote") -> None:
         if state.placement.is_first:
             report(state, network, accuracy, findings, draw_pictures(state, network, findings))
     elif state.placement.is_first:
-        print(f"stopped and saved at step {state.step} (epoch {state.epoch}); run the same command again to go on")
+        print(
+            f"stopped and saved at step {state.step} (epoch {state.epoch + 1}); run the same command again to resume"
+        )
     trainer.close()
 
 
@@ -111,7 +113,9 @@ def describe(state: "TrainState", arithmetic: str) -> None:
     print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")
     print(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
     if loader.cached_share:
-        print(f"the decode cache holds {loader.cached_share:.0%} of this process's images: its hits after one epoch")
+        print(
+            f"the decode cache holds {loader.cached_share:.0%} of this process's images: its hits after one epoch"
+        )
 
 
 def main() -> NoReturn:

@@ -21,9 +21,13 @@ class RateChange:
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or not 0 <= self.lr < math.inf:
-            raise ValueError(f"a change of rate is made at an epoch from 1 on, to a rate from 0 on, not {self}")
+            raise ValueError(
+                f"a change of rate is made at an epoch from 1 on, to a rate from 0 on, not {self}"
+            )
         if self.of not in ("weights", "biases", *LAYERS):
-            raise ValueError(f"a change of rate is of weights, biases or one of {', '.join(LAYERS)}, not of {self.of}")
+            raise ValueError(
+                f"a change of rate is of weights, biases or one of {', '.join(LAYERS)}, not of {self.of}"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,14 @@ class OptimizerConfig:
     """hand: what is set when, such as {epoch: 67, of: conv1, lr: 0.00001}."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "bias_lr", "bias_weight_decay", "warmup_epochs", "min_improvement"):
+        for name in (
+            "lr",
+            "weight_decay",
+            "bias_lr",
+            "bias_weight_decay",
+            "warmup_epochs",
+            "min_improvement",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"optimizer.{name} must be finite and not negative, not {value}")
@@ -70,10 +81,14 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.steps must be rising epochs from 1 on, not {self.steps}")
         when = [(change.epoch, change.of) for change in self.changes]
         if len(set(when)) < len(when):
-            raise ValueError("optimizer.changes sets one rate twice at the same epoch; leave one of the two out")
+            raise ValueError(
+                "optimizer.changes sets one rate twice at the same epoch; leave one of the two out"
+            )
         for name, theirs in (("steps", "steps"), ("changes", "hand")):
             if getattr(self, name) and self.schedule != theirs:
-                raise ValueError(f"optimizer.{name} is of optimizer.schedule={theirs}; say that, or leave it out")
+                raise ValueError(
+                    f"optimizer.{name} is of optimizer.schedule={theirs}; say that, or leave it out"
+                )
 
 
 def is_bias(name: str) -> bool:

@@ -55,7 +55,9 @@ def is_sound(file: BinaryIO) -> bool:
     end = file.seek(-len(MARK) - DIGEST_BYTES, 2)
     comment = file.read()
     file.seek(0)
-    if not comment.startswith(MARK):  # from before there was one: the archive's own sums, which leave its headers out
+    if not comment.startswith(
+        MARK
+    ):  # from before there was one: the archive's own sums, which leave its headers out
         with zipfile.ZipFile(file) as archive:
             sound = not archive.comment and archive.testzip() is None
     else:

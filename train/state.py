@@ -26,7 +26,19 @@ from train.schedule import RateSchedule
 from train.trained import check_finite, initial_state
 
 PARTS = {
-    *("config", "wnids", "eigenbasis", "model", "optimizer", "scale", "schedule", "epoch", "best", "kept", "ranks"),
+    *(
+        "config",
+        "wnids",
+        "eigenbasis",
+        "model",
+        "optimizer",
+        "scale",
+        "schedule",
+        "epoch",
+        "best",
+        "kept",
+        "ranks",
+    ),
 }
 """Of a checkpoint from which a run can go on."""
 
@@ -44,7 +56,9 @@ class TrainState:
         self.config = config = config.with_classes(classes)
         problems: list[str] = []
         if config.model.num_classes != classes:
-            problems.append(f"{shards} holds {classes} classes; leave --model.num_classes {config.model.outputs} out")
+            problems.append(
+                f"{shards} holds {classes} classes; leave --model.num_classes {config.model.outputs} out"
+            )
         with collect_errors(problems):
             self.basis = Eigenbasis.load(
                 shards / "pca.json",
@@ -64,8 +78,13 @@ class TrainState:
             "num_ranks": placement.num_loader_ranks,
             "device": device,
         }
-        self.train_loader = train_loader(self.train_shards, self.basis, config.data, seed=config.train.seed, **place)
-        place |= {"rank": placement.replica, "num_ranks": placement.num_replicas}  # a pair looks at the same images
+        self.train_loader = train_loader(
+            self.train_shards, self.basis, config.data, seed=config.train.seed, **place
+        )
+        place |= {
+            "rank": placement.replica,
+            "num_ranks": placement.num_replicas,
+        }  # a pair looks at the same images
         self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
         self.epoch, self.step = 0, 0
         self.best: dict[str, float] | None = None
@@ -132,7 +151,9 @@ class TrainState:
         try:
             return self._go_to(content, path)
         except (KeyError, TypeError, AttributeError, IndexError):
-            raise ValueError(f"{path} is not as this program writes checkpoints; put back one that is") from None
+            raise ValueError(
+                f"{path} is not as this program writes checkpoints; put back one that is"
+            ) from None
 
     def _go_to(self, content: dict[str, Any], path: Path) -> Path:
         """As `restore`, to what a checkpoint holds. Raises about anything where values are of other kinds than ours."""

@@ -65,7 +65,9 @@ class StopVote:
             now = perf_counter()
             affordable = int(self.INTERVAL_S * self._steps / max(now - self._since, 1e-6))
             # Twice as many at most: the first steps of a phase may be unlike those that follow.
-            wish, negative = self._placement.largest(int(self._requested()), -max(1, min(affordable, 2 * self._steps)))
+            wish, negative = self._placement.largest(
+                int(self._requested()), -max(1, min(affordable, 2 * self._steps))
+            )
             self._agreed, self._since = bool(wish), now
             self._steps = self._left = -negative
         return self._agreed

@@ -49,7 +49,10 @@ def read_trained(path: Path) -> Trained:
     path = checkpoint_path(path)
     content = load_checkpoint(path)
     try:
-        saved, image = content["config"], content.get("mean_image")  # checkpoints of before there was one lack it
+        saved, image = (
+            content["config"],
+            content.get("mean_image"),
+        )  # checkpoints of before there was one lack it
         basis = replace(
             Eigenbasis.from_json(content["eigenbasis"]), mean_image=None if image is None else image.numpy()
         )
@@ -67,7 +70,9 @@ def read_trained(path: Path) -> Trained:
     try:
         check_tensors(trained.state, trained.config)
     except ValueError as error:
-        raise ValueError(f"{path} is of another network than it says: {error}; give another checkpoint") from None
+        raise ValueError(
+            f"{path} is of another network than it says: {error}; give another checkpoint"
+        ) from None
     check_finite(trained.state, path)
     return trained
 

@@ -2,13 +2,13 @@
 
     python tools/make_shards.py adopt SRC SHARDS --split train --pattern 'imagenet1k-train-{0000..1023}.tar'
 
-Every tar is read once, in full (`tars.py`). Of each sample the index lists the JPEG and the `.cls` alone. DALI
-picks components by the index's extension, so `.JPEG` is listed as `jpg`; it reads as many bytes as the index says, so
-white space behind a label is left out there; it never uses the names, but cuts lines at spaces, so those are replaced.
-Every image is decoded: nothing can be encoded anew here, so what the pipeline might refuse is refused at once.
+Every tar is read in full. Of each sample the index lists the JPEG and the `.cls` alone. Every image is decoded: nothing
+can be re-encoded here, so what the pipeline might refuse is refused at once.
 """
 
+import hashlib
 import itertools
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ from pipeline.shards import (
     read_classes,
 )
 from tools.packing.images import find_fault
-from tools.packing.pool import check_workers, name_work
-from tools.packing.tars import HashedFile, over_shards, plain, read_samples, sample_entries
+from tools.packing.pool import check_workers, map_shards, name_work
+from tools.packing.tars import READ_BYTES, index_sample, printable, read_samples
 
 MOST_TARS, LONGEST_PATTERN = 100_000, 1000
 """Names that a pattern may stand for, and its characters."""
@@ -67,7 +67,7 @@ def adopt(
         shards: Folder to write into; SHARDS/SPLIT must be new or left by the same command.
         split: What the shards become.
         pattern: Which files of SRC, as a glob and with braces as webdataset writes them: name-{0000..1023}.tar.
-        classes: Names of the classes: a text file with one WordNet id per line in sorted order, words behind it, or
+        classes: Names of the classes: a text file with one WordNet id per line in sorted order, words after it, or
             a classes.json. By default classes are numbered.
         on_bad: What to do with an image that DALI might refuse or show otherwise than viewers do (other formats, CMYK,
             damage): stop, or leave it out of the index and list it in the manifest.
@@ -78,16 +78,21 @@ def adopt(
     directory, source = shards / split, f"adopted from {src.absolute()} with {pattern}"
     if shards.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{shards} lies inside {src}, which is only read; give a folder elsewhere")
-    if finished(directory, tars, source):
+    if is_adopted(directory, tars, source):
         print(f"{directory} is adopted already; nothing to do")
         return
     read = partial(read_shard, on_bad=on_bad)
-    found = over_shards(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
-    num_samples, max_label = sum(shard.row["samples"] for shard in found), max(shard.max_label for shard in found)
+    found = map_shards(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
+    num_samples, max_label = (
+        sum(shard.row["samples"] for shard in found),
+        max(shard.max_label for shard in found),
+    )
     skipped = [row for shard in found for row in shard.skipped]
     if max_label >= max(num_samples, MADE_UP_CLASSES) and not (classes or (shards / "classes.json").exists()):
-        raise ValueError(f"{src} holds label {max_label}, but {num_samples} images; mend that label or give --classes")
-    names, told = class_names(shards, classes, max_label)
+        raise ValueError(
+            f"{src} holds label {max_label}, but {num_samples} images; mend that label or give --classes"
+        )
+    names, origin = class_names(shards, classes, max_label)
 
     directory.mkdir(parents=True, exist_ok=True)
     for tar, shard in zip(tars, found, strict=True):
@@ -111,9 +116,8 @@ def adopt(
     }
     check_manifest(manifest, directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
-    print(
-        f"{directory}: {num_samples} images in {len(tars)} shards, {len(skipped)} skipped, {len(names)} classes {told}"
-    )
+    counts = f"{num_samples} images in {len(tars)} shards, {len(skipped)} skipped"
+    print(f"{directory}: {counts}, {len(names)} classes {origin}")
 
 
 def find_tars(src: Path, pattern: str) -> list[Path]:
@@ -121,32 +125,40 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
     from braceexpand import braceexpand
 
     if not src.is_dir():
-        raise FileNotFoundError(f"{src} is no folder; SRC is the folder that holds the shards")
+        raise FileNotFoundError(f"{src} is not a folder; SRC is the one that holds the shards")
     if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts or "\0" in pattern:
         raise ValueError(f"--pattern {pattern!r} has to be relative to {src}, without ..")
     ranges = re.findall(r"\{([+-]?\d+)\.\.([+-]?\d+)", pattern)
     try:
-        fits = all(len(first + last) < 40 and abs(int(first) - int(last)) < MOST_TARS for first, last in ranges)
+        fits = all(
+            len(first + last) < 40 and abs(int(first) - int(last)) < MOST_TARS for first, last in ranges
+        )
         fits = fits and len(pattern) <= LONGEST_PATTERN
         parts = list(itertools.islice(braceexpand(pattern), MOST_TARS + 1)) if fits else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--pattern {pattern!r}: {error}; close every brace") from None
     if not 0 < len(parts) <= MOST_TARS:
-        raise ValueError(f"--pattern {pattern!r} stands for more than {MOST_TARS} names or is too long; say fewer")
+        raise ValueError(
+            f"--pattern {pattern!r} stands for more than {MOST_TARS} names or is too long; say fewer"
+        )
     tars: dict[str, Path] = {}
     for part in parts:
         matches = [path.absolute() for path in src.glob(part) if path.is_file()]
         if not matches:
-            raise FileNotFoundError(f"{src / part} is missing or matches no file; fetch it or change --pattern")
+            raise FileNotFoundError(
+                f"{src / part} is missing or matches no file; fetch it or change --pattern"
+            )
         for path in matches:
             if not re.fullmatch(r"[\w.-]+\.tar", path.name):
-                raise ValueError(f"{path} is not called NAME.tar (letters, digits, _ . -); unpack or rename it")
+                raise ValueError(
+                    f"{path} is not called NAME.tar (letters, digits, _ . -); unpack or rename it"
+                )
             if tars.setdefault(path.name, path) != path:
                 raise ValueError(f"{path} and {tars[path.name]} have the same name; adopt one, or rename it")
     return [tars[name] for name in sorted(tars)]
 
 
-def finished(directory: Path, tars: list[Path], source: str) -> bool:
+def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
     """Whether these shards are adopted there already. Raises `ValueError` where anything else is."""
     wanted = {name: tar for tar in tars for name in (tar.name, tar.with_suffix(".idx").name)}
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
@@ -156,13 +168,17 @@ def finished(directory: Path, tars: list[Path], source: str) -> bool:
         if ours and path.suffix == ".tar":
             ours = path.is_symlink() and path.readlink() == wanted[path.name]
         if not ours:
-            raise ValueError(f"{directory} holds something else ({path.name}); give another folder or remove it")
+            raise ValueError(
+                f"{directory} holds something else ({path.name}); give another folder or remove it"
+            )
     path = directory / "manifest.json"
     if not path.is_file():
         return False
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("source") != source:
-        raise ValueError(f"{directory} was packed or adopted from elsewhere; give another folder or remove it")
+        raise ValueError(
+            f"{directory} was packed or adopted from elsewhere; give another folder or remove it"
+        )
     try:
         opened = open_shards(directory.parent, directory.name)
     except (FileNotFoundError, ValueError):
@@ -177,7 +193,9 @@ def class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[
     if existing.exists():
         names, place = read_classes(shards), existing
         if given is not None and given != names:
-            raise ValueError(f"{file} and {existing} list other classes; leave --classes out or give another folder")
+            raise ValueError(
+                f"{file} and {existing} list other classes; leave --classes out or give another folder"
+            )
     elif given is not None:
         assert file is not None
         names, place = given, file
@@ -204,7 +222,9 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
         lines = []
     wnids = [line[0] for line in lines]
     if not wnids or wnids != sorted(set(wnids)):
-        raise ValueError(f"{path} does not list one WordNet id per line in sorted order; labels count in that order")
+        raise ValueError(
+            f"{path} does not list one WordNet id per line in sorted order; labels count in that order"
+        )
     return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
 
 
@@ -212,24 +232,30 @@ def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
     """Index one tar. Raises `ValueError` that names it and the sample."""
     index, max_label = [], -1
     skipped: list[dict[str, Any]] = []
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        hashed = HashedFile(file)
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+        size = file.tell()
         try:
-            for key, members in read_samples(hashed):
-                entries, image, label = sample_entries(key, members)
-                name_work(f"{plain(image.name)} at byte {image.offset} of {path}")
+            for key, members in read_samples(file):
+                entries, image, label = index_sample(file, key, members)
+                place = f"{printable(image.name)} at byte {image.offset}"
+                name_work(f"{place} of {path}")
                 max_label = max(max_label, label)
-                if fault := find_fault(image.data):
-                    if on_bad == "fail":
-                        place = f"{plain(image.name)} at byte {image.offset} (key {plain(key)})"
-                        raise ValueError(f"{place}: {fault} (--on-bad skip leaves such images out)")
-                    row = {"key": plain(key), "name": plain(image.name), "reason": fault}
+                fault = find_fault(os.pread(file.fileno(), image.size, image.offset))
+                if fault and on_bad == "fail":
+                    raise ValueError(
+                        f"{place} (key {printable(key)}): {fault} (--on-bad skip leaves such images out)"
+                    )
+                if fault:
+                    row = {"key": printable(key), "name": printable(image.name), "reason": fault}
                     skipped.append({**row, "shard": path.name, "offset": image.offset})
-                    continue
-                index.append(entries)
+                else:
+                    index.append(entries)
             if not index:
                 raise ValueError(f"holds no sample{' that can be read as it is' if skipped else ''}")
         except ValueError as error:
             raise ValueError(f"{path}: {error}; fetch or make it again, or pack the raw images") from None
-        counted = {"name": path.name, "samples": len(index), "bytes": hashed.num_bytes, "sha256": hashed.finish()}
+    counted = {"name": path.name, "samples": len(index), "bytes": size, "sha256": digest.hexdigest()}
     return Indexed(counted, index_text(index).encode(), max_label, skipped)

@@ -35,19 +35,6 @@ SEPARATOR = "; "
 GREY = "grey JPEG"
 
 
-class Form(NamedTuple):
-    """What images become."""
-
-    store: str
-    """"crop256" or "original"."""
-    quality: int
-    """JPEG quality, 1 to 100, of what is encoded."""
-    subsampling: str
-    """"420" or "444", of what is encoded."""
-    verify: bool
-    """Whether an original JPEG is decoded; if not, its markers are looked at alone."""
-
-
 class Packed(NamedTuple):
     """An image as it goes into a shard."""
 
@@ -76,32 +63,35 @@ class SizeError(ValueError):
     """An image that is too large, or too long for its width."""
 
 
-def pack_image(raw: bytes, form: Form) -> Packed:
+def pack_image(raw: bytes, store: str, quality: int) -> Packed:
     """Turn a raw file, in any format that Pillow knows and whatever its name says, into a shard's image.
+
+    Args:
+        raw: The file.
+        store: "crop256" or "original".
+        quality: JPEG quality, 1 to 100, of what is encoded.
 
     Raises `ValueError` with the decoder's reason when the file cannot be decoded.
     """
-    if form.store == "original" and not form.verify and not find_fault(raw, by_markers=True):
-        return Packed(raw, "", "")
-    decoded = decode(raw, at_an_eighth=form.store == "original")
+    decoded = decode(raw, at_an_eighth=store == "original")
     notes = decoded.notes
-    if form.store == "original" and decoded.file is not None:
+    if store == "original" and decoded.file is not None:
         jpeg = decoded.file
         notes = [(found, "kept as it is" if jpeg is raw or found == GREY else done) for found, done in notes]
     else:
-        pixels = crop256(decoded.pixels, decoded.size) if form.store == "crop256" else decoded.pixels
-        jpeg = simplejpeg.encode_jpeg(
-            pixels, quality=form.quality, colorspace="RGB", colorsubsampling=form.subsampling, fastdct=False
-        )
-    return Packed(jpeg, SEPARATOR.join(found for found, _ in notes), SEPARATOR.join(done for _, done in notes))
+        pixels = crop256(decoded.pixels, decoded.size) if store == "crop256" else decoded.pixels
+        jpeg = simplejpeg.encode_jpeg(pixels, quality, "RGB", colorsubsampling="420", fastdct=False)
+    return Packed(
+        jpeg, SEPARATOR.join(found for found, _ in notes), SEPARATOR.join(done for _, done in notes)
+    )
 
 
-def find_fault(raw: bytes, by_markers: bool = False) -> str:
+def find_fault(raw: bytes) -> str:
     """Why a file may not stand in a shard as it is; empty if it may. The one rule for packing, adopting and verifying.
 
     A file may if its markers are those of an 8-bit baseline or progressive JPEG of a common sampling, from its first
     byte to its end marker, and libjpeg-turbo decodes the whole of it without a warning. Such files DALI decodes, whole
-    and in windows, to libjpeg's pixels. With `by_markers` it is not decoded, and a damaged EXIF block is a fault.
+    and in windows, to libjpeg's pixels.
     """
     jpeg = read_jpeg(raw)
     if not raw.startswith(b"\xff\xd8"):
@@ -112,8 +102,6 @@ def find_fault(raw: bytes, by_markers: bool = False) -> str:
         check_shape(jpeg.height, jpeg.width)
         if jpeg.height * jpeg.width > MAX_PIXELS:
             raise too_large(jpeg.height, jpeg.width)
-        if by_markers:
-            return next((found for found, _ in exif_notes(raw, jpeg) if found == DAMAGED_EXIF), "")
         decode_strictly(raw, jpeg, 8)
     except SizeError as error:
         return str(error)
@@ -181,10 +169,18 @@ def decode_strictly(raw: bytes, jpeg: Jpeg, factor: int) -> np.ndarray:
     Raises `ValueError` with libjpeg's first warning or error: after a warning, simplejpeg takes errors for warnings,
     and gives memory that nobody has written to.
     """
-    assert jpeg.is_common, "other frames libjpeg-turbo decodes in sizes of its own, beyond the end of the buffer"
+    assert jpeg.is_common, (
+        "other frames libjpeg-turbo decodes in sizes of its own, beyond the end of the buffer"
+    )
     height, width = (-(-side // factor) for side in (jpeg.height, jpeg.width))
     pixels: np.ndarray = simplejpeg.decode_jpeg(
-        raw, "RGB", fastdct=False, fastupsample=False, min_height=height, min_width=width, min_factor=float(factor)
+        raw,
+        "RGB",
+        fastdct=False,
+        fastupsample=False,
+        min_height=height,
+        min_width=width,
+        min_factor=float(factor),
     )
     return pixels
 
@@ -204,12 +200,18 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg) -> Decoded:
     except SizeError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise SizeError(f"too large: more than {MAX_PIXELS} pixels ({str(error).partition(',')[0]})") from None
+        raise SizeError(
+            f"too large: more than {MAX_PIXELS} pixels ({str(error).partition(',')[0]})"
+        ) from None
     except Exception as error:  # Pillow's decoders of damaged files raise about everything
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
         raise ValueError(f"not decodable: {reason}") from None
-    notes = [(kind, "converted to RGB")] + [(f"{width}x{height} pixels", f"reduced to 1/{factor}")] * (factor > 1)
-    return Decoded(pixels, (height, width), notes + [("file ends too early", "decoded as far as it goes")] * cut, None)
+    notes = [(kind, "converted to RGB")] + [(f"{width}x{height} pixels", f"reduced to 1/{factor}")] * (
+        factor > 1
+    )
+    return Decoded(
+        pixels, (height, width), notes + [("file ends too early", "decoded as far as it goes")] * cut, None
+    )
 
 
 def open_with_pillow(raw: bytes) -> Image.Image:
@@ -277,7 +279,9 @@ def check_shape(height: int, width: int) -> None:
     """Raise `SizeError` for a strip that would fill the memory once its shorter side is 256 pixels long."""
     short, long = sorted((height, width))
     if long > MAX_RATIO * short:
-        raise SizeError(f"too narrow: {width}x{height} pixels; one side may be {MAX_RATIO} times the other at most")
+        raise SizeError(
+            f"too narrow: {width}x{height} pixels; one side may be {MAX_RATIO} times the other at most"
+        )
 
 
 def too_large(height: int, width: int) -> SizeError:

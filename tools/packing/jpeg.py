@@ -96,7 +96,9 @@ def read_jpeg(raw: bytes) -> Jpeg:
     if frame not in (*BASELINE, PROGRESSIVE) or precision != 8:
         oddity = f"JPEG frame of type SOF{frame & 15}, {precision} bits"
     elif color not in ("grey", "YCbCr"):
-        oddity = {("RGB", 3): "RGB JPEG", ("other", 4): "CMYK JPEG"}.get((color, count), f"JPEG of {count} components")
+        oddity = {("RGB", 3): "RGB JPEG", ("other", 4): "CMYK JPEG"}.get(
+            (color, count), f"JPEG of {count} components"
+        )
     elif color == "YCbCr" and chroma_sampling(content[7::3]) not in SAMPLINGS:
         oddity = oddity or f"chroma sampling {content[7::3].hex(' ')}"
     elif len(scans) > MAX_SCANS:
@@ -174,7 +176,9 @@ def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
     found = [(each, raw[each.content : each.end]) for each in header if each.marker in (APP0, APP14)]
     if any(is_jfif(segment, content) for segment, content in found):
         return "YCbCr"
-    adobe = [content for segment, content in found if segment.marker == APP14 and content.startswith(b"Adobe")]
+    adobe = [
+        content for segment, content in found if segment.marker == APP14 and content.startswith(b"Adobe")
+    ]
     if transforms := [content[11] for content in adobe if len(content) >= 12]:
         return "YCbCr" if transforms[-1] else "RGB"
     return "RGB" if components == b"RGB" else "YCbCr"
@@ -197,7 +201,9 @@ def is_complete(raw: bytes, scans: list[Segment], components: bytes) -> bool:
     for scan in scans:
         if len(content := raw[scan.content : scan.end]) >= 6:
             first, last, approximation = content[-3:]
-            bits |= {(each, k): approximation & 15 for each in content[1:-3:2] for k in range(first, last + 1)}
+            bits |= {
+                (each, k): approximation & 15 for each in content[1:-3:2] for k in range(first, last + 1)
+            }
     return len(bits) == 64 * len(components) and not any(bits.values())
 
 
@@ -214,7 +220,9 @@ def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
             in_header = False
         elif is_jfif(segment, raw[segment.content : segment.end]):
             out.append(JFIF * in_header)
-        elif (segment.marker == APP14 and in_header) or (not APP0 <= segment.marker <= APP15 and segment.marker != COM):
+        elif (segment.marker == APP14 and in_header) or (
+            not APP0 <= segment.marker <= APP15 and segment.marker != COM
+        ):
             out.append(raw[segment.start : segment.end])
     return b"".join(out) + b"\xff\xd9" * (jpeg.end > 0)
 

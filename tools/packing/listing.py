@@ -1,35 +1,41 @@
-"""Lists of raw images as columns, so that 14 million of them fit in memory.
+"""Lists of raw images as numpy columns, so that 14 million of them fit in memory, and their cache on disk.
 
 A listing says of each image where its bytes lie: in an archive at an offset, in a file of its own, or in a row of a
-parquet file.
+parquet file. To list 155 GB of tars takes a small read per image, so a listing of archives is kept beside the output;
+it holds as long as every archive has the size and the time that it had.
 """
 
 import functools
 import hashlib
+import io
 import json
 import os
 import random
 import time
+import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.files import write_bytes
 from pipeline.shards import ClassName, DataError
 
 MAX_FILE_BYTES = 256 * 2**20
 """Two thousand times the mean of ImageNet; a larger member is damage or an attack on our memory."""
+CACHE_VERSION = 3
+COLUMNS = ("file", "label", "offset", "size", "ends")
 
 
 class RawImage(NamedTuple):
     """One image and where its bytes lie."""
 
     name: str
-    """What its archive or folder calls it; bytes that are no UTF-8 stand as surrogates."""
+    """What its archive or folder calls it; bytes that are not UTF-8 stand as surrogates."""
     file: str
     """Path of the tar, the parquet file, or the image itself."""
     offset: int
@@ -53,14 +59,19 @@ class RawImage(NamedTuple):
             )
         return content
 
-    def ask_for(self) -> None:
-        """Let the system fetch the image in the background: `read` will be asked for it soon."""
+    def prefetch(self) -> None:
+        """Let the system fetch the image in the background."""
         os.posix_fadvise(open_file(self.file).descriptor, self.offset, self.size, os.POSIX_FADV_WILLNEED)
 
     @property
     def shown_name(self) -> str:
         """The name as it can be printed and written as JSON."""
-        return os.fsencode(self.name).decode("utf-8", "backslashreplace")
+        return show(self.name)
+
+
+def show(name: str) -> str:
+    """A file's name as it can be printed and written as JSON."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class OpenFile:
@@ -70,7 +81,9 @@ class OpenFile:
         """Open for reading."""
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the process ends
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # `os` may be gone when the process ends
         """Close."""
         if hasattr(self, "descriptor"):
             close(self.descriptor)
@@ -103,14 +116,8 @@ class Listing:
     def append(self, file: int, name: str, offset: int, size: int, label: int) -> None:
         """Add one image; `file` as in `Listing.file`."""
         self.names += os.fsencode(name)
-        for column, value in (
-            (self.file, file),
-            (self.offset, offset),
-            (self.size, size),
-            (self.label, label),
-            (self.ends, len(self.names)),
-        ):
-            column.append(value)
+        for column, value in zip(COLUMNS, (file, label, offset, size, len(self.names)), strict=True):
+            getattr(self, column).append(value)
 
     def add_file(self, file: Path) -> int:
         """Register an archive; returns its index."""
@@ -132,19 +139,23 @@ class Listing:
         """All images."""
         return (self[row] for row in range(len(self)))
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns, and the names as bytes."""
+        found = {name: np.frombuffer(getattr(self, name), getattr(self, name).typecode) for name in COLUMNS}
+        return found | {"names": np.frombuffer(self.names, np.uint8)}
+
     def take(self, rows: np.ndarray) -> "Listing":
         """The listing of some of the images; rows: int64, in the order wanted."""
-        taken = Listing(Path(self.root))
+        taken, columns = Listing(Path(self.root)), self.columns()
         taken.files, taken.file_bytes = self.files, self.file_bytes
-        for name in ("file", "offset", "size", "label"):
-            column = getattr(self, name)
-            getattr(taken, name).frombytes(np.frombuffer(column, column.typecode)[rows].tobytes())
-        ends = np.frombuffer(self.ends, np.int64)
-        starts = np.concatenate([[0], ends])[rows]
-        taken.ends.frombytes(np.cumsum(ends[rows] - starts).tobytes())
-        taken.names += b"".join(
-            self.names[start:end] for start, end in zip(starts.tolist(), ends[rows].tolist(), strict=True)
-        )
+        starts = np.concatenate([[0], columns["ends"]])[rows]
+        lengths = columns["ends"][rows] - starts
+        columns["ends"] = np.zeros(len(self), np.int64)
+        columns["ends"][rows] = np.cumsum(lengths)
+        for name in COLUMNS:
+            getattr(taken, name).frombytes(columns[name][rows].tobytes())
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        taken.names += b"".join(self.names[start:end] for start, end in spans)
         return taken
 
     def digest(self) -> str:
@@ -169,14 +180,70 @@ class RawImageNet:
     """Whether images can only be read in the order of the listing (parquet)."""
     in_folders: bool = False
     """Whether images are files of their own."""
-    passed_over: Sequence[Path] = ()
-    """Files among the images that are none by their names."""
+    ignored: Sequence[Path] = ()
+    """Files among the images that are not images by their names."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for class names that no JSON file can hold."""
+        """Raise `ValueError` for class names that a JSON file cannot hold."""
         for name in self.classes:
-            if name.wnid != (shown := os.fsencode(name.wnid).decode("utf-8", "backslashreplace")):
-                raise ValueError(f"the class name {shown} is no UTF-8; rename its folder or archive")
+            if name.wnid != show(name.wnid):
+                raise ValueError(
+                    f"the class name {show(name.wnid)} is not UTF-8; rename its folder or archive"
+                )
+
+
+def stamp_archives(root: Path, sources: list[Path]) -> list[list[Any]]:
+    """What a cached listing is valid for: path, bytes and time of every archive."""
+    found = [(path, path.stat()) for path in sources]
+    return [[os.path.relpath(path, root), status.st_size, status.st_mtime_ns] for path, status in found]
+
+
+def save_listing(path: Path, data: RawImageNet, validity: list[list[Any]]) -> None:
+    """Write a listing as an .npz file: a header in JSON, and columns."""
+    header = {
+        "format_version": CACHE_VERSION,
+        "layout": data.layout,
+        "sequential": data.sequential,
+        "classes": [[name.wnid, name.words] for name in data.classes],
+        "files": {split: [listing.files, listing.file_bytes] for split, listing in data.splits.items()},
+        "archives": validity,
+    }
+    columns = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+    for split, listing in data.splits.items():
+        columns |= {f"{split}.{name}": column for name, column in listing.columns().items()}
+    content = io.BytesIO()
+    np.savez(content, **columns)  # type: ignore[arg-type]
+    write_bytes(path, content.getvalue())
+
+
+def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageNet | None:
+    """Read a cached listing; None where there is none, or it is damaged (by the CRCs of the zip) or of other
+    archives."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            header = json.loads(content["header"].tobytes())
+            if header["format_version"] != CACHE_VERSION or header["archives"] != validity:
+                return None
+            splits = {}
+            for split, files in header["files"].items():
+                listing = splits[split] = Listing(root)
+                listing.files, listing.file_bytes = files
+                listing.names += content[f"{split}.names"].tobytes()
+                for name in COLUMNS:
+                    getattr(listing, name).frombytes(content[f"{split}.{name}"].tobytes())
+        classes = tuple(ClassName(wnid, words) for wnid, words in header["classes"])
+        return RawImageNet(header["layout"], classes, splits, header["sequential"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RecursionError,
+        zipfile.BadZipFile,
+    ):
+        return None
 
 
 def random_read_rate(listing: Listing, readers: int, seconds: float = 1.0, most: int = 256) -> float:

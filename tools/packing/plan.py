@@ -7,7 +7,8 @@ to the same shards. It is kept in columns: 14 million images take about 2 GB and
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,8 @@ import PIL.features
 
 from pipeline.files import sha256
 from pipeline.shards import KEY, ClassName
-from tools.packing.images import Form
 from tools.packing.listing import Listing, RawImage
+from train.launch import Task, find_task
 
 Sample = tuple[str, RawImage]
 """Key and image."""
@@ -27,15 +28,14 @@ Sample = tuple[str, RawImage]
 
 @dataclass(frozen=True)
 class Options:
-    """What the shards depend on beside the raw images; recorded in the manifest."""
+    """What the shards depend on apart from the raw images; recorded in the manifest."""
 
     store: Literal["crop256", "original"] = "crop256"
     quality: int = 90
-    subsampling: Literal["420", "444"] = "420"
+    """JPEG quality, 1 to 100, of what is encoded."""
     samples_per_shard: int = 1000
     seed: int = 2012
     val_fraction: float = 0.0
-    verify: bool = True
     on_bad: Literal["fail", "skip"] = "fail"
     """Decides whether a pack goes on, not what a whole shard holds: "skip" may follow on "fail"."""
 
@@ -45,12 +45,6 @@ class Options:
             raise ValueError("--samples-per-shard must be at least 1, --quality 1 to 100")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction must be at least 0 and less than 1, but is {self.val_fraction}")
-        if not self.verify and self.store != "original":
-            raise ValueError("--verify false is for --store original: other images are decoded in any case; drop it")
-
-    def form(self) -> Form:
-        """What becomes of each image."""
-        return Form(self.store, self.quality, self.subsampling, self.verify)
 
 
 class ShardPlan(NamedTuple):
@@ -88,7 +82,7 @@ class Plan:
         return f"{self.listing.label[row]}_{row}" if self.renamed[row] else stem(self.listing.name(row))
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """First place of a shard in the order, and the one behind its last."""
+        """First place of a shard in the order, and the one after its last."""
         return number * len(self.order) // self.num_shards, (number + 1) * len(self.order) // self.num_shards
 
     def path(self, number: int) -> Path:
@@ -118,7 +112,7 @@ def make_plan(directory: Path, listing: Listing, options: Options, classes: tupl
     for row in range(rows):
         name = stem(listing.name(row))
         renamed[row] = KEY.fullmatch(name) is None
-        hashes += place(options.seed, name)
+        hashes += hash_key(options.seed, name)
     places = np.frombuffer(hashes, ">u8").reshape(rows, 2).astype(np.uint64)
     by_stem = np.argsort(places[:, 0], kind="stable")
     same = np.diff(places[by_stem, 0]) == 0
@@ -128,17 +122,21 @@ def make_plan(directory: Path, listing: Listing, options: Options, classes: tupl
     while True:
         made_up = {f"{listing.label[row]}_{row}" for row in np.flatnonzero(renamed).tolist()}
         taken = [
-            row for row in (np.flatnonzero(~renamed).tolist() if made_up else ()) if stem(listing.name(row)) in made_up
+            row
+            for row in (np.flatnonzero(~renamed).tolist() if made_up else ())
+            if stem(listing.name(row)) in made_up
         ]
         if not taken:
             break
         renamed[taken] = True
     for row in np.flatnonzero(renamed).tolist():
-        places[row] = np.frombuffer(place(options.seed, f"{listing.label[row]}_{row}"), ">u8")
+        places[row] = np.frombuffer(hash_key(options.seed, f"{listing.label[row]}_{row}"), ">u8")
     order = np.lexsort((places[:, 1], places[:, 0]))
     content = asdict(options) | {"on_bad": None}
     names = [[name.wnid, name.words] for name in classes]
-    digest = sha256(json.dumps([listing.digest(), directory.name, content, versions(), names], sort_keys=True).encode())
+    digest = sha256(
+        json.dumps([listing.digest(), directory.name, content, versions(), names], sort_keys=True).encode()
+    )
     return Plan(directory, listing, options, order, renamed, digest)
 
 
@@ -147,8 +145,8 @@ def stem(name: str) -> str:
     return name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
-def place(seed: int, key: str) -> bytes:
-    """The place of a key in the global order, 16 bytes."""
+def hash_key(seed: int, key: str) -> bytes:
+    """16 bytes by which a key is sorted into the global order."""
     return hashlib.blake2b(os.fsencode(f"{seed}:{key}"), digest_size=16).digest()
 
 
@@ -161,3 +159,16 @@ def versions() -> dict[str, str]:
         "libjpeg_turbo": turbo,
         "torch": version("torch").split("+")[0],
     }
+
+
+def find_part(part: str | None, environment: Mapping[str, str]) -> Task:
+    """The share of this process: from i/n, else from torchrun's or srun's environment, else everything.
+
+    Counting from 1 or from 0 is the same: only i modulo n matters. Raises `ValueError` for anything else.
+    """
+    if part is None:
+        return find_task(environment)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", part, re.ASCII)
+    if not match or not 0 <= int(match[1]) <= int(match[2]) or int(match[2]) == 0:
+        raise ValueError(f"--part: expected i/n with i from 1 to n, such as 1/4, got {part}")
+    return Task((int(match[1]) - 1) % int(match[2]), int(match[2]), "--part")

@@ -15,6 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from pipeline.machine import share_of_cores
 from pipeline.shards import DataError
 
@@ -29,7 +31,7 @@ def check_workers(workers: int | None) -> int:
     return workers or share_of_cores()
 
 
-def as_they_finish(
+def imap_unordered(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Iterator[tuple[int, Result]]:
     """Call `function` on every job in `workers` processes; yield (the job's number, result) as they finish.
@@ -48,7 +50,7 @@ def as_they_finish(
     with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=given) as pool:
         try:
             while True:
-                with contextlib.nullcontext() if pending else interrupts_ignored():
+                with contextlib.nullcontext() if pending else ignore_interrupts():
                     while len(pending) < 2 * workers and (job := next(todo, None)) is not None:
                         pending[pool.submit(function, job[1])] = job[0]
                 started.update(multiprocessing.active_children())
@@ -60,7 +62,9 @@ def as_they_finish(
             patience = time.monotonic() + 1  # another thread of the pool may be about to learn the exit code
             while not (where := describe_death(slots.raw, started)) and time.monotonic() < patience:
                 time.sleep(0.01)
-            for process in multiprocessing.active_children():  # the pool waits for one that it was just starting
+            for (
+                process
+            ) in multiprocessing.active_children():  # the pool waits for one that it was just starting
                 process.kill()
             raise DataError(
                 f"a worker process died{where}; run the same command again, perhaps with fewer --workers if memory is "
@@ -70,19 +74,21 @@ def as_they_finish(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def in_order(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
-    """As `as_they_finish`, but results in the order of their jobs; those that finish early wait in memory."""
-    early: dict[int, Result] = {}
-    due = 0
-    for number, result in as_they_finish(function, jobs, workers):
-        early[number] = result
-        while due in early:
-            yield early.pop(due)
-            due += 1
+def map_shards(
+    function: Callable[[Job], Result], jobs: list[Job], sizes: list[int], workers: int, what: str
+) -> list[Result]:
+    """Call `function` on every job in processes, with a progress bar over the jobs' bytes; results in the jobs'
+    order. Raises as `imap_unordered`."""
+    results: dict[int, Result] = {}
+    with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, disable=None) as progress:
+        for number, result in imap_unordered(function, jobs, min(workers, len(jobs))):
+            results[number] = result
+            progress.update(sizes[number])
+    return [results[number] for number in range(len(jobs))]
 
 
 @contextlib.contextmanager
-def interrupts_ignored() -> Iterator[None]:
+def ignore_interrupts() -> Iterator[None]:
     """Processes that are started meanwhile ignore Ctrl-C, which reaches every process of a terminal: workers finish
     what they are at, and their parent, who hears it, sends them nothing further."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -119,7 +125,10 @@ def name_work(name: str) -> None:
 
 def describe_death(slots: bytes, processes: Iterable[Any]) -> str:
     """How the first of some processes died, and what it was at, as far as is known."""
-    lines = [slots[k : k + SLOT_BYTES].rstrip(b"\0").decode(errors="replace") for k in range(0, len(slots), SLOT_BYTES)]
+    lines = [
+        slots[k : k + SLOT_BYTES].rstrip(b"\0").decode(errors="replace")
+        for k in range(0, len(slots), SLOT_BYTES)
+    ]
     names = dict(line.split(" ", 1) for line in lines if line)
     for process in processes:
         if (code := process.exitcode) in (None, 0, -signal.SIGTERM):  # the pool ends the others by SIGTERM

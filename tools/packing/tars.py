@@ -1,166 +1,146 @@
-"""Reading WebDataset shards as they lie on disk: every tar once, front to back, one sample in memory.
+"""Tar headers: what a tar holds and where, checked beyond what `tarfile` does; and WebDataset's samples in it.
 
-Members make samples by the webdataset library's rule: consecutive files that share the path up to the first dot of the
-base name. Checks go beyond what `tarfile` and the library see, for both take damage in the middle for the end.
+`tarfile` takes a damaged header, a hole, and a file that was cut between two members for the end of the archive, and
+would lose what follows. Nothing is extracted: data are read by offset.
 """
 
-import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple, TypeVar
-
-from tqdm import tqdm
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from pipeline.shards import MAX_LABEL_DIGITS
-from tools.packing.pool import as_they_finish
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg")
 MAX_LABEL_BYTES = 64
 READ_BYTES = 2**20
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 class Member(NamedTuple):
-    """One file in a tar."""
+    """A plain file in a tar."""
 
     name: str
-    """Its path there."""
-    extension: str
-    """Behind the first dot of the base name, in lower case."""
+    """Its path there; bytes that are not UTF-8 stand as surrogates."""
     offset: int
-    """First byte of its data in the tar."""
+    """First byte of its data in the tar file."""
     size: int
     """Length in bytes."""
-    data: bytes
-    """Of a JPEG all bytes, of a label the first few, else none."""
 
 
-class HashedFile:
-    """A file whose SHA-256 grows as it is read from its start."""
+def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> Iterator[Member]:
+    """Yield the files of a tar, or of a tar of `length` bytes inside a tar at `start`; folders are left out.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest = file, hashlib.sha256()
-        self.num_bytes = os.fstat(file.fileno()).st_size
+    Raises `ValueError` (without the tar's name) where it is not a tar, damaged or cut short, or holds a link, a device
+    or a sparse file: that stands for data that we would lose.
+    """
+    total = os.fstat(file.fileno()).st_size
+    end = total if length is None else start + length
+    if end > total:
+        raise ValueError(f"cut short: an inner tar ends at byte {end}, the file at {total}")
+    file.seek(start)
+    try:
+        tar = tarfile.TarFile(fileobj=file)
+    except Exception as error:  # as in `next_member`
+        raise ValueError(f"not a tar archive at byte {start} ({error})") from None
+    while member := next_member(tar):
+        tar.members = []  # tarfile would keep them all
+        if member.offset >= end:
+            raise ValueError(f"no end mark at byte {end} of an inner tar")
+        if member.isdir():
+            continue
+        place = f"{member.name!r} at byte {member.offset}"
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{place} is a link, a device or a sparse file, not a plain file")
+        if member.size < 0:
+            raise ValueError(f"{place} has a negative size")
+        if member.offset_data + member.size > end:
+            raise ValueError(f"cut short inside {place}")
+        yield Member(member.name, member.offset_data, member.size)
+    if tar.offset + tarfile.BLOCKSIZE > end:
+        raise ValueError(f"cut short: no end mark at byte {tar.offset}")
+    for offset in range(tar.offset, end, READ_BYTES):
+        if os.pread(file.fileno(), min(READ_BYTES, end - offset), offset).strip(b"\0"):
+            raise ValueError(f"damaged header at byte {tar.offset}, or a hole there")
 
-    def read(self, size: int = READ_BYTES) -> bytes:
-        """The next bytes."""
-        content = self._file.read(size)
-        self._digest.update(content)
-        return content
 
-    def peek(self, offset: int, size: int) -> bytes:
-        """Bytes anywhere, without moving."""
-        return os.pread(self._file.fileno(), size, offset)
-
-    def finish(self) -> str:
-        """Read to the end; SHA-256 of the whole file, in hexadecimal."""
-        while self.read():
-            pass
-        return self._digest.hexdigest()
+def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member; None at the end of the archive, or what tarfile takes for it. Raises `ValueError`."""
+    try:
+        return tar.next()
+    except Exception as error:  # headers can be damaged in many ways, for which tarfile raises all sorts
+        raise ValueError(f"damaged at byte {tar.offset} ({error})") from None
 
 
-def read_samples(file: HashedFile) -> Iterator[tuple[str, list[Member]]]:
-    """Yield key and members of each sample of a tar, holding no more than that; a key is its members' path up to the
-    first dot of the base name.
+def list_members(path: Path, start: int = 0, length: int | None = None) -> Iterator[Member]:
+    """As `read_members`, of a file by its path. Raises `ValueError` with its name and a remedy."""
+    with path.open("rb") as file:
+        try:
+            yield from read_members(file, start, length)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; fetch it again, or pack plain files into it") from None
 
-    Raises `ValueError` (without the tar's name) when it is damaged, cut short, or holds what a shard must not.
+
+def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
+    """Yield (key, members) of each sample of a shard, by the webdataset library's rule: consecutive files that
+    share the path up to the first dot of the base name; its own notes and files without a dot are not samples.
+
+    Raises as `read_members`.
     """
     current: str | None = None
     members: list[Member] = []
-    for key, member in read_members(file):
-        if key != current:
+    for member in read_members(file):
+        match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
+        if match is None or re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        if match[1] != current:
             if current is not None:
                 yield current, members
-            current, members = key, []
+            current, members = match[1], []
         members.append(member)
     if current is not None:
         yield current, members
 
 
-def read_members(file: HashedFile) -> Iterator[tuple[str, Member]]:
-    """Yield (key, member) of a tar's files; raises as `read_samples`."""
-    try:
-        with tarfile.open(fileobj=file, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
-            while (info := tar.next()) is not None:
-                tar.members = []  # tarfile would keep them all
-                if not info.isdir() and (found := read_member(tar, info, file.num_bytes)) is not None:
-                    yield found
-            offset = tar.offset
-    except (tarfile.TarError, OverflowError) as error:
-        raise ValueError(f"the tar is damaged or is none ({error})") from None
-    # tarfile takes a damaged header, a hole, and the end of a file that was cut, for the end of the archive.
-    if offset + tarfile.BLOCKSIZE > file.num_bytes:
-        raise ValueError(f"the tar lacks its end mark at byte {offset}: it is cut short")
-    for start in range(offset, file.num_bytes, READ_BYTES):
-        if file.peek(start, READ_BYTES).strip(b"\0"):
-            raise ValueError(f"the tar has a damaged header at byte {offset}, or a hole there")
+def extension(member: Member) -> str:
+    """What follows the first dot of the base name, in lower case."""
+    return member.name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, end: int) -> tuple[str, Member] | None:
-    """(key, member) of the file that the tar stands at; None for one that is no part of a sample; raises as
-    `read_samples`."""
-    place = f"{plain(info.name)} at byte {info.offset}"
-    if not info.isreg() or info.issparse():
-        raise ValueError(f"{place} is a link, a device or sparse, not a plain file")
-    if info.size < 0 or info.offset_data + info.size > end:
-        raise ValueError(f"the tar is cut short inside {place}")
-    # Both patterns are the webdataset library's: its own notes, and files without a key, are no samples.
-    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", info.name)
-    if match is None or re.match(r"__[^/]*__($|/)", info.name):
-        return None
-    extension, data = match[2].lower(), b""
-    if extension == "cls" or extension in IMAGE_EXTENSIONS:
-        content = tar.extractfile(info)
-        assert content is not None, "a plain file has content"
-        data = content.read(MAX_LABEL_BYTES if extension == "cls" else -1)
-    return match[1], Member(info.name, extension, info.offset_data, info.size, data)
+def index_sample(
+    file: BinaryIO, key: str, members: list[Member]
+) -> tuple[list[tuple[str, int, int, str]], Member, int]:
+    """Index entries, image and class index of one sample.
 
-
-def sample_entries(key: str, members: list[Member]) -> tuple[list[tuple[str, int, int, str]], Member, int]:
-    """One sample's entries in the index, its image, and its class index.
+    DALI picks components by the index's extension, so `.JPEG` is listed as `jpg`; it reads as many bytes as the index
+    says, so white space after a label is left out; it never uses the names, but cuts lines at spaces.
 
     Raises `ValueError` (without the tar's name) unless it has one JPEG and one label that the loader reads rightly.
     """
-    place = f"sample {plain(key)} at byte {members[0].offset}"
-    held = ", ".join(plain(member.name) for member in members)
-    images = [member for member in members if member.extension in IMAGE_EXTENSIONS]
-    labels = [member for member in members if member.extension == "cls"]
+    place = f"sample {printable(key)} at byte {members[0].offset}"
+    held = ", ".join(printable(member.name) for member in members)
+    images = [member for member in members if extension(member) in IMAGE_EXTENSIONS]
+    labels = [member for member in members if extension(member) == "cls"]
     if len(images) != 1 or images[0].size == 0:
-        raise ValueError(f"{place} has to hold one .jpg or .jpeg, not {held}{' (empty)' if images else ''}")
+        raise ValueError(f"{place}: expected one .jpg or .jpeg, got {held}{' (empty)' if images else ''}")
     if len(labels) != 1:
-        raise ValueError(f"{place} has to hold one .cls, not {held}")
+        raise ValueError(f"{place}: expected one .cls, got {held}")
     (image,), (label,) = images, labels
-    digits = label.data.rstrip()  # not from the left: DALI wants data to start where a block does
+    text = os.pread(file.fileno(), min(label.size, MAX_LABEL_BYTES), label.offset)
+    digits = text.rstrip()  # not from the left: DALI wants data to start where a block does
     if label.size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,%d}" % MAX_LABEL_DIGITS, digits):
         raise ValueError(
-            f"{place}: {plain(label.name)} holds {label.data[:16]!r}, not a class index of at most {MAX_LABEL_DIGITS} "
-            "digits"
+            f"{place}: expected a class index of at most {MAX_LABEL_DIGITS} digits in {printable(label.name)}, "
+            f"got {text[:16]!r}"
         )
     entries = [
-        ("jpg", image.offset, image.size, plain(image.name)),
-        ("cls", label.offset, len(digits), plain(label.name)),
+        ("jpg", image.offset, image.size, printable(image.name)),
+        ("cls", label.offset, len(digits), printable(label.name)),
     ]
     return entries, image, int(digits)
 
 
-def plain(name: str) -> str:
+def printable(name: str) -> str:
     """A name without white space and without what a terminal or DALI would trip over."""
     return re.sub(r"[^\x21-\x7e]", "_", name)
-
-
-def over_shards(
-    function: Callable[[Job], Result], jobs: list[Job], sizes: list[int], workers: int, what: str
-) -> list[Result]:
-    """Call `function` on every job in processes, with a progress bar over the jobs' bytes; results in the jobs' order.
-
-    Raises what the first failing call raised, and `DataError` when a process dies.
-    """
-    results: dict[int, Result] = {}
-    with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, disable=None) as progress:
-        for number, result in as_they_finish(function, jobs, min(workers, len(jobs))):
-            results[number] = result
-            progress.update(sizes[number])
-    return [results[number] for number in range(len(jobs))]

@@ -1,31 +1,90 @@
-"""Check shards against their manifest, sample by sample.
+"""Check shards against their manifest, sample by sample; and describe what they hold.
 
     python tools/make_shards.py verify SHARDS [--fast]
+    python tools/make_shards.py stats SHARDS
 
-Everything that is wrong is told at once, a line each. A checksum shows that a file was damaged; the checks on samples
-say where, and find what no checksum can: shards that were wrong from the start.
+Everything that is wrong is printed at once, a line each. A checksum shows that a file was damaged; the checks on
+samples say where, and find what no checksum can: shards that were wrong from the start.
 """
 
+import hashlib
+import os
+import random
+import re
 import time
+from array import array
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import mean, median
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from pipeline.files import read_json
-from pipeline.shards import DataError, check_manifest, read_classes
-from tools.packing.check_shard import Job, Report, check_shard
-from tools.packing.manifest import is_top_file
-from tools.packing.pool import check_workers
-from tools.packing.tars import over_shards
+from pipeline.shards import DataError, check_manifest, open_shards, read_classes, read_index
+from tools.packing.images import SIDE, find_fault
+from tools.packing.jpeg import read_jpeg
+from tools.packing.pool import check_workers, map_shards, name_work
+from tools.packing.tars import READ_BYTES, index_sample, printable, read_samples
+from tools.packing.writer import is_top_file
 from train.program import one_line
 
 SPLITS = ("train", "val")
+MAX_PROBLEMS = 20
+"""Problems of one kind in one shard that are printed; the rest are counted."""
+SAMPLED_IMAGES = 500
+"""Whose size `stats` reads."""
+READERS = 16
+"""Threads of `stats`: small reads wait on the disk, not on the processor."""
+
+
+class Job(NamedTuple):
+    """One shard to be checked."""
+
+    path: Path
+    row: dict[str, Any]
+    """Its row in the manifest."""
+    num_classes: int
+    store: str
+    """What the split keeps: "crop256" (256x256 JPEGs), else JPEGs of any size."""
+    skipped: frozenset[tuple[str, int]]
+    """Shard and offset of the images that adoption left out of the index."""
+    fast: bool
+
+
+@dataclass
+class Report:
+    """What was found in one shard, or in a split as a whole."""
+
+    place: str
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """By kind."""
+    notes: list[str] = field(default_factory=list)
+    """What is odd but does no harm."""
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    """A 64-bit hash of every sample's key, in the tar's order."""
+    labels: Counter[int] = field(default_factory=Counter)
+    """Images by class."""
+
+    def add(self, kind: str, problem: str) -> None:
+        """Note something wrong."""
+        self.problems.setdefault(kind, []).append(problem)
+
+    def lines(self) -> list[str]:
+        """What is printed, with long lists cut."""
+        lines = []
+        for found in (*self.problems.values(), [f"note: {note}" for note in self.notes]):
+            more = len(found) - MAX_PROBLEMS
+            lines += found[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+        return [f"{self.place}: {line}" for line in lines]
 
 
 def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None:
-    """Check shards: files, checksums, indexes, labels, keys, every image, and that classes are mixed.
+    """Check shards: files, checksums, indexes, labels, keys and every image.
 
     Args:
         shards: Folder written by pack or adopt.
@@ -35,7 +94,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     processes = check_workers(workers)
     started, images, tars = time.perf_counter(), 0, 0
     reports: list[Report] = []
-    present = present_splits(shards)
+    present = find_splits(shards)
     for split in SPLITS:
         if split not in present and (shards / split).is_dir():
             reports.append(Report(split, {"manifest": ["holds no manifest.json: its pack was not finished"]}))
@@ -46,46 +105,46 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
             check_manifest(manifest, path)
         except ValueError as error:
             reports.append(Report(split, {"manifest": [str(error)]}))
-        else:
-            jobs = list_jobs(path.parent, manifest, fast)
-            sizes = [int(job.row["bytes"]) for job in jobs]
-            if fast:
-                of_shards = [check_shard(job) for job in jobs]
-            else:
-                of_shards = over_shards(check_shard, jobs, sizes, processes, f"checking {split}")
-            reports += [*of_shards, check_split(path.parent, manifest, jobs, of_shards)]
-            images, tars = images + manifest["num_samples"], tars + len(jobs)
-    strays = sorted(path.name for path in shards.iterdir() if path.name not in SPLITS and not is_top_file(path.name))
-    reports.append(Report(str(shards), notes=[f"{name} is no part of the shards" for name in strays]))
+            continue
+        jobs = list_jobs(path.parent, manifest, fast)
+        sizes = [int(job.row["bytes"]) for job in jobs]
+        found = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
+        reports += [*found, check_split(path.parent, manifest, jobs, found)]
+        images, tars = images + manifest["num_samples"], tars + len(jobs)
+    strays = sorted(
+        path.name for path in shards.iterdir() if path.name not in SPLITS and not is_top_file(path.name)
+    )
+    reports.append(Report(str(shards), notes=[f"{name} is not part of the shards" for name in strays]))
 
     for line in (line for report in reports for line in report.lines()):
         print(one_line(line))
-    num_problems = sum(len(found) for report in reports for found in report.problems.values())
-    if num_problems:
+    if num_problems := sum(len(found) for report in reports for found in report.problems.values()):
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
-        raise DataError(f"{shards} has {num_problems} problem(s), told one a line; {remedy(damaged)}")
+        raise DataError(f"{shards} has {num_problems} problem(s), printed one a line; {find_remedy(damaged)}")
     rate = "the images were not read" if fast else f"{images / (time.perf_counter() - started):.0f} images/s"
     print(f"{shards}: {images} images in {tars} shards, all sound ({rate})")
 
 
-def remedy(damaged: list[str]) -> str:
+def find_remedy(damaged: list[str]) -> str:
     """What to do, given the shards with problems."""
     if not damaged:
         return "pack or adopt again"
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     return (
-        f"remove {', '.join(damaged[:3])}{more} and run the pack command again, it writes just those; restore adopted "
-        "shards at their source, then remove the split and adopt it again"
+        f"remove {', '.join(damaged[:3])}{more} and run the pack command again, it writes just those; restore "
+        "adopted shards at their source, then remove the split and adopt it again"
     )
 
 
-def present_splits(shards: Path) -> list[str]:
+def find_splits(shards: Path) -> list[str]:
     """The splits with a manifest. Raises `FileNotFoundError` or `ValueError`."""
     if not shards.is_dir():
-        raise FileNotFoundError(f"{shards} is no folder; give the folder that pack or adopt wrote")
+        raise FileNotFoundError(f"{shards}: not a folder; give the one that pack or adopt wrote")
     splits = [split for split in SPLITS if (shards / split / "manifest.json").is_file()]
     if not splits:
-        raise ValueError(f"{shards} holds neither train/manifest.json nor val/manifest.json; pack or adopt (again)")
+        raise ValueError(
+            f"{shards} holds neither train/manifest.json nor val/manifest.json; pack or adopt (again)"
+        )
     return splits
 
 
@@ -101,80 +160,208 @@ def list_jobs(directory: Path, manifest: dict[str, Any], fast: bool) -> list[Job
 
 
 def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], reports: list[Report]) -> Report:
-    """What no shard shows alone: foreign files, classes, keys that repeat, and whether classes are mixed."""
-    whole = Report(directory.name)
-    expected = {"manifest.json", *(name for job in jobs for name in (job.path.name, job.path.with_suffix(".idx").name))}
+    """What no shard shows alone: foreign files, classes, and keys that repeat."""
+    split = Report(directory.name)
+    expected = {
+        "manifest.json",
+        *(path.name for job in jobs for path in (job.path, job.path.with_suffix(".idx"))),
+    }
     strays = sorted(path.name for path in directory.iterdir() if path.name not in expected)
-    whole.notes += [f"{name} is not in the manifest" for name in strays]
+    split.notes += [f"{name} is not in the manifest" for name in strays]
     if manifest["split"] != directory.name:
-        whole.problem("manifest", f"its manifest describes the split {manifest['split']}")
+        split.add("manifest", f"its manifest describes the split {manifest['split']}")
     try:
         num_classes = len(read_classes(directory.parent))
         if num_classes != manifest["num_classes"]:
-            whole.problem("classes", f"classes.json lists {num_classes}, the manifest {manifest['num_classes']}")
+            split.add("classes", f"classes.json lists {num_classes}, the manifest {manifest['num_classes']}")
     except (FileNotFoundError, ValueError) as error:
-        whole.problem("classes", str(error))
+        split.add("classes", str(error))
     if jobs[0].fast:
-        return whole
-
+        return split
     for report in reports:
-        whole.labels.update(report.labels)
-    if empty := [label for label in range(manifest["num_classes"]) if not whole.labels[label]]:
-        whole.notes.append(f"{len(empty)} of {manifest['num_classes']} classes have no image, the first is {empty[0]}")
-    if repeats := repeated_keys(reports):
-        # Others number their samples anew in every shard; our packer never does.
-        sentence = (
-            f"{len(repeats)} samples have the key of another, the first is number {repeats[0][1]} of {repeats[0][0]}"
+        split.labels.update(report.labels)
+    if empty := [label for label in range(manifest["num_classes"]) if not split.labels[label]]:
+        split.notes.append(
+            f"{len(empty)} of {manifest['num_classes']} classes have no image, first {empty[0]}"
         )
-        whole.notes.append(sentence) if jobs[0].store == "adopted" else whole.problem("keys", sentence)
-    unmixed = unmixed_shards(whole.labels, reports)
-    if unmixed or has_runs(whole.labels, reports):
-        sentence = "not shuffled: most images have the class of their neighbour"
-        if unmixed:
-            place, held, usual = unmixed[0]
-            sentence = (
-                f"not shuffled: {len(unmixed)} of {len(reports)} shards hold too few classes; {place} has {held}, a "
-                f"random order about {usual:.0f}"
-            )
-        # Order matters where a network learns from it.
-        whole.notes.append(sentence) if directory.name == "val" else whole.problem("order", sentence)
-    return whole
-
-
-def repeated_keys(reports: list[Report]) -> list[tuple[str, int]]:
-    """(shard, position in it from 1) of samples whose key an earlier one has."""
     keys = np.concatenate([np.array(report.keys, np.uint64) for report in reports])
     order = np.argsort(keys, kind="stable")
     repeats = np.sort(order[1:][keys[order][1:] == keys[order][:-1]])
-    starts = np.cumsum([0, *(len(report.keys) for report in reports)])
-    shards = np.searchsorted(starts, repeats, side="right") - 1
-    return [(reports[shard].place, int(k - starts[shard]) + 1) for shard, k in zip(shards, repeats, strict=True)]
+    if len(repeats):
+        starts = np.cumsum([0, *(len(report.keys) for report in reports)])
+        shard = int(np.searchsorted(starts, repeats[0], side="right")) - 1
+        place = f"number {repeats[0] - starts[shard] + 1} of {reports[shard].place}"
+        problem = f"{len(repeats)} samples have the key of another, the first is {place}"
+        # Others number their samples from 0 in every shard; our packer never does.
+        split.notes.append(problem) if jobs[0].store == "adopted" else split.add("keys", problem)
+    return split
 
 
-def unmixed_shards(total: Counter[int], reports: list[Report]) -> list[tuple[str, int, float]]:
-    """(shard, classes in it, classes expected) where a shard has less than half of the classes that a random order
-    gives, and by more than five standard deviations.
+def check_shard(job: Job) -> Report:
+    """Check one shard and its index; raises nothing for what is wrong with them."""
+    report = Report(f"{job.path.parent.name}/{job.path.name}")
+    index = None
+    try:
+        index = read_index(job.path.with_suffix(".idx"))
+        if len(index) != int(job.row["samples"]):
+            report.add("index", f"its .idx lists {len(index)} samples, the manifest {job.row['samples']}")
+    except ValueError:
+        report.add("index", "its .idx is damaged or not a DALI index")
+    except OSError as error:
+        report.add("index", f"its .idx cannot be read ({error.strerror})")
+    try:
+        size = job.path.stat().st_size
+        if size != int(job.row["bytes"]):
+            report.add("size", f"has {size} bytes, the manifest says {job.row['bytes']}")
+        for number, entries in enumerate(index or (), start=2):
+            if any(at % 512 or at < 512 or length < 1 or at + length > size for _, at, length, _ in entries):
+                report.add("index", f"line {number} of its .idx points at no data of the tar")
+        if not job.fast:
+            check_samples(job, index, report)
+    except OSError as error:
+        report.add("size", f"cannot be read ({error.strerror})")
+    return report
 
-    A class of share p is in a shard of n samples with probability q = 1 - (1 - p)^n; the classes' sum has at most the
-    variance of independent ones, for a place that one takes is lost to the others.
+
+def check_samples(job: Job, index: list[list[tuple[str, int, int, str]]] | None, report: Report) -> None:
+    """Read a tar: checksum, members, index, labels and images; adds to `report`."""
+    with job.path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+        if digest.hexdigest() != job.row.get("sha256"):
+            report.add("checksum", "its bytes are not those that were written (SHA-256)")
+        try:
+            for key, members in read_samples(file):
+                number = len(report.keys)
+                hashed = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
+                report.keys.append(int.from_bytes(hashed))
+                try:
+                    entries, image, label = index_sample(file, key, members)
+                except ValueError as error:
+                    report.add("sample", str(error))
+                    continue
+                if (job.path.name, image.offset) in job.skipped:
+                    report.keys.pop()
+                    continue
+                place = f"{printable(image.name)} at byte {image.offset}"
+                name_work(f"{place} of {job.path}")
+                if index is not None and number < len(index) and sorted(index[number]) != sorted(entries):
+                    report.add("index", f"line {number + 2} of its .idx does not fit {place}")
+                if label < job.num_classes:
+                    report.labels[label] += 1
+                else:
+                    report.add("label", f"{place} has label {label}, there are {job.num_classes} classes")
+                if fault := find_image_fault(os.pread(file.fileno(), image.size, image.offset), job.store):
+                    report.add("image", f"{place}: {fault}")
+        except ValueError as error:
+            report.add("tar", str(error))
+        if len(report.keys) != int(job.row["samples"]):
+            report.add(
+                "tar", f"holds {len(report.keys)} readable samples, the manifest says {job.row['samples']}"
+            )
+
+
+def find_image_fault(content: bytes, store: str) -> str:
+    """Why an image is not what the split keeps; empty if it is."""
+    if fault := find_fault(content):
+        return fault
+    jpeg = read_jpeg(content)
+    if store == "crop256" and (jpeg.width, jpeg.height) != (SIDE, SIDE):
+        return f"is {jpeg.width}x{jpeg.height}, not {SIDE}x{SIDE}"
+    return ""
+
+
+def stats(shards: Path) -> None:
+    """Print a table of what the shards hold. Labels come from the shards themselves, a few bytes each by the index.
+
+    Args:
+        shards: Folder written by pack or adopt.
     """
-    shares = np.array(list(total.values())) / max(total.total(), 1)
-    found = []
-    for report in reports:
-        q = 1 - (1 - shares) ** report.labels.total()
-        expected, deviation = float(q.sum()), float(np.sqrt((q * (1 - q)).sum()))
-        if len(report.labels) < min(expected / 2, expected - 5 * deviation):
-            found.append((report.place, len(report.labels), expected))
-    return found
+    for split in find_splits(shards):
+        manifest = read_json(shards / split / "manifest.json")
+        print(f"{shards / split}")
+        for name, value in describe_split(shards, split, manifest):
+            print(one_line(f"  {name:<20}{value}"))
 
 
-def has_runs(total: Counter[int], reports: list[Report]) -> bool:
-    """Whether neighbours share their class halfway to always, and by more than six standard deviations of a random
-    order, in which they do with the probability sum of p^2. Tells also where the classes are few."""
-    num_images = total.total()
-    pairs = num_images - len(reports)
-    if pairs < 1:
-        return False
-    chance = sum((number / num_images) ** 2 for number in total.values())
-    excess = sum(report.repeats for report in reports) / pairs - chance
-    return bool(excess > max((1 - chance) / 2, 6 * (chance * (1 - chance) / pairs) ** 0.5))
+def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what a split holds. Raises `DataError` where a shard or its index is damaged."""
+    opened = open_shards(shards, split)
+    pairs = list(zip(opened.tars, opened.indexes, strict=True))
+    with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(pairs), desc=split, disable=None) as progress:
+        found = []
+        for columns in pool.map(lambda pair: read_labels(*pair), pairs):
+            found.append(columns)
+            progress.update()
+    labels = np.concatenate([label for label, _ in found])
+    spans = [
+        (tar, *span) for tar, (_, images) in zip(opened.tars, found, strict=True) for span in images.tolist()
+    ]
+    shapes = [read_shape(*span) for span in random.Random(0).sample(spans, min(SAMPLED_IMAGES, len(spans)))]
+    per_class = np.bincount(labels, minlength=len(opened.classes)).tolist()
+    noted = Counter(
+        re.sub(r"\b\d+\b", "N", kind)
+        for row in manifest.get("repairs", ())
+        if isinstance(row, dict)
+        for kind in str(row.get("found")).split("; ")
+    )
+    about = {name: manifest.get(name) or {} for name in ("options", "versions")}
+    sizes = [Path(tar).stat().st_size for tar in opened.tars]
+    return [
+        ("samples", f"{opened.num_samples:,}"),
+        ("classes", f"{len(per_class)}, {per_class.count(0)} without an image"),
+        ("images per class", summarize(per_class)),
+        ("shards", str(len(sizes))),
+        ("samples per shard", summarize([len(label) for label, _ in found])),
+        ("bytes", f"{sum(sizes):,}"),
+        ("bytes per shard", summarize(sizes)),
+        ("bytes per image", summarize([size for _, _, size in spans])),
+        ("width", f"{summarize([width for width, _ in shapes])}, of {len(shapes)} images"),
+        ("height", summarize([height for _, height in shapes])),
+        ("repaired or noted", str(len(manifest.get("repairs", ())))),
+        *((f"  {count}", kind) for kind, count in noted.most_common()),
+        ("skipped", str(len(manifest.get("skipped", ())))),
+        ("source", str(manifest.get("source", "unknown"))),
+        *(
+            (name, ", ".join(f"{key} {value}" for key, value in values.items()) or "unknown")
+            for name, values in about.items()
+        ),
+    ]
+
+
+def summarize(values: Sequence[int]) -> str:
+    """Minimum, median, mean and maximum."""
+    if not values:
+        return "none"
+    return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
+
+
+def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
+    """Width and height of an image in a shard. Raises `DataError`."""
+    with Path(tar).open("rb") as file:
+        jpeg = read_jpeg(os.pread(file.fileno(), size, offset))
+    if not jpeg.width:
+        raise DataError(f"{tar} holds no image at byte {offset}; make_shards.py verify says more")
+    return jpeg.width, jpeg.height
+
+
+def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of one shard: int64 (n,) labels, and int64 (n, 2) offset and size of the images. Raises `DataError`."""
+    labels, images = [], []
+    with Path(tar).open("rb", buffering=0) as file:
+        os.posix_fadvise(
+            file.fileno(), 0, 0, os.POSIX_FADV_RANDOM
+        )  # reading ahead would read the whole shard
+        end = os.fstat(file.fileno()).st_size
+        try:
+            for sample in read_index(Path(index)):
+                places = {extension: (offset, size) for extension, offset, size, _ in sample}
+                offset, size = places["cls"]
+                labels.append(int(os.pread(file.fileno(), min(size, end), offset)))
+                images.append(places["jpg"])
+                if sum(places["jpg"]) > end:
+                    raise ValueError("an image that the tar does not hold")
+        except (KeyError, ValueError):
+            raise DataError(f"{tar} or its index is damaged; make_shards.py verify says where") from None
+    return np.array(labels, np.int64), np.array(images, np.int64)

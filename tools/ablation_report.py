@@ -1,0 +1,220 @@
+"""Compare runs of one base and its ablations: figures of each run, a table and a chart.
+
+Errors are top-1, in percent. The training error is the mean over the last epoch's rows of metrics.jsonl: of images as
+they are augmented, with dropout. The validation error is the centre crop's at the end. Differences are taken seed by
+seed, as equal seeds share order, crops and flips of the images.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+PAPER = {
+    "one-gpu": (1.7, "+1.7"),
+    "no-lrn": (1.4, "+1.4"),
+    "no-overlapping-pooling": (0.4, "+0.4"),
+    "no-lighting": (1.0, "over +1"),
+    "no-conv4": (2.0, "about +2"),
+}
+"""Points of top-1 error that the paper's network loses without it, and how the paper says so (sections 3.2-3.4, 4.1
+and 7)."""
+BASE = "base"
+FEW_SEEDS = 3
+"""Below which a spread says nothing."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Errors of one run, in percent."""
+
+    seed: int
+    train_error: float
+    val_errors: tuple[float, ...]
+    """After each epoch."""
+    epochs_to_error: float | None
+    """Until a row of metrics.jsonl first had the training error in question or less; None: never."""
+
+    @property
+    def val_error(self) -> float:
+        """At the end."""
+        return self.val_errors[-1]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The base or an ablation: its runs at the rate that did best."""
+
+    name: str
+    rate: float | None
+    """The best of `--rates`; None: the configuration's."""
+    runs: tuple[Figures, ...]
+    """One for each seed, in the same order everywhere; empty where training diverged at every rate."""
+
+    @property
+    def epochs_to_error(self) -> float | None:
+        """Mean over the seeds; None if one of them never reached the error."""
+        reached = [run.epochs_to_error for run in self.runs if run.epochs_to_error is not None]
+        return fmean(reached) if self.runs and len(reached) == len(self.runs) else None
+
+    def mean(self, name: str) -> float:
+        """Average a figure over the seeds."""
+        return fmean(getattr(run, name) for run in self.runs)
+
+    def differences(self, base: "Entry") -> list[float]:
+        """Subtract the base's validation error, seed by seed; empty where training diverged, and for the base."""
+        if self is base or not self.runs:
+            return []
+        return [run.val_error - its.val_error for run, its in zip(self.runs, base.runs, strict=True)]
+
+
+def read_figures(rows: list[dict[str, Any]], seed: int, error: float) -> Figures:
+    """Read the figures of a finished run from the rows of its metrics.jsonl, with at least one of either kind; `error`
+    is the training error to reach, in percent."""
+    train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    steps_per_epoch = val[0]["step"] / val[0]["epoch"]
+    return Figures(
+        seed=seed,
+        train_error=fmean(row["top1_error"] for row in train if row["epoch"] == train[-1]["epoch"]),
+        val_errors=tuple(row["centre_top1_error"] for row in val),
+        epochs_to_error=next(
+            (row["step"] / steps_per_epoch for row in train if row["top1_error"] <= error), None
+        ),
+    )
+
+
+def pick_rate(name: str, by_rate: dict[float | None, list[Figures | None]]) -> Entry:
+    """Pick the rate with the fewest epochs to the training error in question, or, if no rate brought every seed there,
+    the one with the lowest training error; never a rate at which a seed diverged (None)."""
+    entries = [
+        Entry(name, rate, tuple(filter(None, runs))) for rate, runs in by_rate.items() if None not in runs
+    ]
+
+    def rank(entry: Entry) -> tuple[float, float]:
+        epochs = entry.epochs_to_error
+        return (float("inf") if epochs is None else epochs, entry.mean("train_error"))
+
+    return min(entries, key=rank, default=Entry(name, None, ()))
+
+
+def format_markdown(entries: list[Entry], error: float, rates: list[float] | None, val_images: int) -> str:
+    """Format the table and notes on how to read it. The first entry is the base."""
+    head = [
+        "",
+        "training error",
+        "validation error",
+        "gap",
+        f"epochs to {error:g} %",
+        "difference",
+        "the paper's",
+    ]
+    if rates:
+        head.insert(1, "rate")
+    seeds = ", ".join(str(run.seed) for run in entries[0].runs)
+    sections = ["# Ablations", *list_weaknesses(entries[0], error)]
+    sections.append(align_columns([head, *(format_cells(entry, entries[0], rates) for entry in entries)]))
+    sections.append(
+        f"Top-1 errors in %, means over the seeds {seeds}. Training: the last epoch, as augmented and with dropout. "
+        f"Validation: the centre crop at the end; one image is {100 / val_images:.2g} points. Gap: validation minus "
+        f"training. Epochs: until a row of metrics.jsonl had a training error of {error:g} %, - where a seed never "
+        "did. Difference: points of validation error above the base's with the same seed, mean (least to greatest). "
+        "The paper's is of ImageNet."
+    )
+    if rates:
+        sections.append(
+            f"Rates: of {', '.join(f'{rate:g}' for rate in rates)} the one with the fewest epochs to {error:g} % "
+            "training error; where it has a star, not every seed reached it at any rate, and the lowest training "
+            "error decided."
+        )
+    return "\n\n".join(sections) + "\n"
+
+
+def list_weaknesses(base: Entry, error: float) -> list[str]:
+    """List reasons why differences to the base show nothing yet: too few seeds to tell them from chance, too few epochs
+    to learn."""
+    few = (
+        f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: the same network differs as much "
+        "from seed to seed. Give more `--seeds`.**"
+    )
+    short = (
+        f"**This comparison shows nothing of trained networks: the base did not reach {error:g} % training error. "
+        'Train longer (`--settings "--train.epochs N"`), or give the `--error` that it should reach.**'
+    )
+    return [few] * (len(base.runs) < FEW_SEEDS) + [short] * (base.epochs_to_error is None)
+
+
+def format_cells(entry: Entry, base: Entry, rates: list[float] | None) -> list[str]:
+    """Format a row of the table."""
+    epochs, paper, differences = (
+        entry.epochs_to_error,
+        PAPER.get(entry.name, (0, ""))[1],
+        entry.differences(base),
+    )
+    cells = [entry.name]
+    if rates:
+        cells.append("" if entry.rate is None else f"{entry.rate:g}{' *' if epochs is None else ''}")
+    if not entry.runs:
+        return [*cells, "diverged", "", "", "-", "", paper]
+    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
+    train_error, val_error = entry.mean("train_error"), entry.mean("val_error")
+    cells += [f"{train_error:.1f}", f"{val_error:.1f}", f"{val_error - train_error:+.1f}"]
+    cells.append("-" if epochs is None else f"{epochs:.1f}")
+    return [*cells, f"{fmean(differences):+.1f}{spread}" if differences else "", paper]
+
+
+def align_columns(rows: list[list[str]]) -> str:
+    """Format a table in Markdown that can be read in a terminal as well."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def to_json(entry: Entry, base: Entry) -> dict[str, Any]:
+    """Return an entry in plain values."""
+    differences = entry.differences(base)
+    spread = (
+        {"mean": fmean(differences), "min": min(differences), "max": max(differences)}
+        if differences
+        else None
+    )
+    return {
+        "name": entry.name,
+        "rate": entry.rate,
+        "diverged": not entry.runs,
+        "train_error": entry.mean("train_error") if entry.runs else None,
+        "val_error": entry.mean("val_error") if entry.runs else None,
+        "epochs_to_error": entry.epochs_to_error,
+        "difference": spread,
+        "paper": PAPER.get(entry.name, (None, None))[1],
+        "runs": [asdict(run) for run in entry.runs],
+    }
+
+
+def draw_curves(path: Path, entries: list[Entry]) -> None:
+    """Write a PNG of validation errors over epochs: a line for each entry, the mean over its seeds, in a band from the
+    least to the greatest."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    from train.charts import saved_figure
+
+    with saved_figure(path) as figure:
+        figure.set_size_inches(9, 6)
+        axes = figure.subplots()
+        for number, entry in enumerate(entries):
+            # Up to the last epoch of the shortest run; no epochs where training diverged.
+            by_epoch = list(zip(*(run.val_errors for run in entry.runs), strict=False))
+            epochs = range(1, len(by_epoch) + 1)
+            colour = "black" if entry.name == BASE else colormaps["tab10"]((number - 1) % 10)
+            axes.fill_between(epochs, [*map(min, by_epoch)], [*map(max, by_epoch)], color=colour, alpha=0.15)
+            label = entry.name + ("" if entry.rate is None else f", rate {entry.rate:g}")
+            label += "" if by_epoch else ", diverged"
+            style = "--" if number > 10 else "-"
+            axes.plot(epochs, [*map(fmean, by_epoch)], style, marker=".", color=colour, label=label)
+        title = f"Validation error, mean of {len(entries[0].runs)} seeds, least to greatest"
+        axes.set(xlabel="epoch", ylabel="top-1 error of the centre crop, %", title=title)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
