@@ -14,7 +14,7 @@ from model.alexnet import AlexNet
 from pipeline.loader import val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
-from tests.helpers import jpeg, photo, refuses, run_ok, tiny
+from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
 from train.accuracy import probabilities
 from train.trained import read_trained
 
@@ -77,6 +77,15 @@ def test_files_and_folders(
         assert all(names[each["wnid"]] == (each["index"], each["words"]) for each in row["classes"])  # type: ignore[attr-defined]
     text = run_ok("tools/predict.py", weights, tmp_path / "b.webp", "--device", "cpu", "--top", "1")
     assert "class " in text and len(text.splitlines()) == 2
+
+
+def test_a_bad_one_among_good_ones(weights: Path, tmp_path: Path) -> None:
+    """The images of a glob that can be decoded are predicted; the exit code and a sentence tell of the other."""
+    for k in range(3):
+        (tmp_path / f"{k}.jpg").write_bytes(jpeg(photo(np.random.default_rng(k)))[: 100 if k == 1 else None])
+    done = run_here("tools/predict.py", weights, f"{tmp_path}/*.jpg", "--device", "cpu", "--json")
+    assert done.returncode == 2 and str(tmp_path / "1.jpg") in done.stderr
+    assert [Path(row["image"]).name for row in json.loads(done.stdout)] == ["0.jpg", "2.jpg"]
 
 
 @pytest.mark.parametrize("name", ["none.jpg", "empty", "bad.jpg"])

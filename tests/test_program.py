@@ -80,7 +80,9 @@ print(sorted({HEAVY} & sys.modules.keys()))"""
     assert run_python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("words", ["tools/make_shards.py pack a b", "-m train.run --config paper"])
+@pytest.mark.parametrize(
+    "words", ["tools/make_shards.py pack a b", "tools/doctor.py", "-m train.run --config paper"]
+)
 def test_outside_of_the_environment(tmp_path: Path, words: str) -> None:
     """A Python without our packages says how to get into the environment, with code 2 and no traceback."""
     run_ok("-m", "venv", "--without-pip", tmp_path, run=run_python)

@@ -31,7 +31,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
-from pipeline.machine import num_cores, raise_open_files
+try:
+    from pipeline.machine import num_cores, raise_open_files
+except ModuleNotFoundError as error:
+    sys.stderr.write(
+        f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/doctor.py\n"
+    )
+    sys.exit(2)
 from pipeline.shards import ShardSet, open_shards
 from train.program import WRONG_INPUT, Parser, exit_with
 

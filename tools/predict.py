@@ -11,6 +11,7 @@ Shapes: N images, H = W = 256, C = 3 channels (RGB), K classes.
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,7 +39,9 @@ def predict(
     device: Literal["auto", "cpu", "cuda"],
     as_json: bool,
 ) -> None:
-    """Print the `top` most probable classes of each image; arguments as on the command line."""
+    """Print the `top` most probable classes of each image; arguments as on the command line.
+
+    Raises `ValueError` at the end where some images cannot be decoded."""
     if top < 1:
         raise ValueError(f"--top: expected at least 1, got {top}; leave it out for 5")
     paths = [path for name in images for path in find_images(name)]
@@ -54,9 +57,18 @@ def predict(
     model.load_state_dict(trained.state)
     model.to(target).eval()
     rows: list[dict[str, Any]] = []
+    faults: list[str] = []
     for start in range(0, len(paths), BATCH_SIZE):
-        batch = paths[start : start + BATCH_SIZE]
-        images_NHWC = torch.stack([read_square(path) for path in batch])
+        batch, squares = [], []
+        for path in paths[start : start + BATCH_SIZE]:
+            try:
+                squares.append(read_square(path))
+                batch.append(path)
+            except ValueError as error:
+                faults.append(str(error))
+        if not batch:
+            continue
+        images_NHWC = torch.stack(squares)
         values, indices = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
         for path, probabilities, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
             found = [
@@ -71,17 +83,23 @@ def predict(
                 print("\n".join([str(path), *lines]))
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
+    if faults:
+        more = f" (and {len(faults) - 1} more images)" if len(faults) > 1 else ""
+        raise ValueError(f"{faults[0]}{more}; the others were predicted")
 
 
 def find_images(name: str) -> list[Path]:
-    """List the file, or the images under the folder. Raises `FileNotFoundError` where there is none."""
-    path = Path(name)
-    inside = sorted(path.rglob("*")) if path.is_dir() else []
-    found = [each for each in inside if each.suffix.lower() in SUFFIXES and each.is_file()]
-    found += [path] if path.is_file() else []
+    """List the file, the images under the folder, or the files of a glob. Raises `FileNotFoundError` where there is
+    none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()]
+    else:
+        names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
+        found = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]
     if not found:
-        raise FileNotFoundError(f"{name}: expected an image file or a folder of some; check the name")
-    return found
+        raise FileNotFoundError(f"{name}: expected an image file, a folder or a glob of some; check the name")
+    return sorted(found)
 
 
 def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
@@ -113,7 +131,7 @@ def read_square(path: Path) -> "torch.Tensor":
     try:
         decoded = decode(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; leave it out") from None
+        raise ValueError(f"{path}: {error}") from None
     return torch.from_numpy(crop256(decoded.pixels, decoded.size))
 
 
@@ -148,7 +166,7 @@ def main() -> None:
     shards = "Shards whose classes.json names the classes; by default the run's."
     device = {"type": Literal["auto", "cpu", "cuda"], "help": "auto takes the first GPU if there is one."}
     parser.add_argument("checkpoint", type=Path, help=run)
-    parser.add_argument("images", nargs="+", help="Image files, or folders of them.")
+    parser.add_argument("images", nargs="+", help="Image files, folders of them, or globs.")
     parser.add_argument("--views", default="ten", **views)
     parser.add_argument("--top", type=int, default=5, help="Classes to print of each image.")
     parser.add_argument("--shards", type=Path, default=None, help=shards)
