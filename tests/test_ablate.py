@@ -154,7 +154,6 @@ def test_what_shows_nothing_says_so() -> None:
         ({"seeds": (1, 1)}, "--seeds"),
         ({"rates": [0.1, 0.1]}, "--rates"),
         ({"rates": []}, "--rates"),
-        ({"error": 100.0}, "--error"),
         ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
         ({"settings": "--train.seed=4"}, "--settings: --train.seed"),
         ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),

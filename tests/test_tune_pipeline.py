@@ -9,7 +9,7 @@ import yaml
 from pipeline.settings import Speed
 from pipeline.shards import DataError
 from tests.helpers import ROOT, refuses, run_ok
-from tools.tune_pipeline import Knobs, Trial, Waits, format_table, list_axes, pick_best, search
+from tools.tune_pipeline import FAILED, Knobs, Trial, Waits, format_table, list_axes, pick_best, search
 from train.config import parse_config
 
 
@@ -72,7 +72,7 @@ def test_decoding_on_the_cpu_gets_every_core() -> None:
 def test_order(figures: list[tuple[float, float]], winner: int) -> None:
     """The 99th percentile first, the mean among equals, the earlier among equals of both."""
     trials = [Trial(Knobs(number), waits(*pair)) for number, pair in enumerate(figures, start=1)]
-    assert pick_best([Trial(Knobs(9), None, "failed"), *trials]) is trials[winner]
+    assert pick_best([Trial(Knobs(9), FAILED, "out of memory"), *trials]) is trials[winner]
 
 
 def test_luck_is_not_taken() -> None:
@@ -99,7 +99,7 @@ def test_failures() -> None:
 
     trials, best = search(Knobs(4), list_axes(4, on_gpu=False), measure)
     assert best.knobs.prefetch == 4 and best.knobs.threads < 4
-    assert {trial.error for trial in trials if trial.waits is None} == {"out of memory", "MemoryError"}
+    assert {trial.error for trial in trials if trial.waits == FAILED} == {"out of memory", "MemoryError"}
     assert "| out of memory\n" in format_table(trials)
 
     def fail(knobs: Knobs) -> Waits:

@@ -57,14 +57,14 @@ def draw_sheet(
     firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
     with saved_figure(path) as figure:
         figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
-        for half, heading, images in zip(figure.subfigures(2), (above, below), (cells, firsts), strict=True):
+        halves: Any = figure.subfigures(2)
+        for half, heading, images in zip(halves, (above, below), (cells, firsts), strict=True):
             half.suptitle(heading)
-            panels = half.subplots(ROWS, COLUMNS).flat
-            for axes in panels:
+            for number, axes in enumerate(half.subplots(ROWS, COLUMNS).flat):
                 axes.axis("off")
-            for axes, (pixels_HWC, caption) in zip(half.axes, images, strict=False):
-                axes.imshow(pixels_HWC)
-                axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
+                for pixels_HWC, caption in images[number : number + 1]:
+                    axes.imshow(pixels_HWC)
+                    axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
 
 
 def class_name(view: View, shards: ShardSet) -> str:
