@@ -1,4 +1,4 @@
-"""Whatever is broken, missing, odd or hanging on a machine is a finding with its remedy, and the exit code tells."""
+"""Whatever is broken, missing, odd or hanging on a machine is a finding with its remedy, and sets the exit code."""
 
 import json
 import os

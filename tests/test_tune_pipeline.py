@@ -33,7 +33,7 @@ def distance_to(best: Knobs) -> Callable[[Knobs], Waits]:
 @pytest.mark.parametrize(("prefetch", "read_ahead", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_finds_the_optimum(threads: int, prefetch: int, read_ahead: int, load: float, on_gpu: bool) -> None:
-    """Where knobs do not act on each other, the best of their values are found, each candidate measured once besides
+    """Where knobs do not act on each other, the best of their values are found, each candidate measured once before
     the last two, and never more of them than announced."""
     optimum = Knobs(threads, prefetch, read_ahead, load if on_gpu else Speed.hw_decoder_load)
     axes, default = list_axes(16, on_gpu), Knobs(16)

@@ -115,8 +115,8 @@ def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
 
 
 def list_weaknesses(base: Entry, error: float) -> list[str]:
-    """List reasons why differences to the base show nothing yet: too few seeds to tell them from chance, too few epochs
-    to learn."""
+    """List reasons why differences to the base show nothing yet: too few seeds to exclude chance, too few epochs to
+    learn."""
     few = (
         f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: the same network differs as much "
         "from seed to seed. Give more `--seeds`.**"

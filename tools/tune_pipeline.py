@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 FIRST_LINE = "# Written by tools/tune_pipeline.py"
 SAME_P99, SAME_P99_MS = 0.1, 0.5
 """Waits whose 99th percentiles differ by less than this share, or by less than this, count as equal: one measurement
-cannot tell them from noise, and a change has to pay."""
+cannot distinguish them from noise, and a change has to pay."""
 SAME_MEAN, SAME_MEAN_MS = 0.01, 0.05
 """The same for their means."""
 WARM_UP, MIN_BATCHES = 3, 3
