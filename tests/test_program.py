@@ -58,7 +58,7 @@ def test_help_of_every_program() -> None:
     for form in (["tools/make_shards.py"], ["-m", "tools.make_shards"]):
         assert "--samples-per-shard" in run_ok(*form, "pack", "--help", run=run_python)
     told = refuses("tools/bench.py", "model", "--batch-sizes", "[0]")  # a list
-    assert "--batch-sizes and --repeats must be at least 1" in told
+    assert "--batch-sizes" in told
 
 
 HEAVY = {"torch", "nvidia.dali", "matplotlib.pyplot", "scipy", "sklearn", "webdataset"}

@@ -107,14 +107,13 @@ class Parser(ArgumentParser):
         it was given."""
         found = re.fullmatch(r'Parser key "([^"]+)": (.*)', message)
         action = next((action for action in self._actions if found and action.dest == found[1]), None)
+        message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Expected a tuple", "expected a list")
         if found is None or action is None:
-            return re.sub(r"<class '(\w+)'>", r"\1", message)
+            return message
         key, fault = found.groups()
         typed = {word.split("=")[0] for word in sys.argv}
         name = next((option for option in action.option_strings if option in typed), key)
-        if fault.startswith(
-            "Unable to load config "
-        ):  # neither that nor what it begins with is a field of ours
+        if fault.startswith("Unable to load config "):  # neither that nor its beginning is a field of ours
             within = re.search(rf'Parser key "{re.escape(key)}\..*', fault)
             fields = "takes its fields one by one, or the name of a YAML file with them"
             return self.in_words(within[0]) if within else f"{name} {fields}; what was given is neither"

@@ -1,167 +1,146 @@
-"""How fast batches come: the loader beside what its decoder could do, and beside what one would write without it."""
+"""How fast the training loader hands out batches, and what bounds it."""
 
+import io
 import itertools
-import multiprocessing
-import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from nvidia.dali import pipeline_def
-from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.decode import Decoder, decode_extents, trace_window
-from pipeline.draws import CROP_SIDE, OFFSETS, draw
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import read_graph, window_graph
 from pipeline.lighting import Lighting
-from pipeline.loader import train_loader
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig, Speed
-from pipeline.shards import IMAGE_SIDE, DataError, ShardSet, open_shards
-from tools.benchmarks.measure import Table, rate, take_turns
-from tools.benchmarks.record import check_out, describe, record
-from train.device import keep_freed_memory, pick_device
+from pipeline.shards import ShardSet, open_shards
+from tools.benchmarks import common
 
-LIMIT = "libjpeg-turbo alone (simplejpeg, whole)"
-MAX_JPEGS = 2000
-"""Enough that no file stays in a core's cache."""
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
+LIMIT, WINDOWS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 pixels, as for a GPU (DALI, cpu)"
+LOADER, UNLIGHTED = "loader: finished batches", "loader: the same without lighting (strength 0)"
+EIGENBASIS = "compute_pca: decode and sum, exact"
+MAX_JPEGS, MAX_SUMMED, CHUNK = 2000, 20_000, 16
+"""Enough that no file stays in a core's cache, and that a pass over them takes seconds."""
+SUM_BATCH = 64
 
 
 def bench_loader(
     shards: Path,
-    batch_size: int,
-    threads: int | None,
-    seconds: float,
-    repeats: int,
-    device: str,
-    out: Path | None,
+    batch_size: int = 128,
+    threads: int | None = None,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    out: Path | None = None,
 ) -> None:
-    """See `tools/bench.py loader`."""
-    if batch_size < 1 or repeats < 1 or seconds <= 0 or (threads is not None and threads < 1):
-        raise ValueError("--batch-size, --repeats and --threads must be at least 1, --seconds positive")
-    check_out(out)
+    """Images per second of the training loader, with lighting and without, and of the eigenbasis' sums.
+
+    Also of libjpeg-turbo alone and of DALI decoding the same windows. All decode the same files.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        batch_size: Images per batch.
+        threads: DALI's threads (default: cores + 1) and libjpeg-turbo's (default: cores).
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turns.
+        out: File of JSON lines to append one row per contender to.
+    """
+    import torch
+
+    from pipeline.loader import train_loader
+    from train.device import keep_freed_memory, pick_device
+
+    common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
     keep_freed_memory()  # as the trainer does
+    torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    processes, speed = threads or num_cores(), Speed(threads=threads)
-    place, config = pick_device(device), DataConfig(shards, speed=speed)
-    batches = train_loader(
-        train, basis, config, batch_size=batch_size, seed=0, rank=0, num_ranks=1, device=place
-    )
-    endless = itertools.chain.from_iterable(itertools.repeat(batches))
-    raise_open_files(2 * len(train.tars))
-    for_gpu = host_pipeline(
-        train, batch_size=batch_size, num_threads=speed.num_threads, device_id=None, seed=0
-    )
-    jpegs = read_jpegs(train)
-    peer = DataLoader(
-        Windows(jpegs, basis),
-        batch_size,
-        num_workers=processes,
-        persistent_workers=True,
-        multiprocessing_context="fork",  # so that the files are not copied to every worker
-    )
-    peer_batches: Iterator[Any] = iter(peer)
+    cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
+    raise_open_files(4 * len(train.tars))
+    lighted = DataConfig(shards, speed=speed)
+    unlighted = replace(lighted, augmentation=Augmentation(lighting=Lighting(strength=0)))
+    place: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "rank": 0, "num_ranks": 1, "device": device}
+    loaders = [train_loader(train, basis, config, **place) for config in (lighted, unlighted)]
+    batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
+    windows = decode_windows(train, batch_size, speed.num_threads)
+    jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
+    check_work(jpegs, windows, next(batches).images)
+    with ThreadPoolExecutor(cores) as pool:  # simplejpeg decodes without the GIL
 
-    with ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=keep_jpegs, initargs=(jpegs,)
-    ) as pool:
-        contenders: dict[str, Callable[[], float]] = {
-            LIMIT: lambda: sum(pool.map(decode_rate, [seconds] * processes)),
-            "uint8 pixels, as for a GPU (DALI, cpu)": lambda: rate(for_gpu.run, batch_size, seconds),
-            f"loader: finished batches (train, on {place.type})": lambda: rate(
-                lambda: next(endless), batch_size, seconds
-            ),
-            "torch DataLoader + Pillow, same batches": lambda: rate(
-                lambda: next(peer_batches), batch_size, seconds
-            ),
+        def decode_all() -> None:
+            list(pool.map(decode, [jpegs[start : start + CHUNK] for start in range(0, len(jpegs), CHUNK)]))
+
+        contenders: dict[str, Callable[[], common.Rate]] = {
+            LIMIT: partial(common.measure, decode_all, len(jpegs), seconds),
+            WINDOWS: partial(common.measure, windows.run, batch_size, seconds),
+            LOADER: partial(common.measure, partial(next, batches), batch_size, seconds),
+            UNLIGHTED: partial(common.measure, partial(next, others), batch_size, seconds),
+            EIGENBASIS: partial(measure_sums, common.first_shards(train, MAX_SUMMED), cores),
         }
-        measured = take_turns(contenders, repeats)
-    batches.close()
-
-    print(f"{describe(train)}; batch {batch_size}")
-    print(f"{speed.num_threads} threads of DALI, {processes} processes of the others, {repeats} repeats")
-    table = Table("training windows", "images/s", measured, LIMIT)
-    table.show()
-    if out:
-        settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "threads": speed.num_threads}
-        settings |= {"processes": processes, "seconds": seconds, "device": place.type}
-        record(out, "loader", [table], describe(train), settings)
+        rates = common.interleave(contenders, repeats)
+    for loader in loaders:
+        loader.close()
+    data = common.describe_shards(train)
+    print(f"{data}; batch {batch_size}, finished on {device.type}")
+    print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
+    rows = common.print_table("training images", rates, LIMIT)
+    about: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "device": device.type}
+    common.record(out, "loader", rows, data, threads=speed.num_threads, **about)
 
 
-@pipeline_def(enable_checkpointing=True)
-def host_pipeline(shards: ShardSet) -> Any:
-    """What the host does where a GPU does the rest: decode training windows, or what they are made of, and labels."""
-    encoded, digits = read_graph(shards, True, shuffle_buffer=1024)
-    draws = draw(Augmentation(), 0, 0)
-    if shards.any_size:
+def check_work(jpegs: list[bytes], windows: "Pipeline", images: Any) -> None:
+    """Assert that contenders decode Pillow's pixels and hand out whole batches. That the loader's batches are right,
+    pixel by pixel, is what `bench peers` shows."""
+    import simplejpeg
+    from PIL import Image
+
+    for jpeg in jpegs[:32]:
+        expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), np.int16)
+        assert np.abs(simplejpeg.decode_jpeg(jpeg, "RGB") - expected).max() <= 1, (
+            "libjpeg-turbo: wrong pixels"
+        )
+    pixels, _ = windows.run()
+    assert len(pixels) == len(images) and np.asarray(pixels[0]).dtype == np.uint8, "DALI: wrong batch"
+    assert images.shape[1:] == (3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
+
+
+def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline":
+    """Make a pipeline of what the host does where a GPU does the rest: it decodes training windows, or the pixels that
+    they are resampled from, and reads labels."""
+    from nvidia.dali import pipeline_def
+
+    from pipeline.decode import Decoder, decode_extents, trace_window
+    from pipeline.draws import CROP_SIDE, OFFSETS, draw
+    from pipeline.graph import read_graph, window_graph
+
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
+    def graph() -> Any:
+        encoded, digits = read_graph(shards, True, shuffle_buffer=1024)
+        draws = draw(Augmentation(), 0, 0)
+        if not shards.any_size:
+            return window_graph(encoded, draws, Decoder(), "cpu"), digits
         extents = trace_window(encoded, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
         return decode_extents(encoded, extents), digits
-    return window_graph(encoded, draws, Decoder(), "cpu"), digits
+
+    return graph()
 
 
-class Windows(IterableDataset):
-    """What one writes without DALI: Pillow and numpy in worker processes, endlessly. Files come from memory."""
-
-    def __init__(self, jpegs: list[bytes], basis: Eigenbasis) -> None:
-        self.jpegs, self.mean = jpegs, basis.mean.astype(np.float32)
-        self.shift_matrix, self.divisor = Lighting().shift_matrix(basis), np.float32(Lighting().divisor)
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield (224, 224, 3) float32 windows, flipped, relit and normalized, and a label."""
-        import io
-
-        from PIL import Image
-
-        rng = np.random.default_rng(torch.initial_seed())
-        while True:
-            image = Image.open(io.BytesIO(self.jpegs[rng.integers(len(self.jpegs))])).convert("RGB")
-            if image.size != (IMAGE_SIDE, IMAGE_SIDE):
-                short = min(image.size)
-                image = image.resize(
-                    (round(image.width * IMAGE_SIDE / short), round(image.height * IMAGE_SIDE / short)),
-                    Image.Resampling.BICUBIC,
-                )
-            left, top = (int(rng.integers(OFFSETS + 1)) + (side - IMAGE_SIDE) // 2 for side in image.size)
-            window = np.asarray(image)[top : top + CROP_SIDE, left : left + CROP_SIDE]
-            if rng.random() < 0.5:
-                window = window[:, ::-1]
-            mean = self.mean - (self.shift_matrix @ rng.standard_normal(3)).astype(np.float32)
-            yield (window - mean) / self.divisor, 0
-
-
-JPEGS: list[bytes] = []
-"""The files that a worker process decodes."""
-
-
-def read_jpegs(shards: ShardSet) -> list[bytes]:
-    """The first images of a split, read by the webdataset library. Raises `DataError` when there is none."""
-    import webdataset
-
-    samples = webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False)
-    try:
-        jpegs = [sample["jpg"] for sample in itertools.islice(samples, MAX_JPEGS)]
-    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        raise DataError(
-            f"{Path(shards.tars[0]).parent} cannot be read ({error}); pack or copy it again"
-        ) from None
-    if not jpegs:
-        raise DataError(f"{Path(shards.tars[0]).parent} holds no image; pack or copy it again")
-    return jpegs
-
-
-def keep_jpegs(jpegs: list[bytes]) -> None:
-    """Start a worker."""
-    JPEGS.extend(jpegs)
-
-
-def decode_rate(seconds: float) -> float:
-    """Images per second that one process decodes whole, to uint8 RGB."""
+def decode(jpegs: list[bytes]) -> None:
+    """Decode whole images to uint8 RGB."""
     import simplejpeg
 
-    endless = itertools.cycle(JPEGS)
-    return rate(lambda: simplejpeg.decode_jpeg(next(endless), "RGB"), 1, seconds)
+    for jpeg in jpegs:
+        simplejpeg.decode_jpeg(jpeg, "RGB")
+
+
+def measure_sums(train: ShardSet, threads: int) -> common.Rate:
+    """Measure one pass of compute_pca's sums on the CPU; the first batch, at which DALI starts, does not count."""
+    from tools.moments import batch_sums
+
+    sums = batch_sums(train, SUM_BATCH, threads)
+    next(sums)
+    return common.measure_job(lambda: sum(each.moments.num_images for each in sums))

@@ -1,98 +1,116 @@
-"""How fast the network trains on a batch that is there already, beside torchvision's network and other ways to write
-ours; and with its towers on two devices, beside the paper's network for one."""
+"""How fast the network trains on a batch that is there already: ours, torchvision's, and ours on two devices.
 
+The last is the paper's claim: "the two-GPU net takes slightly less time to train than the one-GPU net" (section 3.2).
+Two processes hold a tower each, as `model/parallel.py` places them; the first one also trains, in its turns, the
+paper's one-GPU net, whose conv1-4 have half as many maps, and both towers on one device. On a CPU a device is a process
+with half of the cores.
+"""
+
+import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+from pipeline.machine import num_cores
+from tools.benchmarks import common
+from tools.benchmarks.common import Rate, Rates
 
-from model.alexnet import AlexNet, AlexNetConfig
-from model.lrn import local_response_norm
-from tools.benchmarks import towers
-from tools.benchmarks.measure import Table, take_turns, timed
-from tools.benchmarks.record import check_out, record
-from tools.benchmarks.synthetic import training_on
-from train.device import can_compile, compiled, keep_freed_memory, pick_device, set_arithmetic
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Precision = Literal["float32", "bf16", "fp16"]
+Step = Callable[[], Any]
 THEIRS, COPIES = "torch.nn.functional.local_response_norm", "2.5 copies: the fewest possible bytes"
-AS_TRAINED = "ours, compiled as the trainer does"
 TORCHVISION = "torchvision's alexnet, without normalization"
+TWO_DEVICES, ONE_DEVICE = "two towers, one on each of two devices", "two towers on one device"
+ONE_GPU = "the paper's one-GPU net on one device"
 
 
 def bench_model(
-    batch_sizes: list[int] | None,
-    precision: Precision | None,
-    seconds: float,
-    repeats: int,
-    device: str,
-    profile: bool,
-    out: Path | None,
+    batch_sizes: list[int] | None = None,
+    precision: Literal["float32", "bf16", "fp16"] | None = None,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    out: Path | None = None,
 ) -> None:
-    """See `tools/bench.py model`."""
-    place = pick_device(device)
-    sizes = batch_sizes or ([128, 256, 1024] if place.type == "cuda" else [32])
-    if min([*sizes, repeats]) < 1 or seconds <= 0:
-        raise ValueError("--batch-sizes and --repeats must be at least 1, --seconds positive")
-    check_out(out)
-    precision = precision or ("bf16" if place.type == "cuda" else "float32")
+    """Images per second of training on a batch in memory: our network, torchvision's, two towers on two devices.
+
+    First of local response normalization alone, ours and torch's.
+
+    Args:
+        batch_sizes: Images per batch, one measurement each (default: [128,256,1024] on a GPU, [32] on a CPU); the two
+            towers take the first.
+        precision: Of activations (default: bf16 on a GPU, float32 on a CPU).
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turns.
+        out: File of JSON lines to append one row per contender to.
+    """
+    import torch
+    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import ProcessException
+
+    from model.alexnet import AlexNetConfig
+    from model.parallel import bytes_per_image
+    from train.device import keep_freed_memory, pick_device, set_arithmetic
+
+    device = pick_device("auto")
+    on_gpu = device.type == "cuda"
+    sizes = batch_sizes or ([128, 256, 1024] if on_gpu else [32])
+    precision = precision or ("bf16" if on_gpu else "float32")
+    common.check_options(out, batch_sizes=min(sizes), seconds=seconds, repeats=repeats)
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     keep_freed_memory()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
-    tables, missing = [], {}
-    for part, contenders, reference in (
-        ("normalization of (N, 96, 55, 55), forward and backward", normalizations, THEIRS),
-        ("training steps", trainings, TORCHVISION),
+    print(f"{precision}, {repeats} repeats, on {device}")
+    rows, missing = [], {}
+    for title, contenders, reference in (
+        ("normalization of (N, 96, 55, 55), both ways", normalizations, THEIRS),
+        ("training steps", training_steps, TORCHVISION),
     ):
         for size in sizes:
-            steps = contenders(size, DTYPES[precision], place)
-            measured = take_turns(
-                {name: timed(step, size, seconds, place) for name, step in steps.items()}, repeats
-            )
-            print(f"batch {size}, {precision}, {repeats} repeats, on {place}")
-            tables.append(Table(f"{part}, batch {size}", "images/s", measured, reference))
-            tables[-1].show()
-    steps.clear()  # what they hold is room for the next
-    if place.type == "cuda":
-        torch.cuda.empty_cache()
-    sent = towers.bytes_per_step(towers.FULL, sizes[0], DTYPES[precision])
-    try:
-        tables.append(towers.measure_towers(sizes[0], DTYPES[precision], place, seconds, repeats))
-        tables[-1].show()
-        print(
-            f"{towers.verdict(tables[-1])}\neach of the two sends {sent / 1e6:.1f} MB in a step (docs/towers.md)"
-        )
-    except towers.NotMeasuredError as error:
-        missing = {towers.TITLE: str(error)}
-        print(f"{towers.TITLE}: not measured: {error}")
-    if out:
-        settings: dict[str, Any] = {"batch_sizes": sizes, "precision": precision, "not_measured": missing}
-        settings |= {"seconds": seconds, "device": place.type}
-        record(
-            out,
-            "model",
-            tables,
-            "random numbers",
-            settings,
-            {towers.TWO_DEVICES: {"bytes_sent_per_step": sent}},
-        )
-    if profile:
-        print(profiled(sizes[-1], DTYPES[precision], place))
+            steps = contenders(size, dtype, device)
+            turns = {
+                name: partial(common.measure, step, size, seconds, device) for name, step in steps.items()
+            }
+            rates = common.interleave(turns, repeats)
+            rows += common.print_table(f"{title}, batch {size}", rates, reference)
+            del steps, turns  # their memory is room for the next
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if on_gpu and torch.cuda.device_count() < 2:
+                raise ProcessException("expected two GPUs, got one", 0, 0)
+            mp.spawn(run_tower, (sizes[0], dtype, device.type, seconds, repeats, scratch), nprocs=2)
+        except ProcessException as error:  # there is no second device, or a process failed or was killed
+            missing["two towers"] = str(error).strip().splitlines()[-1]
+            print(f"two towers: not measured: {missing['two towers']}")
+        else:
+            found = json.loads(Path(scratch, "rates.json").read_text())
+            rates = {name: [Rate(*rate) for rate in values] for name, values in found.items()}
+            rows += common.print_table(f"two towers, batch {sizes[0]}", rates, ONE_GPU)
+            sent = sizes[0] * bytes_per_image(AlexNetConfig(), dtype.itemsize)
+            print(f"{judge_claim(rates)}\neach of the two sends {sent / 1e6:.1f} MB a step (docs/towers.md)")
+    about: dict[str, Any] = {"precision": precision, "device": device.type, "not_measured": missing}
+    common.record(out, "model", rows, "random numbers", **about)
 
 
-def normalizations(batch_size: int, dtype: torch.dtype, place: torch.device) -> dict[str, Callable[[], Any]]:
-    """Forward and backward behind conv1, in channels-last memory."""
-    x = torch.randn(batch_size, 96, 55, 55, device=place, dtype=dtype).to(memory_format=torch.channels_last)
+def normalizations(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
+    """Forward and backward after conv1, in channels-last memory. Asserts that ours is torch's."""
+    import torch
+    import torch.nn.functional as F
+
+    from model.lrn import local_response_norm
+    from train.device import can_compile
+
+    x = torch.randn(batch_size, 96, 55, 55, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     x.requires_grad_()
     gradient = torch.randn_like(x)
 
-    def step(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def step(normalize: Callable[["torch.Tensor"], "torch.Tensor"]) -> None:
         x.grad = None
-        function(x).backward(gradient)
+        normalize(x).backward(gradient)
 
     source, target = x.detach(), torch.empty_like(gradient)
 
@@ -101,62 +119,71 @@ def normalizations(batch_size: int, dtype: torch.dtype, place: torch.device) -> 
             target.copy_(source)
         target[::2].copy_(source[::2])
 
-    def theirs(x: torch.Tensor) -> torch.Tensor:
-        wide = x if place.type == "cuda" else x.float()  # on a CPU it takes nothing less
+    def theirs(x: "torch.Tensor") -> "torch.Tensor":
+        wide = x if device.type == "cuda" else x.float()  # a CPU has it in float32 alone
         return F.local_response_norm(wide, 5, 1e-4, 0.75, 2.0).to(dtype)
 
     ours = partial(local_response_norm, convention="original")
-    steps: dict[str, Callable[[], Any]] = {
-        THEIRS: partial(step, theirs),
-        "ours": partial(step, ours),
-    }
-    if can_compile(place):
+    torch.testing.assert_close(ours(source), theirs(source))
+    steps: dict[str, Step] = {THEIRS: partial(step, theirs), "ours": partial(step, ours)}
+    if can_compile(device):
         steps["ours, compiled"] = partial(step, torch.compile(ours, dynamic=False))
     return steps | {COPIES: copy}
 
 
-def trainings(batch_size: int, dtype: torch.dtype, place: torch.device) -> dict[str, Callable[[], Any]]:
-    """Forward, backward and update on one synthetic batch."""
-    training = training_on(batch_size, dtype, place)
+def training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
+    """Forward, backward and update, by contender."""
+    import torch
 
-    def graphs(model: nn.Module) -> nn.Module:
-        return cast(nn.Module, torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False))
+    from model.alexnet import AlexNet, AlexNetConfig
+    from train.device import can_compile, compiled
 
-    config = AlexNetConfig()
-    steps = {
-        TORCHVISION: training(torchvision_alexnet()),
-        "ours": training(AlexNet(config)),
-        "ours, two convolutions for a grouped one": training(with_layers(SplitConv2d, "conv2 conv4 conv5")),
-        "ours, conv1 as 3x3 on 48 maps": training(with_layers(UnshuffledConv2d, "conv1")),
-    }
-    if can_compile(place):
-        steps[AS_TRAINED] = training(AlexNet(config), partial(compiled, device=place))
-    if place.type == "cuda":
-        steps |= {
-            f"{TORCHVISION}, CUDA graphs": training(torchvision_alexnet(), graphs),
-            "ours, CUDA graphs": training(AlexNet(config), graphs),
-            "ours, conv1 as 3x3 on 48 maps, CUDA graphs": training(
-                with_layers(UnshuffledConv2d, "conv1"), graphs
-            ),
-        }
+    train_on = make_trainer(batch_size, dtype, device)
+    ours = partial(AlexNet, AlexNetConfig())
+    networks: dict[str, Callable[[], Any]] = {TORCHVISION: torchvision_alexnet, "ours": ours}
+    steps = {name: train_on(make()) for name, make in networks.items()}
+    if can_compile(device):
+        steps["ours, compiled as the trainer does"] = train_on(ours(), partial(compiled, device=device))
+    if device.type == "cuda":
+        graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        steps |= {f"{name}, CUDA graphs": train_on(make(), graphs) for name, make in networks.items()}
     return steps
 
 
-def profiled(batch_size: int, dtype: torch.dtype, place: torch.device) -> str:
-    """Where the time of a training step goes, as the trainer takes it."""
-    as_trained = partial(compiled, device=place) if can_compile(place) else lambda model: model
-    step = training_on(batch_size, dtype, place)(AlexNet(AlexNetConfig()), as_trained)
-    for _ in range(3):
-        step()
-    with torch.profiler.profile() as profile:
-        for _ in range(3):
-            step()
-    by = "self_cuda_time_total" if place.type == "cuda" else "self_cpu_time_total"
-    return str(profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60))
+def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> Callable[..., Step]:
+    """Return a function that makes training steps, on one synthetic batch, of a network and of how to compile it."""
+    import torch
+    import torch.nn.functional as F
+
+    from train.optimizer import PaperSGD
+    from train.schedule import OptimizerConfig
+
+    images = 50 * torch.randn(batch_size, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch_size,), device=device)
+
+    def train_on(model: Any, compile: Callable[[Any], Any] = lambda model: model) -> Step:
+        network = compile(model.to(device))
+        optimizer = PaperSGD(model.named_parameters(), OptimizerConfig())
+        if device.type == "cuda":
+            optimizer.compile()
+        rates = {name: 1e-9 for name, _ in model.named_parameters()}
+
+        def step() -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = F.cross_entropy(network(images).float(), labels)
+            loss.backward()
+            optimizer.step(rates)
+
+        return step
+
+    return train_on
 
 
-def torchvision_alexnet() -> nn.Module:
-    """torchvision's definition, layer by layer (torchvision 0.26, models/alexnet.py), in channels-last memory."""
+def torchvision_alexnet() -> "nn.Module":
+    """Build torchvision's network, layer by layer (torchvision 0.26, models/alexnet.py), in channels-last memory."""
+    import torch
+    from torch import nn
+
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
         nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
@@ -171,30 +198,78 @@ def torchvision_alexnet() -> nn.Module:
     return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def with_layers(kind: type[nn.Conv2d], names: str) -> AlexNet:
-    """Our network with some convolutions computed in another way."""
-    model = AlexNet(AlexNetConfig())
-    for name in names.split():
-        getattr(model, name).__class__ = kind
-    return model
+def run_tower(
+    rank: int, batch_size: int, dtype: "torch.dtype", kind: str, seconds: float, repeats: int, scratch: str
+) -> None:
+    """Train one tower of the pair in its turns; rank 0 also the networks on one device, while rank 1 waits. Rank 0
+    writes rates.json."""
+    import torch
+    import torch.distributed as dist
+    import yaml
+
+    from model.alexnet import AlexNet, AlexNetConfig
+    from model.parallel import Mesh, TowerAlexNet, seed_process
+    from model.peer import TIMEOUT
+    from train.device import can_compile, compiled, keep_freed_memory, set_arithmetic
+    from train.recipe import ABLATIONS
+
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, num_cores() // 2))
+    keep_freed_memory()  # this and the next as the trainer does
+    set_arithmetic(deterministic=False)
+    patience, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
+    dist.init_process_group(backend, f"file://{scratch}/store", patience, rank=rank, world_size=2)
+    mesh = Mesh.join(device, patience)
+    torch.manual_seed(0)  # the batch, and the towers' weights, are the same in both
+    train_on, pair = make_trainer(batch_size, dtype, device), AlexNetConfig()
+    one_gpu = AlexNetConfig.from_json(yaml.safe_load((ABLATIONS / "one-gpu.yaml").read_text())["model"])
+    as_trained = partial(compiled, device=device) if can_compile(device) else lambda model: model
+    steps = {TWO_DEVICES: train_on(TowerAlexNet(pair, mesh.peer), as_trained)}
+    if rank == 0:
+        steps[ONE_GPU] = train_on(AlexNet(one_gpu), as_trained)
+        steps[ONE_DEVICE] = train_on(AlexNet(pair), as_trained)
+    seed_process(0, rank)  # dropout
+
+    def run(name: str, count: int) -> int:
+        for _ in range(count):
+            steps[name]()
+        if kind == "cuda":
+            torch.cuda.synchronize(device)
+        return count * batch_size
+
+    def measure(name: str) -> Rate:
+        dist.barrier()
+        if name not in steps:  # rank 0's turn alone
+            return Rate(0, 0)
+        count = int(counts[name].item())
+        run(name, 1 + count // 4)
+        rate = common.measure_job(lambda: run(name, count))
+        cpu_s = torch.tensor(1 / rate.per_cpu_s, device=device)  # of an image
+        if name == TWO_DEVICES:
+            dist.all_reduce(cpu_s)
+        return rate._replace(per_cpu_s=1 / cpu_s.item())
+
+    counts = {}
+    for name in steps:  # how many steps take so long
+        run(name, 2)  # compiles
+        rate = common.measure_job(partial(run, name, 2))
+        counts[name] = torch.tensor(max(1, round(seconds * rate.per_s / batch_size)), device=device)
+    dist.broadcast(counts[TWO_DEVICES], 0)  # both take as many
+    turns = {name: partial(measure, name) for name in (TWO_DEVICES, ONE_GPU, ONE_DEVICE)}
+    rates = common.interleave(turns, repeats)
+    if rank == 0:
+        Path(scratch, "rates.json").write_text(json.dumps(rates))
+    dist.destroy_process_group()
 
 
-class SplitConv2d(nn.Conv2d):
-    """A convolution in two groups, as two convolutions."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `nn.Conv2d`."""
-        assert self.bias is not None
-        towers = zip(x.chunk(2, 1), self.weight.chunk(2), self.bias.chunk(2), strict=True)
-        return torch.cat([F.conv2d(x, weight, bias, padding=self.padding) for x, weight, bias in towers], 1)
-
-
-class UnshuffledConv2d(nn.Conv2d):
-    """conv1 over blocks of 4x4 pixels, which become 48 maps: exactly the same sums, with zeros in a 12th row and column
-    of the kernel."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 227, 227) -> (N, C, 55, 55)."""
-        blocks = F.pixel_unshuffle(F.pad(x, (0, 1, 0, 1)), 4)
-        kernel = F.pixel_unshuffle(F.pad(self.weight, (0, 1, 0, 1)), 4)
-        return F.conv2d(blocks, kernel, self.bias)
+def judge_claim(rates: Rates) -> str:
+    """Say whether the paper's claim holds in these turns: in all of them, in none, or neither."""
+    ratios = [two.per_s / one.per_s for two, one in zip(rates[TWO_DEVICES], rates[ONE_GPU], strict=True)]
+    holds = (
+        "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"
+    )
+    speed = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast as"
+    return f"the two-GPU net trains {speed} the one-GPU net: that it takes less time (section 3.2) {holds}"

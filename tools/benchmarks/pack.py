@@ -1,147 +1,155 @@
-"""`tools/bench.py pack`: the packer beside the one that everybody writes, and beside what bounds it.
+"""How fast raw images are packed: make_shards, the packer that everybody writes, and what bounds both.
 
 Every contender but `CODEC` works on all images of RAW, both splits, and writes into a folder that is removed again. Its
 time is that of the whole job: starting processes, reading, working, writing. make_shards is timed by its own clock,
-which leaves out the start of Python and the listing of RAW, as the others' does. The page cache is left as it is:
-whatever of RAW fits into memory is read from there.
+which leaves out the start of Python and the listing of RAW, as the others' does; its CPU time has both in it. The page
+cache is left as it is: whatever of RAW fits into memory is read from there.
 """
 
-import contextlib
 import functools
 import io
-import itertools
 import multiprocessing
 import os
 import random
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pipeline.machine import num_cores
-from tools.benchmarks.measure import Table, take_turns
-from tools.benchmarks.record import check_out, images_of, record
-from tools.packing.ilsvrc import read_archives
-from tools.packing.listing import RawImage
+from tools.benchmarks import common
 
-BASELINE, COPY, CODEC = "Pool + Pillow + ShardWriter", "plain copy", "decode + encode alone (simplejpeg)"
+BASELINE, CODEC = "Pool + Pillow + ShardWriter", "decode + encode alone (simplejpeg)"
 CROP256, ORIGINAL = "make_shards --store crop256", "make_shards --store original"
-UNVERIFIED = f"{ORIGINAL} --verify false"
-SAMPLES_PER_SHARD = 1000
-QUALITY = 90
+SAMPLES_PER_SHARD, QUALITY = 1000, 90
 MAX_IN_MEMORY = 2000
 """Images that `CODEC` works on, kept in memory."""
+SPAWN = multiprocessing.get_context("spawn")
 
 
-def bench_pack(raw: Path, repeats: int, workers: int | None, scratch: Path | None, out: Path | None) -> None:
-    """Measure and print; arguments as in `tools.bench.pack`."""
-    if repeats < 1 or (workers is not None and workers < 1):
-        raise ValueError("--repeats and --workers must be at least 1")
-    source = read_archives(raw)
-    check_out(out)
-    splits = source.splits
-    images = [image for split in splits.values() for image in split]
-    random.Random(0).shuffle(images)  # packers shuffle: every contender reads at random places
-    num_bytes = sum(image.size for image in images)
-    workers = workers or num_cores()
-    chunks = [images[start : start + SAMPLES_PER_SHARD] for start in range(0, len(images), SAMPLES_PER_SHARD)]
-    slices = [images[:MAX_IN_MEMORY][worker::workers] for worker in range(workers)]
-    spawn = multiprocessing.get_context("spawn")
+class RawImage(NamedTuple):
+    """Where one image lies in the archives."""
 
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-pack-", dir=scratch or raw.resolve().parent) as folder,
-        ProcessPoolExecutor(workers, spawn) as executor,
-    ):
+    archive: str
+    offset: int
+    size: int
+    label: int
+    """0 for a validation image: no contender's work depends on it."""
 
-        def job(work: Callable[[Path], float]) -> Callable[[], float]:
-            return functools.partial(in_new_folder, Path(folder), work)
-
-        def copy(target: Path) -> float:
-            started = perf_counter()
-            paths = [target / f"{number:06d}" for number in range(len(chunks))]
-            with ProcessPoolExecutor(workers, spawn) as pool:
-                copied = sum(pool.map(copy_images, chunks, paths))
-            seconds = perf_counter() - started
-            assert copied == num_bytes, "every image is copied"
-            return len(images) / seconds
-
-        contenders: dict[str, Callable[[], float]] = {
-            BASELINE: job(lambda target: baseline(workers, images, target)),
-            CROP256: job(lambda target: pack_once(raw, target, workers, "crop256")),
-            CODEC: lambda: sum(executor.map(codec_rate, slices)),
-            COPY: job(copy),
-            ORIGINAL: job(lambda target: pack_once(raw, target, workers, "original")),
-            UNVERIFIED: job(lambda target: pack_once(raw, target, workers, "original", "--verify", "false")),
-        }
-        measured = take_turns(contenders, repeats)
-
-    data = f"{len(images)} {images_of(source.classes)} of {num_bytes / len(images) / 1e3:.0f} kB"
-    print(f"{data}; {workers} workers, {repeats} repeats")
-
-    def table(title: str, names: tuple[str, ...]) -> Table:
-        return Table(title, "images/s", {name: measured[name] for name in names}, names[0])
-
-    cropped = table("packed at 256x256", (BASELINE, CROP256, CODEC))
-    cropped.show()
-    print(f"{CROP256} reaches {cropped._replace(reference=CODEC).ratio(CROP256):.2f} of {CODEC}\n")
-    copied = table("packed as they are", (COPY, ORIGINAL, UNVERIFIED))
-    copied.show()
-    if out:
-        settings = {"images": len(images), "bytes": num_bytes, "workers": workers}
-        record(out, "pack", [cropped, copied], data, settings)
+    def read(self) -> bytes:
+        """Read the file's bytes."""
+        return os.pread(open_archive(self.archive), self.size, self.offset)
 
 
-def in_new_folder(parent: Path, work: Callable[[Path], float]) -> float:
-    """Call `work` with a folder of its own, removed afterwards; nobody pays for what another left to be written."""
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        os.sync()
-        return work(Path(folder))
+@functools.cache
+def open_archive(path: str) -> int:
+    """Open an archive once in each process."""
+    return os.open(path, os.O_RDONLY)
 
 
-def pack_once(raw: Path, shards: Path, workers: int, store: str, *options: str) -> float:
-    """Images per second of one run of make_shards, by its own clock.
+def bench_pack(
+    raw: Path,
+    repeats: int = 3,
+    workers: int | None = None,
+    scratch: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Images per second of make_shards, of Pillow processes with webdataset's ShardWriter, and of the codec alone.
 
-    Raises `ValueError` with what it says when it fails.
+    Args:
+        raw: Folder with the archives of ILSVRC-2012, or with what `tools/make_demo.py --photos` writes.
+        repeats: Measurements of each contender, taken in turns; each packs all of RAW.
+        workers: Processes of each contender (default: one per core).
+        scratch: Folder to write into, as large as RAW; emptied again (default: the one that RAW is in).
+        out: File of JSON lines to append one row per contender to.
     """
-    root = Path(__file__).resolve().parents[2]
-    command = [
-        sys.executable,
-        str(root / "tools" / "make_shards.py"),
-        "pack",
-        str(raw),
-        str(shards),
-        "--store",
-        store,
-    ]
-    command += ["--workers", str(workers), "--samples-per-shard", str(SAMPLES_PER_SHARD), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = re.search(r"^packed \d+ images in .*\((\d+) images/s", done.stdout, re.MULTILINE)
-    if done.returncode or not said:
-        raise ValueError(f"make_shards failed on {raw}: {done.stderr.strip() or done.stdout.strip()}")
-    return float(said[1])
+    common.check_options(out, repeats=repeats, workers=workers)
+    images = list_images(raw)
+    random.Random(0).shuffle(images)  # packers shuffle: every contender reads at random places
+    workers = workers or num_cores()
+    with tempfile.TemporaryDirectory(prefix="bench-pack-", dir=scratch or raw.resolve().parent) as folder:
+
+        def measure(work: Callable[[list[RawImage], Path, int], common.Rate]) -> common.Rate:
+            with tempfile.TemporaryDirectory(dir=folder) as target:
+                os.sync()  # nobody pays for what another left to be written
+                return work(images, Path(target), workers)
+
+        contenders: dict[str, Callable[[], common.Rate]] = {
+            BASELINE: partial(measure, pack_plainly),
+            CROP256: partial(measure, partial(run_make_shards, raw, "crop256")),
+            CODEC: partial(measure_codec, images[:MAX_IN_MEMORY], workers),
+            ORIGINAL: partial(measure, partial(run_make_shards, raw, "original")),
+        }
+        rates = common.interleave(contenders, repeats)
+    num_bytes = sum(image.size for image in images)
+    generated = "generated " if (raw / "demo.json").exists() else ""  # by make_demo
+    data = f"{len(images)} {generated}images of {num_bytes / len(images) / 1e3:.0f} kB"
+    print(f"{data}; {workers} workers, {repeats} repeats")
+    rows = common.print_table("packed", rates, BASELINE)
+    common.record(out, "pack", rows, data, images=len(images), bytes=num_bytes, workers=workers)
 
 
-def baseline(workers: int, images: list[RawImage], target: Path) -> float:
-    """Images per second of the pack that everybody writes: a pool makes the images, the parent writes them down."""
+def list_images(raw: Path) -> list[RawImage]:
+    """List the images of ILSVRC-2012's two archives. Raises `FileNotFoundError` or `ValueError`."""
+    train, val = (str(raw / f"ILSVRC2012_img_{split}.tar") for split in ("train", "val"))
+    try:
+        with tarfile.open(val) as tar:
+            images = [RawImage(val, member.offset_data, member.size, 0) for member in tar]
+        with tarfile.open(train) as tar:
+            for label, member in enumerate(tar):
+                with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                    start = member.offset_data
+                    images += [RawImage(train, start + each.offset_data, each.size, label) for each in inner]
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{raw}: expected the archives of ILSVRC-2012, got {error}; fetch them again"
+        ) from None
+    return images
+
+
+def run_make_shards(raw: Path, store: str, images: list[RawImage], shards: Path, workers: int) -> common.Rate:
+    """Measure one run of make_shards, by its own clock. Raises `ValueError` with its message when it fails."""
+    command = [sys.executable, str(common.ROOT / "tools" / "make_shards.py"), "pack", str(raw), str(shards)]
+    command += ["--store", store, "--workers", str(workers), "--samples-per-shard", str(SAMPLES_PER_SHARD)]
+    outputs: list[str] = []
+
+    def run() -> int:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        outputs.extend((done.stdout, done.stderr))
+        return len(images)
+
+    rate = common.measure_job(run)
+    found = re.search(r"^packed (\d+) images in .*\((\d+) images/s", outputs[0], re.MULTILINE)
+    if not found:
+        raise ValueError(f"make_shards failed on {raw}: {(outputs[1] or outputs[0]).strip()}")
+    assert int(found[1]) == len(images), "make_shards: not every image is packed"
+    return rate._replace(per_s=float(found[2]))
+
+
+def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.Rate:
+    """Pack as everybody does: a pool makes the images, the parent writes them."""
     import webdataset
 
-    started = perf_counter()
-    pattern = str(target / "%06d.tar")
-    with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
-        webdataset.ShardWriter(pattern, maxcount=SAMPLES_PER_SHARD, start_shard=0, verbose=0) as writer,
-    ):
-        jpegs = pool.map(crop_with_pillow, images, chunksize=16)
-        for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
-            writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})
-    return len(images) / (perf_counter() - started)
+    def pack() -> int:
+        with (
+            ProcessPoolExecutor(workers, SPAWN) as pool,
+            webdataset.ShardWriter(str(target / "%06d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0) as writer,
+        ):
+            jpegs = pool.map(crop_with_pillow, images, chunksize=16)
+            for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
+                writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})
+        return len(images)
+
+    return common.measure_job(pack)
 
 
 def crop_with_pillow(image: RawImage) -> bytes:
@@ -157,35 +165,22 @@ def crop_with_pillow(image: RawImage) -> bytes:
     return out.getvalue()
 
 
-def copy_images(images: list[RawImage], path: Path) -> int:
-    """Copy images one after another into a file, to the disk. Returns the bytes written."""
-    with path.open("wb") as file:
-        written = sum(file.write(image.read()) for image in images)
-        file.flush()
-        os.fsync(file.fileno())
-    return written
-
-
-def codec_rate(images: list[RawImage]) -> float:
-    """Images per second that one process decodes whole and encodes at 256x256, with nothing in between.
-
-    Files that libjpeg-turbo alone does not turn into RGB (CMYK, PNG) are left out.
-    """
+def measure_codec(images: list[RawImage], workers: int) -> common.Rate:
+    """Measure threads that decode images whole and encode at 256x256, with nothing in between. Files that libjpeg-turbo
+    alone does not turn into RGB (CMYK, PNG) are left out."""
     import simplejpeg
 
-    decode = functools.partial(simplejpeg.decode_jpeg, colorspace="RGB", fastdct=False, fastupsample=False)
-    jpegs, squares = [], []
-    for jpeg in map(RawImage.read, images):
-        with contextlib.suppress(ValueError):
-            decode(jpeg)
-            jpegs.append(jpeg)
-    for image in images[:32]:
-        with Image.open(io.BytesIO(crop_with_pillow(image))) as opened:
-            squares.append(np.asarray(opened))
-    started = perf_counter()
-    for jpeg, square in zip(jpegs, itertools.cycle(squares), strict=False):
-        decode(jpeg)
-        simplejpeg.encode_jpeg(
-            square, quality=QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False
-        )
-    return len(jpegs) / (perf_counter() - started)
+    squares = [np.asarray(Image.open(io.BytesIO(crop_with_pillow(image)))) for image in images[:32]]
+    jpegs = [image.read() for image in images]
+
+    def transcode(number: int) -> bool:
+        try:
+            simplejpeg.decode_jpeg(jpegs[number], "RGB")
+        except ValueError:
+            return False
+        square = squares[number % len(squares)]
+        simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
+        return True
+
+    with ThreadPoolExecutor(workers) as pool:  # simplejpeg works without the GIL
+        return common.measure_job(lambda: sum(pool.map(transcode, range(len(jpegs)))))

@@ -1,145 +1,199 @@
-"""Ours beside the loaders of others, which do the same job on the same JPEGs, and show it before they are timed."""
+"""Our loader and those of others, which do the same job on the same JPEGs and show it before they are timed.
 
+The job: a 256x256 JPEG, a random 224x224 window of it, flipped or not, minus the mean, shifted along the RGB axes,
+divided by 1.1, float32. To add a contender: a generator and a row of `PEERS` in peer_loaders.py.
+"""
+
+import itertools
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from time import sleep
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
-from pipeline.shards import open_shards
-from tools.benchmarks.contenders.check import check_batches, check_decoded
-from tools.benchmarks.contenders.data import CHECKED, PeerData, extract, numbered, whole_shards
-from tools.benchmarks.contenders.registry import PEERS, Peer
-from tools.benchmarks.measure import Table, rate, take_turns
-from tools.benchmarks.record import check_out, describe, record
-from train.device import keep_freed_memory
+from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
+from tools.benchmarks import common
 
-CHECK_BATCH, CHECK_WORKERS = 16, 2
-"""They divide the checked images, so that every contender can hand out each of them once."""
+if TYPE_CHECKING:
+    from tools.benchmarks.peer_loaders import Batches, PeerData
+
+MAX_IMAGES = 20_000
+"""Whole shards that hold so many are used; they are also written as files."""
+CHECKED, CHECK_SHARD, CHECK_BATCH = 128, 32, 16
+"""Each divides the images that contenders are checked on, so that every one can hand out each of them once."""
+SIDE = 224
+GRID = 16
+"""Every so many-th pixel is enough to find where a window was cut."""
 
 
 def bench_peers(
     shards: Path,
-    batch_size: int,
-    workers: int | None,
-    seconds: float,
-    repeats: int,
-    peers: list[str] | None,
-    ffcv_python: Path | None,
-    images: int,
-    scratch: Path | None,
-    out: Path | None,
+    batch_size: int = 128,
+    workers: int | None = None,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    peers: list[str] | None = None,
+    ffcv_python: Path | None = None,
+    out: Path | None = None,
 ) -> None:
-    """See `tools/bench.py peers`."""
-    if min(batch_size, repeats, images) < 1 or seconds <= 0 or (workers is not None and workers < 1):
-        raise ValueError(
-            "--batch-size, --workers, --repeats and --images must be at least 1, --seconds positive"
-        )
-    chosen = choose(peers)
-    check_out(out)
-    train = whole_shards(open_shards(shards, "train"), max(images, CHECKED, batch_size))
-    if train.any_size:
-        raise ValueError(
-            f"{shards} holds images of any size, of which contenders make other pixels; pack crop256"
-        )
-    if train.num_samples < max(CHECKED, batch_size):
-        raise ValueError(
-            f"{shards} holds {train.num_samples} images; that takes {max(CHECKED, batch_size)} at least"
-        )
+    """Images per second of our loader and of others' on a CPU: torch's DataLoader, webdataset, SPDL, FFCV, DALI's own.
+
+    Each first shows that it does the whole job; one that is not installed or does less is listed with the reason.
+
+    Args:
+        shards: Folder written by make_shards, with 256x256 images, and compute_pca.
+        batch_size: Images per batch.
+        workers: Processes or threads of each (default: one per core); ours has one thread more, as by default.
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turns.
+        peers: Some of pillow, webdataset, spdl, ffcv, dali and ours (default: all).
+        ffcv_python: Python of an environment with FFCV (docs/benchmarks/details.md).
+        out: File of JSON lines to append one row per contender to.
+    """
+    from tools.benchmarks.peer_loaders import PEERS, PeerData
+    from train.device import keep_freed_memory
+
+    common.check_options(out, batch_size=batch_size, workers=workers, seconds=seconds, repeats=repeats)
+    names = list(PEERS) if peers is None else peers
+    if not names or set(names) - set(PEERS):
+        raise ValueError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
+    train = common.first_shards(open_shards(shards, "train"), max(MAX_IMAGES, batch_size))
+    if train.any_size or train.num_samples < max(CHECKED, batch_size):
+        expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
+        raise ValueError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     raise_open_files(len(train.tars))
     keep_freed_memory()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        place = Path(folder)
-        few = numbered(train, place / "few")
-        checked = PeerData(
-            few, extract(few, place / "few"), basis, CHECK_BATCH, CHECK_WORKERS, place, ffcv_python, show=True
+    workers = workers or num_cores()
+    turns: dict[str, Callable[[], common.Rate]] = {}
+    versions: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        scratch = Path(folder)
+        few = write_numbered(train, scratch / "few")
+        data = PeerData(
+            few, extract(few, scratch / "few"), basis, CHECK_BATCH, 2, scratch, ffcv_python, versions
         )
-        workers = workers or num_cores()
-        data = PeerData(train, extract(train, place / "all"), basis, batch_size, workers, place, ffcv_python)
-        versions, missing = find(chosen, data)
-        if not versions:
-            raise ValueError(
-                "; ".join(f"{title} cannot be measured: {reason}" for title, reason in missing.items())
-            )
-        print(
-            f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}, by {CHECK_WORKERS} workers:"
-        )
-        for name in versions:
-            print(f"{PEERS[name].title}: {check(PEERS[name], checked)}", flush=True)
-        measured = measure([PEERS[name] for name in versions], data, seconds, repeats)
+        files = extract(train, scratch / "all")
+        print(f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}:")
+        for title, load, levels in (PEERS[name] for name in names):
+            try:
+                with closing(load(replace(data, show=True))) as batches:
+                    print(f"{title}: {check_batches(batches, data, levels)}", flush=True)
+            except (ImportError, OSError, RuntimeError, AssertionError) as error:
+                missing[title] = str(error).strip().splitlines()[-1]
+                print(f"{title}: not measured: {missing[title]}")
+                continue
+            whole = replace(data, shards=train, files=files, batch_size=batch_size, workers=workers)
+            step = partial(next, stack.enter_context(closing(load(whole))))
+            turns[title] = partial(common.measure, step, batch_size, seconds)
+        if not turns:
+            raise ValueError("--peers: expected one that runs here, got none; see above")
+        rates = common.interleave(turns, repeats)
 
-    print(f"{describe(train)}; batch {batch_size}")
+    description, ours = common.describe_shards(train), PEERS["ours"].title
+    print(f"{description}; batch {batch_size}")
     print(f"{workers} processes or threads each, of ours one more, {repeats} repeats")
-    reference = PEERS["ours"].title
-    reference = reference if reference in measured else next(iter(measured))
-    table = Table("loaders that do the same job", "images/s", measured, reference)
-    table.show()
-    print_missing(missing, measured)
-    if out:
-        settings = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
-        settings |= {"seconds": seconds, "device": "cpu"}
-        every = {package: version for found in versions.values() for package, version in found.items()}
-        record(out, "peers", [table], describe(train), settings | {"peers": every, "not_measured": missing})
+    reference = ours if ours in rates else next(iter(rates))
+    rows = common.print_table("loaders that do the same job", rates, reference)
+    about: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
+    about |= {"device": "cpu", "peers": versions, "not_measured": missing}
+    common.record(out, "peers", rows, description, **about)
 
 
-def choose(names: list[str] | None) -> list[str]:
-    """Which contenders take part, in the order of the table. Raises `ValueError` for one that there is not."""
-    unknown = [name for name in names or [] if name not in PEERS]
-    if unknown or names == []:
-        raise ValueError(f"--peers takes some of {', '.join(PEERS)}, not {', '.join(unknown) or 'none'}")
-    return [name for name in PEERS if names is None or name in names]
+def extract(shards: ShardSet, folder: Path) -> list[tuple[str, int]]:
+    """Write every JPEG of some shards as a file; returns paths and class indexes."""
+    files = []
+    for key, jpeg, label in common.read_samples(shards):
+        path = folder / f"{label:06}" / f"{key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg)
+        files.append((str(path), label))
+    return files
 
 
-def find(names: list[str], data: PeerData) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Versions of what each contender is made of, by its name; and why others cannot take part, by their title."""
-    versions, missing = {}, {}
-    for name in names:
-        try:
-            versions[name] = PEERS[name].versions(data)
-        except (
-            ImportError,
-            RuntimeError,
-            OSError,
-        ) as error:  # libraries that find their own libraries missing
-            missing[PEERS[name].title] = str(error).strip().splitlines()[0]
-    return versions, missing
+def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
+    """Write the first images as shards of their own, the image's number as its class index: whoever hands out all of
+    these once has read every image once."""
+    import webdataset
+
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=CHECK_SHARD, verbose=0) as writer:
+        for number, (_, jpeg, _) in enumerate(itertools.islice(common.read_samples(shards), CHECKED)):
+            writer.write({"__key__": f"{number:06}", "jpg": jpeg, "cls": number})
+    tars = sorted(map(str, folder.glob("*.tar")))
+    indexes = [tar.replace(".tar", ".idx") for tar in tars]
+    for pair in zip(tars, indexes, strict=True):  # by DALI's own program
+        subprocess.run(
+            [sys.executable, Path(sys.executable).with_name("wds2idx"), *pair],
+            capture_output=True,
+            check=True,
+        )
+    return replace(shards, tars=tuple(tars), indexes=tuple(indexes), samples=(CHECK_SHARD,) * len(tars))
 
 
-def check(peer: Peer, data: PeerData) -> str:
-    """Have a contender show that it does the job; returns what was seen, asserts that it is the job."""
-    found, decoded_NHWC = check_decoded(peer.title, peer.decode(data), data, peer.levels)
-    batches = peer.batches(data)
-    try:
-        return f"{found};\n    {check_batches(peer.title, batches, decoded_NHWC, data)}"
-    finally:
-        batches.close()
+def check_batches(batches: "Batches", data: "PeerData", levels: int) -> str:
+    """Take one epoch, and assert that each image came once, as float32, and is a window of Pillow's pixels up to
+    `levels`, at any place, flipped in half of the cases, shifted by standard normal draws and normalized.
+
+    Returns what was found. Class indexes are the images' numbers.
+    """
+    pixels_NHWC = [np.asarray(Image.open(path).convert("RGB")) for path, _ in data.files]
+    windows, seen, count, places = [], [], len(pixels_NHWC), IMAGE_SIDE - SIDE
+    for _ in range(count // data.batch_size):
+        images, labels = (tensor.numpy() for tensor in next(batches))
+        assert images.dtype == np.float32, f"hands out {images.dtype}, not float32"
+        images_NHWC = images if images.shape[-1] == 3 else images.transpose(0, 2, 3, 1)
+        assert images_NHWC.shape == (data.batch_size, SIDE, SIDE, 3), f"hands out {images.shape}, not windows"
+        seen += labels.tolist()
+        pairs = zip(images_NHWC, labels, strict=True)
+        windows += [find_window(image, pixels_NHWC[label], data.basis) for image, label in pairs]
+    assert sorted(seen) == list(range(count)), f"hands out {len(set(seen))} of {count} images in an epoch"
+    columns, rows, flips, draws, off, mean_off = map(np.array, zip(*windows, strict=True))
+    close = off.max() <= levels and mean_off.mean() <= levels / 8
+    assert close, f"hands out pixels {off.max():.2f} levels off Pillow's, {mean_off.mean():.2f} in the mean"
+    cut = [len(set(axis.tolist())) for axis in (columns, rows)]
+    assert min(cut) > places / 2, f"cuts windows at {cut} of {places + 1} places"
+    assert 0.3 < flips.mean() < 0.7, f"flips {flips.mean():.0%} of the images"
+    # Of 128 draws: five standard errors. A decoder that is some levels off in the mean moves the colours, too.
+    mean, spread = np.abs(draws.mean(0)).max(), draws.std(0)
+    normal = mean < 0.45 + 0.1 * (levels - 1) and np.abs(spread - 1).max() < 0.3
+    assert normal, f"shifts colours by draws of {draws.mean(0)} +- {spread}, not standard normal ones"
+    return (
+        f"{count} of {count} images, once each; within {off.max():.2f} levels of Pillow's, {mean_off.mean():.2f} in "
+        f"the mean; at {cut[0]} x {cut[1]} places, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
+    )
 
 
-def measure(peers: list[Peer], data: PeerData, seconds: float, repeats: int) -> dict[str, list[float]]:
-    """Images per second of each contender, in turn."""
-    opened = {peer.title: peer.batches(data) for peer in peers}
+def find_window(
+    window_HWC: np.ndarray, image_HWC: np.ndarray, basis: Eigenbasis
+) -> tuple[int, int, bool, np.ndarray, float, float]:
+    """Find where in an image a window was cut, and undo what was done to it.
 
-    def measurement(title: str) -> Callable[[], float]:
-        def measured() -> float:
-            sleep(
-                seconds / 3
-            )  # until the one before has filled its queue: seven of them do, on the same cores
-            return rate(lambda: next(opened[title]), data.batch_size, seconds)
-
-        return measured
-
-    try:
-        return take_turns({title: measurement(title) for title in opened}, repeats)
-    finally:
-        for batches in opened.values():
-            batches.close()
-
-
-def print_missing(missing: dict[str, str], measured: dict[str, list[float]]) -> None:
-    """Rows of the contenders that were not measured."""
-    for title, reason in missing.items():
-        print(f"{title:<{max(40, *map(len, measured))}} not measured: {reason}")
+    Returns left, top, whether it was flipped, its lighting's normal draws (3,), and how far its pixels are from the
+    image's, in levels of 0..255, at most and in the mean.
+    """
+    lighting = Lighting()
+    levels = window_HWC.astype(np.float64) * lighting.divisor + basis.mean
+    views = [levels, levels[:, ::-1]]
+    everywhere = sliding_window_view(image_HWC[:, :, 1], (SIDE, SIDE))[:, :, ::GRID, ::GRID]
+    # A shift moves all pixels alike, so at the right place they are all equally far off. Green is enough to see that.
+    scores = [(view[::GRID, ::GRID, 1] - everywhere).std((2, 3)) for view in views]
+    flipped, top, left = (int(k) for k in np.unravel_index(np.argmin(scores), np.shape(scores)))
+    difference = views[flipped] - image_HWC[top : top + SIDE, left : left + SIDE]
+    shift = np.median(difference, (0, 1))
+    draw, off = np.linalg.solve(lighting.shift_matrix(basis), shift), np.abs(difference - shift)
+    return left, top, bool(flipped), draw, off.max(), off.mean()

@@ -1,164 +1,215 @@
-"""Whether the network waits: the loader alone, the network alone on a batch that is there already, and both together as
-the trainer runs them."""
+"""Does the network wait for input? Measures the loader alone, the network alone on one batch, and both as the trainer
+runs them; and where the time of real training steps goes, from a trace of torch's profiler.
+
+In the trace the host marks the window that counts, and in it the waits for input and the steps. On a GPU it also has
+the kernels and copies of the whole process, DALI's too (CUPTI sees them all): the GPU is busy while any of them runs.
+The network's kernels are those on the streams where torch's own (`at::native`) run; DALI has streams of its own. They
+overlap, so the parts of "busy" may add up to more. nvidia-smi's utilization is the share of its last sample period, a
+sixth of a second to a second, in which any kernel ran, however small.
+"""
 
 import itertools
-import statistics
+import json
+import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.profiler import record_function
+from tools.benchmarks import common
 
-from pipeline.loader import Batch
-from tools.benchmarks.measure import Table, take_turns, timed
-from tools.benchmarks.record import check_out, describe, record
-from tools.benchmarks.timeline import STEP, WAIT, WINDOW, Timeline, read_timeline, traced
-from tools.benchmarks.utilization import name_of, watched
-from train.config import Config, parse_config
-from train.device import keep_freed_memory, pick_device, set_arithmetic
-from train.meter import StepMeter
-from train.placement import Placement
-from train.state import TrainState
+if TYPE_CHECKING:
+    import torch
 
 LOADER, SYNTHETIC, REAL = "loader alone", "network alone, on one batch", "both, as in training"
-WAITS, UTILIZATION = ("wait_ms_p50", "wait_ms_p99", "wait_percent"), "gpu_utilization_percent"
-UNCOUNTED, PROFILED = 5, 10
+UTILIZATION = "gpu_utilization_percent"
+WINDOW, WAIT, STEP = "steps that count", "waiting for input", "step"
+"""Names of the host's marks in a trace."""
+WARM_UP, TRACED = 5, 10
 """Steps under the profiler."""
 
 
 def bench_train(
     shards: Path,
-    recipe: Path | None,
-    settings: str,
-    seconds: float,
-    repeats: int,
-    profile: bool,
-    out: Path | None,
+    recipe: Path | None = None,
+    settings: str = "",
+    seconds: float = 10.0,
+    repeats: int = 5,
+    out: Path | None = None,
 ) -> None:
-    """See `tools/bench.py train`."""
-    if repeats < 1 or seconds <= 0:
-        raise ValueError("--repeats must be at least 1, --seconds positive")
-    check_out(out)
+    """Images per second of the loader alone, of the network on a batch in memory, and of training.
+
+    Also which of the two binds, how long the network waits for batches, where the time of ten steps goes, and on a GPU
+    how long it is busy and idle.
+
+    Args:
+        shards: Folder written by make_shards and compute_pca.
+        recipe: YAML file as for train.run (default: fast.yaml on a GPU, quickstart.yaml without).
+        settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
+        seconds: Length of one measurement.
+        repeats: Measurements of each contender, taken in turns.
+        out: File of JSON lines to append one row per contender to.
+    """
+    import torch
+    from torch.profiler import record_function
+
+    from pipeline.loader import Batch
+    from train.config import parse_config
+    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.meter import StepMeter
+    from train.placement import Placement
+    from train.state import TrainState
+
+    common.check_options(out, seconds=seconds, repeats=repeats)
     with tempfile.TemporaryDirectory() as scratch:  # a run wants a directory; nothing is written there
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         place = ["--data.shards", str(shards), "--run.dir", scratch]
-        whole = parse_config(["--config", str(recipe), *settings.split(), *place])
-        state = start(whole)
-        batches = itertools.chain.from_iterable(itertools.repeat(state.train_loader))
-        turns: list[dict[str, float]] = []
-        measured = take_turns(contenders(state, batches, seconds, turns), repeats)
-        timeline = profiled(state, batches) if profile else None
-        state.close()
-    train, batch = state.train_shards, whole.train.batch_size
-    print(f"{describe(train)}; batch {batch}, {whole.train.precision}, {repeats} repeats, on {state.device}")
-    table = Table("does the network wait?", "images/s", measured, REAL)
-    table.show()
-    efficiency = statistics.median(
-        real / min(loader, synthetic) for loader, synthetic, real in zip(*measured.values(), strict=True)
-    )
-    figures = {
-        name: median_of(turns[1:], name) for name in (*WAITS, UTILIZATION)
-    }  # the first turn is thrown away
-    p50, p99, percent = (figures[name] for name in WAITS)
-    print(f"real / min(loader, network): {efficiency:.2f}; {binding(measured, state.device)} binds")
-    print(f"waiting for input: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {percent:.1f} % of the time")
-    if state.device.type == "cuda":
-        told = figures[UTILIZATION]
-        print(f"GPU utilization in training: {'nvidia-smi tells none' if told is None else f'{told:.0f} %'}")
-    if timeline:
-        timeline.show(PROFILED)
-        if state.device.type == "cuda" and "busy_percent" not in timeline.percent:
-            print("torch's profiler saw no kernel: CUPTI did not start; another profiler may hold it")
-    if out:
-        config = {name: section for name, section in whole.to_json().items() if name != "run"}
-        about = {"shards": train.manifest_sha256, "config": config, "efficiency": efficiency, **figures}
-        about |= {"seconds": seconds, "device": state.device.type}
-        record(out, "train", [table], describe(train), about | (timeline.percent if timeline else {}))
+        config = parse_config(["--config", str(recipe), *settings.split(), *place])
+        keep_freed_memory()  # this and what follows as train.run does
+        set_arithmetic(config.run.deterministic)
+        device = pick_device(config.run.device)
+        state = TrainState(config, device, Placement(config.parallel, device))
+        state.build()
+        state.learner.model.train()
+    learner, images = state.learner, config.train.batch_size
+    batches = itertools.chain.from_iterable(itertools.repeat(state.train_loader))
+    batch = Batch(*(tensor.clone() for tensor in next(batches)))
+    lr = dict.fromkeys(learner.names, 1e-9)  # the same work, and nothing diverges
+    meter = StepMeter(device, state.placement)
+    figures: list[dict[str, float]] = []
 
+    def take_step() -> None:
+        with record_function(WAIT):
+            batch = next(batches)
+        with record_function(STEP):
+            meter.start_step()
+            loss, correct, _ = learner.step(batch, lr)
+            meter.end_step(loss, correct, batch)
 
-def median_of(turns: list[dict[str, float]], name: str) -> float | None:
-    """Of a figure over the turns that have it; None where none has."""
-    values = [turn[name] for turn in turns if name in turn]
-    return statistics.median(values) if values else None
+    def measure_training() -> common.Rate:
+        meter.pause()
+        with watch_utilization(
+            device
+        ) as percents:  # `begin`: what queues held before is no figure of training
+            rate = common.measure(take_step, images, seconds, device, begin=lambda: meter.read(images))
+        figures.append(
+            {name: value for name, value in meter.read(images).items() if name.startswith("wait_")}
+        )
+        figures[-1] |= {UTILIZATION: median(percents)} if percents else {}
+        return rate
 
-
-def start(config: Config) -> TrainState:
-    """As `train.run` starts a run, in one process."""
-    keep_freed_memory()
-    set_arithmetic(config.run.deterministic)
-    device = pick_device(config.run.device)
-    state = TrainState(config, device, Placement(config.parallel, device))
-    state.build()
-    state.learner.model.train()
-    return state
-
-
-def contenders(
-    state: TrainState, batches: Iterator[Batch], seconds: float, turns: list[dict[str, float]]
-) -> dict[str, Callable[[], float]]:
-    """What takes turns; the last one also adds a turn's figures to `turns`."""
-    learner, device, images = state.learner, state.device, state.config.train.batch_size
-    kept = Batch(*(tensor.clone() for tensor in next(batches)))
-    rates = harmless_rates(state)
-
-    def together() -> float:
-        meter = StepMeter(device, state.placement)
-        with watched(name_of(device)) as utilizations:
-            begin = partial(meter.read, images)  # what the queue held before is no figure of training
-            speed = timed(lambda: real_step(state, batches, meter, rates), images, seconds, device, begin)()
-        figures = meter.read(images)
-        turns.append({name: figures[name] for name in WAITS})
-        if utilizations:
-            turns[-1][UTILIZATION] = statistics.median(utilizations)
-        return speed
-
-    return {
-        LOADER: timed(lambda: next(batches), images, seconds, device),
-        SYNTHETIC: timed(lambda: learner.step(kept, rates), images, seconds, device),
-        REAL: together,
+    turns: dict[str, Callable[[], common.Rate]] = {
+        LOADER: partial(common.measure, partial(next, batches), images, seconds, device),
+        SYNTHETIC: partial(common.measure, partial(learner.step, batch, lr), images, seconds, device),
+        REAL: measure_training,
     }
+    rates = common.interleave(turns, repeats)
+    step_ms, percent = read_timeline(trace(take_step, device), TRACED)
+    state.close()
+    data = common.describe_shards(state.train_shards)
+    print(f"{data}; batch {images}, {config.train.precision}, {repeats} repeats, on {device}")
+    rows = common.print_table("does the network wait?", rates, REAL)
+    speeds = zip(*([rate.per_s for rate in values] for values in rates.values()), strict=True)
+    efficiency = median(real / min(loader, network) for loader, network, real in speeds)
+    loader, network = (median(rate.per_s for rate in rates[name]) for name in (LOADER, SYNTHETIC))
+    binds = "the loader" if loader < network else "the network"
+    print(f"real / min(loader, network): {efficiency:.2f}; {binds} binds")
+    if device.type == "cpu":
+        print(
+            f"both share the cores: in turns they would reach {1 / (1 / loader + 1 / network):.0f} images/s"
+        )
+    figures = figures[1:]  # as `interleave` does
+    medians = {name: median(turn[name] for turn in figures if name in turn) for name in figures[0]}
+    for name, value in (medians | {"ms_per_step": step_ms} | percent).items():
+        print(f"{name:<40} {value:>8.2f}")
+    about: dict[str, Any] = medians | percent | {"efficiency": efficiency, "device": device.type}
+    about |= {"shards": state.train_shards.manifest_sha256, "config": config.to_json()}
+    common.record(out, "train", rows, data, **about)
 
 
-def harmless_rates(state: TrainState) -> dict[str, float]:
-    """Of every parameter: the same work, and nothing that could diverge."""
-    return dict.fromkeys(state.learner.names, 1e-9)
+@contextmanager
+def watch_utilization(device: "torch.device") -> Iterator[list[float]]:
+    """Yield a list that has, after the block, the GPU's utilizations in percent, five a second. It stays empty without
+    a GPU, and where nvidia-smi does not know (a GPU cut up by MIG)."""
+    import torch
+
+    percents: list[float] = []
+    if device.type != "cuda" or not shutil.which("nvidia-smi"):
+        yield percents
+        return
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi counts all GPUs, not the visible ones
+    query = f"nvidia-smi --id={gpu} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200"
+    with subprocess.Popen(query.split(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield percents
+        finally:
+            process.terminate()
+        percents += [float(line) for line in process.communicate()[0].split() if line.isdecimal()]
 
 
-def real_step(state: TrainState, batches: Iterator[Batch], meter: StepMeter, rates: dict[str, float]) -> None:
-    """One step as in training, with the marks of a timeline."""
-    with record_function(WAIT):
-        batch = next(batches)
-    with record_function(STEP):
-        meter.start_step()
-        loss, correct, _ = state.learner.step(batch, rates)
-        meter.end_step(loss, correct, batch)
+def trace(take_step: Callable[[], None], device: "torch.device") -> list[dict[str, Any]]:
+    """Trace real training steps, after a few that fill the queues; returns the events of a Chrome trace."""
+    import torch
+    from torch.profiler import record_function
 
-
-def profiled(state: TrainState, batches: Iterator[Batch]) -> Timeline:
-    """Where the time of real training steps goes, behind some that only fill the queues."""
-    meter, rates = StepMeter(state.device, state.placement), harmless_rates(state)
-
-    def steps(number: int) -> None:
-        for _ in range(number):
-            real_step(state, batches, meter, rates)
-
-    def work() -> None:
-        steps(UNCOUNTED)
+    with torch.profiler.profile() as profile:
+        for _ in range(WARM_UP):
+            take_step()
         with record_function(WINDOW):
-            steps(PROFILED)
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
+            for _ in range(TRACED):
+                take_step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "trace.json")
+        profile.export_chrome_trace(str(file))
+        events: list[dict[str, Any]] = json.loads(file.read_text())["traceEvents"]
+    return events
 
-    return read_timeline(traced(work), PROFILED)
+
+def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict[str, float]]:
+    """Read where the time goes in the marked window, which holds so many steps; events have microseconds.
+
+    Returns milliseconds a step by the host's clock, and its parts in percent; those of the GPU only if it ran anything.
+    """
+    complete = [event for event in events if event.get("ph") == "X"]
+    marks = [event for event in complete if event.get("cat") == "user_annotation"]
+    (window,) = (event for event in marks if event["name"] == WINDOW)
+    first, length = float(window["ts"]), float(window["dur"])
+
+    def share(events: Iterable[dict[str, Any]]) -> float:
+        spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in events]
+        return 100 * union_length(spans, first, first + length) / length
+
+    wait, step = (share(mark for mark in marks if mark["name"] == name) for name in (WAIT, STEP))
+    percent = {"host_wait_percent": wait, "host_step_percent": step, "host_rest_percent": 100 - wait - step}
+    kernels = [event for event in complete if event.get("cat") == "kernel"]
+    copies = [event for event in complete if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    if kernels or copies:
+        streams = {event["args"]["stream"] for event in kernels if "at::native" in event["name"]}
+        busy = share(kernels + copies)
+        percent |= {
+            "busy_percent": busy,
+            "network_kernels_percent": share(
+                event for event in kernels if event["args"]["stream"] in streams
+            ),
+            "input_kernels_percent": share(
+                event for event in kernels if event["args"]["stream"] not in streams
+            ),
+            "copies_percent": share(copies),
+            "idle_percent": 100 - busy,
+        }
+    return length / steps / 1e3, percent
 
 
-def binding(measured: dict[str, list[float]], device: torch.device) -> str:
-    """Which of the two is the slower one, and on a CPU, whose cores they share, what both together could reach."""
-    loader, synthetic = (statistics.median(measured[name]) for name in (LOADER, SYNTHETIC))
-    slower = "the loader" if loader < synthetic else "the network"
-    if device.type == "cuda":
-        return slower
-    shared = 1 / (1 / loader + 1 / synthetic)
-    return f"without a GPU both share the cores, which in turns would give {shared:.0f} images/s; {slower}"
+def union_length(spans: Iterable[tuple[float, float]], first: float, last: float) -> float:
+    """Measure the part of [first, last] that lies in any of the spans, which may overlap and come in any order."""
+    total, end = 0.0, first
+    for start, stop in sorted(spans):
+        total += max(0.0, min(stop, last) - max(start, end))
+        end = max(end, stop)
+    return total

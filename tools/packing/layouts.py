@@ -133,7 +133,7 @@ def is_system_file(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-# ---------------------------------------------------------------------------------------------- ILSVRC-2012's archives
+# ---- ILSVRC-2012's archives
 
 
 def read_archives(raw: Path) -> RawImageNet:
@@ -268,7 +268,7 @@ def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
     return [tuple(row) for row in json.loads(done.stdout)]
 
 
-# ------------------------------------------------------------------------------------------- folders, on disk and in tars
+# ---- folders, on disk and in tars
 
 
 class DiskFolder(NamedTuple):

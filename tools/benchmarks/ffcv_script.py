@@ -1,14 +1,10 @@
 """FFCV as a contender of `bench peers`, in a process of its own, as FFCV wants an environment of its own.
 
-    FFCV_PYTHON tools/benchmarks/contenders/ffcv_script.py SETTINGS.json
+    FFCV_PYTHON tools/benchmarks/ffcv_script.py SETTINGS.json
 
-writes the JPEGs, byte for byte, into FFCV's own format, and then follows lines on its standard input:
-
-    next         takes a batch
-    show FILE    takes a batch and writes it, as an .npz of images and labels
-    decode FILE  writes all images, uint8, in order, as an .npy
-
-and answers each with a line when it is done. Imports nothing of ours.
+writes the JPEGs, byte for byte, into FFCV's own format, and FFCV's version to its standard output; then takes a batch
+for each line on its standard input, and answers with a line. Where the settings say `show`, it writes the batch before
+it answers, as an .npz of images and labels. Imports nothing of ours.
 """
 
 import io
@@ -19,12 +15,13 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ffcv.fields import IntField, RGBImageField
-from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.loader import Loader, OrderOption
 from ffcv.pipeline.allocation_query import AllocationQuery
@@ -35,10 +32,10 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 EPOCH = 200_000
-"""Images that an epoch has at least: FFCV allocates all its buffers anew in every one, which a small set would pay."""
+"""Images that an epoch has at least: FFCV allocates all its buffers again in every one, which a small set would pay."""
 
 
-class Relight(Operation):
+class ShiftAndNormalize(Operation):
     """Lighting and normalization in one pass, uint8 to float32; FFCV has no lighting of its own."""
 
     def __init__(self, mean: list[float], matrix: list[list[float]], divisor: float) -> None:
@@ -50,7 +47,7 @@ class Relight(Operation):
         """What numba compiles."""
         my_range, means, matrix, inverse = Compiler.get_iterator(), self.mean, self.matrix, self.inverse
 
-        def relight(images: Any, out: Any) -> Any:
+        def normalize(images: Any, out: Any) -> Any:
             count, height, width, colours = images.shape
             draws = np.random.standard_normal((count, colours)).astype(np.float32)
             for i in my_range(count):
@@ -66,8 +63,8 @@ class Relight(Operation):
                         result[x] = (np.float32(pixels[x]) - mean[x]) * inverse
             return out
 
-        relight.is_parallel = True  # type: ignore[attr-defined]
-        return relight
+        normalize.is_parallel = True  # type: ignore[attr-defined]
+        return normalize
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         """Where the result goes."""
@@ -78,7 +75,7 @@ class Relight(Operation):
 
 
 def write_beton(files: list[tuple[str, int]], path: Path) -> None:
-    """Write FFCV's file. Its own field would decode and encode anew, so that its `encode` is replaced."""
+    """Write FFCV's file. Its own field would decode and re-encode, so its `encode` is replaced."""
     field = RGBImageField(write_mode="jpg")
 
     def encode(_: Any, destination: Any, jpeg: bytes, malloc: Any) -> None:
@@ -98,7 +95,7 @@ def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
     side, count = 224, len(settings["files"])
     scale = (side / 256) ** 2
     decoder = RandomResizedCropRGBImageDecoder((side, side), scale=(scale, scale), ratio=(1.0, 1.0))
-    relight = Relight(settings["mean"], settings["matrix"], settings["divisor"])
+    normalize = ShiftAndNormalize(settings["mean"], settings["matrix"], settings["divisor"])
     repeats = 1 if settings["show"] else -(-EPOCH // count)
     loader = Loader(
         beton,
@@ -109,7 +106,13 @@ def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
         drop_last=True,
         indices=np.tile(np.arange(count, dtype=np.uint64), repeats),
         pipelines={
-            "image": [decoder, RandomHorizontalFlip(), relight, ToTensor(), ToTorchImage(channels_last=True)],
+            "image": [
+                decoder,
+                RandomHorizontalFlip(),
+                normalize,
+                ToTensor(),
+                ToTorchImage(channels_last=True),
+            ],
             "label": [IntDecoder(), ToTensor(), Squeeze()],
         },
     )
@@ -117,32 +120,23 @@ def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
         yield from loader
 
 
-def decoded(beton: str, count: int) -> np.ndarray:
-    """All images, uint8, in order."""
-    pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": None}
-    loader = Loader(beton, batch_size=count, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
-    (images,) = next(iter(loader))
-    return np.asarray(images.numpy())
-
-
 def main() -> None:
-    """Follow the lines on standard input."""
+    """Answer the lines on standard input."""
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print is no answer
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    beton = Path(sys.argv[1]).with_suffix(".beton")
+    path = Path(sys.argv[1])
+    settings = json.loads(path.read_text())
+    beton = path.with_suffix(".beton")
     write_beton(settings["files"], beton)
     endless = batches(settings, str(beton))
-    print("ready", file=answers)
-    for line in sys.stdin:
-        order, _, file = line.strip().partition(" ")
-        if order == "decode":
-            np.save(file, decoded(str(beton), len(settings["files"])))
-        else:
-            images, labels = next(endless)
-            if order == "show":
-                np.savez(file, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    print(version("ffcv"), file=answers)
+    for _ in sys.stdin:
+        images, labels = next(endless)
+        if settings["show"]:
+            np.savez(
+                path.with_suffix(".npz"), images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy()
+            )
         print("done", file=answers)
     os._exit(0)  # FFCV's threads are still at work
 

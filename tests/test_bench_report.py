@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from pipeline.shards import DataError
-from tools.benchmarks import gpu_report
-from tools.benchmarks.gpu_report import Part, write_gpu_report
+from tools.benchmarks import report
 
-OK, FAILS = Part("fine", ["-c", "print(6 * 7)"]), Part("broken", ["-c", "1 / 0"])
-HANGS = Part("slow", ["-c", "import time; print('begun', flush=True); time.sleep(60)"])
+PARTS = {
+    "broken": ["-c", "1 / 0"],
+    "fine": ["-c", "print(6 * 7)"],
+    "slow": ["-c", "import time; print('begun', flush=True); time.sleep(60)"],
+    "late": ["-c", "print(6 * 7)"],
+}
 
 
 def results(out: Path) -> dict[str, str]:
@@ -22,10 +25,10 @@ def results(out: Path) -> dict[str, str]:
 
 
 def test_one_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are there with what they printed; an error says which failed; time that is over is no failure."""
-    monkeypatch.setattr(gpu_report, "parts", lambda *_: [FAILS, OK, HANGS, OK._replace(title="late")])
-    with pytest.raises(DataError, match=r"^broken failed"):
-        write_gpu_report(tmp_path, minutes=0.03)
+    """The others are there with what they printed; an error names what failed, which running out of time is not."""
+    monkeypatch.setattr(report, "list_parts", lambda *_: PARTS)
+    with pytest.raises(DataError, match=r"^broken: failed"):
+        report.write_report(tmp_path, minutes=0.03)
     assert list(results(tmp_path)) == ["broken", "fine", "slow", "late"]
     assert results(tmp_path)["fine"] == "ok" and results(tmp_path)["slow"].startswith("cut off")
     page = (tmp_path / "report.md").read_text()
@@ -36,7 +39,7 @@ def test_one_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_a_whole_report(tmp_path: Path) -> None:
     """It runs through, on a CPU, too, where it says what is left out; rows of the three benchmarks come with it."""
-    write_gpu_report(tmp_path, minutes=10)
+    report.write_report(tmp_path, minutes=10)
     assert set(results(tmp_path).values()) == {"ok"}
     assert {"loader.jsonl", "model.jsonl", "train.jsonl"} <= {path.name for path in tmp_path.iterdir()}
     assert ("left out: GPU tests" in (tmp_path / "report.md").read_text()) == (not torch.cuda.is_available())

@@ -1,0 +1,113 @@
+"""Whether the network waits: the figures of `bench train` are what made-up intervals and traces give by hand."""
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import ROOT, run_ok
+from tests.test_bench import rows_of
+from tools.benchmarks.train import STEP, WAIT, WINDOW, read_timeline, union_length, watch_utilization
+
+
+def test_train(few: Path, tmp_path: Path) -> None:
+    """Loader, network and both have positive rates; efficiency is the median over turns; the host's time adds up."""
+    out, small = (
+        tmp_path / "rows.jsonl",
+        "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false",
+    )
+    config = ROOT / "train/configs/quickstart.yaml"
+    turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
+    text = run_ok("tools/bench.py", "train", few, "--recipe", config, "--settings", small, *turns)
+    rows = rows_of(out)
+    assert [row["contender"].split()[0] for row in rows] == ["loader", "network", "both,"]
+    values = np.array([row["values"] for row in rows])
+    efficiency = np.median(values[2] / values[:2].min(0))
+    assert (
+        rows[0]["efficiency"] == pytest.approx(efficiency)
+        and f"min(loader, network): {efficiency:.2f}" in text
+    )
+    assert f"the {'loader' if rows[0]['median'] < rows[1]['median'] else 'network'} binds" in text
+    assert 0 < rows[0]["wait_percent"] < 100
+    assert sum(rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")) == pytest.approx(100)
+    assert ("busy_percent" in rows[0]) == (rows[0]["gpu"] is not None)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair)))))
+def test_a_union_is_a_count_of_points(intervals: list[tuple[int, int]]) -> None:
+    """Each unit of the window counts once if any interval has it."""
+    points = [n for n in range(10, 30) if any(start <= n < end for start, end in intervals)]
+    assert union_length(intervals, 10, 30) == len(points)
+
+
+def event(cat: str, name: str, ts: float, dur: float, stream: int = 0) -> dict[str, Any]:
+    """An event as Chrome traces have them."""
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": {"stream": stream}}
+
+
+HOST = [
+    event("user_annotation", WINDOW, 1000, 2000),
+    event("user_annotation", WAIT, 500, 100),  # before the window
+    event("user_annotation", WAIT, 1000, 300),
+    event("user_annotation", STEP, 1300, 600),
+    event("user_annotation", WAIT, 2000, 100),
+    event("user_annotation", STEP, 2100, 800),
+    {"ph": "M", "name": "process_name", "ts": 0},
+]
+
+
+def test_timeline() -> None:
+    """By hand: 2 steps of 1 ms; kernels of torch's stream are the network's, whatever their name; those of others the
+    input's; what overlaps counts once as busy."""
+    host = {"host_wait_percent": 20, "host_step_percent": 70, "host_rest_percent": 10}
+    assert read_timeline(HOST, 2) == (1.0, host)
+    device = [
+        event("kernel", "void at::native::vectorized_elementwise_kernel<4>", 1200, 100, 7),
+        event("kernel", "sm90_xmma_fprop", 1300, 900, 7),
+        event("kernel", "void dali::SliceFlipNormalize", 2100, 200, 21),  # half of it beside the network's
+        event("kernel", "cub::DeviceScan", 2300, 100, 21),
+        event("gpu_memcpy", "Memcpy HtoD", 2500, 60, 22),
+        event("gpu_memset", "Memset", 2550, 50, 7),
+        event("gpu_user_annotation", WINDOW, 1000, 2000, 7),  # is no work
+        event("cuda_runtime", "cudaLaunchKernel", 1000, 2000),
+    ]
+    found = read_timeline(HOST + device, 2)[1]
+    gpu = {
+        "busy_percent": 65,
+        "network_kernels_percent": 50,
+        "input_kernels_percent": 15,
+        "copies_percent": 5,
+    }
+    assert found == pytest.approx(host | gpu | {"idle_percent": 35})
+
+
+SMI = """#!/bin/sh
+echo "$@" >&2
+while :; do echo 97; echo "[N/A]"; sleep 0.05; done
+"""
+
+
+def test_utilization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """nvidia-smi is asked about the right GPU while the block runs; without a GPU, or without it, there is none."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-12"))
+    with watch_utilization(torch.device("cuda", 1)) as percents:
+        pass
+    assert percents == []
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with watch_utilization(torch.device("cuda", 1)) as percents:
+        time.sleep(0.5)
+    assert len(percents) >= 2 and set(percents) == {97} and "--id=GPU-ab-12" in capfd.readouterr().err
+    with watch_utilization(torch.device("cpu")) as percents:
+        pass
+    assert percents == []

@@ -1,0 +1,221 @@
+"""What every benchmark shares: turns, rates by the clock and by CPU time, tables, rows of JSON.
+
+Contenders take turns within one run, so that a machine whose speed drifts slows all of them. Every other round goes
+backwards, so that no place in the order is an advantage, and the first round is a warm-up.
+
+CPU time is the user and system time of this process and of all that descend from it (workers, servers), those that
+have ended included, as /proc counts it: to 10 ms. Torch and DALI are imported where they are used: workers import this
+file, and some benchmarks time their start.
+"""
+
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.files import check_writable
+from pipeline.machine import num_cores
+from pipeline.shards import DataError, ShardSet
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS_ON_A_GPU = 20
+"""Between two waits for the GPU, so that the host runs ahead of it."""
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+SETTLE_S = 3.0
+
+
+class Rate(NamedTuple):
+    """One measurement."""
+
+    per_s: float
+    """Images per second."""
+    per_cpu_s: float
+    """Images per CPU-second."""
+
+
+Rates = dict[str, list[Rate]]
+"""By contender, one a turn."""
+
+
+def cpu_seconds() -> float:
+    """Sum the CPU time so far of this process and of all that descend from it, waited-for ended ones included."""
+    ticks: dict[int, int] = {}
+    children = defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # the process has ended
+            continue
+        pid = int(stat.parent.name)
+        ticks[pid] = sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime (man 5 proc)
+        children[int(fields[1])].append(pid)
+    total, pids = 0, [os.getpid()]
+    while pids:
+        pid = pids.pop()
+        total += ticks.get(pid, 0)
+        pids += children[pid]
+    return total / TICKS_PER_S
+
+
+def measure_job(work: Callable[[], int]) -> Rate:
+    """Measure a whole job, which returns its number of images."""
+    cpu_s, started = cpu_seconds(), perf_counter()
+    images = work()
+    seconds, cpu_s = perf_counter() - started, cpu_seconds() - cpu_s
+    return Rate(images / seconds, images / max(cpu_s, 1 / TICKS_PER_S))
+
+
+def measure(
+    step: Callable[[], Any],
+    images: int,
+    seconds: float,
+    device: "torch.device | None" = None,
+    begin: Callable[[], Any] = lambda: None,
+) -> Rate:
+    """Measure calls of `step`, of so many images each, for about `seconds`, what they queue on a GPU included.
+
+    A quarter of that time passes first and does not count: batches made ahead are no speed. `begin` is called then.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu:
+        import torch
+
+    def run(seconds: float) -> int:
+        steps, end = 0, perf_counter() + seconds
+        while steps == 0 or perf_counter() < end:
+            for _ in range(STEPS_ON_A_GPU if on_gpu else 1):
+                step()
+                steps += 1
+            if on_gpu:
+                torch.cuda.synchronize(device)
+        return steps * images
+
+    run(seconds / 4)
+    begin()
+    return measure_job(lambda: run(seconds))
+
+
+def interleave(contenders: Mapping[str, Callable[[], Rate]], repeats: int) -> Rates:
+    """Measure each contender `repeats` times, in turns, after a first round that does not count."""
+    rates: Rates = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name in list(contenders)[:: 1 if turn % 2 else -1]:
+            settle()
+            rates[name].append(contenders[name]())
+    return {name: values[1:] for name, values in rates.items()}
+
+
+def settle() -> None:
+    """Wait, for `SETTLE_S` at most, until the contender before has filled its queues and our processes are idle."""
+    end, before = perf_counter() + SETTLE_S, -1.0
+    while perf_counter() < end and (now := cpu_seconds()) > before + 1 / TICKS_PER_S:
+        before = now
+        sleep(0.05)
+
+
+def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]]:
+    """Print medians, spreads and ratios to the reference, turn by turn; returns them as rows, one per contender."""
+    width, rows = max(40, len(title), *map(len, rates)), []
+    print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
+    for name, values in rates.items():
+        per_s, per_cpu_s = ([value[field] for value in values] for field in (0, 1))
+        ratio = median(
+            value.per_s / other.per_s for value, other in zip(values, rates[reference], strict=True)
+        )
+        numbers = [f(per_s) for f in (median, min, max)]
+        text = " ".join(f"{number:>8.{0 if number >= 100 else 2}f}" for number in numbers)
+        print(f"{name:<{width}} {text} {ratio:>6.2f} {median(per_cpu_s):>13.1f}")
+        row: dict[str, Any] = {"contender": name, "table": title, "unit": "images/s", "reference": reference}
+        row |= {"ratio": ratio, "median": numbers[0], "median_per_cpu_s": median(per_cpu_s)}
+        rows.append(row | {"values": per_s, "values_per_cpu_s": per_cpu_s})
+    return rows
+
+
+def check_options(out: Path | None, **numbers: float | None) -> None:
+    """Raise `ValueError` or `OSError` for a number that is not positive, or where rows cannot be appended to `out`."""
+    for name, value in numbers.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
+    if out and out.suffix != ".jsonl":
+        raise ValueError(f"--out: expected a file of JSON lines, NAME.jsonl, got {out}")
+    if out:
+        check_writable(out)
+
+
+def describe_shards(shards: ShardSet) -> str:
+    """Say which data it was: "1600 generated images, 32 kB each, in 2 shards of store crop256"."""
+    kilobytes = sum(Path(tar).stat().st_size for tar in shards.tars) / shards.num_samples / 1000
+    generated = all(
+        name.wnid.startswith("n9") for name in shards.classes
+    )  # by make_demo; WordNet has n0 and n1
+    images = f"{shards.num_samples} {'generated ' if generated else ''}images, {kilobytes:.0f} kB each"
+    return f"{images}, in {len(shards.tars)} shards of store {shards.store}"
+
+
+def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
+    """Yield key, JPEG and class index of every sample, in stored order, by webdataset. Raises `DataError`."""
+    import webdataset
+
+    try:
+        for sample in webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False):
+            yield sample["__key__"], sample["jpg"], int(sample["cls"])
+    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        raise DataError(
+            f"{Path(shards.tars[0]).parent}: damaged shard ({error}); copy or pack it again"
+        ) from None
+
+
+def first_shards(shards: ShardSet, images: int) -> ShardSet:
+    """Take the first shards that together hold so many images, or all."""
+    before = [0, *itertools.accumulate(shards.samples)]
+    return shards.only([k for k in range(len(shards.tars)) if before[k] < images])
+
+
+def record(out: Path | None, subcommand: str, rows: list[dict[str, Any]], data: str, **settings: Any) -> None:
+    """Append rows to `out` as lines of JSON, with what it takes to judge and to repeat the measurement."""
+    if out:
+        about = describe_environment(subcommand) | {"data": data} | settings
+        with out.open("a") as file:
+            file.writelines(json.dumps(row | about) + "\n" for row in rows)
+
+
+def describe_environment(subcommand: str) -> dict[str, Any]:
+    """Collect commit (with "-dirty" where files were changed), command, hardware and versions."""
+    import nvidia.dali
+    import torch
+
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    module = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"Module\s.*?(\d+\.[\d.]+)", module.read_text()) if module.exists() else None
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dali": nvidia.dali.__version__,
+    }
+    return {
+        "benchmark": subcommand,
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": num_cores(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "driver": driver[1] if driver else None,
+        "versions": versions | {name: version(name) for name in ("simplejpeg", "numpy", "pillow")},
+    }

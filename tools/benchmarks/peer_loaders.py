@@ -1,0 +1,247 @@
+"""The contenders of `bench peers`: the same job, written with each library as its users would.
+
+A contender is a generator of batches without end, which stops its processes and threads when it is closed. Libraries
+are imported where they are used: any of them may be missing.
+"""
+
+import functools
+import itertools
+import json
+import subprocess
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.draws import CROP_SIDE, OFFSETS
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.lighting import Lighting, relight_arguments
+from pipeline.loader import train_loader
+from pipeline.settings import DataConfig, Speed
+from pipeline.shards import ShardSet
+
+Batches = Generator[tuple[Any, Any], None, None]
+"""Images, float32 (N, 3, 224, 224) or (N, 224, 224, 3), and labels (N,); from another process, None and None."""
+
+
+@dataclass(frozen=True)
+class PeerData:
+    """What a contender gets."""
+
+    shards: ShardSet
+    files: list[tuple[str, int]]
+    """(path, class index) of the same JPEGs in the same order: FOLDER/<class index>/<key>.jpg."""
+    basis: Eigenbasis
+    batch_size: int
+    workers: int
+    """Processes, or threads where a contender has those."""
+    scratch: Path
+    """Where it may write; removed afterwards."""
+    ffcv_python: Path | None
+    """The interpreter of FFCV's environment."""
+    versions: dict[str, str]
+    """Of what contenders are made of; each adds its own."""
+    show: bool = False
+    """Whether batches are looked at: a contender in another process then hands them over."""
+
+
+def augment(pixels_HWC: np.ndarray, basis: Eigenbasis, rng: np.random.Generator, out_HWC: np.ndarray) -> None:
+    """Cut, flip, shift and normalize, in numpy, for contenders that have no operations for it."""
+    left, top = rng.integers(OFFSETS + 1, size=2)
+    window = pixels_HWC[top : top + CROP_SIDE, left : left + CROP_SIDE]
+    if rng.random() < 0.5:
+        window = window[:, ::-1]
+    lighting = Lighting()
+    mean = basis.mean - lighting.shift_matrix(basis) @ rng.standard_normal(3)
+    rows = (CROP_SIDE, CROP_SIDE * 3)  # numpy is slow at rows of three
+    np.subtract(window.reshape(rows), np.tile(mean.astype(np.float32), CROP_SIDE), out=out_HWC.reshape(rows))
+    out_HWC *= np.float32(1 / lighting.divisor)
+
+
+def permutations(count: int) -> Iterator[int]:
+    """Yield the numbers below `count` in random order, then in another one, without end."""
+    while True:
+        yield from np.random.default_rng().permutation(count).tolist()
+
+
+@functools.cache
+def worker_rng() -> np.random.Generator:
+    """Random numbers of one worker process of a DataLoader."""
+    return np.random.default_rng(torch.initial_seed())
+
+
+def make_sample(sample: tuple[np.ndarray, int], basis: Eigenbasis) -> tuple[np.ndarray, int]:
+    """Augment one image in a worker process, into memory of its own."""
+    out = np.empty((CROP_SIDE, CROP_SIDE, 3), np.float32)
+    augment(sample[0], basis, worker_rng(), out)
+    return out, sample[1]
+
+
+class Files(Dataset):
+    """Class folders, as torchvision's ImageFolder."""
+
+    def __init__(self, data: PeerData) -> None:
+        self.files, self.basis = data.files, data.basis
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        """An augmented window and its class index."""
+        path, label = self.files[number]
+        with Image.open(path) as image:
+            return make_sample((np.asarray(image.convert("RGB")), label), self.basis)
+
+
+def load_in_workers(
+    dataset: Any, data: PeerData, workers: int, sampler: Iterator[int] | None = None
+) -> Batches:
+    """Batches of a DataLoader, whose processes are forked from one without threads, which ours has."""
+    yield from DataLoader(
+        dataset, data.batch_size, sampler=sampler, num_workers=workers, multiprocessing_context="forkserver"
+    )
+
+
+def pillow_batches(data: PeerData) -> Batches:
+    """A DataLoader with Pillow and numpy, which take less time than torchvision's transforms."""
+    data.versions["pillow"] = version("pillow")
+    return load_in_workers(Files(data), data, data.workers, permutations(len(data.files)))
+
+
+def webdataset_batches(data: PeerData) -> Batches:
+    """webdataset over the shards, with Pillow and numpy; no more processes than shards, which it shares out."""
+    import webdataset
+
+    data.versions["webdataset"] = version("webdataset")
+    tars = list(data.shards.tars)
+    samples = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars))
+        .shuffle(1000)
+        .decode("rgb8")
+        .to_tuple("jpg", "cls")
+    )
+    windows = samples.map(functools.partial(make_sample, basis=data.basis)).repeat()
+    return load_in_workers(windows, data, min(data.workers, len(tars)))
+
+
+def spdl_batches(data: PeerData) -> Batches:
+    """SPDL: threads that each decode a batch with FFmpeg, and augment it with numpy."""
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    data.versions["spdl"] = version("spdl")
+
+    def load(numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rng, images = np.random.default_rng(), np.empty((len(numbers), CROP_SIDE, CROP_SIDE, 3), np.float32)
+        for number, out in zip(numbers, images, strict=True):
+            augment(spdl.io.to_numpy(spdl.io.load_image(data.files[number][0])), data.basis, rng, out)
+        return torch.from_numpy(images), torch.tensor([data.files[number][1] for number in numbers])
+
+    builder: Any = PipelineBuilder()
+    builder = builder.add_source(permutations(len(data.files))).aggregate(data.batch_size)
+    builder = builder.pipe(load, concurrency=data.workers, output_order="input").add_sink(3)
+    pipeline = builder.build(num_threads=data.workers)
+    with pipeline.auto_stop():
+        yield from pipeline.get_iterator()
+
+
+def dali_batches(data: PeerData) -> Batches:
+    """DALI in the manner of NVIDIA's ImageNet example, on a CPU: file reader, decoder of the part that is needed,
+    crop_mirror_normalize, its iterator for PyTorch. A random window in place of the random resized crop; lighting is in
+    the mean."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIClassificationIterator
+
+    paths, labels = (list(column) for column in zip(*data.files, strict=True))
+    places = [k / OFFSETS for k in range(OFFSETS + 1)]
+
+    @pipeline_def(batch_size=data.batch_size, num_threads=data.workers, device_id=None, seed=12)
+    def graph() -> Any:
+        encoded, label = fn.readers.file(
+            files=paths,
+            labels=labels,
+            random_shuffle=True,
+            initial_fill=1024,
+            pad_last_batch=True,
+            name="Reader",
+        )
+        x, y = fn.random.uniform(values=places), fn.random.uniform(values=places)
+        windows = fn.decoders.image_crop(encoded, crop=(CROP_SIDE, CROP_SIDE), crop_pos_x=x, crop_pos_y=y)
+        mean, std = relight_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
+        flip = fn.random.coin_flip(probability=0.5)
+        options = {"dtype": types.FLOAT, "output_layout": "CHW", "mirror": flip}
+        return fn.crop_mirror_normalize(windows, mean=mean, std=[std] * 3, **options), label
+
+    for (batch,) in DALIClassificationIterator(graph(), size=-1):
+        yield batch["data"], batch["label"].squeeze(1)
+
+
+def our_batches(data: PeerData) -> Batches:
+    """The trainer's loader."""
+    place: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "seed": 0,
+        "rank": 0,
+        "num_ranks": 1,
+        "device": "cpu",
+    }
+    config = DataConfig(
+        Path(data.shards.tars[0]).parent, speed=Speed(threads=data.workers + 1)
+    )  # its default
+    with closing(train_loader(data.shards, data.basis, config, **place)) as loader:
+        yield from itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def ffcv_batches(data: PeerData) -> Batches:
+    """FFCV in a process of its own environment, which takes a batch for each line; one that nobody looks at stays
+    there. Raises `ImportError` without that environment, `RuntimeError` with its last line when it ends."""
+    if data.ffcv_python is None:
+        raise ImportError("needs an environment of its own; name its interpreter by --ffcv-python")
+    settings, log = data.scratch / "ffcv.json", data.scratch / "ffcv.log"
+    job = {"files": data.files, "batch_size": data.batch_size, "workers": data.workers, "show": data.show}
+    job |= {"mean": data.basis.mean.tolist(), "matrix": Lighting().shift_matrix(data.basis).tolist()}
+    settings.write_text(json.dumps(job | {"divisor": Lighting().divisor}))
+    command: list[Any] = [data.ffcv_python, Path(__file__).with_name("ffcv_script.py"), settings]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=errors, text=True, bufsize=1)
+    assert process.stdin and process.stdout
+    try:
+        data.versions["ffcv"] = process.stdout.readline().strip()
+        while data.versions["ffcv"]:
+            print(file=process.stdin)
+            if not process.stdout.readline():
+                break
+            if data.show:
+                with np.load(settings.with_suffix(".npz"), allow_pickle=False) as batch:
+                    yield torch.from_numpy(batch["images"]), torch.from_numpy(batch["labels"])
+            else:
+                yield None, None
+        raise RuntimeError(f"FFCV ended: {log.read_text().strip()}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Peer(NamedTuple):
+    """One contender."""
+
+    title: str
+    load: Callable[[PeerData], Batches]
+    """Its batches, without end, each image once an epoch."""
+    levels: int = 1
+    """How far its pixels may be from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
+
+
+PEERS = {
+    "pillow": Peer("torch DataLoader + Pillow", pillow_batches),
+    "webdataset": Peer("webdataset + Pillow", webdataset_batches),
+    "spdl": Peer("SPDL", spdl_batches, levels=64),
+    "ffcv": Peer("FFCV", ffcv_batches, levels=8),
+    "dali": Peer("DALI, as its ImageNet example", dali_batches),
+    "ours": Peer("ours", our_batches),
+}
+"""Every contender by its name."""
