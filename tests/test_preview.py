@@ -20,8 +20,16 @@ from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ClassName, DataError, ShardSet
 from tests.helpers import jpeg, photo, refuses, run_ok
-from tools.preview import parse_key, preview, render_views
-from tools.preview_sheet import IMAGENET, View, class_name, draw_sheet, format_eigenbasis
+from tools.preview import (
+    IMAGENET,
+    View,
+    class_name,
+    draw_sheet,
+    format_eigenbasis,
+    parse_key,
+    preview,
+    render_views,
+)
 
 NO_LIGHTING = Augmentation(lighting=Lighting(strength=0))
 Make = Callable[..., ShardSet]

@@ -174,7 +174,7 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
         steps = train.num_samples // config.train.batch_size
         if config.run.log_every > steps:
             raise ValueError(
-                f"run.log_every: expected at most {steps}, the steps of an epoch, got {config.run.log_every}; give "
+                f"run.log_every: expected at most {steps}, an epoch's, got {config.run.log_every}; give "
                 f'--settings "--run.log_every {max(1, steps // 2)}", or a smaller --train.batch_size'
             )
         read_result(run, train)

@@ -126,8 +126,8 @@ def tune_pipeline(
     axes, in_flight = list_axes(num_cores(), on_gpu), IN_FLIGHT if on_gpu else 1
     at_most = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
     print(
-        f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, on "
-        f"{device.type}: at most {at_most} measurements of {seconds:g} s and a start each",
+        f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, "
+        f"on {device.type}: at most {at_most} measurements of {seconds:g} s and a start each",
         flush=True,
     )
     with tqdm(desc="measuring", total=at_most, unit="candidate", disable=None, leave=False) as progress:
