@@ -212,12 +212,12 @@ def twice(raw: Path) -> None:
         ),
         (lambda raw: odd_parquet(raw, image={"bytes": b"", "path": "a"}, label="x"), "labels row 0 as x"),
         (lambda raw: write(raw / "a.tar", tar_of({"1.jpg": b"", "1.cls": b"0"})), "make_shards.py adopt"),
-        (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "no data set of images and labels"),
+        (lambda raw: (raw / "train-0.parquet").write_bytes(b"PAR1 no"), "not a data set of images and labels"),
         (
             lambda raw: parquet_of(raw, {"picture": b"", "label": 0}),
             r"it lacks the columns image\.bytes, image\.path",
         ),
-        (lambda raw: parquet_of(raw, {"image": IMAGE, "label": -1}), "labels row 0 as -1, which is no class"),
+        (lambda raw: parquet_of(raw, {"image": IMAGE, "label": -1}), "labels row 0 as -1, not a class"),
         (lambda raw: write(raw / "val" / "dog" / "1.jpg", b""), "val seems to be a split"),
         (
             lambda raw: (folders(raw, image_set()), os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg")),

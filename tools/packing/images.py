@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from tools.packing.jpeg import DAMAGED_EXIF, MAX_SCANS, SOS, Jpeg, exif_notes, read_jpeg, rewrite_header
+from tools.packing.jpeg import DAMAGED_EXIF, MAX_SCANS, SOS, Jpeg, list_exif_notes, read_jpeg, rewrite_header
 
 SIDE = 256
 MAX_PIXELS = 50_000_000
@@ -95,13 +95,13 @@ def find_fault(raw: bytes) -> str:
     """
     jpeg = read_jpeg(raw)
     if not raw.startswith(b"\xff\xd8"):
-        return f"{file_format(raw)}, not a JPEG file"
+        return f"{find_format(raw)}, not a JPEG file"
     if jpeg.oddity:
         return jpeg.oddity
     try:
         check_shape(jpeg.height, jpeg.width)
         if jpeg.height * jpeg.width > MAX_PIXELS:
-            raise too_large(jpeg.height, jpeg.width)
+            raise too_large_error(jpeg.height, jpeg.width)
         decode_strictly(raw, jpeg, 8)
     except SizeError as error:
         return str(error)
@@ -110,7 +110,7 @@ def find_fault(raw: bytes) -> str:
     return ""
 
 
-def file_format(raw: bytes) -> str:
+def find_format(raw: bytes) -> str:
     """What kind of image file this is, by Pillow."""
     with contextlib.suppress(Exception), silence(), open_with_pillow(raw) as image:
         return f"{image.format} file"
@@ -130,8 +130,8 @@ def decode(raw: bytes, at_an_eighth: bool = False) -> Decoded:
         raise SizeError(f"too large: {scans} scans, each of which takes a second or so in a large image")
     if not jpeg.is_common:
         return decode_with_pillow(rewrite_header(raw, jpeg) if jpeg.segments else raw, jpeg)
-    size, notes = (jpeg.height, jpeg.width), exif_notes(raw, jpeg)
-    factor = reduction(*size, jpeg.one_scan)
+    size, notes = (jpeg.height, jpeg.width), list_exif_notes(raw, jpeg)
+    factor = find_reduction(*size, jpeg.one_scan)
     rewritten = any(found == DAMAGED_EXIF for found, _ in notes)
     if jpeg.color == "grey":
         notes.append((GREY, "converted to RGB"))
@@ -190,13 +190,13 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg) -> Decoded:
     try:
         with silence(), open_with_pillow(raw) as image:
             width, height = image.size
-            factor = reduction(height, width, jpeg.one_scan)
+            factor = find_reduction(height, width, jpeg.one_scan)
             kind = f"{image.mode} {image.format} file"
             if factor > 1:
                 image.draft(image.mode, (width // factor, height // factor))
-            cut = load(image)
+            cut = load_pixels(image)
             deep = image.mode[0] in "IF"
-            pixels = np.repeat(grey(image)[:, :, None], 3, 2) if deep else np.array(image.convert("RGB"))
+            pixels = np.repeat(to_grey8(image)[:, :, None], 3, 2) if deep else np.array(image.convert("RGB"))
     except SizeError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -219,11 +219,11 @@ def open_with_pillow(raw: bytes) -> Image.Image:
     if raw.startswith(b"\xff\xd8"):
         return JpegImagePlugin.JpegImageFile(io.BytesIO(raw))
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # until the end of `silence`
-    return Image.open(io.BytesIO(raw), formats=raster_formats())
+    return Image.open(io.BytesIO(raw), formats=list_raster_formats())
 
 
 @functools.cache
-def raster_formats() -> list[str]:
+def list_raster_formats() -> list[str]:
     """Pillow's formats but for EPS: a program, which Ghostscript would run."""
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
@@ -243,7 +243,7 @@ def silence() -> Iterator[None]:
             os.close(before)
 
 
-def load(image: Image.Image) -> bool:
+def load_pixels(image: Image.Image) -> bool:
     """Decode an image that Pillow has opened, if need be as far as it goes; returns whether that was needed.
 
     Raises whatever Pillow raises, also where nothing at all was decoded.
@@ -264,7 +264,7 @@ def load(image: Image.Image) -> bool:
     return False
 
 
-def grey(image: Image.Image) -> np.ndarray:
+def to_grey8(image: Image.Image) -> np.ndarray:
     """An image of more than 8 bits as uint8 (height, width); Pillow's own conversion cuts off above 255.
 
     Integers above 255 are taken for 16 bits, floating point numbers up to 1 for 0..1.
@@ -284,19 +284,19 @@ def check_shape(height: int, width: int) -> None:
         )
 
 
-def too_large(height: int, width: int) -> SizeError:
+def too_large_error(height: int, width: int) -> SizeError:
     """An image whose pixels would fill the memory."""
     return SizeError(f"too large: {width}x{height} pixels are more than {MAX_PIXELS}")
 
 
-def reduction(height: int, width: int, can_reduce: bool) -> int:
+def find_reduction(height: int, width: int, can_reduce: bool) -> int:
     """By how much an image has to be reduced while it is decoded, 1, 2, 4 or 8; raises `SizeError` if that is not
     enough, or the image cannot be: a progressive JPEG holds all of its coefficients, at any scale."""
     check_shape(height, width)
     for factor in (1, 2, 4, 8) if can_reduce else (1,):
         if -(-height // factor) * -(-width // factor) <= MAX_PIXELS:
             return factor
-    raise too_large(height, width)
+    raise too_large_error(height, width)
 
 
 def crop256(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:

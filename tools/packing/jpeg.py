@@ -41,9 +41,9 @@ class Segment(NamedTuple):
     start: int
     """First byte of the marker, fill bytes before it included."""
     content: int
-    """First byte behind its length."""
+    """First byte after its length."""
     end: int
-    """First byte behind it; of the header alone where it heads a scan."""
+    """First byte after it; of the header alone where it heads a scan."""
 
 
 class Jpeg(NamedTuple):
@@ -55,7 +55,7 @@ class Jpeg(NamedTuple):
     segments: Sequence[Segment] = ()
     """Of the whole file."""
     end: int = -1
-    """First byte behind the end marker; -1 where there is none."""
+    """First byte after the end marker; -1 where there is none."""
     frame: int = 0
     """SOF marker; 0 where there is not one frame that can be read."""
     precision: int = 0
@@ -99,53 +99,53 @@ def read_jpeg(raw: bytes) -> Jpeg:
         oddity = {("RGB", 3): "RGB JPEG", ("other", 4): "CMYK JPEG"}.get(
             (color, count), f"JPEG of {count} components"
         )
-    elif color == "YCbCr" and chroma_sampling(content[7::3]) not in SAMPLINGS:
+    elif color == "YCbCr" and find_chroma_sampling(content[7::3]) not in SAMPLINGS:
         oddity = oddity or f"chroma sampling {content[7::3].hex(' ')}"
     elif len(scans) > MAX_SCANS:
         oddity = oddity or f"{len(scans)} scans"
     elif not (one_scan and len(set(components)) == count) and not is_complete(raw, scans, components):
         oddity = oddity or "JPEG that lacks scans"
     else:
-        oddity = oddity or odd_application_data(raw, segments)
+        oddity = oddity or find_odd_application_data(raw, segments)
     return Jpeg(oddity, segments, end, frame, precision, height, width, color, one_scan)
 
 
 def read_segments(raw: bytes) -> tuple[list[Segment], int, str]:
-    """The segments of a JPEG, the byte behind the end marker (-1: there is none), and the first oddity."""
+    """The segments of a JPEG, the byte after the end marker (-1: there is none), and the first oddity."""
     segments: list[Segment] = []
     position, oddity = 2, ""
     while len(segments) < MAX_SEGMENTS and (match := MARKER.search(raw, position)):
-        start, behind = match.span()
-        marker = raw[behind - 1]
+        start, after = match.span()
+        marker = raw[after - 1]
         while start > position and raw[start - 1] == 0xFF:  # fill bytes
             start -= 1
         if start > position:
             oddity = oddity or f"{start - position} stray bytes before marker {marker:02X}"
         if marker == EOI:
-            return segments, behind, oddity
+            return segments, after, oddity
         if marker in WITHOUT_LENGTH:
             oddity = oddity or f"marker {marker:02X} out of place"
-            position = behind
+            position = after
             continue
-        size = int.from_bytes(raw[behind : behind + 2], "big")
-        position = behind + size
+        size = int.from_bytes(raw[after : after + 2], "big")
+        position = after + size
         if size < 2 or position > len(raw):
             return segments, -1, oddity or f"segment {marker:02X} is cut short"
-        segments.append(Segment(marker, start, behind + 2, position))
-        if marker == APP1 and size < 8 and raw[behind + 2 : behind + 8] == EXIF:  # DALI reads on beyond it
+        segments.append(Segment(marker, start, after + 2, position))
+        if marker == APP1 and size < 8 and raw[after + 2 : after + 8] == EXIF:  # DALI reads on beyond it
             oddity = oddity or "EXIF block shorter than its name"
         if marker == SOS:
-            position = end_of_scan(raw, segments[-1])
+            position = find_end_of_scan(raw, segments[-1])
     return segments, -1, oddity or "no end marker"
 
 
-def end_of_scan(raw: bytes, scan: Segment) -> int:
-    """First byte behind the data of a scan."""
+def find_end_of_scan(raw: bytes, scan: Segment) -> int:
+    """First byte after the data of a scan."""
     match = END_OF_SCAN.search(raw, scan.end)
     return match.start() if match else len(raw)
 
 
-def odd_application_data(raw: bytes, segments: list[Segment]) -> str:
+def find_odd_application_data(raw: bytes, segments: list[Segment]) -> str:
     """What libjpeg-turbo warns of in segments that pixels do not depend on: a JFIF header of another major revision
     than 1 (jdmarker.c), an ICC profile in other pieces than 1 to n of n (jdicc.c); empty if nothing."""
     pieces = []
@@ -167,7 +167,7 @@ def is_jfif(segment: Segment, content: bytes) -> bool:
 
 def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
     """The colours of a frame with these component identifiers, by libjpeg's rule (jdapimin.c,
-    default_decompress_parms) from what stands before the first scan: JFIF means YCbCr, else Adobe's marker tells, else
+    default_decompress_parms) from what stands before the first scan: JFIF means YCbCr, else Adobe's marker, else
     the identifiers."""
     if len(components) == 1:
         return "grey"
@@ -184,7 +184,7 @@ def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
     return "RGB" if components == b"RGB" else "YCbCr"
 
 
-def chroma_sampling(factors: bytes) -> tuple[float, float]:
+def find_chroma_sampling(factors: bytes) -> tuple[float, float]:
     """Luma samples to one of chroma, horizontally and vertically, from the factors of three components; zeros where the
     chroma components differ."""
     (luma_h, luma_v), first, second = ((each >> 4, each & 15) for each in factors)
@@ -195,7 +195,7 @@ def is_complete(raw: bytes, scans: list[Segment], components: bytes) -> bool:
     """Whether the scans of a frame, one after the other, leave every coefficient of every component at its last bit.
 
     Where they do not, libjpeg smooths over the edges of blocks (jdcoefct.c, smoothing_ok), and DALI's windows, at whose
-    edges there are no neighbours, differ from the whole image. Components of one name are not told apart.
+    edges there are no neighbours, differ from the whole image. Components of one name count as one.
     """
     bits = {(component, k): -1 for component in components for k in range(64)}
     for scan in scans:
@@ -216,7 +216,7 @@ def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
     out, in_header = [b"\xff\xd8"], True
     for segment in jpeg.segments:
         if segment.marker == SOS:
-            out.append(raw[segment.start : end_of_scan(raw, segment)])
+            out.append(raw[segment.start : find_end_of_scan(raw, segment)])
             in_header = False
         elif is_jfif(segment, raw[segment.content : segment.end]):
             out.append(JFIF * in_header)
@@ -227,7 +227,7 @@ def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
     return b"".join(out) + b"\xff\xd9" * (jpeg.end > 0)
 
 
-def exif_notes(raw: bytes, jpeg: Jpeg) -> list[tuple[str, str]]:
+def list_exif_notes(raw: bytes, jpeg: Jpeg) -> list[tuple[str, str]]:
     """What is to be said of the EXIF blocks: damaged, or turning the image for viewers that heed it."""
     for segment in jpeg.segments:
         block = raw[segment.content : segment.end]

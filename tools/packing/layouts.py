@@ -129,7 +129,7 @@ def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet
 
 
 def is_system_file(name: str) -> bool:
-    """A file or folder that systems leave behind: .DS_Store, ._photo.jpg, __MACOSX."""
+    """A file or folder of an operating system: .DS_Store, ._photo.jpg, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -317,7 +317,7 @@ class DiskFolder(NamedTuple):
 
 
 class TarFolder(NamedTuple):
-    """A folder in a tar, or the tar itself, without what systems leave behind."""
+    """A folder in a tar, or the tar itself, without system files."""
 
     path: Path
     """Of the tar, and in it."""
@@ -402,7 +402,7 @@ def read_tar(tar: Path) -> TarFolder:
         raise ValueError(f"{tar} is a WebDataset shard; take it over with make_shards.py adopt")
     if sidecars:
         raise ValueError(
-            f"{tar} is a WebDataset shard (.{min(sidecars)} beside each image) without labels (.cls); put the images "
+            f"{tar} is a WebDataset shard (.{min(sidecars)} with each image) without labels (.cls); put the images "
             "of each class into a folder of its own"
         )
     return tree
@@ -417,7 +417,7 @@ def sample_key(folders: tuple[str, ...], member: Member) -> tuple[tuple[str, ...
 def unwrap(tree: Tree, keep_splits: bool = False) -> Tree:
     """The innermost folder that holds the class folders: wrappers hold nothing but one folder of folders.
 
-    `keep_splits`: folders that are called like splits are no wrappers."""
+    `keep_splits`: folders that are called like splits are not wrappers."""
     while len(names := tree.names()) == 1 and not (keep_splits and SPLIT_NAME.fullmatch(names[0])):
         if tree.holds_images() or (inner := tree.open(names[0])).holds_images() or not inner.names():
             break
@@ -434,7 +434,7 @@ def read_tree(raw: Path, tree: Tree) -> RawImageNet:
         trees = {"train": unwrap(tree.open("train"))} | ({"val": unwrap(tree.open(val))} if val else {})
         ignored = [tree.path_of(name) for name in names if name not in ("train", val)]
         return read_splits(raw, trees, [*ignored, *tree.loose_files()])
-    # The archive of ILSVRC-2012's test images often lies beside class tars.
+    # The archive of ILSVRC-2012's test images often lies among class tars.
     tests = [name for name in splits if "test" in name.lower() and tree.is_tar(name)]
     inner = [(each, name) for each in opened_folders(tree) for name in each.names()]
     for parent, name in [(tree, name) for name in names if name not in tests] + inner:

@@ -1,7 +1,7 @@
 """Lists of raw images as numpy columns, so that 14 million of them fit in memory, and their cache on disk.
 
 A listing says of each image where its bytes lie: in an archive at an offset, in a file of its own, or in a row of a
-parquet file. To list 155 GB of tars takes a small read per image, so a listing of archives is kept beside the output;
+parquet file. To list 155 GB of tars takes a small read per image, so a listing of archives is kept with the output;
 it holds as long as every archive has the size and the time that it had.
 """
 

@@ -30,7 +30,7 @@ COLUMNS = {"image.bytes", "image.path", "label"}
 
 
 def import_pyarrow() -> ModuleType:
-    """`pyarrow.parquet`. Raises `ValueError` that tells how to get it."""
+    """`pyarrow.parquet`. Raises `ValueError` with how to install it."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -74,7 +74,7 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
     """List parquet files: labels and names alone are read.
 
-    Raises `ValueError` for files of another form and labels that are no class.
+    Raises `ValueError` for files of another form and labels that are not a class.
     """
     parquet = import_pyarrow()
     splits: dict[str, Listing] = {}
@@ -99,13 +99,13 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
             except Exception as error:  # pyarrow raises several kinds over damaged bytes
                 reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"{path} is no data set of images and labels ({reason}); fetch it again"
+                    f"{path} is not a data set of images and labels ({reason}); fetch it again"
                 ) from None
             words = class_words(metadata) or words
             names = table.column("image").combine_chunks().field("path").to_pylist()
             for row, (name, label) in enumerate(zip(names, table.column("label").to_pylist(), strict=True)):
                 if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
-                    raise ValueError(f"{path} labels row {row} as {label}, which is no class; fetch it again")
+                    raise ValueError(f"{path} labels row {row} as {label}, not a class; fetch it again")
                 listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
                 wnids.setdefault(label, set()).update(WNID.findall(name or ""))
     if "train" not in splits or not all(splits.values()):
@@ -114,7 +114,7 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
 
 
 def class_words(metadata: Any) -> list[str]:
-    """What Hugging Face's description of a data set calls the classes; empty where it does not tell."""
+    """What Hugging Face's description of a data set calls the classes; empty where it has none."""
     for name in ("info", "features", "label", "names"):
         metadata = metadata.get(name) if isinstance(metadata, dict) else None
     return [str(each) for each in metadata] if isinstance(metadata, list) else []

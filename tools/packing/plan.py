@@ -37,7 +37,7 @@ class Options:
     seed: int = 2012
     val_fraction: float = 0.0
     on_bad: Literal["fail", "skip"] = "fail"
-    """Decides whether a pack goes on, not what a whole shard holds: "skip" may follow on "fail"."""
+    """Decides whether a pack continues, not what a whole shard holds: "skip" may follow on "fail"."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that make no sense."""

@@ -45,7 +45,7 @@ def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> I
     except Exception as error:  # as in `next_member`
         raise ValueError(f"not a tar archive at byte {start} ({error})") from None
     while member := next_member(tar):
-        tar.members = []  # tarfile would keep them all
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         if member.offset >= end:
             raise ValueError(f"no end mark at byte {end} of an inner tar")
         if member.isdir():

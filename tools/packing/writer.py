@@ -34,9 +34,9 @@ READ_AHEAD = 16
 LOG_EVERY_S = 60.0
 """Seconds between lines of progress where there is no terminal to draw a bar on."""
 LISTING = "listing.npz"
-"""The cached listing of the raw images, beside the splits."""
+"""The cached listing of the raw images, next to the splits."""
 TOP_FILES = ("classes.json", LISTING, "pca.*", "mean_image.*", "preview.png")
-"""What stands beside the splits, as patterns."""
+"""What stands next to the splits, as patterns."""
 SPILL = "spill-*"
 """Folder in a split's where `parquet.py` keeps images that are packed, but not in a shard yet."""
 
@@ -178,7 +178,7 @@ class TarWriter:
 
 
 def is_top_file(name: str) -> bool:
-    """Whether our programs write a file of this name beside the splits."""
+    """Whether our programs write a file of this name next to the splits."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in TOP_FILES)
 
 
@@ -224,7 +224,7 @@ def claim_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> No
 
 
 def claim_split(plan: Plan) -> None:
-    """Write `plan.json`, which says whose the half-written split is, unless another packer was first.
+    """Write `plan.json`, which says of which pack the half-written split is, unless another packer was first.
 
     Raises `ValueError` when that one has another plan.
     """
