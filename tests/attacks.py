@@ -41,7 +41,7 @@ from tools.packing.listing import RawImage
 from tools.packing.plan import Options
 from tools.packing.verify import find_image_fault, stats, verify
 from tools.packing.writer import LISTING, pack_sample
-from tools.preview_sheet import format_eigenbasis
+from tools.preview import format_eigenbasis
 from train import charts
 from train.checkpoint import (
     checkpoint_at_an_edge,

@@ -136,7 +136,7 @@ def test_table_and_chart(tmp_path: Path) -> None:
 
 
 def test_what_shows_nothing_says_so() -> None:
-    """A comparison warns above its table where seeds are too few to tell a difference from chance, and where the base
+    """A comparison warns above its table where seeds are too few to exclude chance, and where the base
     has not learned; another has no warning."""
     learned, not_yet = run(1, 9, 20, 3.0), run(1, 60, 70)
     runs = {"good": [learned] * 3, "two seeds": [learned] * 2, "short": [not_yet] * 3, "both": [not_yet]}
@@ -154,7 +154,6 @@ def test_what_shows_nothing_says_so() -> None:
         ({"seeds": (1, 1)}, "--seeds"),
         ({"rates": [0.1, 0.1]}, "--rates"),
         ({"rates": []}, "--rates"),
-        ({"error": 100.0}, "--error"),
         ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
         ({"settings": "--train.seed=4"}, "--settings: --train.seed"),
         ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),
@@ -256,7 +255,7 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
 def test_how_a_run_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str
 ) -> None:
-    """Exit code and files tell how a run ended: it finished, diverged, failed, or was stopped before its report, of
+    """Exit code and files show how a run ended: it finished, diverged, failed, or was stopped before its report, of
     which an earlier one does not count."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nDIR={tmp_path}/r\n{script}\n")

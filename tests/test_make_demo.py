@@ -116,7 +116,7 @@ def test_photos_counts_and_labels(photos: Path) -> None:
 
 
 def test_photos_are_like_photographs(photos: Path) -> None:
-    """Bytes a pixel, sizes, spectra and colours are those of photographs; white noise would be told apart."""
+    """Bytes a pixel, sizes, spectra and colours are those of photographs; white noise is different."""
     files = [image.read() for split in read_archives(photos).splits.values() for image in split]
     images = [Image.open(io.BytesIO(file)) for file in files]
     pixels = sum(image.width * image.height for image in images)

@@ -20,8 +20,16 @@ from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ClassName, DataError, ShardSet
 from tests.helpers import jpeg, photo, refuses, run_ok
-from tools.preview import parse_key, preview, render_views
-from tools.preview_sheet import IMAGENET, View, class_name, draw_sheet, format_eigenbasis
+from tools.preview import (
+    IMAGENET,
+    View,
+    class_name,
+    draw_sheet,
+    format_eigenbasis,
+    parse_key,
+    preview,
+    render_views,
+)
 
 NO_LIGHTING = Augmentation(lighting=Lighting(strength=0))
 Make = Callable[..., ShardSet]
@@ -52,7 +60,7 @@ def places(window: np.ndarray, image: np.ndarray) -> set[tuple[int, int, bool]]:
 
 
 def add_basis(shards: ShardSet, sha256: str | None = None) -> Path:
-    """Write a pca.json beside the splits, of these shards or of those with this checksum; returns the folder."""
+    """Write a pca.json next to the splits, of these shards or of those with this checksum; returns the folder."""
     folder = Path(shards.tars[0]).parents[1]
     moments = Moments.of(photo(np.random.default_rng(1))[None].copy())
     write_eigenbasis(folder / "pca.json", moments, sha256 or shards.manifest_sha256, "none")
@@ -107,8 +115,8 @@ def test_equals_the_loader(numbered_shards: Make, plain_basis: Eigenbasis, conve
     levels = images[:24].permute(0, 2, 3, 1).double().numpy() * lighting.divisor + plain_basis.mean
     difference = np.stack([view.pixels for view in views]) - levels.clip(0, 255)
     assert np.abs(difference).max() < 0.51
-    unlit = np.stack([view.pixels for view in render_views(shards, plain_basis, NO_LIGHTING, 5)])
-    assert np.abs(unlit - levels.clip(0, 255)).max() > 5, "lighting can be seen"
+    plain = np.stack([view.pixels for view in render_views(shards, plain_basis, NO_LIGHTING, 5)])
+    assert np.abs(plain - levels.clip(0, 255)).max() > 5, "lighting can be seen"
 
 
 def test_images_of_any_size(numbered_shards: Make, plain_basis: Eigenbasis) -> None:

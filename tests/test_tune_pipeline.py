@@ -9,7 +9,7 @@ import yaml
 from pipeline.settings import Speed
 from pipeline.shards import DataError
 from tests.helpers import ROOT, refuses, run_ok
-from tools.tune_pipeline import Knobs, Trial, Waits, format_table, list_axes, pick_best, search
+from tools.tune_pipeline import FAILED, Knobs, Trial, Waits, format_table, list_axes, pick_best, search
 from train.config import parse_config
 
 
@@ -33,7 +33,7 @@ def distance_to(best: Knobs) -> Callable[[Knobs], Waits]:
 @pytest.mark.parametrize(("prefetch", "read_ahead", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_finds_the_optimum(threads: int, prefetch: int, read_ahead: int, load: float, on_gpu: bool) -> None:
-    """Where knobs do not act on each other, the best of their values are found, each candidate measured once besides
+    """Where knobs do not act on each other, the best of their values are found, each candidate measured once before
     the last two, and never more of them than announced."""
     optimum = Knobs(threads, prefetch, read_ahead, load if on_gpu else Speed.hw_decoder_load)
     axes, default = list_axes(16, on_gpu), Knobs(16)
@@ -72,7 +72,7 @@ def test_decoding_on_the_cpu_gets_every_core() -> None:
 def test_order(figures: list[tuple[float, float]], winner: int) -> None:
     """The 99th percentile first, the mean among equals, the earlier among equals of both."""
     trials = [Trial(Knobs(number), waits(*pair)) for number, pair in enumerate(figures, start=1)]
-    assert pick_best([Trial(Knobs(9), None, "failed"), *trials]) is trials[winner]
+    assert pick_best([Trial(Knobs(9), FAILED, "out of memory"), *trials]) is trials[winner]
 
 
 def test_luck_is_not_taken() -> None:
@@ -99,7 +99,7 @@ def test_failures() -> None:
 
     trials, best = search(Knobs(4), list_axes(4, on_gpu=False), measure)
     assert best.knobs.prefetch == 4 and best.knobs.threads < 4
-    assert {trial.error for trial in trials if trial.waits is None} == {"out of memory", "MemoryError"}
+    assert {trial.error for trial in trials if trial.waits == FAILED} == {"out of memory", "MemoryError"}
     assert "| out of memory\n" in format_table(trials)
 
     def fail(knobs: Knobs) -> Waits:

@@ -93,18 +93,13 @@ def ablate(
     """
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
     Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"--seeds: expected different numbers, at least one, got {[*seeds]}; such as [1,2,3]"
-        )
-    if rates is not None and (not rates or len(set(rates)) < len(rates) or min(rates) <= 0):
-        raise ValueError(f"--rates: expected different positive numbers, got {rates}; such as [.01,.001]")
-    if not 0 < error < 100:
-        raise ValueError(
-            f"--error: expected a percentage between 0 and 100, got {error:g}; leave it out for 25"
-        )
     base, files = find_recipe(str(base)), find_ablations(list(ANY_WIDTH) if ablations is None else ablations)
     each_rate: list[float | None] = [None] if rates is None else [*rates]
+    for name, values in {"--seeds": seeds, "--rates": each_rate}.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(
+                f"{name}: expected different numbers, at least one, got {[*values]}; such as [1,2]"
+            )
     plan = {
         name: {
             rate: [plan_run(base, shards, out, name, file, rate, seed, settings) for seed in seeds]
@@ -113,21 +108,16 @@ def ablate(
         for name, file in ({BASE: None} | files).items()
     }
     check_plan(plan, train, base)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: not a directory; give one for runs and results")
     out.mkdir(parents=True, exist_ok=True)
 
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # so that the run in progress is stopped and saved
+    # So that the run in progress is stopped and saved.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     entries = []
     for name, by_rate in plan.items():
         figures = {rate: [finish_run(run, train, error) for run in runs] for rate, runs in by_rate.items()}
         entries.append(pick_rate(name, figures))
         if not entries[0].runs:
-            raise ValueError(
-                f"{BASE}: diverged; give another OUT and lower --rates, or a lower --optimizer.lr"
-            )
+            raise ValueError(f"{BASE}: diverged; give another OUT and a lower --rates or --optimizer.lr")
     table = format_markdown(entries, error, val.num_samples)
     about = {"base": str(base), "settings": settings, "error": error, "seeds": seeds, "rates": rates}
     about |= {"shards": str(shards), "shards_manifest_sha256": train.manifest_sha256}
@@ -184,7 +174,7 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
         steps = train.num_samples // config.train.batch_size
         if config.run.log_every > steps:
             raise ValueError(
-                f"run.log_every: expected at most {steps}, the steps of an epoch, got {config.run.log_every}; give "
+                f"run.log_every: expected at most {steps}, an epoch's, got {config.run.log_every}; give "
                 f'--settings "--run.log_every {max(1, steps // 2)}", or a smaller --train.batch_size'
             )
         read_result(run, train)

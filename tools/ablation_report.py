@@ -102,28 +102,28 @@ def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
     rows = [[*head, "difference", "the paper's"], *(format_cells(entry, entries[0]) for entry in entries)]
     seeds = ", ".join(str(run.seed) for run in entries[0].runs)
     notes = (
-        f"Top-1 errors in %, means over the seeds {seeds}. Rate: of `--rates` the one with the fewest epochs to "
-        f"{error:g} % training error, or with the lowest training error where no rate brought every seed there. "
-        "Training: the last epoch, as augmented and with dropout. Validation: the centre crop at the end; one image is "
-        f"{100 / val_images:.2g} points. Gap: validation minus training. Epochs: until a row of metrics.jsonl had that "
-        "training error, - where a seed never did. Difference: points of validation error above the base's with the "
-        "same seed, mean (least to greatest). The paper's is of ImageNet."
+        f"Top-1 errors in %, means over the seeds {seeds}. Rate: of `--rates` the one with the fewest epochs "
+        f"to {error:g} % training error, or with the lowest training error where no rate brought every seed "
+        "there. Training: the last epoch, as augmented and with dropout. Validation: the centre crop at the "
+        f"end; one image is {100 / val_images:.2g} points. Gap: validation minus training. Epochs: until a row "
+        "of metrics.jsonl had that training error, - where a seed never did. Difference: points of validation "
+        "error above the base's with the same seed, mean (least to greatest). The paper's is of ImageNet."
     )
-    return (
-        "\n\n".join(["# Ablations", *list_weaknesses(entries[0], error), align_columns(rows), notes]) + "\n"
-    )
+    weaknesses = list_weaknesses(entries[0], error)
+    return "\n\n".join(["# Ablations", *weaknesses, align_columns(rows), notes]) + "\n"
 
 
 def list_weaknesses(base: Entry, error: float) -> list[str]:
-    """List reasons why differences to the base show nothing yet: too few seeds to tell them from chance, too few epochs
-    to learn."""
+    """List reasons why differences to the base show nothing yet: too few seeds to exclude chance, too few epochs to
+    learn."""
     few = (
-        f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: the same network differs as much "
-        "from seed to seed. Give more `--seeds`.**"
+        f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: the same network differs as "
+        "much from seed to seed. Give more `--seeds`.**"
     )
     short = (
-        f"**This comparison shows nothing of trained networks: the base did not reach {error:g} % training error. "
-        'Train longer (`--settings "--train.epochs N"`), or give the `--error` that it should reach.**'
+        "**This comparison shows nothing of trained networks: the base did not reach "
+        f'{error:g} % training error. Train longer (`--settings "--train.epochs N"`), or give the `--error` '
+        "that it should reach.**"
     )
     return [few] * (len(base.runs) < FEW_SEEDS) + [short] * (base.epochs_to_error is None)
 

@@ -49,7 +49,7 @@ def compute_pca(
     total, decoder = sum_split(train, mean_image, device)
     if mean_image:
         write_mean_image(mean_path, total)
-    # Runs that began with a pca.json resume with no other, and another decoder's may differ in the last digits.
+    # Runs that began with a pca.json resume with no other; another decoder's may differ in the last digits.
     if not has_basis:
         write_eigenbasis(path, total.moments, train.manifest_sha256, decoder)
     content = read_eigenbasis(path, train.manifest_sha256)

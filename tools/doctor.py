@@ -46,7 +46,8 @@ TIMEOUT_S = 120.0
 INSTALL = "run make install"
 BUILDS = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
 NETWORK = re.compile(
-    r"nfs\d?|cifs|smb3?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|virtiofs|wekafs|orangefs|pvfs2|panfs|fuse\..+"
+    r"nfs\d?|cifs|smb3?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|virtiofs|wekafs|orangefs|pvfs2|panfs"
+    r"|fuse\..+"
 )
 """File systems that bring bytes over a network, or, as most of FUSE's, may."""
 READ_BYTES, READ_S, CHUNK = 256 * 2**20, 2.0, 4 * 2**20
@@ -113,7 +114,9 @@ def check_driver(driver: Facts, is_loaded: bool) -> Finding:
         return Finding("ok", f"{driver['version']}, CUDA up to {driver['cuda']}")
     if not is_loaded:
         return Finding("-", "none")
-    remedy = "in a container, let it have the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
+    remedy = (
+        "in a container, add the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
+    )
     return Finding("warning", f"NVML fails: {driver['error']}", remedy)
 
 
@@ -131,7 +134,8 @@ def check_gpus(driver: Facts, torch: Facts, visible: str | None) -> Finding:
     if not usable and visible in ("", "-1"):
         return Finding("-", f"{text}; hidden by CUDA_VISIBLE_DEVICES: trains on the CPU")
     if not usable or "cuda_error" in torch:
-        why = f"; PyTorch for CUDA {torch['cuda']} cannot use them: {torch.get('cuda_error', 'no reason given')}"
+        reason = torch.get("cuda_error", "no reason given")
+        why = f"; PyTorch for CUDA {torch['cuda']} cannot use them: {reason}"
         return Finding("problem", text + why, f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
     hidden, peers, pairs = len(gpus) - len(usable), torch["peers"], len(usable) * (len(usable) - 1)
     text += f"; {hidden} more are hidden from this process" if hidden > 0 else ""

@@ -200,23 +200,13 @@ def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
 
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss"]
     fields += ["num_children", "children", "wordnet_height", "num_train_images"]
-    rows: list[tuple[Any, ...]] = [
-        (
-            DIGIT_TO_ID[digit],
-            wnid,
-            f"{WORDS[digit]}, {digit}",
-            f"the digit {digit}",
-            0,
-            [],
-            0,
-            train_counts[wnid],
-        )
-        for digit, wnid in DIGIT_TO_WNID.items()
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for digit, wnid in DIGIT_TO_WNID.items():
+        words = (f"{WORDS[digit]}, {digit}", f"the digit {digit}")
+        rows.append((DIGIT_TO_ID[digit], wnid, *words, 0, [], 0, train_counts[wnid]))
     leaves = [row[0] for row in rows]
-    rows.append(
-        (len(rows) + 1, "n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0)
-    )
+    root = ("n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0)
+    rows.append((len(rows) + 1, *root))
     synsets = np.zeros((len(rows), 1), dtype=[(name, object) for name in fields])
     for position, row in enumerate(sorted(rows, key=lambda row: row[0])):
         synsets[position, 0] = row

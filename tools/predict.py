@@ -11,6 +11,7 @@ Shapes: N images, H = W = 256, C = 3 channels (RGB), K classes.
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,20 +70,19 @@ def predict(
         if not batch:
             continue
         images_NHWC = torch.stack(squares)
-        values, indices = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
-        for path, probabilities, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
-            found = [
-                {"index": k, "wnid": names[k].wnid, "words": names[k].words, "probability": probability}
-                for k, probability in zip(classes, probabilities, strict=True)
-            ]
-            rows.append({"image": str(path), "classes": found})
-            if not as_json:
-                lines = [
-                    f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}" for each in found
-                ]
-                print("\n".join([str(path), *lines]))
+        best = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
+        for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+            pairs = zip(indices, values, strict=True)
+            classes = [{"index": k, **asdict(names[k]), "probability": value} for k, value in pairs]
+            rows.append({"image": str(path), "classes": classes})
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
+    for row in rows if not as_json else ():
+        lines = [
+            f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip()
+            for each in row["classes"]
+        ]
+        print("\n".join([row["image"], *lines]))
     if faults:
         more = f" (and {len(faults) - 1} more images)" if len(faults) > 1 else ""
         raise ValueError(f"{faults[0]}{more}; the others were predicted")
@@ -142,13 +142,10 @@ def compute_probabilities(
     import torch
 
     from pipeline.loader import mean_offset
-    from pipeline.normalize import normalize
     from train.accuracy import probabilities
 
     device, augmentation = next(model.parameters()).device, trained.augmentation
-    means_NC = torch.from_numpy(trained.basis.mean).float().expand(len(images_NHWC), 3)
-    inputs_NHWC = torch.empty(images_NHWC.shape)
-    normalize(images_NHWC, None, means_NC, augmentation.std, None, inputs_NHWC)
+    inputs_NHWC = (images_NHWC - torch.from_numpy(trained.basis.mean).float()) / augmentation.std
     offset = mean_offset(trained.basis, augmentation)
     offset = None if offset is None else offset.to(device, torch.float32)
     mirrored = augmentation.flip > 0

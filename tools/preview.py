@@ -3,13 +3,13 @@
     python tools/preview.py SHARDS
 
 preview.png: above, one image as it is stored and 24 times as training may show it; below, the first 24 images of
-training, of which it is the most colourful. The mean is added back and the divisor of
-lighting undone; colours that lighting moves beyond 0..255 are clipped in the picture, not in training. pca.png shows
-the axes of pca.json as colours, and images moved along them; its numbers are printed next to ImageNet's.
+training, of which it is the most colourful. The mean is added back and the divisor of lighting undone; colours that
+lighting moves beyond 0..255 are clipped in the picture, not in training. pca.png shows the axes of pca.json as colours;
+its numbers are printed next to ImageNet's.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from pipeline.files import check_writable
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import ShardSet, open_shards
-from tools.preview_sheet import View, draw_eigenbasis, draw_sheet, format_eigenbasis
+from pipeline.shards import DataError, ShardSet, open_shards
 from train.program import run_program
 
 if TYPE_CHECKING:
@@ -27,6 +26,36 @@ if TYPE_CHECKING:
 
 COUNT = 24
 """Images in each half of the sheet."""
+ROWS, COLUMNS = 3, 9
+"""Of the cells in each half of the sheet."""
+CAPTION = 24
+"""Letters that fit below a crop."""
+IMAGENET = {
+    "mean": (127.3, 119.7, 104.9),
+    "axis_stddev": (121.78, 37.09, 19.72),
+    "eigenvectors": ((0.5635, 0.7126, -0.4180), (0.5762, 0.0235, 0.8170), (0.5920, -0.7012, -0.3973)),
+}
+"""ILSVRC-2012's training images, shorter side 256, central 256x256, on 0..255 (cuda-convnet2, make-data/input_meta),
+with our signs: the largest component of a column is positive."""
+REACH = 3
+"""Standard deviations by which pca.png moves the mean colour."""
+
+
+class View(NamedTuple):
+    """One image as the training graph makes it."""
+
+    key: str
+    label: int
+    jpeg: bytes
+    """As it is stored."""
+    stored: np.ndarray
+    """uint8 (256, 256, 3): the image that the crop is cut from."""
+    pixels: np.ndarray
+    """uint8 (224, 224, 3): the crop, normalization undone."""
+    left: int
+    """Offset of the crop in the image, 0..32."""
+    top: int
+    mirrored: bool
 
 
 def preview(
@@ -58,7 +87,7 @@ def preview(
     repeated = render_views(train, basis, augmentation, seed, colourful)
     draw_sheet(sheet, train, repeated, training, augmentation.lighting, seed)
     print(f"{format_eigenbasis(content)}\n")
-    draw_eigenbasis(axes, train, content)
+    draw_eigenbasis(axes, content)
     print(f"pictures: {sheet}, {axes}")
 
 
@@ -138,6 +167,92 @@ def parse_key(source: str, shards: ShardSet) -> str:
     name = source[len(tar) + 1 :].partition(":")[2]
     base = name.rpartition("/")[2]
     return name[: len(name) - len(base)] + base.partition(".")[0]
+
+
+def draw_sheet(
+    path: Path, shards: ShardSet, repeated: list[View], training: list[View], lighting: Lighting, seed: int
+) -> None:
+    """Write preview.png: above, a stored image and its crops; below, the first images of training."""
+    from train.charts import saved_figure
+
+    one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
+    above = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
+    below = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
+    places = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
+    names = [f"{class_name(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
+    cells = [(one.stored, f"{class_name(one, shards)[:CAPTION]}, stored")]
+    cells += [(view.pixels, place) for view, place in zip(repeated, places, strict=True)]
+    firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
+    with saved_figure(path) as figure:
+        figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
+        halves: Any = figure.subfigures(2)
+        for half, heading, images in zip(halves, (above, below), (cells, firsts), strict=True):
+            half.suptitle(heading)
+            for number, axes in enumerate(half.subplots(ROWS, COLUMNS).flat):
+                axes.axis("off")
+                for pixels_HWC, caption in images[number : number + 1]:
+                    axes.imshow(pixels_HWC)
+                    axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
+
+
+def class_name(view: View, shards: ShardSet) -> str:
+    """Return the first of the class's words. Raises `DataError` for a label beyond the classes."""
+    if view.label >= len(shards.classes):
+        raise DataError(
+            f"{view.key}: expected a label below {len(shards.classes)}, the classes, got {view.label}; "
+            f"tools/make_shards.py verify {Path(shards.tars[0]).parent.parent} lists all damage"
+        )
+    return shards.classes[view.label].words.split(",")[0]
+
+
+def format_eigenbasis(content: dict[str, Any]) -> str:
+    """Format the numbers of a `pca.json` next to ImageNet's as a table."""
+    basis, published = Eigenbasis.from_json(content), {name: np.array(IMAGENET[name]) for name in IMAGENET}
+    vectors, reference = basis.eigenvectors, published["eigenvectors"]
+    stddev, known = basis.axis_stddev, published["axis_stddev"]
+    angles = np.degrees(np.arccos(np.clip(np.abs((vectors * reference).sum(0)), 0, 1)))
+
+    def pairs(ours: np.ndarray, imagenet: np.ndarray, digits: int = 2) -> list[str]:
+        return [f"{a:.{digits}f} ({b:.{digits}f})" for a, b in zip(ours, imagenet, strict=True)]
+
+    rows = [
+        ["channels", "red", "green", "blue"],
+        ["mean", *pairs(basis.mean, published["mean"])],
+        ["standard deviation", *pairs(np.sqrt(vectors**2 @ stddev**2), np.sqrt(reference**2 @ known**2))],
+        ["axes", "first", "second", "third"],
+        ["standard deviation", *pairs(stddev, known)],
+        ["share of the variance, %", *pairs(variance_shares(stddev), variance_shares(known))],
+        *([name, *pairs(vectors[k], reference[k], 4)] for k, name in enumerate(("red", "green", "blue"))),
+        ["angle to ImageNet's, degrees", *(f"{angle:.1f}" for angle in angles)],
+    ]
+    table = "\n".join(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)
+    return f"{content['num_images']} images, levels of 0..255; in brackets ImageNet's\n{table}"
+
+
+def variance_shares(stddev: np.ndarray) -> np.ndarray:
+    """Compute each axis's percentage of the variance; zeros where there is none."""
+    return 100 * stddev**2 / ((stddev**2).sum() or 1.0)
+
+
+def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
+    """Write pca.png: the mean colour moved along each axis, as ramps."""
+    from train.charts import saved_figure
+
+    basis, steps = Eigenbasis.from_json(content), np.linspace(-REACH, REACH, 601)[:, None]
+    with saved_figure(path) as figure:
+        figure.set_size_inches(10, 5)
+        figure.suptitle(
+            f"RGB eigenbasis of {content['num_images']} images: the mean colour moved along each axis"
+        )
+        for axis, ramp in enumerate(figure.subplots(3)):
+            stddev, share = basis.axis_stddev[axis], variance_shares(basis.axis_stddev)[axis]
+            colours = np.rint((basis.mean + steps * stddev * basis.eigenvectors[:, axis]).clip(0, 255))
+            ramp.imshow(colours.astype(np.uint8)[None], aspect="auto", extent=(-REACH, REACH, 0, 1))
+            ramp.set_yticks([])
+            title = (
+                f"axis {axis + 1}: standard deviations of {stddev:.1f} levels, {share:.1f} % of the variance"
+            )
+            ramp.set_title(title, fontsize=9)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 FIRST_LINE = "# Written by tools/tune_pipeline.py"
 SAME_P99, SAME_P99_MS = 0.1, 0.5
 """Waits whose 99th percentiles differ by less than this share, or by less than this, count as equal: one measurement
-cannot tell them from noise, and a change has to pay."""
+cannot distinguish them from noise, and a change has to pay."""
 SAME_MEAN, SAME_MEAN_MS = 0.01, 0.05
 """The same for their means."""
 WARM_UP, MIN_BATCHES = 3, 3
@@ -81,12 +81,16 @@ class Waits(NamedTuple):
     """That were measured; with fewer than a hundred the 99th percentile is about the longest wait."""
 
 
+FAILED = Waits(0.0, math.inf, math.inf, math.inf, 0)
+
+
 class Trial(NamedTuple):
-    """One row of the table; `waits` is None where the candidate failed."""
+    """One row of the table."""
 
     knobs: Knobs
-    waits: Waits | None
+    waits: Waits
     error: str = ""
+    """Why the waits are `FAILED`."""
 
 
 def tune_pipeline(
@@ -122,8 +126,8 @@ def tune_pipeline(
     axes, in_flight = list_axes(num_cores(), on_gpu), IN_FLIGHT if on_gpu else 1
     at_most = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
     print(
-        f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, on "
-        f"{device.type}: at most {at_most} measurements of {seconds:g} s and a start each",
+        f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, "
+        f"on {device.type}: at most {at_most} measurements of {seconds:g} s and a start each",
         flush=True,
     )
     with tqdm(desc="measuring", total=at_most, unit="candidate", disable=None, leave=False) as progress:
@@ -190,40 +194,34 @@ def search(
         try:
             trials.append(Trial(knobs, measure(knobs)))
         except (RuntimeError, MemoryError) as error:
-            trials.append(Trial(knobs, None, (str(error) or type(error).__name__).splitlines()[0]))
+            trials.append(Trial(knobs, FAILED, (str(error) or type(error).__name__).splitlines()[0]))
 
     attempt(default)
     for axis in axes:
-        base = pick_best(trials).knobs if any(trial.waits for trial in trials) else default
+        base = pick_best(trials).knobs
         for change in axis:
             knobs = replace(base, **change)
             if all(trial.knobs != knobs for trial in trials):
                 attempt(knobs)
-    if not any(trial.waits for trial in trials):
-        raise DataError(f"no setting works; with the defaults: {trials[0].error}")
     best = pick_best(trials)
-    if trials[0].waits and best is not trials[0]:
+    if best.waits == FAILED:
+        raise DataError(f"no setting works; with the defaults: {trials[0].error}")
+    if best is not trials[0]:
         attempt(default)
         attempt(best.knobs)
-        best = pick_best(trials[-2:]) if any(trial.waits for trial in trials[-2:]) else best
+        best = pick_best(trials[-2:])
     return trials, best
 
 
 def pick_best(trials: Sequence[Trial]) -> Trial:
-    """Pick the best of the trials that did not fail, of which there must be one.
-
-    Of those whose 99th percentile is about the lowest, those whose mean is about the lowest; of these the one that was
-    tried first, for it is nearest to the defaults.
-    """
-
-    def about_lowest(figure: str, some: Sequence[Trial], share: float, ms: float) -> list[Trial]:
-        lowest = min(getattr(trial.waits, figure) for trial in some)
-        return [
-            trial for trial in some if getattr(trial.waits, figure) <= max(lowest * (1 + share), lowest + ms)
-        ]
-
-    calm = about_lowest("p99_ms", [trial for trial in trials if trial.waits], SAME_P99, SAME_P99_MS)
-    return about_lowest("mean_ms", calm, SAME_MEAN, SAME_MEAN_MS)[0]
+    """Pick the best: of those whose 99th percentile is about the lowest, those whose mean is about the lowest; of these
+    the one that was tried first, for it is nearest to the defaults."""
+    p99_ms = min(trial.waits.p99_ms for trial in trials)
+    p99_ms = max(p99_ms * (1 + SAME_P99), p99_ms + SAME_P99_MS)
+    calm = [trial for trial in trials if trial.waits.p99_ms <= p99_ms]
+    mean_ms = min(trial.waits.mean_ms for trial in calm)
+    mean_ms = max(mean_ms * (1 + SAME_MEAN), mean_ms + SAME_MEAN_MS)
+    return next(trial for trial in calm if trial.waits.mean_ms <= mean_ms)
 
 
 def measure_waits(
@@ -251,16 +249,11 @@ def measure_waits(
 def format_table(trials: Sequence[Trial]) -> str:
     """Format a row for each trial."""
     names = list(asdict(trials[0].knobs))
-    lines = [
-        "  ".join([*names, "| images/s", "    p50", "    p99", "   mean", "batches"])
-        + "  (wait for a batch, ms)"
-    ]
+    lines = ["  ".join([*names, "| images/s", "    p50", "    p99", "   mean ms waited", "batches"])]
     for trial in trials:
         row = "  ".join(f"{value!s:>{len(name)}}" for name, value in asdict(trial.knobs).items())
-        row += "  | " + (
-            "{:8.0f}  {:7.2f}  {:7.2f}  {:7.2f}  {:7}".format(*trial.waits) if trial.waits else trial.error
-        )
-        lines.append(row)
+        figures = "{:8.0f}  {:7.2f}  {:7.2f}  {:7.2f}           {:7}".format(*trial.waits)
+        lines.append(f"{row}  | {trial.error or figures}")
     return "\n".join(lines)
 
 
