@@ -8,7 +8,7 @@ import torch
 from tests.helpers import TORCHVISION
 from tests.test_bench import rows_of
 from tools.benchmarks import model
-from tools.benchmarks.common import Rate, Table
+from tools.benchmarks.common import Rate
 
 
 def test_torchvisions_layers() -> None:
@@ -21,9 +21,8 @@ def test_torchvisions_layers() -> None:
 def test_the_paper_s_claim() -> None:
     """It holds in all turns, in none, or is undecided."""
     for words, rates in (("holds here", [22, 33]), ("does not hold", [10, 20]), ("undecided", [10, 60])):
-        two, one = ([Rate(images, 1.0, 1.0) for images in images_per_s] for images_per_s in (rates, [20, 30]))
-        table = Table("", {model.TWO_DEVICES: two, model.ONE_GPU: one}, model.ONE_GPU)
-        assert words in model.judge_claim(table)
+        two, one = ([Rate(number, 1.0) for number in numbers] for numbers in (rates, [20, 30]))
+        assert words in model.judge_claim({model.TWO_DEVICES: two, model.ONE_GPU: one})
 
 
 @pytest.mark.slow
