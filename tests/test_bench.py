@@ -25,11 +25,8 @@ def rows_of(path: Path) -> list[dict]:
     """The rows of a benchmark, each with positive rates and with what it takes to repeat it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        assert (
-            row["median"] > 0
-            and row["median_per_cpu_s"] > 0
-            and len(row["values"]) == len(row["values_per_cpu_s"])
-        )
+        assert row["median"] > 0 and row["median_per_cpu_s"] > 0
+        assert len(row["values"]) == len(row["values_per_cpu_s"])
         assert row["versions"]["dali"] and row["cpu"] and row["command"] and "commit" in row
     return rows
 
@@ -38,26 +35,20 @@ def test_loader(few: Path, tmp_path: Path) -> None:
     """A row for each contender, with ratios to libjpeg-turbo alone; the loader's rows with and without lighting."""
     text = run_ok("tools/bench.py", "loader", few, "--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
-    assert [row["contender"].split()[0] for row in rows] == [
-        "libjpeg-turbo",
-        "uint8",
-        "loader:",
-        "loader:",
-        "compute_pca:",
-    ]
+    names = " ".join(row["contender"].split()[0] for row in rows)
+    assert names == "libjpeg-turbo uint8 loader: loader: compute_pca:"
     assert all(row["contender"] in text and row["data"].startswith("539 generated images, ") for row in rows)
     assert rows[0]["ratio"] == 1 and rows[3]["contender"].endswith("(strength 0)")
 
 
 @pytest.mark.slow
 def test_pack(tmp_path: Path) -> None:
-    """Every contender packs all images, and nothing is left beside them."""
+    """Every contender packs all images, and removes what it wrote."""
     make_demo(tmp_path / "raw", photos=40)
     run_ok("tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--out", tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
-    assert len({row["contender"] for row in rows}) == len(rows) == 4 and all(
-        row["images"] == 40 for row in rows
-    )
+    assert len({row["contender"] for row in rows}) == len(rows) == 4
+    assert all(row["images"] == 40 for row in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl"]
 
 
@@ -67,11 +58,8 @@ def test_plain_packer(tmp_path: Path) -> None:
     images = pack.list_images(tmp_path / "raw")
     assert len(images) == 20 and len({(image.archive, image.offset) for image in images}) == 20
     for image in images:
-        with (
-            Image.open(io.BytesIO(image.read())) as raw,
-            Image.open(io.BytesIO(pack.crop_with_pillow(image))) as packed,
-        ):
-            assert raw.format in ("JPEG", "PNG")
+        Image.open(io.BytesIO(image.read())).load()
+        with Image.open(io.BytesIO(pack.crop_with_pillow(image))) as packed:
             assert (packed.size, packed.mode, packed.format) == ((256, 256), "RGB", "JPEG")
     (tmp_path / "raw/ILSVRC2012_img_val.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match="archives"):
@@ -146,10 +134,5 @@ def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"^train: failed"):
         bench.bench_all(few, tmp_path / "raw", tmp_path / "out", Path("python"))
     assert [command[0] for command in commands] == ["loader", "peers", "train", "model", "pack"]
-    assert commands[1][1:] == [
-        str(few),
-        "--ffcv-python",
-        "python",
-        "--out",
-        str(tmp_path / "out/peers.jsonl"),
-    ]
+    rows = str(tmp_path / "out/peers.jsonl")
+    assert commands[1][1:] == [str(few), "--ffcv-python", "python", "--out", rows]

@@ -18,7 +18,7 @@ def test_torchvisions_layers() -> None:
     assert shapes == list(TORCHVISION.values())
 
 
-def test_the_paper_s_claim() -> None:
+def test_the_claim_of_the_paper() -> None:
     """It holds in all turns, in none, or is undecided."""
     for words, rates in (("holds here", [22, 33]), ("does not hold", [10, 20]), ("undecided", [10, 60])):
         two, one = ([Rate(number, 1.0) for number in numbers] for numbers in (rates, [20, 30]))
@@ -54,7 +54,7 @@ def fail(rank: int, *_: object) -> None:
     time.sleep(60)
 
 
-def test_towers_that_fail_are_told(
+def test_a_killed_tower_leaves_the_other_tables(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """When a process of the pair is killed, the benchmark ends with the other tables and the reason."""

@@ -198,7 +198,9 @@ def describe_environment(subcommand: str) -> dict[str, Any]:
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     module = Path("/proc/driver/nvidia/version")
     driver = re.search(r"Module\s.*?(\d+\.[\d.]+)", module.read_text()) if module.exists() else None
-    names = ("torch", "nvidia-dali-cuda120", "simplejpeg", "numpy", "pillow")
+    names = {"dali": "nvidia-dali-cuda120"} | {
+        name: name for name in ("torch", "simplejpeg", "numpy", "pillow")
+    }
     return {
         "benchmark": subcommand,
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
@@ -208,5 +210,5 @@ def describe_environment(subcommand: str) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": driver[1] if driver else None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": {"python": platform.python_version()} | {name: version(names[name]) for name in names},
     }
