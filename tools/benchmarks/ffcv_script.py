@@ -91,7 +91,7 @@ def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
     """Augmented batches without end. At this scale and ratio the random resized crop is a random 224x224 window, and
     its resize a copy."""
     side, count = 224, len(settings["files"])
-    scale = [(side / 256) ** 2] * 2
+    scale = ((side / 256) ** 2, (side / 256) ** 2)
     decoder = RandomResizedCropRGBImageDecoder((side, side), scale=scale, ratio=(1.0, 1.0))
     normalize = ShiftAndNormalize(settings["mean"], settings["matrix"], settings["divisor"])
     repeats = 1 if settings["show"] else -(-EPOCH // count)
