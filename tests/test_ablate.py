@@ -124,17 +124,13 @@ def test_table_and_chart(tmp_path: Path) -> None:
     base = Entry("base", 0.1, (first, run(2, 12, 30, 2.5)))
     single = Entry("one-gpu", 0.2, (run(1, 20, 21), run(2, 22, 34, 2.0)))
     entries = [base, single, Entry("no-lrn", None, ())]
-    page = format_markdown(entries, 25, [0.1, 0.2], 359)
+    page = format_markdown(entries, 25, 359)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
     cells = {name: others for name, *others in table}
     assert cells["base"] == ["0.1", "11.0", "25.0", "+14.0", "2.0", "", ""]
-    assert cells["one-gpu"] == ["0.2 *", "21.0", "27.5", "+6.5", "-", "+2.5 (+1.0 to +4.0)", "+1.7"]
+    assert cells["one-gpu"] == ["0.2", "21.0", "27.5", "+6.5", "-", "+2.5 (+1.0 to +4.0)", "+1.7"]
     assert cells["no-lrn"] == ["", "diverged", "", "", "-", "", "+1.4"]
     assert "one image is 0.28 points" in page
-    plain = format_markdown(
-        [Entry("base", None, (first,)), Entry("mine", None, (run(1, 9, 19.5),))], 25, None, 100
-    )
-    assert "| mine " in plain and "| -0.5 |" in " ".join(plain.split()) and "| rate |" not in plain
     draw_curves(tmp_path / "a.png", entries)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -144,9 +140,7 @@ def test_what_shows_nothing_says_so() -> None:
     has not learned; another has no warning."""
     learned, not_yet = run(1, 9, 20, 3.0), run(1, 60, 70)
     runs = {"good": [learned] * 3, "two seeds": [learned] * 2, "short": [not_yet] * 3, "both": [not_yet]}
-    pages = {
-        name: format_markdown([Entry("base", None, tuple(of))], 25, None, 100) for name, of in runs.items()
-    }
+    pages = {name: format_markdown([Entry("base", None, tuple(of))], 25, 100) for name, of in runs.items()}
     warnings = {name: page.split("\n| ")[0].count("shows nothing") for name, page in pages.items()}
     assert warnings == {"good": 0, "two seeds": 1, "short": 1, "both": 2}
 
@@ -163,9 +157,7 @@ def test_what_shows_nothing_says_so() -> None:
         ({"error": 100.0}, "--error"),
         ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
         ({"settings": "--train.seed=4"}, "--settings: --train.seed"),
-        ({"rates": [0.1], "settings": "--optimizer.lr 4"}, "--settings: --optimizer.lr"),
         ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),
-        ({"settings": "--model.num_classes 7"}, "--model.num_classes 10"),
         ({"settings": "--run.log_every 45"}, "--run.log_every 22"),
         ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn: expected a change"),
         ({"shards": Path("nowhere")}, "nowhere/train"),
@@ -234,7 +226,7 @@ def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -
     (tmp_path / "base-seed2.json").unlink()
     assert compared()["trained"] == ["base-seed2"]
     assert len(compared("--train.epochs 2", seeds=(1,))["trained"]) == 2
-    with pytest.raises(ValueError, match=r"base-seed1: .* started with train.epochs = 2, not 1"):
+    with pytest.raises(ValueError, match=r"base-seed1: .*train.epochs"):
         compared()
 
 

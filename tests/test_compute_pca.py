@@ -116,7 +116,7 @@ def test_degenerate_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             path = tmp_path / name / "raw" / "train" / "a" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-        pack(tmp_path / name / "raw", tmp_path / name / "shards", workers=1, subsampling="444")
+        pack(tmp_path / name / "raw", tmp_path / name / "shards", workers=1)
         capsys.readouterr()
         compute_pca(tmp_path / name / "shards")
         output = capsys.readouterr().out

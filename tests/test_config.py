@@ -130,7 +130,7 @@ def test_fast() -> None:
         (["--data.augmentation.share_window", "0"], "share_window must be at least 1"),
         (
             ["--optimizer.warmup_epochs", "10"],
-            "optimizer.warmup_epochs (10.0) must be less than train.epochs (10)",
+            "optimizer.warmup_epochs (10) must be less than train.epochs (10)",
         ),
         (["--optimizer.changes", "[{epoch: 3, lr: 0.1}]"], "optimizer.changes is of optimizer.schedule=hand"),
         (["--optimizer.changes", "[{epoch: 0, lr: 0.1}]"], "a change of rate is made at an epoch from 1 on"),
@@ -196,14 +196,14 @@ def test_same_run() -> None:
         ("train.seed", "1"),
         ("data.augmentation.flip", "0"),
     ]:
-        with pytest.raises(ValueError, match=re.escape(f"started with {name} = ")):
+        with pytest.raises(ValueError, match=re.escape(name)):
             check_same_run(saved, parse_config([*QUICKSTART, f"--{name}", value]).to_json(), 10)
     spread = [*QUICKSTART, "--train.accumulate", "2"]  # fewer GPUs want more passes
     with pytest.raises(ValueError, match=r"started with train\.accumulate = 1"):
         check_same_run(saved, parse_config(spread).to_json(), 1)
     check_same_run(saved, parse_config([*spread, "--resume.allow_world_change", "true"]).to_json(), 1)
     cosine = [*QUICKSTART, "--optimizer.schedule", "cosine", "--optimizer.steps", "[]"]
-    with pytest.raises(ValueError, match=r"started with train\.epochs = 10"):  # the curve would be another
+    with pytest.raises(ValueError, match=r"train\.epochs: expected 10"):  # the curve would be another
         check_same_run(
             parse_config(cosine).to_json(), parse_config([*cosine, "--train.epochs", "11"]).to_json(), 1
         )
@@ -227,5 +227,5 @@ def test_what_may_change_of_a_schedule(epochs: int, steps: str, begun: int, free
     if free:
         check_same_run(parse_config(QUICKSTART).to_json(), now, begun)
     else:
-        with pytest.raises(ValueError, match="this run was started with"):
+        with pytest.raises(ValueError, match=r"train\.epochs: expected at least|optimizer\.steps may change"):
             check_same_run(parse_config(QUICKSTART).to_json(), now, begun)

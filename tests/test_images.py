@@ -134,7 +134,7 @@ def test_other_formats(form: tuple[str, int]) -> None:
     for found, (data, look) in files.items():
         packed = pack_image(data, form[0], 98)
         assert (packed.found, packed.done) == (found, "converted to RGB")
-        side = 256 if form.store == "crop256" else 300
+        side = 256 if form[0] == "crop256" else 300
         expected = np.asarray(look.resize((side, side), Image.Resampling.BICUBIC)).astype(int)
         assert pixels_of(packed.jpeg).shape == (side, side, 3)
         assert np.abs(pixels_of(packed.jpeg) - expected).mean() < 4, found
@@ -241,7 +241,7 @@ def test_damage() -> None:
     assert "libjpeg warns" in pack_image(cut, *CROP).found
     progressive = jpeg(noise, progressive=True)
     for share in np.linspace(0.3, 0.95, 8):
-        shorter = pack_image(progressive[: int(len(progressive) * share)], ORIGINAL)
+        shorter = pack_image(progressive[: int(len(progressive) * share)], *ORIGINAL)
         assert simplejpeg.decode_jpeg(shorter.jpeg, strict=True).shape == (300, 300, 3) and shorter.found
     repaired = pack_image(cut, "original", 98)
     assert simplejpeg.decode_jpeg(repaired.jpeg, strict=True).shape == (300, 300, 3)
@@ -449,4 +449,4 @@ def test_files_that_pillow_warns_of() -> None:
     levels = rng.random((40, 60), np.float32)
     levels[::3] = np.nan
     levels[1::3] = np.inf
-    assert pixels_of(pack_image(saved(Image.fromarray(levels), "TIFF"), CROP).jpeg).shape == (256, 256, 3)
+    assert pixels_of(pack_image(saved(Image.fromarray(levels), "TIFF"), *CROP).jpeg).shape == (256, 256, 3)

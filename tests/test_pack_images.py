@@ -90,17 +90,6 @@ def test_store_original(small: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours["axis_stddev"], squares["axis_stddev"], rtol=0.01)
 
 
-def test_dry_run(
-    small: Path, clean: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It writes nothing, and is right about the number of shards and, to a tenth, about their size."""
-    pack(small, val_fraction=0, shards=tmp_path / "shards", samples_per_shard=9, workers=1, dry_run=True)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "GB" in line)
-    assert "90 images in 10 shards" in line and not (tmp_path / "shards").exists()
-    size = sum(len(data) for name, data in clean.items() if name.endswith(".tar"))
-    assert float(line.split("about ")[1].split(" GB")[0]) == pytest.approx(size / 1e9, rel=0.1, abs=0.005)
-
-
 def test_a_slow_source_is_told(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,5 +97,5 @@ def test_a_slow_source_is_told(
     from tools import make_shards
 
     monkeypatch.setattr(make_shards, "random_read_rate", lambda listing, readers: 0.05)
-    pack(small, val_fraction=0, shards=tmp_path / "shards", workers=1, dry_run=True)
+    pack(small, val_fraction=0, shards=tmp_path / "shards", workers=1)
     assert "0 images a second when read at random, which is 0.5 hours" in capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_class_folders_without_train(tmp_path: Path, place: str, capsys: pytest.
     write(tmp_path / "raw" / place / "readme.txt", b"x")
     for shards, fraction in (("tenth", None), ("again", None), ("none", 0.0)):
         pack(tmp_path / "raw", tmp_path / shards, workers=1, val_fraction=fraction)
-        assert ("val-fraction 0" in capsys.readouterr().out) == (fraction is None)
+        assert ("val-fraction 0 keeps" in capsys.readouterr().out) == (fraction is None)
     assert files(tmp_path / "tenth") == files(tmp_path / "again")
     labels = {
         split: np.bincount(labels_of(tmp_path / "tenth" / split)).tolist() for split in ("train", "val")

@@ -180,7 +180,7 @@ def test_resumed_by_its_folder_alone(few: Path, undisturbed: Path, tmp_path: Pat
     for more in (["--optimizer.steps", "[]"], ["--optimizer.steps", "[1, 2]"], ["--train.epochs", "1"]):
         wrong = more != ["--optimizer.steps", "[1, 2]"]
         if wrong:
-            assert "started with" in train_refuses("--run.dir", str(tmp_path), *more)
+            assert " run is in epoch " in train_refuses("--run.dir", str(tmp_path), *more)
         else:
             longer = run_ok(*TRAIN, "--run.dir", str(tmp_path), *more, "--train.epochs", "3")
             assert "resuming from" in longer and final(tmp_path)["step"] == 3 * STEPS
@@ -246,7 +246,7 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--optimizer.lr", "0.1"], "started with optimizer.lr = 0.005"),
-        (["--train.epochs", "2"], "started with train.epochs = 3"),
+        (["--train.epochs", "2"], "train.epochs: expected at least 3"),
         (["--model.num_classes", "11"], "holds 10 classes"),
         (["--data.shards", "nowhere"], "nowhere/train holds no manifest.json"),
     ],

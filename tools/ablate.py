@@ -45,6 +45,7 @@ ANY_WIDTH = (
 )
 """Those that fit a network of any width and change the paper's recipe in one thing."""
 OURS = ("--data.shards", "--run.dir", "--train.seed")
+"""Settings that differ from run to run; a rate of `--rates` wins over one in `--settings`."""
 
 
 class Run(NamedTuple):
@@ -127,7 +128,7 @@ def ablate(
             raise ValueError(
                 f"{BASE}: diverged; give another OUT and lower --rates, or a lower --optimizer.lr"
             )
-    table = format_markdown(entries, error, rates, val.num_samples)
+    table = format_markdown(entries, error, val.num_samples)
     about = {"base": str(base), "settings": settings, "error": error, "seeds": seeds, "rates": rates}
     about |= {"shards": str(shards), "shards_manifest_sha256": train.manifest_sha256}
     write_json(out / "ablations.json", about | {"entries": [to_json(entry, entries[0]) for entry in entries]})
@@ -166,8 +167,7 @@ def plan_run(
         words = shlex.split(settings)
     except ValueError as error:
         raise ValueError(f"--settings {settings}: {error}; quote it as in a shell") from None
-    ours = OURS + ("--optimizer.lr",) * (rate is not None)
-    if clash := [word for word in words if word.partition("=")[0] in ours]:
+    if clash := [word for word in words if word.partition("=")[0] in OURS]:
         raise ValueError(f"--settings: {clash[0]} is set for each run; leave it out")
     directory = out / f"{name}{'' if rate is None else f'-lr{rate!r}'}-seed{seed}"
     arguments = ["--config", str(base), *words, *(["--config", str(file)] if file else [])]
@@ -180,12 +180,7 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
     """Raise `ValueError` for a run that cannot work, that would show nothing, or that finished with other settings."""
     runs = [run for by_rate in plan.values() for runs in by_rate.values() for run in runs]
     for run in runs:
-        config, classes = run.config, len(train.classes)
-        if config.model.num_classes not in (None, classes):
-            raise ValueError(
-                f"model.num_classes: expected {classes} as in the shards, got {config.model.num_classes}; "
-                f'give --settings "--model.num_classes {classes}"'
-            )
+        config = run.config
         steps = train.num_samples // config.train.batch_size
         if config.run.log_every > steps:
             raise ValueError(

@@ -11,14 +11,13 @@ from statistics import fmean
 from typing import Any
 
 PAPER = {
-    "one-gpu": (1.7, "+1.7"),
-    "no-lrn": (1.4, "+1.4"),
-    "no-overlapping-pooling": (0.4, "+0.4"),
-    "no-lighting": (1.0, "over +1"),
-    "no-conv4": (2.0, "about +2"),
+    "one-gpu": "+1.7",
+    "no-lrn": "+1.4",
+    "no-overlapping-pooling": "+0.4",
+    "no-lighting": "over +1",
+    "no-conv4": "about +2",
 }
-"""Points of top-1 error that the paper's network loses without it, and how the paper says so (sections 3.2-3.4, 4.1
-and 7)."""
+"""Points of top-1 error that the paper's network loses without it, as the paper says (sections 3.2-3.4, 4.1 and 7)."""
 BASE = "base"
 FEW_SEEDS = 3
 """Below which a spread says nothing."""
@@ -97,36 +96,22 @@ def pick_rate(name: str, by_rate: dict[float | None, list[Figures | None]]) -> E
     return min(entries, key=rank, default=Entry(name, None, ()))
 
 
-def format_markdown(entries: list[Entry], error: float, rates: list[float] | None, val_images: int) -> str:
+def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
     """Format the table and notes on how to read it. The first entry is the base."""
-    head = [
-        "",
-        "training error",
-        "validation error",
-        "gap",
-        f"epochs to {error:g} %",
-        "difference",
-        "the paper's",
-    ]
-    if rates:
-        head.insert(1, "rate")
+    head = ["", "rate", "training error", "validation error", "gap", f"epochs to {error:g} %"]
+    rows = [[*head, "difference", "the paper's"], *(format_cells(entry, entries[0]) for entry in entries)]
     seeds = ", ".join(str(run.seed) for run in entries[0].runs)
-    sections = ["# Ablations", *list_weaknesses(entries[0], error)]
-    sections.append(align_columns([head, *(format_cells(entry, entries[0], rates) for entry in entries)]))
-    sections.append(
-        f"Top-1 errors in %, means over the seeds {seeds}. Training: the last epoch, as augmented and with dropout. "
-        f"Validation: the centre crop at the end; one image is {100 / val_images:.2g} points. Gap: validation minus "
-        f"training. Epochs: until a row of metrics.jsonl had a training error of {error:g} %, - where a seed never "
-        "did. Difference: points of validation error above the base's with the same seed, mean (least to greatest). "
-        "The paper's is of ImageNet."
+    notes = (
+        f"Top-1 errors in %, means over the seeds {seeds}. Rate: of `--rates` the one with the fewest epochs to "
+        f"{error:g} % training error, or with the lowest training error where no rate brought every seed there. "
+        "Training: the last epoch, as augmented and with dropout. Validation: the centre crop at the end; one image is "
+        f"{100 / val_images:.2g} points. Gap: validation minus training. Epochs: until a row of metrics.jsonl had that "
+        "training error, - where a seed never did. Difference: points of validation error above the base's with the "
+        "same seed, mean (least to greatest). The paper's is of ImageNet."
     )
-    if rates:
-        sections.append(
-            f"Rates: of {', '.join(f'{rate:g}' for rate in rates)} the one with the fewest epochs to {error:g} % "
-            "training error; where it has a star, not every seed reached it at any rate, and the lowest training "
-            "error decided."
-        )
-    return "\n\n".join(sections) + "\n"
+    return (
+        "\n\n".join(["# Ablations", *list_weaknesses(entries[0], error), align_columns(rows), notes]) + "\n"
+    )
 
 
 def list_weaknesses(base: Entry, error: float) -> list[str]:
@@ -143,23 +128,18 @@ def list_weaknesses(base: Entry, error: float) -> list[str]:
     return [few] * (len(base.runs) < FEW_SEEDS) + [short] * (base.epochs_to_error is None)
 
 
-def format_cells(entry: Entry, base: Entry, rates: list[float] | None) -> list[str]:
+def format_cells(entry: Entry, base: Entry) -> list[str]:
     """Format a row of the table."""
-    epochs, paper, differences = (
-        entry.epochs_to_error,
-        PAPER.get(entry.name, (0, ""))[1],
-        entry.differences(base),
-    )
-    cells = [entry.name]
-    if rates:
-        cells.append("" if entry.rate is None else f"{entry.rate:g}{' *' if epochs is None else ''}")
+    paper, epochs, differences = PAPER.get(entry.name, ""), entry.epochs_to_error, entry.differences(base)
+    rate = "" if entry.rate is None else f"{entry.rate:g}"
     if not entry.runs:
-        return [*cells, "diverged", "", "", "-", "", paper]
-    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
+        return [entry.name, rate, "diverged", "", "", "-", "", paper]
     train_error, val_error = entry.mean("train_error"), entry.mean("val_error")
-    cells += [f"{train_error:.1f}", f"{val_error:.1f}", f"{val_error - train_error:+.1f}"]
-    cells.append("-" if epochs is None else f"{epochs:.1f}")
-    return [*cells, f"{fmean(differences):+.1f}{spread}" if differences else "", paper]
+    errors = [f"{train_error:.1f}", f"{val_error:.1f}", f"{val_error - train_error:+.1f}"]
+    difference = f"{fmean(differences):+.1f}" if differences else ""
+    if len(differences) > 1:
+        difference += f" ({min(differences):+.1f} to {max(differences):+.1f})"
+    return [entry.name, rate, *errors, "-" if epochs is None else f"{epochs:.1f}", difference, paper]
 
 
 def align_columns(rows: list[list[str]]) -> str:
@@ -178,43 +158,26 @@ def to_json(entry: Entry, base: Entry) -> dict[str, Any]:
         if differences
         else None
     )
-    return {
-        "name": entry.name,
-        "rate": entry.rate,
-        "diverged": not entry.runs,
-        "train_error": entry.mean("train_error") if entry.runs else None,
-        "val_error": entry.mean("val_error") if entry.runs else None,
-        "epochs_to_error": entry.epochs_to_error,
-        "difference": spread,
-        "paper": PAPER.get(entry.name, (None, None))[1],
-        "runs": [asdict(run) for run in entry.runs],
-    }
+    means = {name: entry.mean(name) if entry.runs else None for name in ("train_error", "val_error")}
+    more = {"epochs_to_error": entry.epochs_to_error, "difference": spread, "paper": PAPER.get(entry.name)}
+    return {"diverged": not entry.runs, **means, **more, **asdict(entry)}
 
 
 def draw_curves(path: Path, entries: list[Entry]) -> None:
-    """Write a PNG of validation errors over epochs: a line for each entry, the mean over its seeds, in a band from the
-    least to the greatest."""
-    from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
-
+    """Write a PNG of validation errors over epochs: a line for each run, a colour for each entry."""
     from train.charts import saved_figure
 
     with saved_figure(path) as figure:
         figure.set_size_inches(9, 6)
         axes = figure.subplots()
         for number, entry in enumerate(entries):
-            # Up to the last epoch of the shortest run; no epochs where training diverged.
-            by_epoch = list(zip(*(run.val_errors for run in entry.runs), strict=False))
-            epochs = range(1, len(by_epoch) + 1)
-            colour = "black" if entry.name == BASE else colormaps["tab10"]((number - 1) % 10)
-            axes.fill_between(epochs, [*map(min, by_epoch)], [*map(max, by_epoch)], color=colour, alpha=0.15)
             label = entry.name + ("" if entry.rate is None else f", rate {entry.rate:g}")
-            label += "" if by_epoch else ", diverged"
-            style = "--" if number > 10 else "-"
-            axes.plot(epochs, [*map(fmean, by_epoch)], style, marker=".", color=colour, label=label)
-        title = f"Validation error, mean of {len(entries[0].runs)} seeds, least to greatest"
-        axes.set(xlabel="epoch", ylabel="top-1 error of the centre crop, %", title=title)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.plot([], [], color=f"C{number}", label=label + ("" if entry.runs else ", diverged"))
+            for run in entry.runs:
+                epochs = range(1, len(run.val_errors) + 1)
+                axes.plot(epochs, run.val_errors, ".-", color=f"C{number}", alpha=0.6)
+        axes.set(
+            xlabel="epoch", ylabel="top-1 error of the centre crop, %", title="Validation error of every seed"
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

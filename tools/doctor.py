@@ -9,7 +9,7 @@ the GPU that is there) or `-` (does not apply), and below it what to do. Exit co
 where there is nothing to do); texts `system` and `python`; and what the probes found of `driver`, `torch` and `dali`.
 
 It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in a process for each, so that one that is broken,
-crashes or hangs is a finding like any other. A check that fails becomes a warning, and every check has a time limit.
+crashes or hangs is a finding like any other. A check that fails becomes a warning.
 """
 
 import json
@@ -25,9 +25,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
@@ -35,13 +35,10 @@ from pipeline.machine import num_cores, raise_open_files
 from pipeline.shards import ShardSet, open_shards
 from train.program import WRONG_INPUT, Parser, exit_with
 
-TIMEOUT_S, PROBE_TIMEOUT_S = 30.0, 120.0
-"""stat on a network disk whose server is gone, and programs stuck in a driver, never return. Importing PyTorch or DALI
-reads gigabytes from a disk that may be slow."""
+TIMEOUT_S = 120.0
+"""For a probe: importing PyTorch or DALI reads gigabytes from a disk that may be slow."""
 INSTALL = "run make install"
 BUILDS = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
-SHM_BYTES = 1e9
-"""/dev/shm below which NCCL may find too little between several GPUs (Docker's default is 64 MiB)."""
 NETWORK = re.compile(
     r"nfs\d?|cifs|smb3?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|virtiofs|wekafs|orangefs|pvfs2|panfs|fuse\..+"
 )
@@ -70,8 +67,10 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     with ThreadPoolExecutor() as pool:
         driver, torch, dali = pool.map(probe, ("driver", "torch", "dali"))
     gpus = len(torch.get("gpus") or ())
-    found = call(partial(open_shards, shards, "train")) if shards else None
-    train = found if isinstance(found, ShardSet) else None
+    train = None
+    if shards:
+        with suppress(OSError, ValueError):  # the check says why
+            train = open_shards(shards, "train")
     checks: dict[str, Callable[[], Finding]] = {
         "driver": lambda: check_driver(driver, Path("/proc/driver/nvidia/version").exists()),
         "GPUs": lambda: check_gpus(driver, torch, os.environ.get("CUDA_VISIBLE_DEVICES")),
@@ -91,12 +90,8 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     findings = {name: run_check(check) for name, check in checks.items()}
     if as_json:
         rows = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
-        machine = {"system": platform.platform(), "python": platform.python_version()}
-        print(
-            json.dumps(
-                {"findings": rows, **machine, "driver": driver, "torch": torch, "dali": dali}, indent=1
-            )
-        )
+        found = {"findings": rows, "system": platform.platform(), "python": platform.python_version()}
+        print(json.dumps(found | {"driver": driver, "torch": torch, "dali": dali}, indent=1))
     else:
         print(format_table(findings))
         if not shards:
@@ -130,19 +125,15 @@ def check_gpus(driver: Facts, torch: Facts, visible: str | None) -> Finding:
     if not usable and visible in ("", "-1"):
         return Finding("-", f"{text}; hidden by CUDA_VISIBLE_DEVICES: trains on the CPU")
     if not usable or "cuda_error" in torch:
-        why = (
-            f"PyTorch for CUDA {torch['cuda']} cannot use them: {torch.get('cuda_error', 'no reason given')}"
-        )
-        return Finding("problem", f"{text}; {why}", f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
-    text += (
-        f"; {len(gpus) - len(usable)} more are hidden from this process" if len(gpus) > len(usable) else ""
-    )
-    peers, pairs = torch["peers"], len(usable) * (len(usable) - 1)
+        why = f"; PyTorch for CUDA {torch['cuda']} cannot use them: {torch.get('cuda_error', 'no reason given')}"
+        return Finding("problem", text + why, f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
+    hidden, peers, pairs = len(gpus) - len(usable), torch["peers"], len(usable) * (len(usable) - 1)
+    text += f"; {hidden} more are hidden from this process" if hidden > 0 else ""
     if peers < pairs:
-        text += f"; {peers} of {pairs} ordered pairs reach each other's memory, the others copy through the host's"
-        remedy = (
-            "some GPUs cannot do it; else switch off the IOMMU or ACS. NCCL hangs? Set NCCL_P2P_DISABLE=1"
+        text += (
+            f"; {peers} of {pairs} ordered pairs reach each other's memory, the others copy through the host"
         )
+        remedy = "some GPUs cannot do it; else switch off IOMMU or ACS. NCCL hangs? Set NCCL_P2P_DISABLE=1"
         return Finding("warning", text, remedy)
     return Finding("ok", text)
 
@@ -213,8 +204,7 @@ def check_cores(usable: int, machine: int | None, quotas: list[str]) -> Finding:
     text = f"{usable} of {machine}"
     if quota is None or quota >= usable:
         return Finding("ok", text)
-    threads = max(1, round(quota)) + 1
-    remedy = f"set --data.speed.threads {threads} (DALI would start {usable + 1}), or get more cores"
+    remedy = f"set --data.speed.threads {max(1, round(quota)) + 1}, or get more cores"
     return Finding("warning", f"{text}, but a cgroup allows the time of {quota:.3g} alone", remedy)
 
 
@@ -236,11 +226,11 @@ def check_memory(train: ShardSet | None) -> Finding:
 
 
 def check_shared_memory(gpus: int) -> Finding:
-    """Check that /dev/shm is large enough for NCCL."""
-    text = f"{shutil.disk_usage('/dev/shm').total / 1e9:.2f} GB"
-    if gpus > 1 and shutil.disk_usage("/dev/shm").total < SHM_BYTES:
-        return Finding("warning", f"{text}, NCCL may need more", "in a container, give it --shm-size 1g")
-    return Finding("ok", text)
+    """Check that NCCL finds 1 GB of /dev/shm between several GPUs (Docker's default is 64 MiB)."""
+    size = shutil.disk_usage("/dev/shm").total
+    if gpus > 1 and size < 1e9:
+        return Finding("warning", f"{size / 1e9:.2f} GB", "in a container, give it --shm-size 1g")
+    return Finding("ok", f"{size / 1e9:.2f} GB")
 
 
 def check_split(shards: Path, split: str) -> Finding:
@@ -298,40 +288,20 @@ def shard_bytes(train: ShardSet) -> int:
     return sum(Path(tar).stat().st_size for tar in train.tars)
 
 
-def call(function: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-    """Return the result of `function`, or the exception that it raised; `TimeoutError` when it takes longer. Its thread
-    is then abandoned: what hangs in the kernel cannot be ended."""
-    results: list[Any] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except Exception as error:
-            results.append(error)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return results[0] if results else TimeoutError(f"no answer within {timeout_s:.0f} s")
-
-
-def run_check(check: Callable[[], Finding], timeout_s: float = TIMEOUT_S) -> Finding:
-    """Run a check. An error of the user's is a problem, its remedy what follows the semicolon; a check that hangs or
-    fails becomes a warning, and the others still run."""
-    found = call(check, timeout_s)
-    if isinstance(found, Finding):
-        return found
-    if isinstance(found, TimeoutError):
-        return Finding("warning", str(found), "a disk, its server or a driver hangs; see dmesg and mount")
-    if isinstance(found, OSError | ValueError):
-        what, _, remedy = str(found).rpartition("; ")
+def run_check(check: Callable[[], Finding]) -> Finding:
+    """Run a check. An error of the user's is a problem, its remedy what follows the semicolon; a check that fails is a
+    warning, and the others still run."""
+    try:
+        return check()
+    except (OSError, ValueError) as error:
+        what, _, remedy = str(error).rpartition("; ")
         return Finding("problem", what or remedy, remedy if what else "set its permissions, or make it again")
-    return Finding(
-        "warning", f"cannot be checked: {type(found).__name__}: {found}", "please report this as a bug"
-    )
+    except Exception as error:
+        reason = f"cannot be checked: {type(error).__name__}: {error}"
+        return Finding("warning", reason, "please report this as a bug")
 
 
-def probe(name: str, timeout_s: float = PROBE_TIMEOUT_S) -> Facts:
+def probe(name: str, timeout_s: float = TIMEOUT_S) -> Facts:
     """Run tools/doctor_probe.py; `error` says why a library cannot be used. A process that hangs is killed, and not
     waited for: in a driver it may never end."""
     command = [sys.executable, str(Path(__file__).with_name("doctor_probe.py")), name]

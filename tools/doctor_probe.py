@@ -22,11 +22,10 @@ def probe_driver() -> dict[str, Any]:
     cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
     gpus = []
     for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
-        size, capability = (
-            pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-            pynvml.nvmlDeviceGetCudaComputeCapability(handle),
-        )
-        gpus.append(describe_gpu(pynvml.nvmlDeviceGetName(handle), size, capability))
+        name, size = pynvml.nvmlDeviceGetName(handle), 0
+        with suppress(pynvml.NVMLError):  # a GPU that shares the host's memory has none of its own
+            size = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+        gpus.append(describe_gpu(name, size, pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
     version = f"{cuda // 1000}.{cuda % 1000 // 10}"
     return {"version": pynvml.nvmlSystemGetDriverVersion(), "cuda": version, "gpus": gpus}
 

@@ -9,7 +9,6 @@ Shards depend on the raw images, the options and the seed alone, not on the numb
 """
 
 import os
-import random
 import sys
 import time
 from dataclasses import replace
@@ -33,10 +32,8 @@ from tools.packing.verify import stats, verify
 from tools.packing.writer import (
     LISTING,
     PackStats,
-    check_output,
     claim_output,
     find_unfinished,
-    pack_sample,
     read_sidecars,
     run_jobs,
     write_manifest,
@@ -63,7 +60,6 @@ def pack(
     val_fraction: float | None = None,
     part: str | None = None,
     check_md5: bool = False,
-    dry_run: bool = False,
 ) -> None:
     """Pack raw images into shards.
 
@@ -86,7 +82,6 @@ def pack(
         part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default torchrun's or srun's
             variables, else everything. All parts write into the same folder.
         check_md5: First compare the archives with the published MD5 sums.
-        dry_run: Say what would be written, how big and in what time, and write nothing.
     """
     options = Options(store, quality, samples_per_shard, seed, val_fraction or 0.0, on_bad)
     mine = find_part(part, os.environ)
@@ -108,7 +103,7 @@ def pack(
         )
     elif "val" not in data.splits:
         print(
-            "no validation images, of which training needs some: without --val-fraction 0 a tenth is set aside"
+            "no validation images, of which training needs some; a tenth is set aside unless --val-fraction is 0"
         )
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
@@ -117,10 +112,6 @@ def pack(
         raise ValueError("parquet files are read in order, which cannot be shared out; pack them in one part")
     if not data.sequential:
         warn_of_slow_reads(raw, data, workers)
-    if dry_run:
-        check_output(shards, classes_json(data.classes), plans)
-        estimate(plans, data, workers)
-        return
     claim_output(shards, classes_json(data.classes), plans)
     if validity:
         save_listing(shards / LISTING, listed, validity)
@@ -196,32 +187,6 @@ def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
             f"warning: {raw} gives {rate:.0f} images a second when read at random, which is {images / rate / 3600:.1f} "
             "hours for all; copy the archives to an SSD first"
         )
-
-
-def estimate(plans: list[Plan], data: RawImageNet, workers: int, sample: int = 64) -> None:
-    """Print what a pack would write, its size and time, from a few images packed here and now."""
-    for plan in plans:
-        shards = f"{plan.directory}: {len(plan.listing)} images in {plan.num_shards} shards"
-        if data.sequential:
-            print(f"{shards} of unknown size")
-            continue
-        sizes, times = [], []
-        for row in random.Random(0).sample(range(len(plan.listing)), min(sample, len(plan.listing))):
-            started = time.perf_counter()
-            result, _ = pack_sample((plan.key(row), plan.listing[row]), plan.options)
-            sizes.append(0 if isinstance(result, str) else len(result.jpeg))
-            times.append(time.perf_counter() - started)
-        # Two tar headers, the label, and half a block of padding on average.
-        bytes_per_image = sum(sizes) / len(sizes) + 3.5 * 512
-        usual = (
-            sum(times[1:]) / len(times[1:]) if len(times) > 1 else times[0]
-        )  # libraries load with the first image
-        seconds = usual * len(plan.listing) / workers
-        print(
-            f"{shards}, about {bytes_per_image * len(plan.listing) / 1e9:.2f} GB in {seconds / 60:.0f} min with "
-            f"{workers} workers"
-        )
-    print("nothing was written")
 
 
 def print_speed(done: list[PackStats], seconds: float, workers: int) -> None:

@@ -9,6 +9,8 @@ Shapes: N images, H = W = 256, C = 3 channels (RGB), K classes.
 """
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,22 +87,21 @@ def find_images(name: str) -> list[Path]:
 def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
     """Read the classes' names from `shards`, else from the run's shards if they are still there; else wnids or numbers
     have to do. Raises `ValueError` for shards of other classes."""
-    count, names = trained.config.outputs, []
-    try:
-        config = (
-            shards or yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())["data"]["shards"]
-        )
-        names = list(read_classes(Path(config)))
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        if shards:
-            raise
-    if len(names) == count and trained.wnids in (None, [name.wnid for name in names]):
-        return names
+    wnids = trained.wnids or [f"class {k}" for k in range(trained.config.outputs)]
+    names: Sequence[ClassName] = ()
     if shards:
-        raise ValueError(
-            f"{shards}/classes.json: expected the {count} classes of {trained.path}; leave it out"
-        )
-    return [ClassName(wnid, "") for wnid in trained.wnids or (f"class {k}" for k in range(count))]
+        names = read_classes(shards)
+    else:
+        with suppress(
+            OSError, ValueError, KeyError, TypeError, IndexError
+        ):  # moved, or not a run's checkpoint
+            config = yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())
+            names = read_classes(Path(config["data"]["shards"]))
+    if len(names) == len(wnids) and trained.wnids in (None, [name.wnid for name in names]):
+        return list(names)
+    if shards:
+        raise ValueError(f"{shards}/classes.json: expected the classes of {trained.path}; leave it out")
+    return [ClassName(wnid, "") for wnid in wnids]
 
 
 def read_square(path: Path) -> "torch.Tensor":
@@ -132,9 +133,9 @@ def compute_probabilities(
     normalize(images_NHWC, None, means_NC, augmentation.std, None, inputs_NHWC)
     offset = mean_offset(trained.basis, augmentation)
     offset = None if offset is None else offset.to(device, torch.float32)
-    inputs_NCHW = inputs_NHWC.permute(0, 3, 1, 2).to(device)
-    centre_NK, ten_views_NK = probabilities(model, inputs_NCHW, augmentation.flip > 0, offset)
-    return ten_views_NK if views == "ten" else centre_NK
+    mirrored = augmentation.flip > 0
+    centre_NK, ten_NK = probabilities(model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset)
+    return ten_NK if views == "ten" else centre_NK
 
 
 def main() -> None:

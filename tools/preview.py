@@ -3,7 +3,7 @@
     python tools/preview.py SHARDS
 
 preview.png: above, one image as it is stored and 24 times as training may show it; below, the first 24 images of
-training, of which it is the most colourful. Crops are drawn pixel by pixel. The mean is added back and the divisor of
+training, of which it is the most colourful. The mean is added back and the divisor of
 lighting undone; colours that lighting moves beyond 0..255 are clipped in the picture, not in training. pca.png shows
 the axes of pca.json as colours, and images moved along them; its numbers are printed next to ImageNet's.
 """

@@ -1,23 +1,18 @@
 """Lay out the pictures of tools/preview.py: the sheet of augmented images, and the RGB eigenbasis."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
-from pipeline.shards import IMAGE_SIDE, DataError, ShardSet
+from pipeline.shards import DataError, ShardSet
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DPI = 120
-"""That of `saved_figure`: a pixel of the figure is one of the file."""
-COLUMNS, CROP = 8, 224
-"""Crops in a row, and pixels of their sides."""
-MARGIN, GAP, HEADING, LINE = 28, 14, 38, 21
-"""Pixels around blocks, between crops, of a heading, and of a line of a caption."""
+ROWS, COLUMNS = 3, 9
+"""Of the cells in each half of the sheet."""
+CAPTION = 24
+"""Letters that fit below a crop."""
 IMAGENET = {
     "mean": (127.3, 119.7, 104.9),
     "axis_stddev": (121.78, 37.09, 19.72),
@@ -49,25 +44,27 @@ class View(NamedTuple):
 def draw_sheet(
     path: Path, shards: ShardSet, repeated: list[View], training: list[View], lighting: Lighting, seed: int
 ) -> None:
-    """Write preview.png: two blocks of crops, each under a heading; left of the first, the stored image."""
+    """Write preview.png: above, a stored image and its crops; below, the first images of training."""
     from train.charts import saved_figure
 
-    names, one = [class_name(view, shards) for view in training], repeated[0]
-    once = (
-        f"{class_name(one, shards)}, {one.key}, {len(repeated)} times: crops of {CROP}x{CROP}, half of them "
-    )
-    once += f"flipped, lighting of strength {lighting.strength:g} by {lighting.convention}"
-    first = f"The first {len(training)} of {shards.num_samples:,} images that training sees with seed {seed}"
-    width, above = 2 * MARGIN + IMAGE_SIDE + COLUMNS * (CROP + GAP) + GAP, block_height(len(repeated), 1)
+    one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
+    above = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
+    below = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
+    places = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
+    names = [f"{class_name(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
+    cells = [(one.stored, f"{class_name(one, shards)[:CAPTION]}, stored")]
+    cells += [(view.pixels, place) for view, place in zip(repeated, places, strict=True)]
+    firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
     with saved_figure(path) as figure:
-        figure.set_dpi(DPI)
-        figure.set_size_inches(width / DPI, (3 * MARGIN + above + block_height(len(training), 2)) / DPI)
-        paste(figure, MARGIN, MARGIN + HEADING, one.stored)
-        for top, heading in ((MARGIN, once), (2 * MARGIN + above, first)):
-            write_text(figure, MARGIN, top, width - 2 * MARGIN, heading, size=14, weight="bold")
-        draw_block(figure, MARGIN, repeated, [[describe_crop(view)] for view in repeated])
-        captions = [[name, view.key] for name, view in zip(names, training, strict=True)]
-        draw_block(figure, 2 * MARGIN + above, training, captions)
+        figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
+        for half, heading, images in zip(figure.subfigures(2), (above, below), (cells, firsts), strict=True):
+            half.suptitle(heading)
+            panels = half.subplots(ROWS, COLUMNS).flat
+            for axes in panels:
+                axes.axis("off")
+            for axes, (pixels_HWC, caption) in zip(half.axes, images, strict=False):
+                axes.imshow(pixels_HWC)
+                axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
 
 
 def class_name(view: View, shards: ShardSet) -> str:
@@ -78,43 +75,6 @@ def class_name(view: View, shards: ShardSet) -> str:
             f"tools/make_shards.py verify {Path(shards.tars[0]).parent.parent} lists all damage"
         )
     return shards.classes[view.label].words.split(",")[0]
-
-
-def describe_crop(view: View) -> str:
-    """Say where a crop lies in the stored image."""
-    return f"{view.left} right, {view.top} down{', flipped' * view.mirrored}"
-
-
-def block_height(count: int, lines: int) -> int:
-    """Compute the pixels that so many crops take with captions of so many lines."""
-    return HEADING + -(-count // COLUMNS) * (CROP + lines * LINE + GAP)
-
-
-def draw_block(figure: "Figure", top: int, views: list[View], captions: list[list[str]]) -> None:
-    """Paste crops with captions below them: a line for people, and a key of which the end matters."""
-    for number, (view, lines) in enumerate(zip(views, captions, strict=True)):
-        x = MARGIN + IMAGE_SIDE + 2 * GAP + number % COLUMNS * (CROP + GAP)
-        y = top + HEADING + number // COLUMNS * (CROP + len(lines) * LINE + GAP)
-        paste(figure, x, y, view.pixels)
-        for row, text in enumerate(lines):
-            style = {"size": 9, "color": "dimgrey"} if row or len(lines) == 1 else {"size": 10.5}
-            write_text(figure, x, y + CROP + 3 + row * LINE, CROP, text, keep_end=row > 0, **style)
-
-
-def paste(figure: "Figure", left: int, top: int, pixels_HWC: np.ndarray) -> None:
-    """Put an image into the figure, pixel for pixel, by its upper left corner."""
-    figure.figimage(pixels_HWC, left, round(figure.bbox.height) - top - len(pixels_HWC), origin="upper")
-
-
-def write_text(
-    figure: "Figure", left: int, top: int, width: int, text: str, keep_end: bool = False, **style: Any
-) -> None:
-    """Write one line, cut to `width` pixels; `keep_end` cuts it in front."""
-    x, y = left / figure.bbox.width, 1 - top / figure.bbox.height
-    line = figure.text(x, y, text, va="top", ha="left", parse_math=False, **style)
-    while line.get_window_extent().width > width and len(text) > 1:
-        text = text[1:] if keep_end else text[:-1]
-        line.set_text(f"…{text}" if keep_end else f"{text.rstrip()}…")
 
 
 def format_eigenbasis(content: dict[str, Any]) -> str:
@@ -135,10 +95,7 @@ def format_eigenbasis(content: dict[str, Any]) -> str:
         ["standard deviation", *pairs(stddev, known)],
         ["share of the variance, %", *pairs(variance_shares(stddev), variance_shares(known))],
         *([name, *pairs(vectors[k], reference[k], 4)] for k, name in enumerate(("red", "green", "blue"))),
-        [
-            "angle to ImageNet's, degrees",
-            *(f"{a:.1f}" if s else "-" for a, s in zip(angles, stddev, strict=True)),
-        ],
+        ["angle to ImageNet's, degrees", *(f"{angle:.1f}" for angle in angles)],
     ]
     table = "\n".join(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)
     return f"{content['num_images']} images, levels of 0..255; in brackets ImageNet's\n{table}"

@@ -4,15 +4,16 @@
     python -m train.run --config BASE.yaml --config FILE.yaml --data.shards SHARDS --run.dir DIR
 
 A coordinate search from the defaults: one knob after the other takes each of a few values, on top of the best so far;
-in the end the best has to beat the defaults once more. The real training loader runs, and something that sleeps
-`--step-ms` a batch stands for the network. Waiting for batches is what counts: the 99th percentile first, as one late
-batch holds up every GPU of a run, then the mean. Each measurement has a seed of its own, so that none profits from
-shards that another has just brought into memory.
+in the end, in the last two rows, the best has to beat the defaults once more. The real training loader runs, and
+something that sleeps `--step-ms` a batch stands for the network. Waiting for batches is what counts: the 99th
+percentile first, as one late batch holds up every GPU of a run, then the mean. Each measurement has a seed of its own,
+so that none profits from shards that another has just brought into memory.
 
 The p99 of fewer than a hundred batches is about the longest wait: a larger `--seconds` sees more. Knobs that change
 what is in a batch (the shuffle buffer, the decode cache) are left alone.
 """
 
+import contextlib
 import gc
 import itertools
 import math
@@ -33,13 +34,11 @@ from tqdm import tqdm
 from pipeline.files import write_bytes
 from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
-from pipeline.shards import DataError, ShardSet, open_shards
+from pipeline.shards import DataError, open_shards
 from train.program import run_program
 
 if TYPE_CHECKING:
-    import torch
-
-    from pipeline.eigenbasis import Eigenbasis
+    from pipeline.loader import Loader
 
 FIRST_LINE = "# Written by tools/tune_pipeline.py"
 SAME_P99, SAME_P99_MS = 0.1, 0.5
@@ -113,12 +112,14 @@ def tune_pipeline(
             f"--out {out}: expected a new file or one written by this program; give another name"
         )
     from pipeline.eigenbasis import Eigenbasis
+    from pipeline.loader import train_loader
     from train.device import keep_freed_memory, pick_device
 
     keep_freed_memory()  # as the trainer does
     device, train = pick_device("auto"), open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    axes, seeds = list_axes(num_cores(), device.type == "cuda"), itertools.count()
+    on_gpu, seeds = device.type == "cuda", itertools.count()
+    axes, in_flight = list_axes(num_cores(), on_gpu), IN_FLIGHT if on_gpu else 1
     at_most = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
     print(
         f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, on "
@@ -132,30 +133,23 @@ def tune_pipeline(
             gc.collect()  # a loader that failed still holds memory of the GPU
             data = knobs.to_settings()["data"]
             config = DataConfig(shards, **data | {"speed": Speed(**data["speed"])})
-            return measure_waits(train, basis, config, batch_size, device, step_ms, seconds, next(seeds))
+            place = {"rank": 0, "num_ranks": 1, "device": device}
+            loader = train_loader(train, basis, config, batch_size=batch_size, seed=next(seeds), **place)
+            with contextlib.closing(loader):
+                warm_up = WARM_UP + knobs.prefetch + knobs.read_ahead
+                return measure_waits(loader, warm_up, batch_size, step_ms, seconds, in_flight)
 
         trials, best = search(Knobs(Speed().num_threads), axes, measure)
-    print(f"{format_table(trials)}\n{summarize(trials, best)}\n")
+    print(format_table(trials))
+    if best.knobs == trials[0].knobs:
+        print("the defaults are as good as anything that was tried")
     settings = yaml.safe_dump(best.knobs.to_settings(), sort_keys=False)
     if out:
-        about = {
-            "machine": platform.node(),
-            "cores": num_cores(),
-            "device": device.type,
-            "batch size": batch_size,
-        }
-        about |= {
-            "manifest": train.manifest_sha256,
-            "command": shlex.join(["tools/tune_pipeline.py", *sys.argv[1:]]),
-        }
-        origin = "".join(f"#   {name}: {value}\n" for name, value in about.items())
+        place = f"{platform.node()}, {num_cores()} cores, {device.type}; manifest {train.manifest_sha256}"
+        origin = f"{FIRST_LINE}\n#   {shlex.join(sys.argv)}\n#   {place}\n"
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(out, f"{FIRST_LINE}\n{origin}{settings}".encode())
+        write_bytes(out, f"{origin}{settings}".encode())
     print(f"{settings}\npass {out or 'these settings in a file'} as a second --config to train.run")
-    if best.knobs.decode != "auto":
-        print(
-            "data.decode moves some pixels by a level, so a run that began without it cannot resume with it"
-        )
 
 
 def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
@@ -233,43 +227,25 @@ def pick_best(trials: Sequence[Trial]) -> Trial:
 
 
 def measure_waits(
-    shards: ShardSet,
-    basis: "Eigenbasis",
-    config: DataConfig,
-    batch_size: int,
-    device: "torch.device",
-    step_ms: float,
-    seconds: float,
-    seed: int,
+    loader: "Loader", warm_up: int, batch_size: int, step_ms: float, seconds: float, in_flight: int
 ) -> Waits:
-    """Run the training loader for about `seconds`, with a consumer that sleeps `step_ms` a batch.
+    """Take batches for about `seconds`, `warm_up` of them before, with a consumer that sleeps `step_ms` a batch and
+    holds `in_flight` of them.
 
-    Raises `ValueError` where the images do not fill a batch, `DataError` (a `RuntimeError`) where DALI fails.
+    Raises `DataError` (a `RuntimeError`) where DALI fails.
     """
-    from pipeline.loader import train_loader
-
-    loader = train_loader(
-        shards, basis, config, batch_size=batch_size, seed=seed, rank=0, num_ranks=1, device=device
-    )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    held: deque[Any] = deque(maxlen=IN_FLIGHT if device.type == "cuda" else 1)
-    waits_s: list[float] = []
-    try:
-        for _ in range(WARM_UP + config.speed.prefetch + config.speed.read_ahead):
-            held.append(next(batches))
-        start = perf_counter()
-        while len(waits_s) < MIN_BATCHES or perf_counter() - start < seconds:
-            request = perf_counter()
-            held.append(next(batches))  # ready when it is there: the loader waits for the device
-            waits_s.append(perf_counter() - request)
-            sleep(step_ms / 1e3)
-        images_per_s = len(waits_s) * batch_size / (perf_counter() - start)
-    finally:
-        held.clear()
-        loader.close()
-    waits_ms = 1e3 * np.array(waits_s)
+    held: deque[Any] = deque(itertools.islice(batches, warm_up), maxlen=in_flight)
+    waits_ms: list[float] = []
+    start = perf_counter()
+    while len(waits_ms) < MIN_BATCHES or perf_counter() - start < seconds:
+        request = perf_counter()
+        held.append(next(batches))  # ready when it is there: the loader waits for the device
+        waits_ms.append(1e3 * (perf_counter() - request))
+        sleep(step_ms / 1e3)
+    images_per_s = len(waits_ms) * batch_size / (perf_counter() - start)
     p50_ms, p99_ms = np.percentile(waits_ms, [50, 99])
-    return Waits(images_per_s, float(p50_ms), float(p99_ms), float(waits_ms.mean()), len(waits_s))
+    return Waits(images_per_s, float(p50_ms), float(p99_ms), float(np.mean(waits_ms)), len(waits_ms))
 
 
 def format_table(trials: Sequence[Trial]) -> str:
@@ -286,18 +262,6 @@ def format_table(trials: Sequence[Trial]) -> str:
         )
         lines.append(row)
     return "\n".join(lines)
-
-
-def summarize(trials: Sequence[Trial], best: Trial) -> str:
-    """Say what the best one gains."""
-    default = next(trial for trial in reversed(trials) if trial.knobs == trials[0].knobs)
-    if best.knobs == default.knobs:
-        return "the defaults are as good as anything that was tried"
-    if not best.waits or not default.waits:
-        return "the defaults failed"
-    ratio = best.waits.images_per_s / default.waits.images_per_s
-    waits = f"a p99 wait of {best.waits.p99_ms:.2f} instead of {default.waits.p99_ms:.2f} ms"
-    return f"the best gives {ratio:.2f} times the images/s of the defaults and {waits}, by the last two rows"
 
 
 if __name__ == "__main__":

@@ -176,6 +176,15 @@ def split_pairs(arguments: list[str]) -> list[str]:
     return [word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])]
 
 
+SECTIONS = (b"data:", b"\ntrain:", b"\nrun:", b"\nmodel:", b"\noptimizer:")
+"""What the configuration of a run of ours has in it."""
+
+
+def is_run_config(path: Path) -> bool:
+    """Whether a file is the config.yaml of a run."""
+    return path.is_file() and all(section in path.read_bytes() for section in SECTIONS)
+
+
 def add_saved_config(words: list[str]) -> list[str]:
     """The same, with the configuration that a run was started with where `--run.dir` names its directory and there is
     no `--config`: what else is given comes on top. Raises `ValueError` where a directory alone is given and holds no
@@ -183,7 +192,7 @@ def add_saved_config(words: list[str]) -> list[str]:
     if "--config" in words or "--run.dir" not in words[:-1]:
         return words
     directory = Path(words[words.index("--run.dir") + 1])
-    if (directory / "config.yaml").is_file():
+    if is_run_config(directory / "config.yaml"):
         return ["--config", str(directory / "config.yaml"), *words]
     if not any(word.startswith("--data.shards") for word in words):
         raise ValueError(
@@ -237,14 +246,12 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> No
                     f"{kept or 'nothing'} before; give that and what is to come"
                 )
             if name == "train.epochs":
-                remedy = (
-                    f"at least {begun}"
-                    if after["optimizer.schedule"] != "cosine"
-                    else f"still {before[name]}"
+                cosine = after["optimizer.schedule"] == "cosine"
+                wanted = (
+                    f"{before[name]}, over which the cosine is laid out" if cosine else f"at least {begun}"
                 )
                 raise ValueError(
-                    f"train.epochs: expected {remedy}, got {after[name]}; the run is in epoch {begun}, and a cosine "
-                    "schedule is laid out over all epochs"
+                    f"train.epochs: expected {wanted}, got {after[name]}; the run is in epoch {begun}"
                 )
             raise ValueError(
                 f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "

@@ -8,12 +8,10 @@ import yaml
 
 from pipeline.files import open_locked, write_bytes
 from train.checkpoint import find_checkpoint
-from train.config import Config
+from train.config import Config, is_run_config
 from train.metrics import read_metrics
 
 PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
-SECTIONS = (b"data:", b"\ntrain:", b"\nrun:", b"\nmodel:", b"\noptimizer:")
-"""What the configuration of a run of ours has in it."""
 FILES, FOLDERS = ("config.yaml", "metrics.jsonl"), ("checkpoints", "tensorboard")
 
 
@@ -65,10 +63,7 @@ class RunDirectory:
 
     def _is_begun(self) -> bool:
         """Whether a run was begun here: then whatever else lies here, a log, an evaluation, is its own."""
-        config, checkpoints = self.path / "config.yaml", self.path / "checkpoints"
-        if config.is_file() and all(section in config.read_bytes() for section in SECTIONS):
-            return True
-        return any(checkpoints.glob("step-*.pt"))
+        return is_run_config(self.path / "config.yaml") or any((self.path / "checkpoints").glob("step-*.pt"))
 
     def _hold(self) -> None:
         """Take the lock, which ends with this process however that ends."""

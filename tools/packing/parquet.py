@@ -221,7 +221,8 @@ def row_groups(listing: Listing) -> Iterator[tuple[np.ndarray, int, int]]:
 def pack_row_group(work: Segment) -> PackStats:
     """Pack the images of a row group into its file."""
     samples = {sample[1].offset: sample for sample in work.samples}
-    ends, sizes, notes = [0], [], {}
+    ends, sizes = [0], list[int]()
+    notes: dict[str, list[str]] = {}
     with atomic_writer(work.path) as file:
         for row, raw in enumerate(read_row_group(Path(work.samples[0][1].file), work.group), work.first):
             if row not in samples:
