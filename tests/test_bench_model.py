@@ -8,7 +8,7 @@ import torch
 from tests.helpers import TORCHVISION
 from tests.test_bench import rows_of
 from tools.benchmarks import model
-from tools.benchmarks.common import Rate, Table
+from tools.benchmarks.common import Rate
 
 
 def test_torchvisions_layers() -> None:
@@ -18,12 +18,11 @@ def test_torchvisions_layers() -> None:
     assert shapes == list(TORCHVISION.values())
 
 
-def test_the_paper_s_claim() -> None:
+def test_the_claim_of_the_paper() -> None:
     """It holds in all turns, in none, or is undecided."""
     for words, rates in (("holds here", [22, 33]), ("does not hold", [10, 20]), ("undecided", [10, 60])):
-        two, one = ([Rate(images, 1.0, 1.0) for images in images_per_s] for images_per_s in (rates, [20, 30]))
-        table = Table("", {model.TWO_DEVICES: two, model.ONE_GPU: one}, model.ONE_GPU)
-        assert words in model.judge_claim(table)
+        two, one = ([Rate(number, 1.0) for number in numbers] for numbers in (rates, [20, 30]))
+        assert words in model.judge_claim({model.TWO_DEVICES: two, model.ONE_GPU: one})
 
 
 @pytest.mark.slow
@@ -55,7 +54,7 @@ def fail(rank: int, *_: object) -> None:
     time.sleep(60)
 
 
-def test_towers_that_fail_are_told(
+def test_a_killed_tower_leaves_the_other_tables(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """When a process of the pair is killed, the benchmark ends with the other tables and the reason."""

@@ -19,9 +19,8 @@ PARTS = {
 
 def results(out: Path) -> dict[str, str]:
     """Of each part, from the page's table."""
-    return dict(
-        re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d+ \|$", (out / "report.md").read_text(), re.MULTILINE)
-    )
+    page = (out / "report.md").read_text()
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d+ \|$", page, re.MULTILINE))
 
 
 def test_one_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

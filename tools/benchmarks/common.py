@@ -134,9 +134,8 @@ def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]
     print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
     for name, values in rates.items():
         per_s, per_cpu_s = ([value[field] for value in values] for field in (0, 1))
-        ratio = median(
-            value.per_s / other.per_s for value, other in zip(values, rates[reference], strict=True)
-        )
+        pairs = zip(values, rates[reference], strict=True)
+        ratio = median(value.per_s / other.per_s for value, other in pairs)
         numbers = [f(per_s) for f in (median, min, max)]
         text = " ".join(f"{number:>8.{0 if number >= 100 else 2}f}" for number in numbers)
         print(f"{name:<{width}} {text} {ratio:>6.2f} {median(per_cpu_s):>13.1f}")
@@ -160,9 +159,7 @@ def check_options(out: Path | None, **numbers: float | None) -> None:
 def describe_shards(shards: ShardSet) -> str:
     """Say which data it was: "1600 generated images, 32 kB each, in 2 shards of store crop256"."""
     kilobytes = sum(Path(tar).stat().st_size for tar in shards.tars) / shards.num_samples / 1000
-    generated = all(
-        name.wnid.startswith("n9") for name in shards.classes
-    )  # by make_demo; WordNet has n0 and n1
+    generated = all(name.wnid.startswith("n9") for name in shards.classes)  # make_demo's; WordNet has n0, n1
     images = f"{shards.num_samples} {'generated ' if generated else ''}images, {kilobytes:.0f} kB each"
     return f"{images}, in {len(shards.tars)} shards of store {shards.store}"
 
@@ -175,9 +172,8 @@ def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
         for sample in webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False):
             yield sample["__key__"], sample["jpg"], int(sample["cls"])
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
-        raise DataError(
-            f"{Path(shards.tars[0]).parent}: damaged shard ({error}); copy or pack it again"
-        ) from None
+        place = Path(shards.tars[0]).parent
+        raise DataError(f"{place}: damaged shard ({error}); copy or pack it again") from None
 
 
 def first_shards(shards: ShardSet, images: int) -> ShardSet:
@@ -196,17 +192,14 @@ def record(out: Path | None, subcommand: str, rows: list[dict[str, Any]], data: 
 
 def describe_environment(subcommand: str) -> dict[str, Any]:
     """Collect commit (with "-dirty" where files were changed), command, hardware and versions."""
-    import nvidia.dali
     import torch
 
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     module = Path("/proc/driver/nvidia/version")
     driver = re.search(r"Module\s.*?(\d+\.[\d.]+)", module.read_text()) if module.exists() else None
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dali": nvidia.dali.__version__,
+    names = {"dali": "nvidia-dali-cuda120"} | {
+        name: name for name in ("torch", "simplejpeg", "numpy", "pillow")
     }
     return {
         "benchmark": subcommand,
@@ -217,5 +210,5 @@ def describe_environment(subcommand: str) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": driver[1] if driver else None,
-        "versions": versions | {name: version(name) for name in ("simplejpeg", "numpy", "pillow")},
+        "versions": {"python": platform.python_version()} | {name: version(names[name]) for name in names},
     }

@@ -51,9 +51,8 @@ class ShiftAndNormalize(Operation):
             count, height, width, colours = images.shape
             draws = np.random.standard_normal((count, colours)).astype(np.float32)
             for i in my_range(count):
-                row = np.empty(
-                    (width, colours), np.float32
-                )  # whole rows are twice as fast as three colours each
+                # Whole rows are twice as fast as three colours each.
+                row = np.empty((width, colours), np.float32)
                 for colour in range(colours):
                     row[:, colour] = means[colour] - (matrix[colour] * draws[i]).sum()
                 mean = row.reshape(width * colours)
@@ -69,9 +68,8 @@ class ShiftAndNormalize(Operation):
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         """Where the result goes."""
         dtype = np.dtype(np.float32)
-        return replace(previous_state, jit_mode=True, dtype=dtype), AllocationQuery(
-            previous_state.shape, dtype
-        )
+        state = replace(previous_state, jit_mode=True, dtype=dtype)
+        return state, AllocationQuery(previous_state.shape, dtype)
 
 
 def write_beton(files: list[tuple[str, int]], path: Path) -> None:
@@ -93,8 +91,8 @@ def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
     """Augmented batches without end. At this scale and ratio the random resized crop is a random 224x224 window, and
     its resize a copy."""
     side, count = 224, len(settings["files"])
-    scale = (side / 256) ** 2
-    decoder = RandomResizedCropRGBImageDecoder((side, side), scale=(scale, scale), ratio=(1.0, 1.0))
+    scale = ((side / 256) ** 2, (side / 256) ** 2)
+    decoder = RandomResizedCropRGBImageDecoder((side, side), scale=scale, ratio=(1.0, 1.0))
     normalize = ShiftAndNormalize(settings["mean"], settings["matrix"], settings["divisor"])
     repeats = 1 if settings["show"] else -(-EPOCH // count)
     loader = Loader(

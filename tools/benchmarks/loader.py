@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 LIMIT, WINDOWS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 pixels, as for a GPU (DALI, cpu)"
-LOADER, UNLIGHTED = "loader: finished batches", "loader: the same without lighting (strength 0)"
+LOADER, WITHOUT = "loader: finished batches", "loader: the same without lighting (strength 0)"
 EIGENBASIS = "compute_pca: decode and sum, exact"
 MAX_JPEGS, MAX_SUMMED, CHUNK = 2000, 20_000, 16
 """Enough that no file stays in a core's cache, and that a pass over them takes seconds."""
@@ -61,10 +61,10 @@ def bench_loader(
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
     raise_open_files(4 * len(train.tars))
-    lighted = DataConfig(shards, speed=speed)
-    unlighted = replace(lighted, augmentation=Augmentation(lighting=Lighting(strength=0)))
+    settings = DataConfig(shards, speed=speed)
+    without = replace(settings, augmentation=Augmentation(lighting=Lighting(strength=0)))
     place: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "rank": 0, "num_ranks": 1, "device": device}
-    loaders = [train_loader(train, basis, config, **place) for config in (lighted, unlighted)]
+    loaders = [train_loader(train, basis, config, **place) for config in (settings, without)]
     batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
     windows = decode_windows(train, batch_size, speed.num_threads)
     jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
@@ -78,7 +78,7 @@ def bench_loader(
             LIMIT: partial(common.measure, decode_all, len(jpegs), seconds),
             WINDOWS: partial(common.measure, windows.run, batch_size, seconds),
             LOADER: partial(common.measure, partial(next, batches), batch_size, seconds),
-            UNLIGHTED: partial(common.measure, partial(next, others), batch_size, seconds),
+            WITHOUT: partial(common.measure, partial(next, others), batch_size, seconds),
             EIGENBASIS: partial(measure_sums, common.first_shards(train, MAX_SUMMED), cores),
         }
         rates = common.interleave(contenders, repeats)

@@ -193,7 +193,7 @@ def torchvision_alexnet() -> "nn.Module":
         nn.AdaptiveAvgPool2d(6), nn.Flatten(),
         nn.Dropout(0.5), nn.Linear(256 * 6 * 6, 4096), nn.ReLU(inplace=True),
         nn.Dropout(0.5), nn.Linear(4096, 4096), nn.ReLU(inplace=True),
-        nn.Linear(4096, 1000),
+        nn.Linear(4096, 1000)
     )  # fmt: skip
     return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -94,7 +94,7 @@ def bench_peers(
                 with closing(load(replace(data, show=True))) as batches:
                     print(f"{title}: {check_batches(batches, data, levels)}", flush=True)
             except (ImportError, OSError, RuntimeError, AssertionError) as error:
-                missing[title] = str(error).strip().splitlines()[-1]
+                missing[title] = (str(error).strip() or repr(error)).splitlines()[-1]
                 print(f"{title}: not measured: {missing[title]}")
                 continue
             whole = replace(data, shards=train, files=files, batch_size=batch_size, workers=workers)

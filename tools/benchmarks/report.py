@@ -8,6 +8,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from pipeline.files import write_bytes
 from pipeline.shards import DataError
@@ -54,9 +55,8 @@ def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
 def list_parts(gpus: int, data: Path, out: Path) -> dict[str, list[str]]:
     """List the report's commands by title, the most telling ones first."""
     raw, shards = str(data / "raw"), str(data / "shards")
-    photos, sizes = (
-        ("4000", (128, 1024)) if gpus else ("1000", (32,))
-    )  # too many for a core's cache, made in seconds
+    # Too many for a core's cache, and made in seconds.
+    photos, sizes = ("4000", (128, 1024)) if gpus else ("1000", (32,))
 
     def bench(name: str, *arguments: str) -> list[str]:
         turns = ["--repeats", "2", "--seconds", "2", "--out", str(out / f"{name}.jsonl")]
@@ -82,16 +82,10 @@ def run_part(command: list[str], seconds: float) -> tuple[str, str]:
     """Run a command of this Python for so long at most; returns "ok" or why there is no more, and its output."""
     if seconds <= 0:
         return "left out: no time was left", ""
-    words, pipe = [sys.executable, *command], subprocess.PIPE
+    pipe, merge, none = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+    options: dict[str, Any] = {"cwd": common.ROOT, "stdin": none, "stdout": pipe, "stderr": merge}
     try:
-        done = subprocess.run(
-            words,
-            cwd=common.ROOT,
-            timeout=seconds,
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=subprocess.STDOUT,
-        )
+        done = subprocess.run([sys.executable, *command], timeout=seconds, check=False, **options)
     except subprocess.TimeoutExpired as error:
         return "cut off: no time was left", (error.stdout or b"").decode(errors="replace")
     result = "ok" if done.returncode == 0 else f"failed with exit code {done.returncode}"
