@@ -54,7 +54,6 @@ HOST = [
     event("user_annotation", STEP, 1300, 600),
     event("user_annotation", WAIT, 2000, 100),
     event("user_annotation", STEP, 2100, 800),
-    {"ph": "M", "name": "process_name", "ts": 0},
 ]
 
 
