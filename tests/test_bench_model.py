@@ -1,5 +1,8 @@
 """The benchmark of the network times what it says, and outlives the processes of its towers."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -45,10 +48,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def fail(rank: int, *_: object) -> None:
     """A tower's process that is killed for want of memory, and one that waits for it."""
-    import os
-    import signal
-    import time
-
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)

@@ -58,7 +58,6 @@ def honest(data: PeerData, **less: Any) -> Batches:
         ({"divisor": 1.0}, "levels off"),
         ({"centre": True}, r"\[1, 1\] of 33 places"),
         ({"flip": 0.0}, "flips 0%"),
-        ({"lighting": 0.0}, "shifts colours"),
         ({"lighting": 0.5}, "shifts colours"),
     ],
 )

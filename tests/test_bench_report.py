@@ -32,7 +32,6 @@ def test_one_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert results(tmp_path)["fine"] == "ok" and results(tmp_path)["slow"].startswith("cut off")
     page = (tmp_path / "report.md").read_text()
     assert "ZeroDivisionError" in page and "\n42\n" in page and "\nbegun\n" in page
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
 
 @pytest.mark.slow
