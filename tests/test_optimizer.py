@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from train.device import can_compile
-from train.optimizer import LossScale, PaperSGD
+from train.optimizer import LossScale, PaperSGD, update, update_at_tensor_rate
 from train.schedule import OptimizerConfig
 
 RATES = [0.01, 0.01, 0.001, 0.001, 0.0, 0.0, 0.001, 0.01]
@@ -46,6 +46,27 @@ def test_formula_over_a_schedule(fused: bool) -> None:
                 optimizer.state_dict()[name].numpy(), velocity[name], rtol=0, atol=1e-15
             )
             assert parameter.grad is None
+
+
+def test_a_rate_that_changes_is_compiled_once() -> None:
+    """At a rate of another value in every step the compiled update keeps its one graph; at Python numbers torch.compile
+    makes more and more, and gives up after eight."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for function in (update_at_tensor_rate, update):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(function, dynamic=False, backend="eager")
+        for step in range(1, 6):
+            lists = [[torch.ones(3), torch.ones(2, 2)] for _ in range(3)]
+            if function is update:
+                compiled(*lists, 0.1 * step, 0.9, 5e-4)
+            else:
+                compiled(*lists, torch.tensor(0.1 * step), torch.tensor(5e-5 * step), 0.9)
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] == 1 < graphs[1]
 
 
 def test_differs_from_torch_sgd_where_the_rate_changes() -> None:

@@ -16,6 +16,8 @@ from torch import nn
 
 from train.schedule import OptimizerConfig, is_bias
 
+Tensors = list[torch.Tensor]
+
 
 class PaperSGD:
     """The update rule over named parameters. Rates are an argument of every step, not state."""
@@ -29,8 +31,25 @@ class PaperSGD:
         self._update: Callable[..., None] = update
 
     def compile(self) -> None:
-        """Fuse the passes over the weights from the next step on."""
-        self._update = torch.compile(update)
+        """Fuse the passes over the weights from the next step on.
+
+        Rates are tensors there: torch.compile makes another graph for every Python number that it meets, gives up
+        after eight, and a rate changes at every step.
+        """
+        fused = torch.compile(update_at_tensor_rate, dynamic=False)
+
+        def update_fused(
+            weights: Tensors,
+            gradients: Tensors,
+            velocity: Tensors,
+            rate: float,
+            momentum: float,
+            decay: float,
+        ) -> None:
+            rate_tensor = torch.tensor(rate, dtype=torch.float64)
+            fused(weights, gradients, velocity, rate_tensor, rate_tensor * decay, momentum)
+
+        self._update = update_fused
 
     @property
     def gradients(self) -> list[torch.Tensor]:
@@ -55,7 +74,12 @@ class PaperSGD:
                 )
                 before = [tensor.clone() for tensor in (*weights, *velocity)] if overflow is not None else []
                 self._update(
-                    weights, [gradients[name] for name in names], velocity, rate, self._momentum, decay
+                    weights,
+                    [gradients[name] for name in names],
+                    velocity,
+                    rate,
+                    self._momentum,
+                    decay,
                 )
                 for tensor, old in zip((*weights, *velocity), before, strict=False):
                     tensor.copy_(torch.where(overflow, old, tensor))  # type: ignore[arg-type]
@@ -73,17 +97,27 @@ class PaperSGD:
 
 
 def update(
-    weights: list[torch.Tensor],
-    gradients: list[torch.Tensor],
-    velocity: list[torch.Tensor],
-    rate: float,
-    momentum: float,
-    decay: float,
+    weights: Tensors, gradients: Tensors, velocity: Tensors, rate: float, momentum: float, decay: float
 ) -> None:
     """One step of the rule, in place."""
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_add_(velocity, weights, alpha=-decay * rate)
     torch._foreach_add_(velocity, gradients, alpha=-rate)
+    torch._foreach_add_(weights, velocity)
+
+
+def update_at_tensor_rate(
+    weights: Tensors,
+    gradients: Tensors,
+    velocity: Tensors,
+    rate: torch.Tensor,
+    decay_rate: torch.Tensor,
+    momentum: float,
+) -> None:
+    """`update` with the rate, and its product with the weight decay, as 0-dim tensors."""
+    torch._foreach_mul_(velocity, momentum)
+    torch._foreach_sub_(velocity, torch._foreach_mul(weights, decay_rate))
+    torch._foreach_sub_(velocity, torch._foreach_mul(gradients, rate))
     torch._foreach_add_(weights, velocity)
 
 
