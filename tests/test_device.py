@@ -5,9 +5,10 @@ import os
 import pytest
 import torch
 
+from model.alexnet import AlexNet, AlexNetConfig
 from tests.helpers import run_python
 from train import device as device_module
-from train.device import gpu_advice
+from train.device import can_compile, compiled, gpu_advice
 
 KEPT = """
 import ctypes, os, re, threading
@@ -75,3 +76,15 @@ def test_gpus_that_are_used_badly(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = gpu_advice(place, 1, 1024)
     assert "1 of 8" in line and "torchrun --standalone --nproc-per-node 8" in line
     assert [len(gpu_advice(place, 8, images)) for images in (16, 63, 64, 128)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The network is trained uncompiled, on a GPU machine too."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    model = AlexNet(AlexNetConfig(channels=(2, 2, 2, 2, 2), hidden=2, num_classes=2))
+    assert not can_compile(torch.device(kind)) and compiled(model, torch.device(kind)) is model
+    assert "normalize" not in vars(model)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert can_compile(torch.device("cuda"))

@@ -107,16 +107,17 @@ def keep_freed_memory() -> None:
 
 def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
     """What of the network pays to compile: all of it on a GPU; on a CPU, or where it is one tower of two, the
-    normalization, which is its slow layer. Where compiling cannot work the run goes on uncompiled."""
+    normalization, which is its slow layer. Where compiling cannot work the network stays as it is."""
+    if not can_compile(device):
+        language = "C" if device.type == "cuda" else "C++"
+        print(f"not compiling: no {language} compiler, or PyTorch lies in a folder with a space in its name")
+        return model
     if device.type == "cuda":
         keep_pooling_kernel()
-    if device.type == "cuda" and not isinstance(model, TowerAlexNet):
-        return cast(torch.nn.Module, torch.compile(model, dynamic=False))
-    if not can_compile(device):
-        print("not compiling: there is no C++ compiler, or PyTorch lies in a folder with a space in its name")
-    else:
-        torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
-        model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
+        if not isinstance(model, TowerAlexNet):
+            return cast(torch.nn.Module, torch.compile(model, dynamic=False))
+    torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
+    model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model
 
 
@@ -135,6 +136,9 @@ def keep_pooling_kernel() -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works: for a CPU it calls a C++ compiler, without quoting its own path."""
+    """Whether torch.compile works: for a GPU, Triton calls a C compiler (triton/runtime/build.py); for a CPU, Inductor
+    a C++ compiler, without quoting its own path."""
+    if device.type == "cuda":
+        return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
     compiler = shutil.which("g++") or shutil.which("clang++")
-    return device.type == "cuda" or (compiler is not None and " " not in torch.__file__)
+    return compiler is not None and " " not in torch.__file__

@@ -68,7 +68,8 @@ class Findings:
         """Put together what all processes found, in each of them: `total` adds tensors up, `gather` lists objects."""
         self.counts, self.confusion = total(self.counts), total(self.confusion)
         for extremes in (self._wrong, self._right):
-            extremes.merge(gather(extremes.kept))
+            # From the CPU: a CUDA tensor that is unpickled goes to the device of its process' number, if there is one.
+            extremes.merge(gather(tuple(each.cpu() for each in extremes.kept)))
 
     @property
     def mistakes(self) -> list[Example]:

@@ -8,7 +8,7 @@ from model.alexnet import AlexNet
 from model.parallel import TowerAlexNet
 from pipeline.loader import PADDING, Batch
 from train.config import Config
-from train.device import compiled
+from train.device import can_compile, compiled
 from train.optimizer import LossScale, PaperSGD
 from train.placement import Placement
 
@@ -30,7 +30,7 @@ class Learner:
         """The same weights, compiled where that pays."""
         if config.train.compile:
             self.network = compiled(self.model, device)
-            if device.type == "cuda":
+            if device.type == "cuda" and can_compile(device):
                 self.optimizer.compile()
         self._replicated = placement.replicated(self.network)
 
