@@ -1,6 +1,7 @@
 """What stands around every DALI pipeline that reads shards: an index that fits, errors in one sentence. And the plain
 reader, which decodes each image once."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,11 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
     except RuntimeError as error:
         report = str(error)
         lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]
+        if gpu_error := re.search(r".*\b(CUDA|cuda[A-Z]\w+|NVML|out of memory)\b.*", report):
+            raise DataError(
+                f"DALI failed on the GPU: {gpu_error[0].strip()}; tools/doctor.py checks driver and GPUs; where memory is "
+                "short, take a smaller batch or end other processes"
+            ) from None
         of_data = any(
             name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")
         )  # not, say, of a GPU's memory

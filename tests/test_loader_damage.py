@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.reader import decoded_batches
+from pipeline.reader import data_errors, decoded_batches
 from pipeline.shards import DataError, read_index
 from tests.helpers import Make, collect, jpeg, loaders
 
@@ -68,3 +68,24 @@ def test_an_index_that_was_cut(numbered_shards: Make, plain_basis: Eigenbasis) -
     for batches in (loader.epoch(0), decoded_batches(shards, 8)):
         with pytest.raises(DataError, match="list 55 samples, its manifest 60"):
             next(iter(batches))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "Critical error in pipeline:\nError in GPU operator `nvidia.dali.fn.decoders.image`,\nencountered:\n\n{}\nC++ context",
+        "{}",
+    ],
+)
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+        "CUDA driver API error CUDA_ERROR_NO_DEVICE (100):",
+    ],
+)
+def test_a_gpus_error_is_not_taken_for_damage(numbered_shards: Make, report: str, cause: str) -> None:
+    """Shards are not searched and not blamed; DALI's own words are in the sentence."""
+    with pytest.raises(DataError, match="CUDA") as error, data_errors(numbered_shards(8, 1)):
+        raise RuntimeError(report.format(cause))
+    assert "doctor" in str(error.value) and "verify" not in str(error.value)
