@@ -82,8 +82,8 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
         lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]
         if gpu_error := re.search(r".*\b(CUDA|cuda[A-Z]\w+|NVML|out of memory)\b.*", report):
             raise DataError(
-                f"DALI failed on the GPU: {gpu_error[0].strip()}; tools/doctor.py checks driver and GPUs; where memory is "
-                "short, take a smaller batch or end other processes"
+                f"DALI failed on the GPU: {gpu_error[0].strip()}; tools/doctor.py checks driver and GPUs; where "
+                "memory is short, take a smaller batch or end other processes"
             ) from None
         of_data = any(
             name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")

@@ -73,7 +73,7 @@ def test_an_index_that_was_cut(numbered_shards: Make, plain_basis: Eigenbasis) -
 @pytest.mark.parametrize(
     "report",
     [
-        "Critical error in pipeline:\nError in GPU operator `nvidia.dali.fn.decoders.image`,\nencountered:\n\n{}\nC++ context",
+        "Critical error in pipeline:\nError in GPU operator `fn.decoders.image`,\nencountered:\n\n{}\nC++ context",
         "{}",
     ],
 )

@@ -109,8 +109,8 @@ VALUES = {
     ("--optimizer.lr", "x"): "a number, not x",
     ("--train.compile", "maybe"): "true or false, not maybe",
     ("--model.lrn", "x"): "one of none, paper, original, or null, not x",
-    ("--model.channels", "[1, 2]"): "a list of whole numbers, 5 of them, or null, not [1, 2]",
-    ("--optimizer.steps", "[a]"): "a list of whole numbers, not a",
+    ("--model.channels", "[1, 2]"): "a list in brackets of whole numbers, 5 of them, or null, not [1, 2]",
+    ("--optimizer.steps", "[a]"): "a list in brackets of whole numbers, not a",
     (
         "--model",
         "no.yaml",

@@ -134,7 +134,7 @@ def words_for(kind: Any) -> str:
     if get_origin(kind) is Literal:
         words = f"one of {', '.join(map(str, of))}"
     elif get_origin(kind) in (list, tuple):
-        words = f"a list of {words_for(of[0]).removeprefix('a ')}s"
+        words = f"a list in brackets of {words_for(of[0]).removeprefix('a ')}s"
         words += f", {len(of)} of them" if len(of) > 1 else ""
     else:
         words = " or ".join(map(words_for, of))
