@@ -20,7 +20,7 @@ from pipeline.loader import Batch
 from pipeline.shards import DataError
 from train.config import ParallelConfig
 from train.launch import find_task
-from train.program import DATA_FAILED, WRONG_INPUT
+from train.program import DATA_FAILED, WRONG_INPUT, report_to_torchrun
 
 State = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -195,6 +195,7 @@ class Placement:
             return cast(T, result)
         where, first = errors[0]
         if not self.is_first:
+            report_to_torchrun(str(first))
             sys.exit(DATA_FAILED if isinstance(first, DataError) else WRONG_INPUT)
         if len(errors) < self.world and getattr(first, "errno", None) is None:
             raise type(first)(f"{where}: {first}")

@@ -158,9 +158,10 @@ def told_once() -> Iterator[None]:
     """Let one process of a machine complain of what each of them finds wrong; the others leave quietly."""
     try:
         yield
-    except ValueError:
+    except ValueError as error:
         if speaks():
             raise
+        report_to_torchrun(str(error))
         sys.exit(WRONG_INPUT)
 
 
