@@ -184,18 +184,13 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or has another format version; {advice}")
     if content.get("manifest_sha256") != manifest_sha256:
         raise ValueError(f"{path} was made from other shards; {advice}")
-    if (content.get("scale"), content.get("channel_order"), content.get("geometry")) != (
-        255,
-        "RGB",
-        GEOMETRY,
-    ):
+    pixels = [content.get(name) for name in ("scale", "channel_order", "geometry")]
+    if pixels != [255, "RGB", GEOMETRY]:
         raise ValueError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
     try:
         Eigenbasis.from_json(content)
-        sample = content.get("sample")
-        described = type(content["num_images"]) is int and isinstance(content["decoder"], str)
-        if not described or not (sample is None or "seed" in dict(sample)):
-            raise ValueError("it does not tell what it was made of")
+        if type(content["num_images"]) is not int or not isinstance(content["decoder"], str):
+            raise ValueError("it does not say what it was made of")
         np.asarray(content["axis_stddev"], np.float64)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
@@ -208,23 +203,14 @@ def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:
         image = np.load(path, allow_pickle=False)
     except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
         return None
-    fits = (
-        isinstance(image, np.ndarray)
-        and image.dtype == np.float32
-        and image.shape == (IMAGE_SIDE, IMAGE_SIDE, 3)
-    )
-    return (
-        image
-        if fits
-        and np.isfinite(image).all()
-        and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
-        else None
-    )
+    shape = (IMAGE_SIDE, IMAGE_SIDE, 3)
+    if not isinstance(image, np.ndarray) or image.dtype != np.float32 or image.shape != shape:
+        return None
+    fits = np.isfinite(image).all() and np.allclose(image.mean((0, 1), dtype=np.float64), mean, rtol=1e-5)
+    return image if fits else None
 
 
-def write_eigenbasis(
-    path: Path, moments: Moments, manifest_sha256: str, decoder: str, sample_seed: int | None = None
-) -> dict[str, Any]:
+def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder: str) -> dict[str, Any]:
     """Derive the basis from `moments` and write `pca.json`; returns its content.
 
     Args:
@@ -232,7 +218,6 @@ def write_eigenbasis(
         moments: Of at least one pixel.
         manifest_sha256: Checksum of the shards' manifest.
         decoder: What decoded the pixels, for example "DALI 2.4.0 cpu".
-        sample_seed: With what seed `moments.num_images` images were drawn; None for all of them.
     """
     basis, covariance = Eigenbasis.of(moments), moments.covariance
     content = {
@@ -246,7 +231,6 @@ def write_eigenbasis(
         "geometry": GEOMETRY,
         "decoder": decoder,
         "manifest_sha256": manifest_sha256,
-        **({} if sample_seed is None else {"sample": {"images": moments.num_images, "seed": sample_seed}}),
         "mean": rounded(basis.mean),
         "channel_stddev": rounded(np.sqrt(np.diag(covariance))),
         "covariance": rounded(covariance),
