@@ -84,7 +84,7 @@ def listed(raw: Path) -> None:
         data = find_layout(raw)[1]()
     for listing in data.splits.values():
         for image in listing if not data.sequential else ():
-            pack_sample((image.shown_name, image), Options(on_bad="skip"))
+            pack_sample((image.escaped_name, image), Options(on_bad="skip"))
 
 
 def ilsvrc(rng: random.Random, place: Place) -> Calls:

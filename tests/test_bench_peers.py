@@ -15,7 +15,7 @@ from pipeline.shards import ShardSet, open_shards
 from tests.helpers import refuses, run_ok
 from tests.test_bench import TURNS, rows_of
 from tools.benchmarks import peers
-from tools.benchmarks.common import first_shards, read_samples
+from tools.benchmarks.common import read_samples, select_first_shards
 from tools.benchmarks.peer_loaders import PEERS, Batches, PeerData
 
 
@@ -86,7 +86,7 @@ def test_the_same_bytes_everywhere(numbered_shards: Callable[..., ShardSet], tmp
     files = peers.extract(shards, tmp_path / "files")
     assert [(Path(path).read_bytes(), label) for path, label in files] == [sample[1:] for sample in samples]
     assert [Path(path).parent.name for path, _ in files][:2] == ["000000", "000001"]
-    assert [first_shards(shards, n).num_samples for n in (1, 50, 51, 1000)] == [50, 50, 100, 200]
+    assert [select_first_shards(shards, n).num_samples for n in (1, 50, 51, 1000)] == [50, 50, 100, 200]
     few = peers.write_numbered(shards, tmp_path / "few")
     assert [sample[1:] for sample in read_samples(few)] == [(samples[n][1], n) for n in range(peers.CHECKED)]
     assert few.num_samples == peers.CHECKED

@@ -29,7 +29,7 @@ def test_train(few: Path, tmp_path: Path) -> None:
     efficiency = np.median(values[2] / values[:2].min(0))
     assert rows[0]["efficiency"] == pytest.approx(efficiency)
     assert f"min(loader, network): {efficiency:.2f}" in text
-    assert f"the {'loader' if rows[0]['median'] < rows[1]['median'] else 'network'} binds" in text
+    assert f"bottleneck: the {'loader' if rows[0]['median'] < rows[1]['median'] else 'network'}" in text
     assert 0 < rows[0]["wait_percent"] < 100
     assert sum(rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")) == pytest.approx(100)
     assert ("busy_percent" in rows[0]) == (rows[0]["gpu"] is not None)

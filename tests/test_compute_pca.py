@@ -23,7 +23,7 @@ from pipeline.shards import ShardSet, open_shards
 from tests.helpers import ROOT, jpeg, photo, refuses, run_ok
 from tools.compute_pca import compute_pca
 from tools.make_shards import pack
-from tools.moments import Sums, batch_sums, sum_images
+from tools.moments import Sums, sum_batches, sum_images
 from tools.packing.adopt import adopt
 from tools.packing.images import crop256
 
@@ -54,7 +54,7 @@ def test_sums_of_batches(numbered_shards: Callable[..., ShardSet], batch_size: i
     split = numbered_shards(20, 3)
     stored = np.concatenate([batch.numpy().copy() for batch in decoded_batches(split, 10)])
     for threads in (1, 9):
-        total = sum(batch_sums(split, batch_size, threads, with_image=True), start=Sums())
+        total = sum(sum_batches(split, batch_size, threads, with_image=True), start=Sums())
         assert total.moments == Moments.of(stored)
         np.testing.assert_array_equal(total.image, stored.sum(0, dtype=np.int64))
 

@@ -235,7 +235,7 @@ def test_eigenbasis(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_
 def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
     """Images/s are bytes/s over the mean size of an image; many GPUs need more. Reading is bounded."""
     train = numbered_shards(40, 2)
-    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, at_most_s=0) == 0
+    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, max_s=0) == 0
     size = sum(Path(tar).stat().st_size for tar in train.tars) / 40
     monkeypatch.setattr(program, "measure_disk", lambda files: size * 25_000)
     assert "25,000 images/s" in check_disk(train, 1).value

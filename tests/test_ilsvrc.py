@@ -26,7 +26,7 @@ def test_a_devkit_that_ends_scipys_reader(tmp_path: Path, at: int, value: int) -
     mat[at] = value
     write_devkit(path, {**files, "meta.mat": bytes(mat)})
     with pytest.raises(
-        ValueError, match=r"devkit.tar.gz is not the devkit .* or is damaged \(its meta.mat cannot be read"
+        ValueError, match=r"devkit.tar.gz: not the devkit .*, or damaged \(unreadable meta.mat"
     ):
         read_devkit(path)
 

@@ -111,7 +111,7 @@ def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp
     assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
     assert "nothing to do" in run_ok("tools/make_shards.py", "pack", raw, again, "--samples-per-shard", "180")
     changed = ("--samples-per-shard", "180", "--seed", "1")
-    assert "--seed 2012, not 1" in refuses("tools/make_shards.py", "pack", raw, again, *changed)
+    assert "got 1; give --seed 2012" in refuses("tools/make_shards.py", "pack", raw, again, *changed)
     assert all((again / file).read_bytes() == (shards / file).read_bytes() for file in files)
 
 
@@ -133,7 +133,7 @@ def test_a_lost_shard_is_written_again(
     again = tmp_path / "again"
     shutil.copytree(shards, again)
     (again / "val" / "val-000001.tar").unlink()
-    (again / "train" / "train-000003.tar").write_bytes(b"cut short")
+    (again / "train" / "train-000003.tar").write_bytes(b"truncated")
     pack(raw, again, samples_per_shard=180, workers=1)
     assert "packed 360 images" in capsys.readouterr().out
     for name in ("val/val-000001.tar", "train/train-000003.tar"):
@@ -176,17 +176,17 @@ def classes_without_images(raw: Path, *more: int) -> bytes:
 @pytest.mark.parametrize(
     ("archive", "content", "message"),
     [
-        ("ILSVRC2012_img_train.tar", classes_without_images, "holds no image of class"),
+        ("ILSVRC2012_img_train.tar", classes_without_images, "no images of class"),
         ("ILSVRC2012_img_train.tar", lambda raw: classes_without_images(raw, 3), "holds a class twice"),
         ("ILSVRC2012_img_train.tar", damaged_inner_header, "damaged header"),
         ("ILSVRC2012_img_train.tar", tar_of({"n90000051.tar": tar_of({})}), "lacks class"),
-        ("ILSVRC2012_img_val.tar", None, "is missing"),
+        ("ILSVRC2012_img_val.tar", None, "not found"),
         ("ILSVRC2012_img_train.tar", b"this is no tar archive" * 100, "not a tar archive"),
-        ("ILSVRC2012_img_train.tar", "cut", "cut short"),
-        ("ILSVRC2012_devkit_t12.tar.gz", b"not gzip either", "is not the devkit"),
-        ("ILSVRC2012_devkit_t12.tar.gz", devkit_lacking_a_class, "does not know class"),
-        ("ILSVRC2012_img_val.tar", tar_of({"holiday.JPEG": b"x"}), "which the devkit does not label"),
-        ("ILSVRC2012_img_val.tar", tar_of({}), "holds 0 images"),
+        ("ILSVRC2012_img_train.tar", "cut", "truncated"),
+        ("ILSVRC2012_devkit_t12.tar.gz", b"not gzip either", "not the devkit"),
+        ("ILSVRC2012_devkit_t12.tar.gz", devkit_lacking_a_class, "lacks class"),
+        ("ILSVRC2012_img_val.tar", tar_of({"holiday.JPEG": b"x"}), "the devkit has no label for"),
+        ("ILSVRC2012_img_val.tar", tar_of({}), "got 0;"),
     ],
 )
 def test_wrong_input_is_one_sentence(
@@ -209,5 +209,5 @@ def test_wrong_input_is_one_sentence(
 def test_foreign_output_is_refused(raw: Path, tmp_path: Path) -> None:
     """A directory that holds something else is left alone."""
     (tmp_path / "holiday.jpg").write_bytes(b"x")
-    assert "holds something else" in refuses("tools/make_shards.py", "pack", raw, tmp_path)
+    assert "expected a new folder" in refuses("tools/make_shards.py", "pack", raw, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]

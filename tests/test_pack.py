@@ -48,7 +48,7 @@ def test_other_options_are_named(small: Path, tmp_path: Path) -> None:
     before = files(tmp_path / "s")
     for option in ("--seed", "--samples-per-shard", "--quality"):
         message = refuses("tools/make_shards.py", "pack", small, tmp_path / "s", option, "7")
-        assert f"{option} {asdict(Options())[option[2:].replace('-', '_')]}, not 7" in message
+        assert f"got 7; give {option} {asdict(Options())[option[2:].replace('-', '_')]} to" in message
     assert files(tmp_path / "s") == before
 
 

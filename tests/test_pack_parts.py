@@ -72,7 +72,7 @@ def test_a_split_without_its_plan_is_refused(small: Path, tmp_path: Path) -> Non
     pack(small, shards, samples_per_shard=9, workers=1, part="1/2", val_fraction=0)
     (shards / "train" / "plan.json").unlink()
     before = files(shards)
-    with pytest.raises(ValueError, match=r"no plan\.json or manifest\.json"):
+    with pytest.raises(ValueError, match=r"expected plan\.json or manifest\.json"):
         pack(small, shards, samples_per_shard=9, workers=1, seed=1, val_fraction=0)
     for note in shards.rglob("*-*.json"):  # the same, if somebody writes a plan by hand
         note.write_bytes(note.read_bytes().replace(b'"plan": "', b'"plan": "0'))

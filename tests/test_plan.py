@@ -49,7 +49,9 @@ def test_any_list_of_images(names: list[str], samples_per_shard: int, seed: int)
     )
     renamed = dict(plan.renamed_keys())
     for key, image in samples:
-        assert key == (re.sub(r"\.[^.]*$", "", image.name.split("/")[-1])) or renamed[key] == image.shown_name
+        assert (
+            key == (re.sub(r"\.[^.]*$", "", image.name.split("/")[-1])) or renamed[key] == image.escaped_name
+        )
 
 
 def test_keys() -> None:

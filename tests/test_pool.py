@@ -39,10 +39,10 @@ def test_a_worker_dies_while_another_starts(tmp_path: Path) -> None:
 
 DYING = """
 import os, signal, sys, time
-from tools.packing.pool import imap_unordered, name_work
+from tools.packing.pool import imap_unordered, set_current_item
 
 def work(number):
-    name_work(f"image {number}")
+    set_current_item(f"image {number}")
     if number == 7:
         os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(0.05)

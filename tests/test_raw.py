@@ -14,7 +14,7 @@ from pipeline.files import read_json
 from tests.helpers import files, jpeg, photo, tar_of, write
 from tests.layouts import WNIDS, Images, class_tars, folders, image_set, kaggle, parquet
 from tools.make_shards import pack
-from tools.packing.layouts import cut_validation, open_raw
+from tools.packing.layouts import open_raw, split_off_validation
 from tools.packing.listing import Listing, load_listing, save_listing, stamp_archives
 
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
@@ -196,17 +196,17 @@ def test_val_fraction(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     class_tars(raw, {f"{wnid}_{n}": ("train", wnid, b"x") for wnid in WNIDS for n in range(20)})
     data, _ = open_raw(raw, tmp_path / "none")
-    cuts = [cut_validation(data, 0.25, seed).splits for seed in (1, 1, 2)]
+    cuts = [split_off_validation(data, 0.25, seed).splits for seed in (1, 1, 2)]
     names = [{split: {image.name for image in listing} for split, listing in cut.items()} for cut in cuts]
     assert names[0] == names[1] != names[2]
     assert names[0]["train"] | names[0]["val"] == {image.name for image in data.splits["train"]}
     assert np.bincount(cuts[0]["val"].label).tolist() == [5, 5, 5]
     assert np.bincount(cuts[0]["train"].label).tolist() == [15, 15, 15]
-    assert np.bincount(cut_validation(data, 0.001, 1).splits["val"].label).tolist() == [1, 1, 1]
-    assert np.bincount(cut_validation(data, 0.999, 1).splits["train"].label).tolist() == [1, 1, 1]
+    assert np.bincount(split_off_validation(data, 0.001, 1).splits["val"].label).tolist() == [1, 1, 1]
+    assert np.bincount(split_off_validation(data, 0.999, 1).splits["train"].label).tolist() == [1, 1, 1]
     class_tars(tmp_path / "single", {wnid: ("train", wnid, b"x") for wnid in WNIDS})
-    with pytest.raises(ValueError, match="no class has two images"):
-        cut_validation(open_raw(tmp_path / "single", tmp_path / "none")[0], 0.5, 1)
+    with pytest.raises(ValueError, match="expected a class with two images"):
+        split_off_validation(open_raw(tmp_path / "single", tmp_path / "none")[0], 0.5, 1)
 
 
 def test_the_listing_is_cached(tmp_path: Path) -> None:

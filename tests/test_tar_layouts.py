@@ -136,7 +136,7 @@ def test_what_is_ignored(tmp_path: Path) -> None:
     write(
         tmp_path / "twice" / "train.tar", tar_of([("a/1.jpg", IMAGE), ("b/1.jpg", IMAGE), ("a/1.jpg", IMAGE)])
     )
-    with pytest.raises(ValueError, match=r"train\.tar holds a file twice"):
+    with pytest.raises(ValueError, match=r"train\.tar: holds a file twice"):
         listed(tmp_path / "twice")
 
 

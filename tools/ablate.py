@@ -1,13 +1,13 @@
-"""Measure what each part of the network and its training is worth: the same run with and without it.
+"""Measure the effect of each part of the network and its training: the same run with and without it.
 
     python tools/ablate.py train/configs/paper.yaml SHARDS OUT --ablations '[no-lrn,no-dropout]' --seeds '[1,2,3]'
 
 Writes OUT/ablations.md (the table), ablations.json and ablations.png. Each run is `python -m train.run --config BASE
---config ABLATION ...` in a folder of OUT, one after the other; NAME.log is its output, NAME.json says that it finished.
-The same command resumes a comparison that was stopped, and more seeds, ablations, rates or epochs only add runs.
+--config ABLATION ...` in a folder of OUT, one after the other; NAME.log is its output, NAME.json is written when it
+finishes. The same command resumes an interrupted comparison; more seeds, ablations, rates or epochs only add runs.
 
-An ablation is a name in train/configs/ablations or a YAML file of your own: one-gpu and no-conv4 have the sizes of the
-full network, and a slimmer base needs files with sizes that fit it.
+An ablation is a name in train/configs/ablations or a YAML file: one-gpu and no-conv4 have the sizes of the full
+network; a narrower base needs files with matching sizes.
 """
 
 import shlex
@@ -43,27 +43,27 @@ ANY_WIDTH = (
     "no-dropout",
     "no-weight-decay",
 )
-"""Those that fit a network of any width and change the paper's recipe in one thing."""
-OURS = ("--data.shards", "--run.dir", "--train.seed")
-"""Settings that differ from run to run; a rate of `--rates` wins over one in `--settings`."""
+"""Ablations that fit a network of any width and change one thing of the paper's recipe."""
+PER_RUN = ("--data.shards", "--run.dir", "--train.seed")
+"""Settings that differ between runs; `--rates` overrides a rate in `--settings`."""
 
 
 class Run(NamedTuple):
     """One run of a comparison."""
 
     arguments: list[str]
-    """Of train.run."""
+    """Arguments of train.run."""
     config: Config
-    """What they come to."""
+    """The parsed arguments."""
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
+        """Return the run directory."""
         return self.config.run.dir
 
     @property
     def result(self) -> Path:
-        """The file that says that the run finished."""
+        """Return the file that is written when the run finishes."""
         return self.directory.with_name(f"{self.directory.name}.json")
 
 
@@ -77,19 +77,19 @@ def ablate(
     error: float = 25.0,
     settings: str = "",
 ) -> None:
-    """Train a base and its ablations, and write what each difference is worth next to the paper's figure.
+    """Train a base and its ablations, and compare each difference with the paper's.
 
     Args:
         base: Configuration of the base, a YAML file.
         shards: Folder written by make_shards and compute_pca.
         out: Folder for runs and results.
         ablations: Names in train/configs/ablations, or YAML files; by default those that fit a network of any width.
-            The base always runs too.
-        seeds: Seeds, each for every ablation.
-        rates: Learning rates, each for every ablation; the best is taken. By default the configuration's.
-        error: Training error in percent; the table has the epochs to reach it.
-        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.hidden 64". An ablation wins over
-            them.
+            The base always runs.
+        seeds: Seeds of every ablation.
+        rates: Learning rates to try for every ablation, of which the best counts; by default the configuration's.
+        error: Training error in percent; the table lists the epochs to reach it.
+        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.hidden 64". An ablation
+            overrides them.
     """
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
     Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
@@ -110,7 +110,7 @@ def ablate(
     check_plan(plan, train, base)
     out.mkdir(parents=True, exist_ok=True)
 
-    # So that the run in progress is stopped and saved.
+    # SIGTERM stops and saves the run in progress, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     entries = []
     for name, by_rate in plan.items():
@@ -119,16 +119,18 @@ def ablate(
         if not entries[0].runs:
             raise ValueError(f"{BASE}: diverged; give another OUT and a lower --rates or --optimizer.lr")
     table = format_markdown(entries, error, val.num_samples)
-    about = {"base": str(base), "settings": settings, "error": error, "seeds": seeds, "rates": rates}
-    about |= {"shards": str(shards), "shards_manifest_sha256": train.manifest_sha256}
-    write_json(out / "ablations.json", about | {"entries": [to_json(entry, entries[0]) for entry in entries]})
+    content = {"base": str(base), "settings": settings, "error": error, "seeds": seeds, "rates": rates}
+    content |= {"shards": str(shards), "shards_manifest_sha256": train.manifest_sha256}
+    write_json(
+        out / "ablations.json", content | {"entries": [to_json(entry, entries[0]) for entry in entries]}
+    )
     write_bytes(out / "ablations.md", table.encode())
     draw_curves(out / "ablations.png", entries)
     print(f"\n{table}\nwritten: {out}/ablations.md, ablations.json, ablations.png")
 
 
 def find_ablations(names: list[str]) -> dict[str, Path]:
-    """Find the YAML files of ablations by name. Raises `ValueError` for one that is unknown or comes twice."""
+    """Find the YAML files of ablations by name. Raises `ValueError` for an unknown or a duplicate one."""
     files: dict[str, Path] = {}
     for text in names:
         try:
@@ -137,7 +139,9 @@ def find_ablations(names: list[str]) -> dict[str, Path]:
             known = ", ".join(sorted(path.stem for path in ABLATIONS.glob("*.yaml")))
             raise ValueError(f"--ablations {text}: not found; give a YAML file or one of {known}") from None
         if path.stem in {BASE, *files}:
-            raise ValueError(f"--ablations: two runs would be called {path.stem}; rename one or leave it out")
+            raise ValueError(
+                f"--ablations: expected different names, got {path.stem} twice; rename one or leave it out"
+            )
         files[path.stem] = path
     return files
 
@@ -152,12 +156,13 @@ def plan_run(
     seed: int,
     settings: str,
 ) -> Run:
-    """Put together a run: the base, the settings of all runs, the ablation over them, and what differs per run."""
+    """Build a run from the base, the settings of all runs, the ablation, and the settings per run, later ones
+    overriding."""
     try:
         words = shlex.split(settings)
     except ValueError as error:
         raise ValueError(f"--settings {settings}: {error}; quote it as in a shell") from None
-    if clash := [word for word in words if word.partition("=")[0] in OURS]:
+    if clash := [word for word in words if word.partition("=")[0] in PER_RUN]:
         raise ValueError(f"--settings: {clash[0]} is set for each run; leave it out")
     directory = out / f"{name}{'' if rate is None else f'-lr{rate!r}'}-seed{seed}"
     arguments = ["--config", str(base), *words, *(["--config", str(file)] if file else [])]
@@ -167,7 +172,7 @@ def plan_run(
 
 
 def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, base: Path) -> None:
-    """Raise `ValueError` for a run that cannot work, that would show nothing, or that finished with other settings."""
+    """Raise `ValueError` for a run that logs nothing, equals the base, or finished with other settings."""
     runs = [run for by_rate in plan.values() for runs in by_rate.values() for run in runs]
     for run in runs:
         config = run.config
@@ -187,9 +192,9 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
 
 
 def read_result(run: Run, train: ShardSet) -> str | None:
-    """Read how a run finished: "trained" or "diverged"; None where it has not, or is to have more epochs.
+    """Read the outcome of a run: "trained" or "diverged"; None if it is unfinished, or needs more epochs.
 
-    Raises `ValueError` when it was a run with other settings or of other shards.
+    Raises `ValueError` when it had other settings or shards.
     """
     if not run.result.is_file() or not (run.directory / "metrics.jsonl").is_file():
         return None
@@ -205,12 +210,12 @@ def read_result(run: Run, train: ShardSet) -> str | None:
 
 
 def finish_run(run: Run, train: ShardSet, error: float) -> Figures | None:
-    """Train a run unless it has finished, and read its figures; None where it diverged."""
+    """Train a run unless it has finished, and read its figures; None if it diverged."""
     name = run.directory.name
     outcome = read_result(run, train)
     if outcome is None:
         print(f"{name}: training, output in {name}.log", flush=True)
-        outcome = "trained" if train_to_end(run) else "diverged"
+        outcome = "trained" if run_training(run) else "diverged"
         write_json(
             run.result, {"config": run.config.to_json(), "shards": train.manifest_sha256, "outcome": outcome}
         )
@@ -225,7 +230,7 @@ def finish_run(run: Run, train: ShardSet, error: float) -> Figures | None:
     return figures
 
 
-def train_to_end(run: Run) -> bool:
+def run_training(run: Run) -> bool:
     """Train or resume a run. Returns False when it diverged; raises `ValueError` when it failed or was stopped."""
     log, report = run.result.with_suffix(".log"), run.directory / "report.html"
     report.unlink(missing_ok=True)  # a run writes it at its end
@@ -235,7 +240,7 @@ def train_to_end(run: Run) -> bool:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it through us alone, once: twice would end it unsaved
+            start_new_session=True,  # Ctrl-C reaches it only through us: a second one would end it unsaved
         )
         try:
             code = process.wait()
@@ -246,7 +251,7 @@ def train_to_end(run: Run) -> bool:
     if code not in (0, DIVERGED):
         raise ValueError(f"{run.directory}: training failed with exit code {code}; see the end of {log}")
     if code == 0 and not report.is_file():
-        raise ValueError(f"{run.directory}: stopped before its end; run the same command to resume")
+        raise ValueError(f"{run.directory}: unfinished; run the same command to resume")
     return code == 0
 
 

@@ -1,8 +1,8 @@
 """Compare runs of one base and its ablations: figures of each run, a table and a chart.
 
-Errors are top-1, in percent. The training error is the mean over the last epoch's rows of metrics.jsonl: of images as
-they are augmented, with dropout. The validation error is the centre crop's at the end. Differences are taken seed by
-seed, as equal seeds share order, crops and flips of the images.
+Errors are top-1, in percent. The training error is the mean of metrics.jsonl over the last epoch, with augmentation and
+dropout. The validation error is the centre crop's at the end. Differences are paired by seed, as equal seeds share
+order, crops and flips of the images.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,10 +17,10 @@ PAPER = {
     "no-lighting": "over +1",
     "no-conv4": "about +2",
 }
-"""Points of top-1 error that the paper's network loses without it, as the paper says (sections 3.2-3.4, 4.1 and 7)."""
+"""Points of top-1 error that the ablation adds, from the paper (sections 3.2-3.4, 4.1 and 7)."""
 BASE = "base"
 FEW_SEEDS = 3
-"""Below which a spread says nothing."""
+"""Fewer seeds show no difference."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class Figures:
     val_errors: tuple[float, ...]
     """After each epoch."""
     epochs_to_error: float | None
-    """Until a row of metrics.jsonl first had the training error in question or less; None: never."""
+    """Epochs until a row of metrics.jsonl first had the target training error or less; None: never."""
 
     @property
     def val_error(self) -> float:
-        """At the end."""
+        """Return the last validation error."""
         return self.val_errors[-1]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The base or an ablation: its runs at the rate that did best."""
+    """The base or an ablation: its runs at the best rate."""
 
     name: str
     rate: float | None
     """The best of `--rates`; None: the configuration's."""
     runs: tuple[Figures, ...]
-    """One for each seed, in the same order everywhere; empty where training diverged at every rate."""
+    """One per seed, in the same order; empty if training diverged at every rate."""
 
     @property
     def epochs_to_error(self) -> float | None:
-        """Mean over the seeds; None if one of them never reached the error."""
+        """Return the mean over the seeds; None if one of them never reached the error."""
         reached = [run.epochs_to_error for run in self.runs if run.epochs_to_error is not None]
         return fmean(reached) if self.runs and len(reached) == len(self.runs) else None
 
@@ -61,15 +61,15 @@ class Entry:
         return fmean(getattr(run, name) for run in self.runs)
 
     def differences(self, base: "Entry") -> list[float]:
-        """Subtract the base's validation error, seed by seed; empty where training diverged, and for the base."""
+        """Subtract the base's validation error, seed by seed; empty if training diverged, and for the base."""
         if self is base or not self.runs:
             return []
-        return [run.val_error - its.val_error for run, its in zip(self.runs, base.runs, strict=True)]
+        return [run.val_error - other.val_error for run, other in zip(self.runs, base.runs, strict=True)]
 
 
 def read_figures(rows: list[dict[str, Any]], seed: int, error: float) -> Figures:
-    """Read the figures of a finished run from the rows of its metrics.jsonl, with at least one of either kind; `error`
-    is the training error to reach, in percent."""
+    """Read the figures of a finished run from the rows of its metrics.jsonl; `error`: target training error,
+    percent."""
     train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
     steps_per_epoch = val[0]["step"] / val[0]["epoch"]
     return Figures(
@@ -83,8 +83,8 @@ def read_figures(rows: list[dict[str, Any]], seed: int, error: float) -> Figures
 
 
 def pick_rate(name: str, by_rate: dict[float | None, list[Figures | None]]) -> Entry:
-    """Pick the rate with the fewest epochs to the training error in question, or, if no rate brought every seed there,
-    the one with the lowest training error; never a rate at which a seed diverged (None)."""
+    """Pick the rate with the fewest epochs to the target training error, or, if no rate reached it with every seed, the
+    lowest training error; never a rate at which a seed diverged (None)."""
     entries = [
         Entry(name, rate, tuple(filter(None, runs))) for rate, runs in by_rate.items() if None not in runs
     ]
@@ -103,27 +103,26 @@ def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
     seeds = ", ".join(str(run.seed) for run in entries[0].runs)
     notes = (
         f"Top-1 errors in %, means over the seeds {seeds}. Rate: of `--rates` the one with the fewest epochs "
-        f"to {error:g} % training error, or with the lowest training error where no rate brought every seed "
-        "there. Training: the last epoch, as augmented and with dropout. Validation: the centre crop at the "
+        f"to {error:g} % training error, or with the lowest training error if no rate reached it with every "
+        "seed. Training: the last epoch, with augmentation and dropout. Validation: the centre crop at the "
         f"end; one image is {100 / val_images:.2g} points. Gap: validation minus training. Epochs: until a row "
-        "of metrics.jsonl had that training error, - where a seed never did. Difference: points of validation "
-        "error above the base's with the same seed, mean (least to greatest). The paper's is of ImageNet."
+        "of metrics.jsonl had that training error, - if a seed never did. Difference: points of validation "
+        "error above the base's with the same seed, mean (min to max). The paper's is for ImageNet."
     )
     weaknesses = list_weaknesses(entries[0], error)
     return "\n\n".join(["# Ablations", *weaknesses, align_columns(rows), notes]) + "\n"
 
 
 def list_weaknesses(base: Entry, error: float) -> list[str]:
-    """List reasons why differences to the base show nothing yet: too few seeds to exclude chance, too few epochs to
-    learn."""
+    """List reasons why the differences are not significant: too few seeds, too few epochs."""
     few = (
-        f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: the same network differs as "
-        "much from seed to seed. Give more `--seeds`.**"
+        f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: one network differs as much "
+        "between seeds. Give more `--seeds`.**"
     )
     short = (
-        "**This comparison shows nothing of trained networks: the base did not reach "
-        f'{error:g} % training error. Train longer (`--settings "--train.epochs N"`), or give the `--error` '
-        "that it should reach.**"
+        "**This comparison is not of trained networks: the base did not reach "
+        f'{error:g} % training error. Train longer (`--settings "--train.epochs N"`), or give another '
+        "`--error`.**"
     )
     return [few] * (len(base.runs) < FEW_SEEDS) + [short] * (base.epochs_to_error is None)
 
@@ -143,7 +142,7 @@ def format_cells(entry: Entry, base: Entry) -> list[str]:
 
 
 def align_columns(rows: list[list[str]]) -> str:
-    """Format a table in Markdown that can be read in a terminal as well."""
+    """Format a Markdown table with aligned columns."""
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
@@ -164,7 +163,7 @@ def to_json(entry: Entry, base: Entry) -> dict[str, Any]:
 
 
 def draw_curves(path: Path, entries: list[Entry]) -> None:
-    """Write a PNG of validation errors over epochs: a line for each run, a colour for each entry."""
+    """Plot validation errors over epochs: a line per run, a colour per entry."""
     from train.charts import saved_figure
 
     with saved_figure(path) as figure:

@@ -1,14 +1,14 @@
-"""Benchmarks, one subcommand per question.
+"""Run benchmarks, one subcommand per question.
 
-    python tools/bench.py loader SHARDS     how fast batches come, and what bounds them
-    python tools/bench.py peers SHARDS      how fast the loaders of others do the same job
+    python tools/bench.py loader SHARDS     speed of the loader, and of the decoders that bound it
+    python tools/bench.py peers SHARDS      speed of other loaders at the same job
     python tools/bench.py train SHARDS      whether the network waits: loader alone, network alone, both
-    python tools/bench.py model             how fast the network trains, and torchvision's
-    python tools/bench.py pack RAW          how fast raw images are packed, by us, by Pillow and webdataset, by copying
+    python tools/bench.py model             speed of training, ours and torchvision's
+    python tools/bench.py pack RAW          speed of packing: make_shards, Pillow and webdataset, the codec alone
     python tools/bench.py all SHARDS        all of these
-    python tools/bench.py report            a page about this machine: doctor, GPU tests, loader, model, train
+    python tools/bench.py report            a report about this machine: doctor, GPU tests, loader, model, train
 
-Each contender has images per second and images per CPU-second: tools/benchmarks/common.py says how both are measured.
+Each prints images per second and images per CPU-second (see tools/benchmarks/common.py).
 """
 
 import shlex
@@ -29,12 +29,12 @@ from train.program import run_program
 def bench_all(
     shards: Path, raw: Path | None = None, out: Path = Path("benchmarks"), ffcv_python: Path | None = None
 ) -> None:
-    """Run all benchmarks, one after another, in processes of their own. One that fails does not stop the others.
+    """Run all benchmarks, each in its own process. One that fails does not stop the others.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
-        raw: Folder of raw images, for pack; without it, pack is left out.
-        out: Folder for rows, a file for each benchmark.
+        raw: Folder of raw images, for pack (default: no pack).
+        out: Folder for rows, a file per benchmark.
         ffcv_python: Python of an environment with FFCV, for peers.
     """
     out.mkdir(parents=True, exist_ok=True)

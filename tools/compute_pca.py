@@ -2,8 +2,8 @@
 
     python tools/compute_pca.py SHARDS
 
-Pixels come through the pipeline's own decoder, so that statistics and training see the same ones. Sums are exact
-integers, so the file has the same bytes whatever the threads and batches. `tools/preview.py` draws the result.
+Images are decoded by the training pipeline's decoder, so statistics and training see the same pixels. Sums are exact
+integers, so the file's bytes do not depend on threads and batches. `tools/preview.py` draws the result.
 """
 
 from pathlib import Path
@@ -32,24 +32,24 @@ def compute_pca(
 
     Args:
         shards: Folder written by make_shards.
-        mean_image: Write the mean of each pixel as well: mean_image.npy (float32, 256x256x3, RGB, 0..255) and
-            mean_image.png to look at, next to pca.json.
-        out: JSON file to write, for shards that must not be written to; SHARDS/pca.json by default.
-        device: Where images are decoded and summed. A GPU's decoder may differ by a level in some pixels; pca.json
-            names the decoder.
+        mean_image: Also write the mean of each pixel: mean_image.npy (float32, 256x256x3, RGB, 0..255) and
+            mean_image.png, next to pca.json.
+        out: JSON file to write, for read-only shards; SHARDS/pca.json by default.
+        device: Device that decodes and sums. A GPU's decoder may differ by a level in some pixels; pca.json names the
+            decoder.
     """
     train, path = open_shards(shards, "train"), out or shards / "pca.json"
     mean_path = path.with_name("mean_image.npy")
     found = read_eigenbasis(path, train.manifest_sha256) if path.exists() else {}
     has_basis = found.get("num_images") == train.num_samples
     if has_basis and not (mean_image and read_mean_image(mean_path, found["mean"]) is None):
-        print(f"{path} fits these shards already; nothing to do")
+        print(f"{path} is up to date; nothing to do")
         return
     check_writable(path)
     total, decoder = sum_split(train, mean_image, device)
     if mean_image:
         write_mean_image(mean_path, total)
-    # Runs that began with a pca.json resume with no other; another decoder's may differ in the last digits.
+    # A run resumes only with its own pca.json; another decoder's may differ in the last digits.
     if not has_basis:
         write_eigenbasis(path, total.moments, train.manifest_sha256, decoder)
     content = read_eigenbasis(path, train.manifest_sha256)
@@ -61,18 +61,18 @@ def compute_pca(
 
 
 def sum_split(train: ShardSet, mean_image: bool, device: Literal["cpu", "cuda"]) -> tuple["Sums", str]:
-    """Decode and sum every training image; returns the sums and the name of the decoder.
+    """Decode and sum every training image. Returns the sums and the name of the decoder.
 
-    Raises `DataError` when DALI fails, `ValueError` where there is no GPU to decode on.
+    Raises `DataError` when DALI fails, `ValueError` without a GPU to decode on.
     """
-    import nvidia.dali  # it and torch take seconds, which errors in the input need not wait for
+    import nvidia.dali  # takes seconds, as torch does; errors in the input come first
 
-    from tools.moments import Sums, batch_sums
+    from tools.moments import Sums, sum_batches
     from train.device import pick_device
 
     total, threads, start = Sums(), share_of_cores(), perf_counter()
     with tqdm(total=train.num_samples, desc="eigenbasis", unit="img", disable=None) as progress:
-        for sums in batch_sums(train, BATCH_SIZE, threads, pick_device(device), mean_image):
+        for sums in sum_batches(train, BATCH_SIZE, threads, pick_device(device), mean_image):
             total += sums
             progress.update(sums.moments.num_images)
     seconds = perf_counter() - start
@@ -83,18 +83,16 @@ def sum_split(train: ShardSet, mean_image: bool, device: Literal["cpu", "cuda"])
 
 
 def describe_degeneracy(eigenvalues: list[float], num_images: int) -> str:
-    """Say why a basis is a poor one for lighting; empty for a sound one. Eigenvalues in descending order."""
+    """Describe why a basis is degenerate for lighting; empty if it is not. Eigenvalues in descending order."""
     if eigenvalues[0] == 0:
-        return "every pixel has the same colour, lighting will change nothing; are these the right images?"
+        return "every pixel has the same colour, lighting has no effect; check the images"
     if eigenvalues[1] <= 1e-9 * eigenvalues[0]:
-        return (
-            "the images have one axis of colour (they are grey), lighting will change their brightness alone"
-        )
-    return "one image is not a data set; the axes are those of its own colours" if num_images == 1 else ""
+        return "the images have one axis of colour (they are grey), lighting changes only their brightness"
+    return "only one image; the axes are those of its colours" if num_images == 1 else ""
 
 
 def write_mean_image(path: Path, total: "Sums") -> None:
-    """Write the mean image as float32 `.npy` and, rounded, as `.png`."""
+    """Write the mean image as a float32 `.npy`, and rounded as a `.png`."""
     from PIL import Image
 
     mean_HWC = np.asarray(total.image / total.moments.num_images)

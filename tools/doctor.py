@@ -1,15 +1,15 @@
-"""List what a bug report needs and what has to be put right before training, on one screen.
+"""Check this machine for training, and print what a bug report needs, on one screen.
 
     python tools/doctor.py [SHARDS] [--json]
 
-A line for each check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training cannot run, or not on
-the GPU that is there) or `-` (does not apply), and below it what to do. Exit code 2 if there is a problem, else 0.
+A line per check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training cannot run, or not on the
+GPU) or `-` (does not apply), and below it the remedy. Exit code 2 if there is a problem, else 0.
 
-`--json` prints one object instead: `findings`, a list of objects with `name`, `status`, `value` and `remedy` (empty
-where there is nothing to do); texts `system` and `python`; and what the probes found of `driver`, `torch` and `dali`.
+`--json` prints one object: `findings`, a list of objects with `name`, `status`, `value` and `remedy` (may be empty);
+strings `system` and `python`; and the results of the probes `driver`, `torch` and `dali`.
 
-It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in a process for each, so that one that is broken,
-crashes or hangs is a finding like any other. A check that fails becomes a warning.
+It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in a process each, so that a library that is broken,
+crashes or hangs is a finding. A check that raises becomes a warning.
 """
 
 import json
@@ -42,18 +42,18 @@ from pipeline.shards import ShardSet, open_shards
 from train.program import WRONG_INPUT, Parser, exit_with
 
 TIMEOUT_S = 120.0
-"""For a probe: importing PyTorch or DALI reads gigabytes from a disk that may be slow."""
+"""Limit of a probe: importing PyTorch or DALI reads gigabytes, perhaps from a slow disk."""
 INSTALL = "run make install"
 BUILDS = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
 NETWORK = re.compile(
     r"nfs\d?|cifs|smb3?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|virtiofs|wekafs|orangefs|pvfs2|panfs"
     r"|fuse\..+"
 )
-"""File systems that bring bytes over a network, or, as most of FUSE's, may."""
+"""Network file systems, and FUSE's, most of which are."""
 READ_BYTES, READ_S, CHUNK = 256 * 2**20, 2.0, 4 * 2**20
-"""How much of the shards is read to measure the disk, for how long, and how much at a time."""
+"""Bytes and seconds of reading to measure the disk, and bytes per read."""
 GPU_IMAGES_PER_S, CPU_IMAGES_PER_S = 10_000, 500
-"""Below which a disk is called slow: about what a GPU takes (docs/storage.md), and a CPU."""
+"""A slower disk gets a warning: about the speed of training on a GPU (docs/storage.md), and on a CPU."""
 
 
 class Finding(NamedTuple):
@@ -62,11 +62,11 @@ class Finding(NamedTuple):
     status: Literal["ok", "warning", "problem", "-"]
     value: str
     remedy: str = ""
-    """What to do; empty where there is nothing to do."""
+    """May be empty."""
 
 
-Facts = dict[str, Any]
-"""What a probe found; `error` where it failed."""
+ProbeResult = dict[str, Any]
+"""Output of a probe; `error` if it failed."""
 
 
 def doctor(shards: Path | None, as_json: bool) -> None:
@@ -76,7 +76,7 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     gpus = len(torch.get("gpus") or ())
     train = None
     if shards:
-        with suppress(OSError, ValueError):  # the check says why
+        with suppress(OSError, ValueError):  # check_split reports it
             train = open_shards(shards, "train")
     checks: dict[str, Callable[[], Finding]] = {
         "driver": lambda: check_driver(driver, Path("/proc/driver/nvidia/version").exists()),
@@ -97,19 +97,19 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     findings = {name: run_check(check) for name, check in checks.items()}
     if as_json:
         rows = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
-        found = {"findings": rows, "system": platform.platform(), "python": platform.python_version()}
-        print(json.dumps(found | {"driver": driver, "torch": torch, "dali": dali}, indent=1))
+        content = {"findings": rows, "system": platform.platform(), "python": platform.python_version()}
+        print(json.dumps(content | {"driver": driver, "torch": torch, "dali": dali}, indent=1))
     else:
         print(format_table(findings))
         if not shards:
-            print("give a folder of shards to check it as well: python tools/doctor.py SHARDS")
+            print("to check shards as well: python tools/doctor.py SHARDS")
     sys.stdout.flush()
     if any(finding.status == "problem" for finding in findings.values()):
         sys.exit(WRONG_INPUT)
 
 
-def check_driver(driver: Facts, is_loaded: bool) -> Finding:
-    """Check that NVML answers; `is_loaded`: whether the kernel module is there."""
+def check_driver(driver: ProbeResult, is_loaded: bool) -> Finding:
+    """Check that NVML works; `is_loaded`: whether the kernel module is loaded."""
     if "error" not in driver:
         return Finding("ok", f"{driver['version']}, CUDA up to {driver['cuda']}")
     if not is_loaded:
@@ -120,9 +120,8 @@ def check_driver(driver: Facts, is_loaded: bool) -> Finding:
     return Finding("warning", f"NVML fails: {driver['error']}", remedy)
 
 
-def check_gpus(driver: Facts, torch: Facts, visible: str | None) -> Finding:
-    """Check that PyTorch runs on the GPUs that are there, and that these reach each other's memory; `visible` is
-    CUDA_VISIBLE_DEVICES."""
+def check_gpus(driver: ProbeResult, torch: ProbeResult, visible: str | None) -> Finding:
+    """Check that PyTorch runs on the GPUs, and that they have peer access; `visible`: CUDA_VISIBLE_DEVICES."""
     gpus, usable = driver.get("gpus") or torch.get("gpus") or [], torch.get("gpus") or []
     if not gpus:
         return Finding("-", "none: trains on the CPU")
@@ -140,25 +139,23 @@ def check_gpus(driver: Facts, torch: Facts, visible: str | None) -> Finding:
     hidden, peers, pairs = len(gpus) - len(usable), torch["peers"], len(usable) * (len(usable) - 1)
     text += f"; {hidden} more are hidden from this process" if hidden > 0 else ""
     if peers < pairs:
-        text += (
-            f"; {peers} of {pairs} ordered pairs reach each other's memory, the others copy through the host"
-        )
-        remedy = "some GPUs cannot do it; else switch off IOMMU or ACS. NCCL hangs? Set NCCL_P2P_DISABLE=1"
+        text += f"; {peers} of {pairs} ordered pairs have peer access, the others copy through the host"
+        remedy = "some GPUs lack it; else disable IOMMU or ACS. If NCCL hangs, set NCCL_P2P_DISABLE=1"
         return Finding("warning", text, remedy)
     return Finding("ok", text)
 
 
 def check_packages() -> Finding:
-    """Check that all that this project and its DALI require is installed, in versions that fit."""
+    """Check that the requirements of this project and of DALI are installed, in matching versions."""
     pip = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
     lines = [line for line in pip.stdout.splitlines() if line.startswith(("alexnet-dali ", "nvidia-dali-"))]
     if lines:
         missing = any("not installed" in line for line in lines)
         return Finding("problem" if missing else "warning", " ".join(lines), INSTALL)
-    return Finding("ok", f"all that this project requires, in {sys.prefix}")
+    return Finding("ok", f"all requirements, in {sys.prefix}")
 
 
-def check_torch(torch: Facts) -> Finding:
+def check_torch(torch: ProbeResult) -> Finding:
     """Check that PyTorch imports."""
     if "error" in torch:
         return Finding("problem", f"does not import: {torch['error']}", INSTALL)
@@ -166,7 +163,7 @@ def check_torch(torch: Facts) -> Finding:
     return Finding("ok", f"{torch['version']}, {cuda}")
 
 
-def check_dali(dali: Facts, has_gpu: bool) -> Finding:
+def check_dali(dali: ProbeResult, has_gpu: bool) -> Finding:
     """Check that DALI imports, and decodes where PyTorch trains."""
     if "error" in dali:
         return Finding("problem", f"does not import: {dali['error']}", INSTALL)
@@ -179,19 +176,19 @@ def check_dali(dali: Facts, has_gpu: bool) -> Finding:
 
 
 def check_compiler() -> Finding:
-    """Check what torch.compile needs: a C++ compiler and Python's headers."""
+    """Check for the C++ compiler and Python headers that torch.compile needs."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if compiler and header.is_file():
         return Finding("ok", f"{compiler}, {header}")
-    missing = f"no {header if compiler else 'g++ or clang++'}: the network runs uncompiled, more slowly"
+    missing = f"no {header if compiler else 'g++ or clang++'}: the network runs uncompiled, slower"
     return Finding("warning", missing, f"apt-get install {'python3-dev' if compiler else 'g++'}")
 
 
 def read_cgroup(name: str, membership: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> list[str]:
-    """Read a limit of this process's cgroup (version 2), and of those around it, which hold as well.
+    """Read a limit of this process's cgroup (version 2) and of its parents, which apply as well.
 
-    In a container the path of /proc/self/cgroup, "0::/a/b", may be that of the host; its own limits are at the root.
+    In a container the path in /proc/self/cgroup, "0::/a/b", may be the host's; the container's limits are at the root.
     """
     text = read_text(Path("/proc/self/cgroup")) if membership is None else membership
     path = next((line[3:].strip("/") for line in text.splitlines() if line.startswith("0::")), "")
@@ -200,7 +197,7 @@ def read_cgroup(name: str, membership: str | None = None, root: Path = Path("/sy
 
 
 def read_text(path: Path) -> str:
-    """Read a small file; empty where it cannot be read."""
+    """Read a small file; empty if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -208,27 +205,27 @@ def read_text(path: Path) -> str:
 
 
 def check_cores(usable: int, machine: int | None, quotas: list[str]) -> Finding:
-    """Check that cgroups (texts of cpu.max, "QUOTA PERIOD" in microseconds) allow the cores that DALI counts on."""
+    """Check that the cgroup quotas (cpu.max: "QUOTA PERIOD" in microseconds) allow all cores that DALI uses."""
     numbers = [re.fullmatch(r"(\d+) (\d+)\s*", text, re.ASCII) for text in quotas]
     quota = min((int(found[1]) / int(found[2]) for found in numbers if found and int(found[2])), default=None)
     text = f"{usable} of {machine}"
     if quota is None or quota >= usable:
         return Finding("ok", text)
     remedy = f"set --data.speed.threads {max(1, round(quota)) + 1}, or get more cores"
-    return Finding("warning", f"{text}, but a cgroup allows the time of {quota:.3g} alone", remedy)
+    return Finding("warning", f"{text}, but a cgroup allows the time of {quota:.3g}", remedy)
 
 
 def check_memory(train: ShardSet | None) -> Finding:
-    """Check that a training process, the quickstart's takes about 1 GB, and the training shards fit into memory."""
+    """Check that a training process (1 GB for the quickstart) and the training shards fit in memory."""
     info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", read_text(Path("/proc/meminfo")), re.MULTILINE))
     limits = [int(text) for text in read_cgroup("memory.max") if text.strip().isdecimal()]
     free, total = (min([1024 * int(info[name]), *limits]) for name in ("MemAvailable", "MemTotal"))
-    size = shard_bytes(train) if train else 0
+    size = sum_shard_bytes(train) if train else 0
     text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}" + f", training shards {size / 1e9:.2f} GB" * (
         size > 0
     )
     if free < 2e9:
-        return Finding("warning", text, "end other programs, or get more memory")
+        return Finding("warning", text, "stop other programs, or get more memory")
     if size > 0.9 * free:
         remedy = "a fast disk, or more memory (docs/storage.md)"
         return Finding("warning", f"{text}: every epoch reads the disk again", remedy)
@@ -236,7 +233,7 @@ def check_memory(train: ShardSet | None) -> Finding:
 
 
 def check_shared_memory(gpus: int) -> Finding:
-    """Check that NCCL finds 1 GB of /dev/shm between several GPUs (Docker's default is 64 MiB)."""
+    """Check for 1 GB of /dev/shm, which NCCL needs for several GPUs (Docker's default is 64 MiB)."""
     size = shutil.disk_usage("/dev/shm").total
     if gpus > 1 and size < 1e9:
         return Finding("warning", f"{size / 1e9:.2f} GB", "in a container, give it --shm-size 1g")
@@ -244,7 +241,7 @@ def check_shared_memory(gpus: int) -> Finding:
 
 
 def check_split(shards: Path, split: str) -> Finding:
-    """Check that a split opens, and that every shard of it may stay open."""
+    """Check that a split opens, and that the limit of open files allows all of its shards."""
     opened = open_shards(shards, split)
     raise_open_files(len(opened.tars))
     text = f"{opened.num_samples:,} images in {len(opened.tars)} shards, {len(opened.classes)} classes"
@@ -262,15 +259,17 @@ def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:
 
 def check_disk(train: ShardSet, gpus: int) -> Finding:
     """Check that the shards' disk is local and fast enough."""
-    shards = Path(train.tars[0]).resolve()  # adopted shards are links to where their bytes are
+    shards = Path(train.tars[0]).resolve()  # adopted shards are links
     df = subprocess.run(["df", "--output=fstype,target", shards], capture_output=True, text=True, check=True)
     kind, mount = df.stdout.splitlines()[1].split(maxsplit=1)
     bytes_per_s = measure_disk(train.tars)
-    images_per_s = bytes_per_s * train.num_samples / max(shard_bytes(train), 1)
+    images_per_s = bytes_per_s * train.num_samples / max(sum_shard_bytes(train), 1)
     text = f"{kind} at {mount}, {bytes_per_s / 1e6:,.0f} MB/s, {images_per_s:,.0f} images/s from one reader"
     needed = GPU_IMAGES_PER_S * gpus or CPU_IMAGES_PER_S
     if images_per_s < needed:
-        return Finding("warning", f"{text}; {needed:,} are wanted", "use a faster disk (docs/storage.md)")
+        return Finding(
+            "warning", f"{text}; expected at least {needed:,}", "use a faster disk (docs/storage.md)"
+        )
     if NETWORK.fullmatch(kind):
         return Finding(
             "warning", f"{text}, over a network", "copy the shards to a local disk (docs/storage.md)"
@@ -278,29 +277,28 @@ def check_disk(train: ShardSet, gpus: int) -> Finding:
     return Finding("ok", text)
 
 
-def measure_disk(files: Sequence[str], at_most_bytes: int = READ_BYTES, at_most_s: float = READ_S) -> float:
-    """Read the beginnings of up to eight files, evenly spread, after the kernel dropped them from its page cache, as
-    far as it does; returns bytes per second."""
+def measure_disk(files: Sequence[str], max_bytes: int = READ_BYTES, max_s: float = READ_S) -> float:
+    """Read the beginnings of up to eight evenly spaced files, dropped from the page cache if possible. Returns bytes
+    per second."""
     chosen = files[:: -(-len(files) // 8)]
     total, start = 0, perf_counter()
     for number, name in enumerate(chosen, start=1):
         with Path(name).open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while total < at_most_bytes * number / len(chosen) and perf_counter() - start < at_most_s:
+            while total < max_bytes * number / len(chosen) and perf_counter() - start < max_s:
                 if not (chunk := file.read(CHUNK)):
                     break
                 total += len(chunk)
     return total / max(perf_counter() - start, 1e-9)
 
 
-def shard_bytes(train: ShardSet) -> int:
+def sum_shard_bytes(train: ShardSet) -> int:
     """Add up the sizes of all shards."""
     return sum(Path(tar).stat().st_size for tar in train.tars)
 
 
 def run_check(check: Callable[[], Finding]) -> Finding:
-    """Run a check. An error of the user's is a problem, its remedy what follows the semicolon; a check that fails is a
-    warning, and the others still run."""
+    """Run a check. A user error is a problem, with the remedy after its semicolon; any other exception is a warning."""
     try:
         return check()
     except (OSError, ValueError) as error:
@@ -311,9 +309,9 @@ def run_check(check: Callable[[], Finding]) -> Finding:
         return Finding("warning", reason, "please report this as a bug")
 
 
-def probe(name: str, timeout_s: float = TIMEOUT_S) -> Facts:
-    """Run tools/doctor_probe.py; `error` says why a library cannot be used. A process that hangs is killed, and not
-    waited for: in a driver it may never end."""
+def probe(name: str, timeout_s: float = TIMEOUT_S) -> ProbeResult:
+    """Run tools/doctor_probe.py; `error` is why a library cannot be used. A process that hangs is killed, but not
+    waited for: in a driver call it may never end."""
     command = [sys.executable, str(Path(__file__).with_name("doctor_probe.py")), name]
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as any grandchild
         process = subprocess.Popen(
@@ -334,7 +332,7 @@ def probe(name: str, timeout_s: float = TIMEOUT_S) -> Facts:
 
 
 def format_table(findings: dict[str, Finding]) -> str:
-    """Format a line for each finding, the remedy below it, and the number of problems and warnings."""
+    """Format a line per finding, its remedy below, and the numbers of problems and warnings."""
     lines = []
     for name, finding in findings.items():
         lines.append(f"{finding.status:<9}{name:<14}{' '.join(finding.value.split())[:400]}")
@@ -345,12 +343,12 @@ def format_table(findings: dict[str, Finding]) -> str:
 
 def main() -> None:
     """Read the command line and run the checks."""
-    about = (__doc__ or "").partition("\n\n")[0] + " Exit code 2 if there is a problem."
-    parser = Parser(prog="python tools/doctor.py", description=about)
-    parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check as well.")
+    description = (__doc__ or "").partition("\n\n")[0] + " Exit code 2 if there is a problem."
+    parser = Parser(prog="python tools/doctor.py", description=description)
+    parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    given = parser.parse_args()
-    exit_with(lambda: doctor(given.shards, given.json))
+    options = parser.parse_args()
+    exit_with(lambda: doctor(options.shards, options.json))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ask the NVIDIA driver, PyTorch or DALI what it finds on this machine; prints one line of JSON.
+"""Probe the NVIDIA driver, PyTorch or DALI on this machine; prints one line of JSON.
 
     python tools/doctor_probe.py driver|torch|dali
 
-tools/doctor.py starts it, a process for each, so that a library that crashes or hangs is a finding like any other.
-It imports nothing of ours.
+tools/doctor.py starts it, a process each, so that a library that crashes or hangs is a finding. It does not import this
+project.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def probe_driver() -> dict[str, Any]:
-    """Return the driver's version, the newest CUDA that it knows, and its GPUs as `describe_gpu` has them."""
+    """Return the driver's version, the newest CUDA that it supports, and its GPUs by `describe_gpu`."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -23,7 +23,7 @@ def probe_driver() -> dict[str, Any]:
     gpus = []
     for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
         name, size = pynvml.nvmlDeviceGetName(handle), 0
-        with suppress(pynvml.NVMLError):  # a GPU that shares the host's memory has none of its own
+        with suppress(pynvml.NVMLError):  # a GPU that shares the host's memory
             size = pynvml.nvmlDeviceGetMemoryInfo(handle).total
         gpus.append(describe_gpu(name, size, pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
     version = f"{cuda // 1000}.{cuda % 1000 // 10}"
@@ -41,8 +41,8 @@ def describe_gpu(name: str, size: int, capability: tuple[int, int]) -> str:
 
 
 def probe_torch() -> dict[str, Any]:
-    """Return PyTorch's versions, the GPUs on which it runs a kernel, how many ordered pairs of them reach each other's
-    memory, and why CUDA does not work."""
+    """Return PyTorch's versions, the GPUs that run a kernel, the number of ordered pairs with peer access, and CUDA's
+    error."""
     import torch
 
     found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "peers": 0}
@@ -67,7 +67,7 @@ def probe_torch() -> dict[str, Any]:
 
 
 def probe_dali() -> dict[str, Any]:
-    """Return DALI's versions, and where it decodes a JPEG: on a GPU if it sees one, else on the CPU."""
+    """Return DALI's versions, and the device that decodes a JPEG: a GPU if it finds one, else the CPU."""
     import nvidia.dali as dali
 
     backend: Any = dali.backend  # compiled: without types
@@ -78,7 +78,7 @@ def probe_dali() -> dict[str, Any]:
     }
     found["nvimgcodec"] = backend.GetNvimgcodecVersion()
     has_gpu = False
-    with suppress(RuntimeError):  # there is no driver
+    with suppress(RuntimeError):  # no driver
         has_gpu = backend.GetCUDADeviceCount() > 0
     try:
         found["decodes"] = decode_jpeg(has_gpu)
@@ -88,7 +88,7 @@ def probe_dali() -> dict[str, Any]:
 
 
 def decode_jpeg(on_gpu: bool) -> str:
-    """Decode an image of one colour on a GPU or the CPU; returns which. Raises when it comes out in another colour."""
+    """Decode an image of one colour. Returns "gpu" or "cpu"; raises when the colour is wrong."""
     import numpy as np
     from nvidia.dali import Pipeline, fn
     from PIL import Image
@@ -104,17 +104,17 @@ def decode_jpeg(on_gpu: bool) -> str:
     (images,) = pipe.run()
     pixels_HWC = np.asarray((images.as_cpu() if on_gpu else images).at(0)).astype(int)
     if pixels_HWC.shape != (64, 64, 3) or np.abs(pixels_HWC - (200, 100, 50)).max() > 4:
-        raise ValueError("an image of one colour comes out in another")
+        raise ValueError("expected (200, 100, 50), got another colour")
     return "gpu" if on_gpu else "cpu"
 
 
 if __name__ == "__main__":
     probes = {"driver": probe_driver, "torch": probe_torch, "dali": probe_dali}
-    parser = argparse.ArgumentParser(description="The part of tools/doctor.py that imports libraries.")
+    parser = argparse.ArgumentParser(description="Probe one library for tools/doctor.py.")
     parser.add_argument("name", choices=probes)
     name = parser.parse_args().name
     try:
         result = probes[name]()
-    except BaseException as error:  # a library may do anything when it is imported
+    except BaseException as error:  # an import may raise or exit
         result = {"error": f"{type(error).__name__}: {error}"}
     print("\n" + json.dumps({"probe": name, **result}), flush=True)

@@ -2,7 +2,7 @@
 
     python tools/export_weights.py RUN weights.safetensors
 
-The file says which network it is of and what images it expects (see `model/weights.py`).
+The file's metadata has the network's configuration and the input's normalization (see `model/weights.py`).
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
     """Write the weights of a checkpoint as safetensors.
 
     Args:
-        checkpoint: A step-*.pt, or a run directory, whose newest one is taken.
-        out: File to write, `.safetensors`.
-        names: Of the tensors: ours, or torchvision's, which fit `model.variant: torchvision` alone.
+        checkpoint: A step-*.pt, or a run directory for its newest one.
+        out: `.safetensors` file to write.
+        names: Names of the tensors: ours, or torchvision's, for `model.variant: torchvision` only.
     """
     if out.suffix != ".safetensors" or out.is_dir():
         raise ValueError(f"{out}: expected a file to write; give a name that ends in .safetensors")
@@ -42,7 +42,7 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
     write_bytes(out, data)
     print(f"{out}: step {step} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")
     if has_mean_image:
-        print("note: training subtracted a mean image; the file holds its mean colour alone")
+        print("note: training subtracted a mean image; the file has only its mean colour")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Write a miniature raw ImageNet: real images in the exact layout of the ILSVRC-2012 archives.
+"""Write a miniature raw ImageNet: real images in the layout of the ILSVRC-2012 archives.
 
 The images are the 1,797 handwritten digits of scikit-learn (8x8, 16 grey levels; E. Alpaydin and C. Kaynak, UCI 1998),
-enlarged and printed in light ink on dark paper, with the oddities that the real archives have: varied sizes, grey, CMYK
+enlarged and drawn in a light colour on a dark one, with the anomalies of the real archives: varied sizes, grey, CMYK
 and progressive files, EXIF orientation tags on upright pixels, a PNG named .JPEG. 80 % train, 20 % val, stratified.
 
     RAW/ILSVRC2012_img_train.tar       a tar of one <wnid>.tar per class
     RAW/ILSVRC2012_img_val.tar         ILSVRC2012_val_00000001.JPEG ...
     RAW/ILSVRC2012_devkit_t12.tar.gz   meta.mat and the validation labels, counted in ILSVRC2012_ID
 
-As in ImageNet, neither the digits' own order nor ILSVRC2012_ID is the order of the sorted wnids that class indexes
-follow: a reader that mixes them up trains on wrong labels and shows it. The same seed gives the same bytes.
+As in ImageNet, neither the digits' order nor ILSVRC2012_ID is the order of the sorted wnids, the class indexes: a
+reader that confuses them trains on wrong labels. The same seed gives the same bytes.
 
     python tools/make_demo.py RAW --photos N
 
-writes N photograph-like images instead (`tools/photos.py`), for measuring speed without ImageNet.
+writes N photograph-like images instead (`tools/photos.py`), to measure speed without ImageNet.
 """
 
 import functools
@@ -43,11 +43,11 @@ DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
 ARCHIVES = {TRAIN_ARCHIVE, VAL_ARCHIVE, DEVKIT_ARCHIVE}
 STAMP = "demo.json"
 MIN_PHOTOS = 20
-"""Every class then has an image to train on."""
+"""Enough for a training image in every class."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OFFSETS = (418, 731, 127, 992, 388, 602, 854, 51, 517, 256)
 DIGIT_TO_WNID = {digit: f"n90000{offset:03d}" for digit, offset in enumerate(OFFSETS)}
-"""Made-up WordNet offsets (real ones start with n0 or n1): their sorted order is 7, 2, 9, 4, 0, 8, 5, 1, 6, 3."""
+"""Invented WordNet offsets (real ones start with n0 or n1): their sorted order is 7, 2, 9, 4, 0, 8, 5, 1, 6, 3."""
 DIGIT_TO_ID = {digit: number for number, digit in enumerate((3, 8, 0, 5, 9, 1, 7, 4, 2, 6), start=1)}
 """ILSVRC2012_ID counts from 1, in a third order; IDs above the number of classes are inner nodes of the hierarchy."""
 
@@ -57,9 +57,8 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
 
     Args:
         raw: Folder to write into; new, empty, or written by the same command.
-        seed: Seed of sizes, colours and oddities.
-        photos: Write this many photograph-like images (110 kB each in the mean) instead of the digits, for measuring
-            speed. Every core helps.
+        seed: Seed of sizes, colours and encodings.
+        photos: Number of photograph-like images (110 kB on average) to write instead of the digits, to measure speed.
     """
     if seed < 0:
         raise ValueError(f"--seed: expected at least 0, got {seed}; leave it out for 2012")
@@ -73,9 +72,7 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
     # An interrupted run leaves archives without a stamp, or temporary files.
     names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
     if (raw.exists() and not raw.is_dir()) or is_complete or names - {*ARCHIVES, STAMP}:
-        raise ValueError(
-            f"{raw}: expected a new or empty folder, got one that holds something else; give another"
-        )
+        raise ValueError(f"{raw}: expected a new or empty folder, got other files; give another")
     raw.mkdir(parents=True, exist_ok=True)
     if photos:
         write_photos(raw, photos, seed)
@@ -117,7 +114,7 @@ def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generat
 
 
 def render_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Print one digit, light ink on dark paper in random tints, centred on a page with sides of 260 to 520 pixels.
+    """Draw one digit in random tints, light on dark, centred on a page with sides of 260 to 520 pixels.
 
     Args:
         ink: float, shape (8, 8), 0 (paper) to 1 (ink).
@@ -129,7 +126,7 @@ def render_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     digit = Image.fromarray(ink.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
     page.paste(digit, ((width - side) // 2, (height - side) // 2))
     coverage = np.rint(np.clip(np.asarray(page), 0, 1) * 255).astype(np.uint8)
-    # The contrast is that of a recipe that was seen to learn; ink and paper drawn freely from 0..1 stayed at chance.
+    # This contrast can be learned; with ink and paper drawn from 0..1 training stayed at chance.
     ink_rgb, paper_rgb = rng.uniform(0.6, 1.0, 3), rng.uniform(0.0, 0.3, 3)
     tints = paper_rgb + (ink_rgb - paper_rgb) * np.linspace(0, 1, 256)[:, None]
     return Image.fromarray(np.rint(tints * 255).astype(np.uint8)[coverage])
@@ -144,16 +141,16 @@ def write_photos(raw: Path, count: int, seed: int) -> None:
     numbers = [
         number for _, each in sorted(train.items()) for number in each
     ] + val  # in the order of writing
-    draw = functools.partial(make_photo, seed=seed)
+    make = functools.partial(make_photo, seed=seed)
     ignore_interrupt = functools.partial(
         signal.signal, signal.SIGINT, signal.SIG_IGN
     )  # the parent ends the pool
     with ProcessPoolExecutor(num_cores(), initializer=ignore_interrupt) as pool:
-        drawn = iter(tqdm(pool.map(draw, numbers, chunksize=16), "photos", count, unit="img", disable=None))
+        photos = iter(tqdm(pool.map(make, numbers, chunksize=16), "photos", count, unit="img", disable=None))
 
         def take(names: list[str]) -> Iterator[Member]:
             for name in names:
-                yield name, next(drawn)
+                yield name, next(photos)
 
         write_archives(
             raw,
@@ -180,7 +177,7 @@ def write_archives(
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as outer,
     ):
         for wnid, images in sorted(train.items()):
-            with tempfile.TemporaryFile(dir=raw) as inner:  # its length stands in the outer tar before it
+            with tempfile.TemporaryFile(dir=raw) as inner:  # the outer tar's header needs its length
                 counts[wnid] = write_tar(inner, images)
                 info = tarfile.TarInfo(f"{wnid}.tar")
                 info.size = inner.tell()
@@ -194,7 +191,7 @@ def write_archives(
 
 
 def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
-    """Make the devkit's tar: `meta.mat` (struct array `synsets`), and the validation labels as ILSVRC2012_ID, one a
+    """Make the devkit's tar: `meta.mat` (struct array `synsets`), and the validation labels, an ILSVRC2012_ID per
     line."""
     from scipy.io import savemat
 
@@ -212,7 +209,7 @@ def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
         synsets[position, 0] = row
     mat = io.BytesIO()
     savemat(mat, {"synsets": synsets})
-    # savemat writes the time into the 116 bytes of free text that head the file; equal seeds are to give equal bytes.
+    # savemat writes the time into the first 116 bytes, free text; equal seeds must give equal bytes.
     content = b"MATLAB 5.0 MAT-file, demo devkit".ljust(116) + mat.getvalue()[116:]
     labels = "".join(f"{number}\n" for number in ground_truth).encode()
     folder = "ILSVRC2012_devkit_t12/data"

@@ -5,7 +5,7 @@
     python tools/make_shards.py stats SHARDS
     python tools/make_shards.py adopt SRC SHARDS --split train --pattern GLOB
 
-Shards depend on the raw images, the options and the seed alone, not on the number of workers, machines or restarts.
+Shards depend only on the raw images, the options and the seed, not on the number of workers, machines or restarts.
 """
 
 import os
@@ -23,8 +23,8 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from tools.packing.adopt import adopt
-from tools.packing.layouts import check_md5, cut_validation, open_raw
-from tools.packing.listing import RawImageNet, random_read_rate, save_listing
+from tools.packing.layouts import check_md5, open_raw, split_off_validation
+from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
 from tools.packing.parquet import pack_parquet
 from tools.packing.plan import Options, Plan, find_part, make_plan
 from tools.packing.pool import check_workers
@@ -42,10 +42,10 @@ from tools.packing.writer import (
 from train.program import run_program
 
 SLOW_READS_PER_S = 500
-"""Random reads below this keep one core waiting: it packs about as many images a second."""
+"""Images per second that one core packs; slower random reads keep it waiting."""
 WORTH_A_WARNING_S = 600
 VAL_FRACTION = 0.1
-"""Of each class, set aside for validation where no images are given for it."""
+"""Part of each class for validation where the source has no validation images."""
 
 
 def pack(
@@ -61,12 +61,10 @@ def pack(
     part: str | None = None,
     check_md5: bool = False,
 ) -> None:
-    """Pack raw images into shards.
-
-    Run again after an interruption, it does what is left.
+    """Pack raw images into shards. The same command resumes an interrupted pack.
 
     Args:
-        raw: Folder with the raw images, of which nothing is extracted. One of: the three archives of ILSVRC-2012;
+        raw: Folder of the raw images; nothing is extracted. One of: the three archives of ILSVRC-2012;
             Kaggle's ILSVRC/Data/CLS-LOC and LOC_val_solution.csv; class folders, as train/<class> and val/<class> or
             as <class> alone; the same folders in train.tar and val.tar, or in one tar; a <class>.tar for each class;
             Hugging Face's train-*.parquet and validation-*.parquet.
@@ -74,13 +72,13 @@ def pack(
         store: 256x256 JPEGs, or the files as they are.
         samples_per_shard: Images per shard, at most; shards differ by one image at most.
         workers: Processes; every core by default.
-        seed: Seed of the one global order in which images are packed.
-        quality: JPEG quality of what is encoded, 1 to 100.
-        on_bad: What to do with an image that cannot be decoded: stop, or leave it out and list it in the manifest.
-        val_fraction: Part of each class to set aside for validation, at least one image, where the source has no
-            validation images; a tenth by default, 0 for none.
-        part: Share of this machine as i/n (i from 1, or from 0 to n-1); by default torchrun's or srun's
-            variables, else everything. All parts write into the same folder.
+        seed: Seed of the global shuffle.
+        quality: JPEG quality of encoded images, 1 to 100.
+        on_bad: What to do with an undecodable image: stop, or leave it out and list it in the manifest.
+        val_fraction: Part of each class for validation, at least one image, where the source has none (default: a
+            tenth; 0 for none).
+        part: Part of this machine as i/n (i from 1, or from 0 to n-1); by default from torchrun's or srun's variables,
+            else everything. All parts write into the same folder.
         check_md5: First compare the archives with the published MD5 sums.
     """
     options = Options(store, quality, samples_per_shard, seed, val_fraction or 0.0, on_bad)
@@ -96,20 +94,18 @@ def pack(
             options, val_fraction=VAL_FRACTION if len(data.splits["train"]) > len(data.classes) else 0.0
         )
     if options.val_fraction:
-        data = cut_validation(data, options.val_fraction, seed)
+        data = split_off_validation(data, options.val_fraction, seed)
         print(
-            f"no validation images: {len(data.splits['val'])} of the training images are set aside, "
-            f"{options.val_fraction:.3g} of each class, at least one (seed {seed}); --val-fraction 0 keeps them"
+            f"no validation images: using {len(data.splits['val'])} training images, {options.val_fraction:.3g} of "
+            f"each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
     elif "val" not in data.splits:
-        print(
-            "no validation images, of which training needs some; a tenth is set aside unless --val-fraction is 0"
-        )
+        print("no validation images, which training needs; leave --val-fraction out for a tenth")
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]
     if data.sequential and mine.world > 1:
-        raise ValueError("parquet files are read in order, which cannot be shared out; pack them in one part")
+        raise ValueError(f"--part: expected one part for parquet files, got {mine.world}; leave it out")
     if not data.sequential:
         warn_of_slow_reads(raw, data, workers)
     claim_output(shards, classes_json(data.classes), plans)
@@ -119,10 +115,10 @@ def pack(
     started, done = time.perf_counter(), []
     if mine.world > 1:
         print(
-            f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; the other parts have to run as well"
+            f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; run the other parts as well"
         )
-    left = [(plan, number) for plan in plans for number in find_unfinished(plan)]
-    own = [(plan, number) for plan, number in left if number % mine.world == mine.rank]
+    unfinished = [(plan, number) for plan in plans for number in find_unfinished(plan)]
+    own = [(plan, number) for plan, number in unfinished if number % mine.world == mine.rank]
     if data.sequential:
         for plan in plans:
             if numbers := [number for owner, number in own if owner is plan]:
@@ -130,34 +126,33 @@ def pack(
     elif own:
         images = sum(last - first for plan, number in own for first, last in [plan.bounds(number)])
         done = run_jobs(write_shard, (plan.shard(number) for plan, number in own), images, workers)
-    if not left:
-        print("every shard is there already; nothing to do")
+    if not unfinished:
+        print("all shards exist; nothing to do")
     print_speed(done, time.perf_counter() - started, workers)
     for plan in plans:
-        finish(plan, data)
+        finish_split(plan, data)
 
 
 def print_layout(raw: Path, shards: Path, data: RawImageNet) -> None:
-    """Say what was found. Raises `ValueError` when the output would lie among the images."""
+    """Print the layout. Raises `ValueError` when the output would lie among the images."""
     if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
         raise ValueError(
-            f"{shards} lies inside {raw}, whose folders are read as images; give a folder elsewhere"
+            f"{shards}: expected a folder outside of {raw}, whose folders are classes; give another"
         )
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
     if others := data.ignored:
         print(
-            f"ignored {len(others)} files that are not images by their names or lie outside of class folders, such "
-            f"as {others[0]}"
+            f"ignored {len(others)} files without an image extension or outside of class folders, such as {others[0]}"
         )
     if len(data.classes) == 1:
         print(
-            f"warning: there is one class, {data.classes[0].wnid!r}: nothing can be learned from that; is it meant?"
+            f"warning: only one class, {data.classes[0].wnid!r}, from which nothing can be learned; check RAW"
         )
 
 
-def finish(plan: Plan, data: RawImageNet) -> None:
-    """Write the manifest if this split is whole, and say how it stands."""
+def finish_split(plan: Plan, data: RawImageNet) -> None:
+    """Write the manifest if all shards exist, and print the state of the split."""
     if manifest := write_manifest(plan, len(data.classes), data.layout):
         print(
             f"{plan.directory}: {manifest['num_samples']} images in {len(manifest['shards'])} shards, "
@@ -169,28 +164,28 @@ def finish(plan: Plan, data: RawImageNet) -> None:
 
 
 def check_archives(raw: Path, data: RawImageNet) -> None:
-    """Compare MD5 sums. Raises `ValueError` for other layouts, which have none, and for archives that differ."""
+    """Compare MD5 sums. Raises `ValueError` for other layouts and for archives that differ."""
     if "archives" not in data.layout:
         raise ValueError(
-            f"--check-md5 is for the archives of ILSVRC-2012; there are no published sums of {data.layout}"
+            f"--check-md5: expected the archives of ILSVRC-2012, got {data.layout}; leave it out"
         )
     check_md5(raw)
     print("the archives have the published MD5 sums")
 
 
 def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
-    """Measure the source for a second; say what a slow one means, and the remedy."""
+    """Measure random reads of the source for a second; warn if they will take most of the time."""
     images = sum(len(listing) for listing in data.splits.values())
-    rate = random_read_rate(data.splits["train"], readers=max(8, workers))
+    rate = measure_random_reads(data.splits["train"], readers=max(8, workers))
     if rate < SLOW_READS_PER_S and images / rate > WORTH_A_WARNING_S:
         print(
-            f"warning: {raw} gives {rate:.0f} images a second when read at random, which is {images / rate / 3600:.1f} "
-            "hours for all; copy the archives to an SSD first"
+            f"warning: {raw}: {rate:.0f} random reads/s, {images / rate / 3600:.1f} hours for all images; copy the "
+            "archives to an SSD first"
         )
 
 
 def print_speed(done: list[PackStats], seconds: float, workers: int) -> None:
-    """Print the pack's figures."""
+    """Print images and bytes per second."""
     images, read, written = (
         sum(getattr(x, n) for x in done) for n in ("images", "bytes_read", "bytes_written")
     )
@@ -204,7 +199,7 @@ def print_speed(done: list[PackStats], seconds: float, workers: int) -> None:
 
 
 def main() -> NoReturn:
-    """The command line."""
+    """Run the command line."""
     run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})
 
 

@@ -1,4 +1,4 @@
-"""Exact integer sums over the images of a split, batch by batch.
+"""Sum the images of a split in exact integers, batch by batch.
 
 Shapes: N images of a batch, H = W = 256, C = 3 channels (RGB).
 """
@@ -22,21 +22,21 @@ class Sums:
 
     moments: Moments = field(default_factory=Moments)
     image: np.ndarray | int = 0
-    """The sum of the images themselves, int64 (256, 256, 3); 0 if it is not wanted."""
+    """Sum of the images, int64 (256, 256, 3); 0 if not requested."""
 
     def __add__(self, other: "Sums") -> "Sums":
-        """Sums over both sets of images together."""
+        """Add the sums of two sets of images."""
         return Sums(self.moments + other.moments, self.image + other.image)
 
 
-def batch_sums(
+def sum_batches(
     shards: ShardSet,
     batch_size: int,
     threads: int,
     device: torch.device | str = "cpu",
     with_image: bool = False,
 ) -> Iterator[Sums]:
-    """Decode a split in stored order and yield the sums of each batch, computed in threads next to DALI's own.
+    """Decode a split in stored order and yield the sums of each batch, computed in threads next to DALI's.
 
     Raises `DataError` when DALI fails.
     """
@@ -45,7 +45,7 @@ def batch_sums(
         moments = Moments.of(images_NHWC, at_a_time=len(images_NHWC) if images_NHWC.is_cuda else 1)
         return Sums(moments, sum_images(images_NHWC).long().cpu().numpy() if with_image else 0)
 
-    # Summing takes a quarter of the time of decoding; threads of torch's own would only wait for each other.
+    # Summing takes a quarter of the time of decoding; torch's threads would only wait for each other.
     torch.set_num_threads(1)
     workers = max(1, threads // 4)
     pending: deque[Future[Sums]] = deque()

@@ -1,7 +1,7 @@
-"""Photograph-like images for measuring speed without ImageNet: nothing to learn in them, but sizes, spectra, colours
-and bytes like those of ImageNet's files; and the kinds of file that ImageNet holds.
+"""Generate photograph-like images to measure speed without ImageNet: nothing to learn, but with ImageNet's sizes,
+spectra, colours, bytes and file formats.
 
-Each is a page of 1/f noise on which discs of other such noise lie ("dead leaves", A. B. Lee, D. Mumford and J. Huang,
+Each is a page of 1/f noise covered by discs of 1/f noise ("dead leaves", A. B. Lee, D. Mumford and J. Huang,
 IJCV 41, 2001: occlusion gives edges and a photograph's spectrum).
 """
 
@@ -21,11 +21,11 @@ SCENES, SCENE_SIDE, SCENE_CONTRAST = 8, 1024, 0.3
 
 
 def make_photo(number: int, seed: int) -> bytes:
-    """Make one photograph-like image as a file; equal numbers and seeds give equal bytes, in any process."""
+    """Make one photograph-like file; equal numbers and seeds give equal bytes."""
     rng = np.random.default_rng([seed, number])
     width, height = draw_size(rng)
     page = cut_texture(rng, width, height, seed)
-    # Radii by the power law under which a picture of leaves looks the same at every scale.
+    # Radii by the power law that makes the picture scale-invariant.
     largest, smallest = 0.5 * min(width, height), 0.03 * min(width, height)
     share = rng.uniform(0, 1, int(rng.integers(0, 60)))
     for radius in np.sort((smallest**-2 - share * (smallest**-2 - largest**-2)) ** -0.5)[::-1]:
@@ -39,7 +39,7 @@ def make_photo(number: int, seed: int) -> bytes:
 
 
 def draw_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Draw width and height as in ImageNet: mostly 500 pixels long, many smaller, a few as a camera made them."""
+    """Draw width and height as in ImageNet: mostly 500 pixels long, many smaller, a few at camera resolution."""
     kind = rng.choice(["500", "small", "large"], p=[0.62, 0.345, 0.035])
     if kind == "500":
         short = int(rng.choice([375, 333, 332, 400], p=[0.66, 0.2, 0.07, 0.07]))
@@ -51,7 +51,7 @@ def draw_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def cut_texture(rng: np.random.Generator, width: int, height: int, seed: int) -> Image.Image:
-    """Cut a window out of a scene, in a contrast and colour of its own. RGB."""
+    """Crop a window of a scene, with random contrast and colour. RGB."""
     scene = make_scenes(seed)[rng.integers(SCENES)]
     top, left = rng.integers(0, SCENE_SIDE, 2)
     window = scene.take(top + np.arange(height), 0, mode="wrap").take(left + np.arange(width), 1, mode="wrap")
@@ -63,10 +63,7 @@ def cut_texture(rng: np.random.Generator, width: int, height: int, seed: int) ->
 
 @functools.cache
 def make_scenes(seed: int) -> list[np.ndarray]:
-    """Make periodic pictures with amplitudes of 1/f, in ImageNet's colours at low contrast around 128.
-
-    Each uint8, (SCENE_SIDE, SCENE_SIDE, 3).
-    """
+    """Make periodic 1/f pictures in ImageNet's colours at low contrast, uint8 (SCENE_SIDE, SCENE_SIDE, 3) each."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(SCENE_SIDE)[:, None], np.fft.rfftfreq(SCENE_SIDE))
     frequency[0, 0] = np.inf
@@ -81,7 +78,7 @@ def make_scenes(seed: int) -> list[np.ndarray]:
 
 @functools.cache
 def draw_disc() -> Image.Image:
-    """Draw a white disc on black, 512x512, to be made smaller: its edge is then a pixel wide. Mode L."""
+    """Draw a white disc on black, 512x512, mode L; resized, it has an antialiased edge."""
     offset = np.arange(512) - 255.5
     return Image.fromarray(np.where(np.hypot(offset[:, None], offset) < 256, 255, 0).astype(np.uint8))
 
@@ -89,11 +86,11 @@ def draw_disc() -> Image.Image:
 def encode(
     image: Image.Image, rng: np.random.Generator, encoding: str | None = None, quality: int = 92
 ) -> bytes:
-    """Encode as one of the kinds of file that ImageNet holds.
+    """Encode an image in one of ImageNet's file formats.
 
     Args:
         image: RGB image.
-        rng: Draws the kind where `encoding` is None, and the chroma subsampling.
+        rng: Draws the encoding if it is None, and the chroma subsampling.
         encoding: "rgb", "grey", "cmyk", "progressive", "exif" or "png".
         quality: JPEG quality, 1 to 100.
     """
@@ -116,7 +113,7 @@ def encode(
         exif[0x0112] = (
             6  # "rotate by 90 degrees to show"; the pixels are upright, as in many files of ImageNet
         )
-    # A progressive file comes in one piece.
+    # Pillow writes a progressive file in one block.
     ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 3 * image.width * image.height)
     image.save(out, "JPEG", **options)
     return out.getvalue()

@@ -2,8 +2,8 @@
 
     python tools/predict.py RUN_OR_WEIGHTS IMAGE [IMAGE ...]
 
-An image is resized and cropped to 256x256 as packing does it (`tools/packing/images.py`), less the mean, and cut into
-the views of `train/evaluate.py`.
+An image is resized and cropped to 256x256 as in packing (`tools/packing/images.py`), the mean is subtracted, and the
+views of `train/evaluate.py` are cropped.
 
 Shapes: N images, H = W = 256, C = 3 channels (RGB), K classes.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-"""Of the files that are taken from a folder."""
+"""Files to predict in a folder."""
 
 
 def predict(
@@ -42,11 +42,11 @@ def predict(
 ) -> None:
     """Print the `top` most probable classes of each image; arguments as on the command line.
 
-    Raises `ValueError` at the end where some images cannot be decoded."""
+    Raises `ValueError` at the end if some images are undecodable."""
     if top < 1:
         raise ValueError(f"--top: expected at least 1, got {top}; leave it out for 5")
     paths = [path for name in images for path in find_images(name)]
-    import torch  # takes seconds, which errors above need not wait for
+    import torch  # takes seconds; errors in the arguments come first
 
     from model.alexnet import AlexNet
     from train.device import pick_device
@@ -58,7 +58,7 @@ def predict(
     model.load_state_dict(trained.state)
     model.to(target).eval()
     rows: list[dict[str, Any]] = []
-    faults: list[str] = []
+    errors: list[str] = []
     for start in range(0, len(paths), BATCH_SIZE):
         batch, squares = [], []
         for path in paths[start : start + BATCH_SIZE]:
@@ -66,7 +66,7 @@ def predict(
                 squares.append(read_square(path))
                 batch.append(path)
             except ValueError as error:
-                faults.append(str(error))
+                errors.append(str(error))
         if not batch:
             continue
         images_NHWC = torch.stack(squares)
@@ -83,14 +83,13 @@ def predict(
             for each in row["classes"]
         ]
         print("\n".join([row["image"], *lines]))
-    if faults:
-        more = f" (and {len(faults) - 1} more images)" if len(faults) > 1 else ""
-        raise ValueError(f"{faults[0]}{more}; the others were predicted")
+    if errors:
+        more = f" (and {len(errors) - 1} more images)" if len(errors) > 1 else ""
+        raise ValueError(f"{errors[0]}{more}; the others were predicted")
 
 
 def find_images(name: str) -> list[Path]:
-    """List the file, the images under the folder, or the files of a glob. Raises `FileNotFoundError` where there is
-    none."""
+    """List the file, the images in a folder, or the files of a glob. Raises `FileNotFoundError` if there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
         found = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()]
@@ -103,8 +102,8 @@ def find_images(name: str) -> list[Path]:
 
 
 def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
-    """Read the classes' names from `shards`, else from the run's shards if they are still there; else wnids or numbers
-    have to do. Raises `ValueError` for shards of other classes."""
+    """Read the class names from `shards`, else from the run's shards if they still exist, else use wnids or numbers.
+    Raises `ValueError` for shards of other classes."""
     wnids = trained.wnids or [f"class {k}" for k in range(trained.config.outputs)]
     names: Sequence[ClassName] = ()
     if shards:
@@ -123,7 +122,7 @@ def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]
 
 
 def read_square(path: Path) -> "torch.Tensor":
-    """Read an image file as uint8 (H, W, C). Raises `ValueError` that names it."""
+    """Read an image file as uint8 (H, W, C). Raises `ValueError` with its path."""
     import torch
 
     from tools.packing.images import crop256, decode
@@ -160,18 +159,18 @@ def main() -> None:
     )
     run = "A run directory, a step-*.pt, a .safetensors or torchvision's .pth."
     views = {"type": Literal["ten", "centre"], "help": "The mean of ten views, or the centre crop."}
-    shards = "Shards whose classes.json names the classes; by default the run's."
-    device = {"type": Literal["auto", "cpu", "cuda"], "help": "auto takes the first GPU if there is one."}
+    shards = "Shards with the classes.json to use; by default the run's."
+    device = {"type": Literal["auto", "cpu", "cuda"], "help": "auto uses the first GPU, if any."}
     parser.add_argument("checkpoint", type=Path, help=run)
-    parser.add_argument("images", nargs="+", help="Image files, folders of them, or globs.")
+    parser.add_argument("images", nargs="+", help="Image files, folders or globs.")
     parser.add_argument("--views", default="ten", **views)
-    parser.add_argument("--top", type=int, default=5, help="Classes to print of each image.")
+    parser.add_argument("--top", type=int, default=5, help="Classes to print per image.")
     parser.add_argument("--shards", type=Path, default=None, help=shards)
     parser.add_argument("--device", default="auto", **device)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
-    given = parser.parse_args()
-    options = (given.views, given.top, given.shards, given.device, given.json)
-    exit_with(lambda: predict(given.checkpoint, given.images, *options))
+    args = parser.parse_args()
+    options = (args.views, args.top, args.shards, args.device, args.json)
+    exit_with(lambda: predict(args.checkpoint, args.images, *options))
 
 
 if __name__ == "__main__":

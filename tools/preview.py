@@ -1,11 +1,10 @@
-"""Draw what the network will see: SHARDS/preview.png, a sheet drawn by the training graph itself, and SHARDS/pca.png.
+"""Draw augmented training images, SHARDS/preview.png, with the training graph, and the eigenbasis, SHARDS/pca.png.
 
     python tools/preview.py SHARDS
 
-preview.png: above, one image as it is stored and 24 times as training may show it; below, the first 24 images of
-training, of which it is the most colourful. The mean is added back and the divisor of lighting undone; colours that
-lighting moves beyond 0..255 are clipped in the picture, not in training. pca.png shows the axes of pca.json as colours;
-its numbers are printed next to ImageNet's.
+preview.png: above, one stored image and 24 augmentations of it; below, the first 24 training images, of which it is the
+most colourful. Normalization is undone; colours that lighting shifts beyond 0..255 are clipped in the picture, not in
+training. pca.png shows the axes of pca.json as colours; its numbers are printed next to ImageNet's.
 """
 
 from pathlib import Path
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 COUNT = 24
 """Images in each half of the sheet."""
 ROWS, COLUMNS = 3, 9
-"""Of the cells in each half of the sheet."""
+"""Cells in each half of the sheet."""
 CAPTION = 24
-"""Letters that fit below a crop."""
+"""Characters that fit below a crop."""
 IMAGENET = {
     "mean": (127.3, 119.7, 104.9),
     "axis_stddev": (121.78, 37.09, 19.72),
@@ -38,18 +37,18 @@ IMAGENET = {
 """ILSVRC-2012's training images, shorter side 256, central 256x256, on 0..255 (cuda-convnet2, make-data/input_meta),
 with our signs: the largest component of a column is positive."""
 REACH = 3
-"""Standard deviations by which pca.png moves the mean colour."""
+"""Standard deviations by which pca.png shifts the mean colour."""
 
 
 class View(NamedTuple):
-    """One image as the training graph makes it."""
+    """One image from the training graph."""
 
     key: str
     label: int
     jpeg: bytes
-    """As it is stored."""
+    """The stored file."""
     stored: np.ndarray
-    """uint8 (256, 256, 3): the image that the crop is cut from."""
+    """uint8 (256, 256, 3): the image before cropping."""
     pixels: np.ndarray
     """uint8 (224, 224, 3): the crop, normalization undone."""
     left: int
@@ -65,14 +64,14 @@ def preview(
     strength: float = Lighting.strength,
     convention: Literal["stddev", "eigenvalue"] = "stddev",
 ) -> None:
-    """Draw one image in 24 augmentations, the 24 images with which training begins, and the RGB eigenbasis.
+    """Draw 24 augmentations of one image, the first 24 training images, and the RGB eigenbasis.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
         out: Folder for preview.png and pca.png; SHARDS by default.
-        seed: Seed of order, windows, flips and lighting; with a run's `train.seed` the lower half is its first images.
-        strength: Strength of lighting, as in training; 0 turns it off.
-        convention: Convention of lighting, as in training.
+        seed: Seed of order, crops, flips and lighting; with a run's `train.seed` the lower half is its first images.
+        strength: Strength of lighting; 0 turns it off.
+        convention: Convention of lighting.
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
@@ -103,14 +102,13 @@ def render_views(
     Args:
         shards: Training split.
         basis: Mean and RGB axes.
-        augmentation: What happens to an image.
-        seed: Of order, windows, flips and lighting.
-        repeat: Show this one `COUNT` times; None: the first images of training on one rank, fewer than `COUNT` where
-            the split has no more.
+        augmentation: Settings of crop, flip, lighting and mean.
+        seed: Seed of order, crops, flips and lighting.
+        repeat: Augment this image `COUNT` times; None: the first training images on one rank, at most `COUNT`.
 
     Raises `DataError` when DALI fails.
     """
-    from nvidia.dali import Pipeline, fn  # DALI takes seconds, which errors in the input need not wait for
+    from nvidia.dali import Pipeline, fn  # takes seconds; errors in the input come first
 
     from pipeline.decode import Decoder
     from pipeline.draws import OFFSETS, draw
@@ -132,7 +130,7 @@ def render_views(
             encoded, digits = feed(repeat.jpeg), feed(str(repeat.label).encode())
         else:
             encoded, digits = read_graph(shards, True, seed, DataConfig(Path()).shuffle_buffer, 0, 1)
-        # Random numbers of another rank for the repeated image, so that the halves of the sheet differ.
+        # Another rank's random numbers for the repeated image, so that the halves of the sheet differ.
         draws = draw(augmentation, seed, 1 if repeat else 0)
         crops, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
         source = [] if repeat else [fn.get_property(encoded, key="source_info")]
@@ -161,8 +159,8 @@ def render_views(
 
 
 def parse_key(source: str, shards: ShardSet) -> str:
-    """Take the key from DALI's `TAR:OFFSET:NAME`, whose parts may hold colons themselves: the member's name up to the
-    first dot of its base name, as in the webdataset library."""
+    """Parse the key from DALI's `TAR:OFFSET:NAME`, whose parts may hold colons: the name up to the first dot of its
+    base name, as in the webdataset library."""
     tar = next(tar for tar in shards.tars if source.startswith(f"{tar}:"))
     name = source[len(tar) + 1 :].partition(":")[2]
     base = name.rpartition("/")[2]
@@ -172,15 +170,15 @@ def parse_key(source: str, shards: ShardSet) -> str:
 def draw_sheet(
     path: Path, shards: ShardSet, repeated: list[View], training: list[View], lighting: Lighting, seed: int
 ) -> None:
-    """Write preview.png: above, a stored image and its crops; below, the first images of training."""
+    """Write preview.png: above, a stored image and its augmentations; below, the first training images."""
     from train.charts import saved_figure
 
     one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
     above = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
     below = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
     places = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
-    names = [f"{class_name(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
-    cells = [(one.stored, f"{class_name(one, shards)[:CAPTION]}, stored")]
+    names = [f"{read_class_word(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
+    cells = [(one.stored, f"{read_class_word(one, shards)[:CAPTION]}, stored")]
     cells += [(view.pixels, place) for view, place in zip(repeated, places, strict=True)]
     firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
     with saved_figure(path) as figure:
@@ -195,8 +193,8 @@ def draw_sheet(
                     axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
 
 
-def class_name(view: View, shards: ShardSet) -> str:
-    """Return the first of the class's words. Raises `DataError` for a label beyond the classes."""
+def read_class_word(view: View, shards: ShardSet) -> str:
+    """Return the first word of an image's class. Raises `DataError` for a label out of range."""
     if view.label >= len(shards.classes):
         raise DataError(
             f"{view.key}: expected a label below {len(shards.classes)}, the classes, got {view.label}; "
@@ -206,7 +204,7 @@ def class_name(view: View, shards: ShardSet) -> str:
 
 
 def format_eigenbasis(content: dict[str, Any]) -> str:
-    """Format the numbers of a `pca.json` next to ImageNet's as a table."""
+    """Format a table of a `pca.json` next to ImageNet's."""
     basis, published = Eigenbasis.from_json(content), {name: np.array(IMAGENET[name]) for name in IMAGENET}
     vectors, reference = basis.eigenvectors, published["eigenvectors"]
     stddev, known = basis.axis_stddev, published["axis_stddev"]
@@ -226,23 +224,23 @@ def format_eigenbasis(content: dict[str, Any]) -> str:
         ["angle to ImageNet's, degrees", *(f"{angle:.1f}" for angle in angles)],
     ]
     table = "\n".join(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)
-    return f"{content['num_images']} images, levels of 0..255; in brackets ImageNet's\n{table}"
+    return f"{content['num_images']} images, levels of 0..255 (ImageNet's in brackets)\n{table}"
 
 
 def variance_shares(stddev: np.ndarray) -> np.ndarray:
-    """Compute each axis's percentage of the variance; zeros where there is none."""
+    """Compute each axis's percentage of the variance; zeros if there is none."""
     return 100 * stddev**2 / ((stddev**2).sum() or 1.0)
 
 
 def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
-    """Write pca.png: the mean colour moved along each axis, as ramps."""
+    """Write pca.png: ramps of the mean colour shifted along each axis."""
     from train.charts import saved_figure
 
     basis, steps = Eigenbasis.from_json(content), np.linspace(-REACH, REACH, 601)[:, None]
     with saved_figure(path) as figure:
         figure.set_size_inches(10, 5)
         figure.suptitle(
-            f"RGB eigenbasis of {content['num_images']} images: the mean colour moved along each axis"
+            f"RGB eigenbasis of {content['num_images']} images: the mean colour shifted along each axis"
         )
         for axis, ramp in enumerate(figure.subplots(3)):
             stddev, share = basis.axis_stddev[axis], variance_shares(basis.axis_stddev)[axis]

@@ -1,16 +1,16 @@
-"""Find the loader's fastest settings for this machine and these shards, by measuring.
+"""Find the loader's fastest settings for this machine and these shards by measurement.
 
     python tools/tune_pipeline.py SHARDS --out FILE.yaml
     python -m train.run --config BASE.yaml --config FILE.yaml --data.shards SHARDS --run.dir DIR
 
-A coordinate search from the defaults: one knob after the other takes each of a few values, on top of the best so far;
-in the end, in the last two rows, the best has to beat the defaults once more. The real training loader runs, and
-something that sleeps `--step-ms` a batch stands for the network. Waiting for batches is what counts: the 99th
-percentile first, as one late batch holds up every GPU of a run, then the mean. Each measurement has a seed of its own,
-so that none profits from shards that another has just brought into memory.
+A coordinate search from the defaults: one knob after the other, a few values each, on top of the best so far; the last
+two rows measure the defaults and the best again, and decide. The training loader runs with a consumer that sleeps
+`--step-ms` per batch in place of the network. The criterion is the wait for a batch: the 99th percentile first, as one
+late batch delays every GPU of a run, then the mean. Each measurement has its own seed, so that none profits from shards
+that another has read into memory.
 
-The p99 of fewer than a hundred batches is about the longest wait: a larger `--seconds` sees more. Knobs that change
-what is in a batch (the shuffle buffer, the decode cache) are left alone.
+The p99 of fewer than a hundred batches is about the longest wait: use a larger `--seconds`. Knobs that change the
+content of a batch (the shuffle buffer, the decode cache) are not searched.
 """
 
 import contextlib
@@ -42,14 +42,13 @@ if TYPE_CHECKING:
 
 FIRST_LINE = "# Written by tools/tune_pipeline.py"
 SAME_P99, SAME_P99_MS = 0.1, 0.5
-"""Waits whose 99th percentiles differ by less than this share, or by less than this, count as equal: one measurement
-cannot distinguish them from noise, and a change has to pay."""
+"""99th percentiles of waits that differ by less than this fraction, or less than this, count as equal: noise."""
 SAME_MEAN, SAME_MEAN_MS = 0.01, 0.05
 """The same for their means."""
 WARM_UP, MIN_BATCHES = 3, 3
-"""Batches before the clock starts, on top of those that the loader has prepared, and of a measurement at least."""
+"""Batches before the clock starts, in addition to prefetched ones, and least batches of a measurement."""
 IN_FLIGHT = 3
-"""Batches that training holds at a time on a GPU: the present one and those of the steps that are queued."""
+"""Batches that training holds on a GPU: the current one and those of queued steps."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,22 @@ class Knobs:
     decode: Literal["auto", "cpu"] = "auto"
 
     def to_settings(self) -> dict[str, Any]:
-        """Return the keys of a run's configuration. `decode` is left out where it is `auto`: a run that began with
-        `auto` may take other knobs of speed, but no other `decode`."""
+        """Return the keys of a run's configuration, without `decode: auto`: a run that began with `auto` may resume
+        with other speed settings, but not with another `decode`."""
         knobs = asdict(self)
         decode = knobs.pop("decode")
         return {"data": ({} if decode == "auto" else {"decode": decode}) | {"speed": knobs}}
 
 
 class Waits(NamedTuple):
-    """Throughput, and the time that a candidate made its consumer wait for a batch."""
+    """Throughput of a candidate, and its consumer's waits for a batch."""
 
     images_per_s: float
     p50_ms: float
     p99_ms: float
     mean_ms: float
     batches: int
-    """That were measured; with fewer than a hundred the 99th percentile is about the longest wait."""
+    """Measured batches; with fewer than a hundred the 99th percentile is about the longest wait."""
 
 
 FAILED = Waits(0.0, math.inf, math.inf, math.inf, 0)
@@ -90,7 +89,7 @@ class Trial(NamedTuple):
     knobs: Knobs
     waits: Waits
     error: str = ""
-    """Why the waits are `FAILED`."""
+    """Reason why the waits are `FAILED`."""
 
 
 def tune_pipeline(
@@ -98,19 +97,20 @@ def tune_pipeline(
 ) -> None:
     """Find the fastest settings of the loader for this machine and these shards, in one to three minutes.
 
-    Threads are tried up to 1.5 per core of this process. Where several processes will share the machine, run it with
-    the cores that one of them gets: `taskset -c 0-15 python tools/tune_pipeline.py ...`.
+    Tries up to 1.5 threads per core of this process. If several processes will share the machine, run it with the cores
+    of one of them: `taskset -c 0-15 python tools/tune_pipeline.py ...`.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
         batch_size: Images per batch of one process.
-        step_ms: Milliseconds that the network takes for a batch; 0: batches are taken as fast as they come. It only
-            sleeps: a network that computes on the CPU also takes cores away.
+        step_ms: Milliseconds per training step, simulated by sleeping; 0: no pause. A network on the CPU also uses
+            cores, which this does not simulate.
         seconds: Length of one measurement.
         out: YAML file for the settings, a second --config of train.run.
     """
     if batch_size < 1 or not 0 < seconds < math.inf or not 0 <= step_ms < math.inf:
-        raise ValueError("--batch-size must be at least 1, --seconds positive, --step-ms not negative")
+        got = f"{batch_size}, {seconds:g}, {step_ms:g}"
+        raise ValueError(f"--batch-size, --seconds, --step-ms: expected >= 1, > 0 and >= 0, got {got}")
     if out and out.exists() and (out.is_dir() or not out.read_bytes().startswith(FIRST_LINE.encode())):
         raise ValueError(
             f"--out {out}: expected a new file or one written by this program; give another name"
@@ -124,21 +124,21 @@ def tune_pipeline(
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     on_gpu, seeds = device.type == "cuda", itertools.count()
     axes, in_flight = list_axes(num_cores(), on_gpu), IN_FLIGHT if on_gpu else 1
-    at_most = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
+    max_trials = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
     print(
         f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, "
-        f"on {device.type}: at most {at_most} measurements of {seconds:g} s and a start each",
+        f"on {device.type}: at most {max_trials} measurements of {seconds:g} s, plus start-up",
         flush=True,
     )
-    with tqdm(desc="measuring", total=at_most, unit="candidate", disable=None, leave=False) as progress:
+    with tqdm(desc="measuring", total=max_trials, unit="candidate", disable=None, leave=False) as progress:
 
         def measure(knobs: Knobs) -> Waits:
             progress.update()
-            gc.collect()  # a loader that failed still holds memory of the GPU
+            gc.collect()  # a failed loader still holds GPU memory
             data = knobs.to_settings()["data"]
             config = DataConfig(shards, **data | {"speed": Speed(**data["speed"])})
-            place = {"rank": 0, "num_ranks": 1, "device": device}
-            loader = train_loader(train, basis, config, batch_size=batch_size, seed=next(seeds), **place)
+            options = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
+            loader = train_loader(train, basis, config, batch_size=batch_size, **options)
             with contextlib.closing(loader):
                 warm_up = WARM_UP + knobs.prefetch + knobs.read_ahead
                 return measure_waits(loader, warm_up, batch_size, step_ms, seconds, in_flight)
@@ -146,18 +146,18 @@ def tune_pipeline(
         trials, best = search(Knobs(Speed().num_threads), axes, measure)
     print(format_table(trials))
     if best.knobs == trials[0].knobs:
-        print("the defaults are as good as anything that was tried")
+        print("nothing was faster than the defaults")
     settings = yaml.safe_dump(best.knobs.to_settings(), sort_keys=False)
     if out:
-        place = f"{platform.node()}, {num_cores()} cores, {device.type}; manifest {train.manifest_sha256}"
-        origin = f"{FIRST_LINE}\n#   {shlex.join(sys.argv)}\n#   {place}\n"
+        machine = f"{platform.node()}, {num_cores()} cores, {device.type}; manifest {train.manifest_sha256}"
+        origin = f"{FIRST_LINE}\n#   {shlex.join(sys.argv)}\n#   {machine}\n"
         out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(out, f"{origin}{settings}".encode())
     print(f"{settings}\npass {out or 'these settings in a file'} as a second --config to train.run")
 
 
 def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
-    """List the changes to try, knob after knob."""
+    """List the changes to try, per knob."""
     threads = sorted({1, max(cores // 2, 1), cores, cores * 3 // 2} - {Speed().num_threads})
     axes: list[list[dict[str, Any]]] = [
         [{"threads": number} for number in threads],
@@ -166,7 +166,7 @@ def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
     ]
     if on_gpu:
         axes.append([{"hw_decoder_load": share} for share in (0.0, 0.3, 0.5, 0.8, 1.0)])
-        # Decoding on the CPU wants every core, whatever was best for decoding on the GPU.
+        # Decoding on the CPU needs every core, whatever was best for decoding on the GPU.
         axes.append([{"decode": "cpu"}, {"decode": "cpu", "threads": cores + 1}])
     return axes
 
@@ -176,17 +176,16 @@ def search(
 ) -> tuple[list[Trial], Trial]:
     """Search coordinate by coordinate.
 
-    The lowest of several noisy figures is too low, so in the end the defaults and the best are measured once more, and
-    these two figures decide.
+    The lowest of several noisy measurements is biased, so the defaults and the best are measured again at the end, and
+    these two decide.
 
     Args:
         default: The first candidate.
-        axes: Per knob the changes to try on the best candidate so far; on `default` as long as none succeeded.
-        measure: Measures a candidate; a `RuntimeError` (DALI's and PyTorch's, as of memory) or `MemoryError` means that
-            it failed, and the search continues.
+        axes: Changes per knob to try on the best candidate so far; on `default` as long as none succeeded.
+        measure: Measures a candidate; after a `RuntimeError` (from DALI or PyTorch, such as out of memory) or
+            `MemoryError` the search continues.
 
-    Returns everything that was tried, in order, and the best of it. Raises `DataError` with the first reason when all
-    failed.
+    Returns all trials in order, and the best. Raises `DataError` with the first reason when all failed.
     """
     trials: list[Trial] = []
 
@@ -205,7 +204,7 @@ def search(
                 attempt(knobs)
     best = pick_best(trials)
     if best.waits == FAILED:
-        raise DataError(f"no setting works; with the defaults: {trials[0].error}")
+        raise DataError(f"all settings failed; with the defaults: {trials[0].error}")
     if best is not trials[0]:
         attempt(default)
         attempt(best.knobs)
@@ -214,31 +213,31 @@ def search(
 
 
 def pick_best(trials: Sequence[Trial]) -> Trial:
-    """Pick the best: of those whose 99th percentile is about the lowest, those whose mean is about the lowest; of these
-    the one that was tried first, for it is nearest to the defaults."""
+    """Pick the first trial, as it is nearest to the defaults, of those with about the lowest mean, of those with about
+    the lowest 99th percentile."""
     p99_ms = min(trial.waits.p99_ms for trial in trials)
     p99_ms = max(p99_ms * (1 + SAME_P99), p99_ms + SAME_P99_MS)
-    calm = [trial for trial in trials if trial.waits.p99_ms <= p99_ms]
-    mean_ms = min(trial.waits.mean_ms for trial in calm)
+    candidates = [trial for trial in trials if trial.waits.p99_ms <= p99_ms]
+    mean_ms = min(trial.waits.mean_ms for trial in candidates)
     mean_ms = max(mean_ms * (1 + SAME_MEAN), mean_ms + SAME_MEAN_MS)
-    return next(trial for trial in calm if trial.waits.mean_ms <= mean_ms)
+    return next(trial for trial in candidates if trial.waits.mean_ms <= mean_ms)
 
 
 def measure_waits(
     loader: "Loader", warm_up: int, batch_size: int, step_ms: float, seconds: float, in_flight: int
 ) -> Waits:
-    """Take batches for about `seconds`, `warm_up` of them before, with a consumer that sleeps `step_ms` a batch and
+    """Load batches for about `seconds`, after `warm_up` of them, with a consumer that sleeps `step_ms` per batch and
     holds `in_flight` of them.
 
-    Raises `DataError` (a `RuntimeError`) where DALI fails.
+    Raises `DataError` (a `RuntimeError`) when DALI fails.
     """
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    held: deque[Any] = deque(itertools.islice(batches, warm_up), maxlen=in_flight)
+    current: deque[Any] = deque(itertools.islice(batches, warm_up), maxlen=in_flight)
     waits_ms: list[float] = []
     start = perf_counter()
     while len(waits_ms) < MIN_BATCHES or perf_counter() - start < seconds:
         request = perf_counter()
-        held.append(next(batches))  # ready when it is there: the loader waits for the device
+        current.append(next(batches))  # synchronous: the loader waits for the device
         waits_ms.append(1e3 * (perf_counter() - request))
         sleep(step_ms / 1e3)
     images_per_s = len(waits_ms) * batch_size / (perf_counter() - start)
@@ -247,7 +246,7 @@ def measure_waits(
 
 
 def format_table(trials: Sequence[Trial]) -> str:
-    """Format a row for each trial."""
+    """Format a row per trial."""
     names = list(asdict(trials[0].knobs))
     lines = ["  ".join([*names, "| images/s", "    p50", "    p99", "   mean ms waited", "batches"])]
     for trial in trials:

@@ -1,11 +1,11 @@
-"""What every benchmark shares: turns, rates by the clock and by CPU time, tables, rows of JSON.
+"""Measure contenders in turns: images per second and per CPU-second, tables, rows of JSON.
 
-Contenders take turns within one run, so that a machine whose speed drifts slows all of them. Every other round goes
-backwards, so that no place in the order is an advantage, and the first round is a warm-up.
+Contenders take turns within one run, so that a drift of the machine's speed affects all of them. Every other round is
+in reverse order, so that no position is an advantage, and the first round is a warm-up.
 
-CPU time is the user and system time of this process and of all that descend from it (workers, servers), those that
-have ended included, as /proc counts it: to 10 ms. Torch and DALI are imported where they are used: workers import this
-file, and some benchmarks time their start.
+CPU time is the user and system time of this process and its descendants, including those that have ended, from /proc,
+to 10 ms. Torch and DALI are imported where they are used: workers import this file, and some benchmarks time their
+start.
 """
 
 import itertools
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_ON_A_GPU = 20
-"""Between two waits for the GPU, so that the host runs ahead of it."""
+"""Steps between two synchronizations, so that the host runs ahead of the GPU."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SETTLE_S = 3.0
 
@@ -49,11 +49,11 @@ class Rate(NamedTuple):
 
 
 Rates = dict[str, list[Rate]]
-"""By contender, one a turn."""
+"""By contender, one per turn."""
 
 
-def cpu_seconds() -> float:
-    """Sum the CPU time so far of this process and of all that descend from it, waited-for ended ones included."""
+def read_cpu_seconds() -> float:
+    """Sum the CPU time of this process and its descendants, including ended ones that were waited for."""
     ticks: dict[int, int] = {}
     children = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -73,10 +73,10 @@ def cpu_seconds() -> float:
 
 
 def measure_job(work: Callable[[], int]) -> Rate:
-    """Measure a whole job, which returns its number of images."""
-    cpu_s, started = cpu_seconds(), perf_counter()
+    """Measure a whole job that returns its number of images."""
+    cpu_s, started = read_cpu_seconds(), perf_counter()
     images = work()
-    seconds, cpu_s = perf_counter() - started, cpu_seconds() - cpu_s
+    seconds, cpu_s = perf_counter() - started, read_cpu_seconds() - cpu_s
     return Rate(images / seconds, images / max(cpu_s, 1 / TICKS_PER_S))
 
 
@@ -87,9 +87,9 @@ def measure(
     device: "torch.device | None" = None,
     begin: Callable[[], Any] = lambda: None,
 ) -> Rate:
-    """Measure calls of `step`, of so many images each, for about `seconds`, what they queue on a GPU included.
+    """Measure calls of `step`, each of `images`, for about `seconds`, including the work they queue on a GPU.
 
-    A quarter of that time passes first and does not count: batches made ahead are no speed. `begin` is called then.
+    A quarter of that time is a warm-up that uses up prefetched batches; then `begin` is called.
     """
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
@@ -111,7 +111,7 @@ def measure(
 
 
 def interleave(contenders: Mapping[str, Callable[[], Rate]], repeats: int) -> Rates:
-    """Measure each contender `repeats` times, in turns, after a first round that does not count."""
+    """Measure each contender `repeats` times, in turns, after a warm-up round."""
     rates: Rates = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
@@ -121,15 +121,15 @@ def interleave(contenders: Mapping[str, Callable[[], Rate]], repeats: int) -> Ra
 
 
 def settle() -> None:
-    """Wait, for `SETTLE_S` at most, until the contender before has filled its queues and our processes are idle."""
-    end, before = perf_counter() + SETTLE_S, -1.0
-    while perf_counter() < end and (now := cpu_seconds()) > before + 1 / TICKS_PER_S:
-        before = now
+    """Wait, at most `SETTLE_S`, until the previous contender has filled its queues and our processes are idle."""
+    end, previous = perf_counter() + SETTLE_S, -1.0
+    while perf_counter() < end and (now := read_cpu_seconds()) > previous + 1 / TICKS_PER_S:
+        previous = now
         sleep(0.05)
 
 
 def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]]:
-    """Print medians, spreads and ratios to the reference, turn by turn; returns them as rows, one per contender."""
+    """Print medians, ranges and ratios to the reference, turn by turn. Returns them as rows, one per contender."""
     width, rows = max(40, len(title), *map(len, rates)), []
     print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
     for name, values in rates.items():
@@ -146,7 +146,7 @@ def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]
 
 
 def check_options(out: Path | None, **numbers: float | None) -> None:
-    """Raise `ValueError` or `OSError` for a number that is not positive, or where rows cannot be appended to `out`."""
+    """Raise `ValueError` or `OSError` for a number that is not positive, or an `out` that cannot be written."""
     for name, value in numbers.items():
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
@@ -157,7 +157,7 @@ def check_options(out: Path | None, **numbers: float | None) -> None:
 
 
 def describe_shards(shards: ShardSet) -> str:
-    """Say which data it was: "1600 generated images, 32 kB each, in 2 shards of store crop256"."""
+    """Describe the data: "1600 generated images, 32 kB each, in 2 shards of store crop256"."""
     kilobytes = sum(Path(tar).stat().st_size for tar in shards.tars) / shards.num_samples / 1000
     generated = all(name.wnid.startswith("n9") for name in shards.classes)  # make_demo's; WordNet has n0, n1
     images = f"{shards.num_samples} {'generated ' if generated else ''}images, {kilobytes:.0f} kB each"
@@ -176,22 +176,24 @@ def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
         raise DataError(f"{place}: damaged shard ({error}); copy or pack it again") from None
 
 
-def first_shards(shards: ShardSet, images: int) -> ShardSet:
-    """Take the first shards that together hold so many images, or all."""
-    before = [0, *itertools.accumulate(shards.samples)]
-    return shards.only([k for k in range(len(shards.tars)) if before[k] < images])
+def select_first_shards(shards: ShardSet, images: int) -> ShardSet:
+    """Select the first shards that together hold at least `images`, or all."""
+    starts = [0, *itertools.accumulate(shards.samples)]
+    return shards.only([k for k in range(len(shards.tars)) if starts[k] < images])
 
 
-def record(out: Path | None, subcommand: str, rows: list[dict[str, Any]], data: str, **settings: Any) -> None:
-    """Append rows to `out` as lines of JSON, with what it takes to judge and to repeat the measurement."""
+def append_rows(
+    out: Path | None, subcommand: str, rows: list[dict[str, Any]], data: str, **settings: Any
+) -> None:
+    """Append rows to `out` as lines of JSON, with data, settings and environment to repeat the measurement."""
     if out:
-        about = describe_environment(subcommand) | {"data": data} | settings
+        context = describe_environment(subcommand) | {"data": data} | settings
         with out.open("a") as file:
-            file.writelines(json.dumps(row | about) + "\n" for row in rows)
+            file.writelines(json.dumps(row | context) + "\n" for row in rows)
 
 
 def describe_environment(subcommand: str) -> dict[str, Any]:
-    """Collect commit (with "-dirty" where files were changed), command, hardware and versions."""
+    """Collect commit ("-dirty" with uncommitted changes), command, hardware and versions."""
     import torch
 
     git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]

@@ -1,10 +1,10 @@
-"""FFCV as a contender of `bench peers`, in a process of its own, as FFCV wants an environment of its own.
+"""Run FFCV as a contender of `bench peers`, in its own process, as FFCV needs its own environment.
 
     FFCV_PYTHON tools/benchmarks/ffcv_script.py SETTINGS.json
 
-writes the JPEGs, byte for byte, into FFCV's own format, and FFCV's version to its standard output; then takes a batch
-for each line on its standard input, and answers with a line. Where the settings say `show`, it writes the batch before
-it answers, as an .npz of images and labels. Imports nothing of ours.
+writes the JPEGs, byte for byte, in FFCV's format, and FFCV's version to stdout; then loads a batch for each line on
+stdin and answers with a line. If the settings have `show`, it first saves the batch as an .npz of images and labels. It
+does not import this project.
 """
 
 import io
@@ -32,7 +32,7 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 
 EPOCH = 200_000
-"""Images that an epoch has at least: FFCV allocates all its buffers again in every one, which a small set would pay."""
+"""Least images per epoch: FFCV allocates its buffers again in every epoch, which costs most on a small set."""
 
 
 class ShiftAndNormalize(Operation):
@@ -44,7 +44,7 @@ class ShiftAndNormalize(Operation):
         self.inverse = np.float32(1 / divisor)
 
     def generate_code(self) -> Callable[..., Any]:
-        """What numba compiles."""
+        """Return the function that numba compiles."""
         my_range, means, matrix, inverse = Compiler.get_iterator(), self.mean, self.matrix, self.inverse
 
         def normalize(images: Any, out: Any) -> Any:
@@ -66,14 +66,14 @@ class ShiftAndNormalize(Operation):
         return normalize
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
-        """Where the result goes."""
+        """Declare the output buffer."""
         dtype = np.dtype(np.float32)
         state = replace(previous_state, jit_mode=True, dtype=dtype)
         return state, AllocationQuery(previous_state.shape, dtype)
 
 
 def write_beton(files: list[tuple[str, int]], path: Path) -> None:
-    """Write FFCV's file. Its own field would decode and re-encode, so its `encode` is replaced."""
+    """Write FFCV's file. Its field would decode and re-encode, so its `encode` is replaced."""
     field = RGBImageField(write_mode="jpg")
 
     def encode(_: Any, destination: Any, jpeg: bytes, malloc: Any) -> None:
@@ -87,9 +87,9 @@ def write_beton(files: list[tuple[str, int]], path: Path) -> None:
     writer.from_indexed_dataset([(Path(file).read_bytes(), label) for file, label in files])
 
 
-def batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
-    """Augmented batches without end. At this scale and ratio the random resized crop is a random 224x224 window, and
-    its resize a copy."""
+def load_batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
+    """Yield augmented batches forever. At this scale and ratio the random resized crop is a random 224x224 crop without
+    resizing."""
     side, count = 224, len(settings["files"])
     scale = ((side / 256) ** 2, (side / 256) ** 2)
     decoder = RandomResizedCropRGBImageDecoder((side, side), scale=scale, ratio=(1.0, 1.0))
@@ -122,12 +122,12 @@ def main() -> None:
     """Answer the lines on standard input."""
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     path = Path(sys.argv[1])
     settings = json.loads(path.read_text())
     beton = path.with_suffix(".beton")
     write_beton(settings["files"], beton)
-    endless = batches(settings, str(beton))
+    endless = load_batches(settings, str(beton))
     print(version("ffcv"), file=answers)
     for _ in sys.stdin:
         images, labels = next(endless)
@@ -136,7 +136,7 @@ def main() -> None:
                 path.with_suffix(".npz"), images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy()
             )
         print("done", file=answers)
-    os._exit(0)  # FFCV's threads are still at work
+    os._exit(0)  # FFCV's threads are still running
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast the training loader hands out batches, and what bounds it."""
+"""Benchmark the training loader, and the decoders that bound it."""
 
 import io
 import itertools
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 LIMIT, WINDOWS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 pixels, as for a GPU (DALI, cpu)"
-LOADER, WITHOUT = "loader: finished batches", "loader: the same without lighting (strength 0)"
+LOADER, NO_LIGHTING = "loader: finished batches", "loader: the same without lighting (strength 0)"
 EIGENBASIS = "compute_pca: decode and sum, exact"
 MAX_JPEGS, MAX_SUMMED, CHUNK = 2000, 20_000, 16
-"""Enough that no file stays in a core's cache, and that a pass over them takes seconds."""
+"""Enough to exceed a core's cache, and for a pass of some seconds; images per task of a thread."""
 SUM_BATCH = 64
 
 
@@ -37,9 +37,9 @@ def bench_loader(
     repeats: int = 5,
     out: Path | None = None,
 ) -> None:
-    """Images per second of the training loader, with lighting and without, and of the eigenbasis' sums.
+    """Measure the training loader with and without lighting, libjpeg-turbo and DALI alone, and the eigenbasis' sums.
 
-    Also of libjpeg-turbo alone and of DALI decoding the same windows. All decode the same files.
+    All decode the same files.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -62,14 +62,20 @@ def bench_loader(
     cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
     raise_open_files(4 * len(train.tars))
     settings = DataConfig(shards, speed=speed)
-    without = replace(settings, augmentation=Augmentation(lighting=Lighting(strength=0)))
-    place: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "rank": 0, "num_ranks": 1, "device": device}
-    loaders = [train_loader(train, basis, config, **place) for config in (settings, without)]
+    no_lighting = replace(settings, augmentation=Augmentation(lighting=Lighting(strength=0)))
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": 0,
+        "rank": 0,
+        "num_ranks": 1,
+        "device": device,
+    }
+    loaders = [train_loader(train, basis, config, **options) for config in (settings, no_lighting)]
     batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
     windows = decode_windows(train, batch_size, speed.num_threads)
     jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
     check_work(jpegs, windows, next(batches).images)
-    with ThreadPoolExecutor(cores) as pool:  # simplejpeg decodes without the GIL
+    with ThreadPoolExecutor(cores) as pool:  # simplejpeg releases the GIL
 
         def decode_all() -> None:
             list(pool.map(decode, [jpegs[start : start + CHUNK] for start in range(0, len(jpegs), CHUNK)]))
@@ -78,8 +84,8 @@ def bench_loader(
             LIMIT: partial(common.measure, decode_all, len(jpegs), seconds),
             WINDOWS: partial(common.measure, windows.run, batch_size, seconds),
             LOADER: partial(common.measure, partial(next, batches), batch_size, seconds),
-            WITHOUT: partial(common.measure, partial(next, others), batch_size, seconds),
-            EIGENBASIS: partial(measure_sums, common.first_shards(train, MAX_SUMMED), cores),
+            NO_LIGHTING: partial(common.measure, partial(next, others), batch_size, seconds),
+            EIGENBASIS: partial(measure_sums, common.select_first_shards(train, MAX_SUMMED), cores),
         }
         rates = common.interleave(contenders, repeats)
     for loader in loaders:
@@ -88,13 +94,17 @@ def bench_loader(
     print(f"{data}; batch {batch_size}, finished on {device.type}")
     print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
     rows = common.print_table("training images", rates, LIMIT)
-    about: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "device": device.type}
-    common.record(out, "loader", rows, data, threads=speed.num_threads, **about)
+    context: dict[str, Any] = {
+        "shards": train.manifest_sha256,
+        "batch_size": batch_size,
+        "device": device.type,
+    }
+    common.append_rows(out, "loader", rows, data, threads=speed.num_threads, **context)
 
 
 def check_work(jpegs: list[bytes], windows: "Pipeline", images: Any) -> None:
-    """Assert that contenders decode Pillow's pixels and hand out whole batches. That the loader's batches are right,
-    pixel by pixel, is what `bench peers` shows."""
+    """Assert that contenders decode Pillow's pixels and yield full batches. `bench peers` checks the loader's
+    pixels."""
     import simplejpeg
     from PIL import Image
 
@@ -109,8 +119,8 @@ def check_work(jpegs: list[bytes], windows: "Pipeline", images: Any) -> None:
 
 
 def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline":
-    """Make a pipeline of what the host does where a GPU does the rest: it decodes training windows, or the pixels that
-    they are resampled from, and reads labels."""
+    """Build the host's part of a pipeline with a GPU: decode training windows, or the pixels that they are resampled
+    from, and read labels."""
     from nvidia.dali import pipeline_def
 
     from pipeline.decode import Decoder, decode_extents, trace_window
@@ -138,9 +148,9 @@ def decode(jpegs: list[bytes]) -> None:
 
 
 def measure_sums(train: ShardSet, threads: int) -> common.Rate:
-    """Measure one pass of compute_pca's sums on the CPU; the first batch, at which DALI starts, does not count."""
-    from tools.moments import batch_sums
+    """Measure one pass of compute_pca's sums on the CPU, without the first batch, at which DALI starts."""
+    from tools.moments import sum_batches
 
-    sums = batch_sums(train, SUM_BATCH, threads)
+    sums = sum_batches(train, SUM_BATCH, threads)
     next(sums)
     return common.measure_job(lambda: sum(each.moments.num_images for each in sums))

@@ -1,9 +1,9 @@
-"""How fast the network trains on a batch that is there already: ours, torchvision's, and ours on two devices.
+"""Benchmark training on a batch in memory: our network, torchvision's, and ours on two devices.
 
-The last is the paper's claim: "the two-GPU net takes slightly less time to train than the one-GPU net" (section 3.2).
-Two processes hold a tower each, as `model/parallel.py` places them; the first one also trains, in its turns, the
-paper's one-GPU net, whose conv1-4 have half as many maps, and both towers on one device. On a CPU a device is a process
-with half of the cores.
+The last tests the paper's claim: "the two-GPU net takes slightly less time to train than the one-GPU net" (section
+3.2). Two processes train one tower each, as in `model/parallel.py`; rank 0 also trains, in turns, the paper's one-GPU
+net, with half the channels in conv1-4, and both towers on one device. On a CPU a device is a process with half of the
+cores.
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Step = Callable[[], Any]
-THEIRS, COPIES = "torch.nn.functional.local_response_norm", "2.5 copies: the fewest possible bytes"
+TORCH_LRN, COPIES = "torch.nn.functional.local_response_norm", "2.5 copies: the fewest possible bytes"
 TORCHVISION = "torchvision's alexnet, without normalization"
 TWO_DEVICES, ONE_DEVICE = "two towers, one on each of two devices", "two towers on one device"
 ONE_GPU = "the paper's one-GPU net on one device"
@@ -36,13 +36,11 @@ def bench_model(
     repeats: int = 5,
     out: Path | None = None,
 ) -> None:
-    """Images per second of training on a batch in memory: our network, torchvision's, two towers on two devices.
-
-    First of local response normalization alone, ours and torch's.
+    """Measure training on a batch in memory: LRN alone (ours, torch's), our network, torchvision's, two towers.
 
     Args:
         batch_sizes: Images per batch, one measurement each (default: [128,256,1024] on a GPU, [32] on a CPU); the two
-            towers take the first.
+            towers use the first.
         precision: Of activations (default: bf16 on a GPU, float32 on a CPU).
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
@@ -67,8 +65,8 @@ def bench_model(
     print(f"{precision}, {repeats} repeats, on {device}")
     rows, missing = [], {}
     for title, contenders, reference in (
-        ("normalization of (N, 96, 55, 55), both ways", normalizations, THEIRS),
-        ("training steps", training_steps, TORCHVISION),
+        ("normalization of (N, 96, 55, 55), both ways", make_lrn_steps, TORCH_LRN),
+        ("training steps", make_training_steps, TORCHVISION),
     ):
         for size in sizes:
             steps = contenders(size, dtype, device)
@@ -77,13 +75,13 @@ def bench_model(
             }
             rates = common.interleave(turns, repeats)
             rows += common.print_table(f"{title}, batch {size}", rates, reference)
-            del steps, turns  # their memory is room for the next
+            del steps, turns  # release their memory
     with tempfile.TemporaryDirectory() as scratch:
         try:
             if on_gpu and torch.cuda.device_count() < 2:
                 raise ProcessException("expected two GPUs, got one", 0, 0)
             mp.spawn(run_tower, (sizes[0], dtype, device.type, seconds, repeats, scratch), nprocs=2)
-        except ProcessException as error:  # there is no second device, or a process failed or was killed
+        except ProcessException as error:  # no second device, or a process failed or was killed
             missing["two towers"] = str(error).strip().splitlines()[-1]
             print(f"two towers: not measured: {missing['two towers']}")
         else:
@@ -93,11 +91,11 @@ def bench_model(
             sent = sizes[0] * bytes_per_image(AlexNetConfig(), dtype.itemsize)
             print(f"{judge_claim(rates)}\neach of the two sends {sent / 1e6:.1f} MB a step (docs/towers.md)")
     about: dict[str, Any] = {"precision": precision, "device": device.type, "not_measured": missing}
-    common.record(out, "model", rows, "random numbers", **about)
+    common.append_rows(out, "model", rows, "random numbers", **about)
 
 
-def normalizations(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
-    """Forward and backward after conv1, in channels-last memory. Asserts that ours is torch's."""
+def make_lrn_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
+    """Make steps of LRN forward and backward after conv1, channels-last. Asserts that ours equals torch's."""
     import torch
     import torch.nn.functional as F
 
@@ -119,20 +117,20 @@ def normalizations(batch_size: int, dtype: "torch.dtype", device: "torch.device"
             target.copy_(source)
         target[::2].copy_(source[::2])
 
-    def theirs(x: "torch.Tensor") -> "torch.Tensor":
-        wide = x if device.type == "cuda" else x.float()  # a CPU has it in float32 alone
+    def torch_lrn(x: "torch.Tensor") -> "torch.Tensor":
+        wide = x if device.type == "cuda" else x.float()  # on a CPU it needs float32
         return F.local_response_norm(wide, 5, 1e-4, 0.75, 2.0).to(dtype)
 
     ours = partial(local_response_norm, convention="original")
-    torch.testing.assert_close(ours(source), theirs(source))
-    steps: dict[str, Step] = {THEIRS: partial(step, theirs), "ours": partial(step, ours)}
+    torch.testing.assert_close(ours(source), torch_lrn(source))
+    steps: dict[str, Step] = {TORCH_LRN: partial(step, torch_lrn), "ours": partial(step, ours)}
     if can_compile(device):
         steps["ours, compiled"] = partial(step, torch.compile(ours, dynamic=False))
     return steps | {COPIES: copy}
 
 
-def training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
-    """Forward, backward and update, by contender."""
+def make_training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
+    """Make steps of forward, backward and update, by contender."""
     import torch
 
     from model.alexnet import AlexNet, AlexNetConfig
@@ -140,7 +138,7 @@ def training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device"
 
     train_on = make_trainer(batch_size, dtype, device)
     ours = partial(AlexNet, AlexNetConfig())
-    networks: dict[str, Callable[[], Any]] = {TORCHVISION: torchvision_alexnet, "ours": ours}
+    networks: dict[str, Callable[[], Any]] = {TORCHVISION: build_torchvision_alexnet, "ours": ours}
     steps = {name: train_on(make()) for name, make in networks.items()}
     if can_compile(device):
         steps["ours, compiled as the trainer does"] = train_on(ours(), partial(compiled, device=device))
@@ -151,7 +149,7 @@ def training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device"
 
 
 def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> Callable[..., Step]:
-    """Return a function that makes training steps, on one synthetic batch, of a network and of how to compile it."""
+    """Return a function that makes the training step of a network, optionally compiled, on one synthetic batch."""
     import torch
     import torch.nn.functional as F
 
@@ -179,7 +177,7 @@ def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") 
     return train_on
 
 
-def torchvision_alexnet() -> "nn.Module":
+def build_torchvision_alexnet() -> "nn.Module":
     """Build torchvision's network, layer by layer (torchvision 0.26, models/alexnet.py), in channels-last memory."""
     import torch
     from torch import nn
@@ -201,8 +199,8 @@ def torchvision_alexnet() -> "nn.Module":
 def run_tower(
     rank: int, batch_size: int, dtype: "torch.dtype", kind: str, seconds: float, repeats: int, scratch: str
 ) -> None:
-    """Train one tower of the pair in its turns; rank 0 also the networks on one device, while rank 1 waits. Rank 0
-    writes rates.json."""
+    """Train one tower in turns; rank 0 also trains the networks on one device while rank 1 waits, and writes
+    rates.json."""
     import torch
     import torch.distributed as dist
     import yaml
@@ -220,17 +218,17 @@ def run_tower(
         torch.set_num_threads(max(1, num_cores() // 2))
     keep_freed_memory()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
-    patience, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
-    dist.init_process_group(backend, f"file://{scratch}/store", patience, rank=rank, world_size=2)
-    mesh = Mesh.join(device, patience)
-    torch.manual_seed(0)  # the batch, and the towers' weights, are the same in both
+    timeout, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
+    dist.init_process_group(backend, f"file://{scratch}/store", timeout, rank=rank, world_size=2)
+    mesh = Mesh.join(device, timeout)
+    torch.manual_seed(0)  # the same batch and weights on both ranks
     train_on, pair = make_trainer(batch_size, dtype, device), AlexNetConfig()
     one_gpu = AlexNetConfig.from_json(yaml.safe_load((ABLATIONS / "one-gpu.yaml").read_text())["model"])
-    as_trained = partial(compiled, device=device) if can_compile(device) else lambda model: model
-    steps = {TWO_DEVICES: train_on(TowerAlexNet(pair, mesh.peer), as_trained)}
+    compile_model = partial(compiled, device=device) if can_compile(device) else lambda model: model
+    steps = {TWO_DEVICES: train_on(TowerAlexNet(pair, mesh.peer), compile_model)}
     if rank == 0:
-        steps[ONE_GPU] = train_on(AlexNet(one_gpu), as_trained)
-        steps[ONE_DEVICE] = train_on(AlexNet(pair), as_trained)
+        steps[ONE_GPU] = train_on(AlexNet(one_gpu), compile_model)
+        steps[ONE_DEVICE] = train_on(AlexNet(pair), compile_model)
     seed_process(0, rank)  # dropout
 
     def run(name: str, count: int) -> int:
@@ -242,22 +240,22 @@ def run_tower(
 
     def measure(name: str) -> Rate:
         dist.barrier()
-        if name not in steps:  # rank 0's turn alone
+        if name not in steps:  # only rank 0 runs it
             return Rate(0, 0)
         count = int(counts[name].item())
         run(name, 1 + count // 4)
         rate = common.measure_job(lambda: run(name, count))
-        cpu_s = torch.tensor(1 / rate.per_cpu_s, device=device)  # of an image
+        cpu_s = torch.tensor(1 / rate.per_cpu_s, device=device)  # per image
         if name == TWO_DEVICES:
             dist.all_reduce(cpu_s)
         return rate._replace(per_cpu_s=1 / cpu_s.item())
 
     counts = {}
-    for name in steps:  # how many steps take so long
+    for name in steps:  # how many steps take `seconds`
         run(name, 2)  # compiles
         rate = common.measure_job(partial(run, name, 2))
         counts[name] = torch.tensor(max(1, round(seconds * rate.per_s / batch_size)), device=device)
-    dist.broadcast(counts[TWO_DEVICES], 0)  # both take as many
+    dist.broadcast(counts[TWO_DEVICES], 0)  # both ranks run as many
     turns = {name: partial(measure, name) for name in (TWO_DEVICES, ONE_GPU, ONE_DEVICE)}
     rates = common.interleave(turns, repeats)
     if rank == 0:
@@ -266,7 +264,7 @@ def run_tower(
 
 
 def judge_claim(rates: Rates) -> str:
-    """Say whether the paper's claim holds in these turns: in all of them, in none, or neither."""
+    """Report whether the paper's claim holds: in all turns, in none, or undecided."""
     ratios = [two.per_s / one.per_s for two, one in zip(rates[TWO_DEVICES], rates[ONE_GPU], strict=True)]
     holds = (
         "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"

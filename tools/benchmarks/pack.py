@@ -1,9 +1,9 @@
-"""How fast raw images are packed: make_shards, the packer that everybody writes, and what bounds both.
+"""Benchmark packing: make_shards, a plain pool with Pillow, and the codec that bounds both.
 
-Every contender but `CODEC` works on all images of RAW, both splits, and writes into a folder that is removed again. Its
-time is that of the whole job: starting processes, reading, working, writing. make_shards is timed by its own clock,
-which leaves out the start of Python and the listing of RAW, as the others' does; its CPU time has both in it. The page
-cache is left as it is: whatever of RAW fits into memory is read from there.
+Every contender except `CODEC` packs all images of RAW, both splits, into a temporary folder. Its time is the whole job:
+starting processes, reading, packing, writing. make_shards is timed by its own clock, which excludes the start of Python
+and the listing of RAW, as the others' do; its CPU time includes both. The page cache is not dropped: what fits into
+memory is read from there.
 """
 
 import functools
@@ -37,13 +37,13 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 class RawImage(NamedTuple):
-    """Where one image lies in the archives."""
+    """Location of one image in the archives."""
 
     archive: str
     offset: int
     size: int
     label: int
-    """0 for a validation image: no contender's work depends on it."""
+    """0 for a validation image; no contender depends on it."""
 
     def read(self) -> bytes:
         """Read the file's bytes."""
@@ -63,7 +63,7 @@ def bench_pack(
     scratch: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Images per second of make_shards, of Pillow processes with webdataset's ShardWriter, and of the codec alone.
+    """Measure make_shards, a pool with Pillow and webdataset's ShardWriter, and the codec alone.
 
     Args:
         raw: Folder with the archives of ILSVRC-2012, or with what `tools/make_demo.py --photos` writes.
@@ -80,7 +80,7 @@ def bench_pack(
 
         def measure(work: Callable[[list[RawImage], Path, int], common.Rate]) -> common.Rate:
             with tempfile.TemporaryDirectory(dir=folder) as target:
-                os.sync()  # nobody pays for what another left to be written
+                os.sync()  # flush the writes of the previous contender
                 return work(images, Path(target), workers)
 
         contenders: dict[str, Callable[[], common.Rate]] = {
@@ -95,7 +95,7 @@ def bench_pack(
     data = f"{len(images)} {generated}images of {num_bytes / len(images) / 1e3:.0f} kB"
     print(f"{data}; {workers} workers, {repeats} repeats")
     rows = common.print_table("packed", rates, BASELINE)
-    common.record(out, "pack", rows, data, images=len(images), bytes=num_bytes, workers=workers)
+    common.append_rows(out, "pack", rows, data, images=len(images), bytes=num_bytes, workers=workers)
 
 
 def list_images(raw: Path) -> list[RawImage]:
@@ -130,13 +130,13 @@ def run_make_shards(raw: Path, store: str, images: list[RawImage], shards: Path,
     rate = common.measure_job(run)
     found = re.search(r"^packed (\d+) images in .*\((\d+) images/s", outputs[0], re.MULTILINE)
     if not found:
-        raise ValueError(f"make_shards failed on {raw}: {(outputs[1] or outputs[0]).strip()}")
+        raise ValueError(f"{raw}: make_shards failed: {(outputs[1] or outputs[0]).strip()}")
     assert int(found[1]) == len(images), "make_shards: not every image is packed"
     return rate._replace(per_s=float(found[2]))
 
 
 def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.Rate:
-    """Pack as everybody does: a pool makes the images, the parent writes them."""
+    """Pack with a process pool that crops images, and a parent that writes them."""
     import webdataset
 
     def pack() -> int:
@@ -153,7 +153,7 @@ def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.R
 
 
 def crop_with_pillow(image: RawImage) -> bytes:
-    """Read an image and bring it to 256x256; the decoder may shrink it by 2, 4 or 8 on the way."""
+    """Read an image, resize and crop it to 256x256; the decoder may reduce it by 2, 4 or 8."""
     out = io.BytesIO()
     with Image.open(io.BytesIO(image.read())) as opened:
         opened.draft("RGB", (256, 256))
@@ -166,8 +166,8 @@ def crop_with_pillow(image: RawImage) -> bytes:
 
 
 def measure_codec(images: list[RawImage], workers: int) -> common.Rate:
-    """Measure threads that decode images whole and encode at 256x256, with nothing in between. Files that libjpeg-turbo
-    alone does not turn into RGB (CMYK, PNG) are left out."""
+    """Measure threads that decode whole images and encode 256x256 ones, without resizing. Files that libjpeg-turbo does
+    not decode to RGB (CMYK, PNG) are skipped."""
     import simplejpeg
 
     squares = [np.asarray(Image.open(io.BytesIO(crop_with_pillow(image)))) for image in images[:32]]
@@ -182,5 +182,5 @@ def measure_codec(images: list[RawImage], workers: int) -> common.Rate:
         simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
         return True
 
-    with ThreadPoolExecutor(workers) as pool:  # simplejpeg works without the GIL
+    with ThreadPoolExecutor(workers) as pool:  # simplejpeg releases the GIL
         return common.measure_job(lambda: sum(pool.map(transcode, range(len(jpegs)))))

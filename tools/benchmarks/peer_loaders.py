@@ -1,7 +1,7 @@
-"""The contenders of `bench peers`: the same job, written with each library as its users would.
+"""Implement the contenders of `bench peers`: the same job, written with each library as its users would.
 
-A contender is a generator of batches without end, which stops its processes and threads when it is closed. Libraries
-are imported where they are used: any of them may be missing.
+A contender is an infinite generator of batches that stops its processes and threads when it is closed. Libraries are
+imported where they are used: any of them may be missing.
 """
 
 import functools
@@ -33,7 +33,7 @@ Batches = Generator[tuple[Any, Any], None, None]
 
 @dataclass(frozen=True)
 class PeerData:
-    """What a contender gets."""
+    """Input of a contender."""
 
     shards: ShardSet
     files: list[tuple[str, int]]
@@ -43,17 +43,17 @@ class PeerData:
     workers: int
     """Processes, or threads where a contender has those."""
     scratch: Path
-    """Where it may write; removed afterwards."""
+    """Temporary folder."""
     ffcv_python: Path | None
     """The interpreter of FFCV's environment."""
     versions: dict[str, str]
-    """Of what contenders are made of; each adds its own."""
+    """Of the libraries; each contender adds its own."""
     show: bool = False
-    """Whether batches are looked at: a contender in another process then hands them over."""
+    """Whether batches are checked: a contender in another process then returns them."""
 
 
 def augment(pixels_HWC: np.ndarray, basis: Eigenbasis, rng: np.random.Generator, out_HWC: np.ndarray) -> None:
-    """Cut, flip, shift and normalize, in numpy, for contenders that have no operations for it."""
+    """Crop, flip, shift and normalize in numpy, for contenders without such operations."""
     left, top = rng.integers(OFFSETS + 1, size=2)
     window = pixels_HWC[top : top + CROP_SIDE, left : left + CROP_SIDE]
     if rng.random() < 0.5:
@@ -65,22 +65,22 @@ def augment(pixels_HWC: np.ndarray, basis: Eigenbasis, rng: np.random.Generator,
     out_HWC *= np.float32(1 / lighting.divisor)
 
 
-def permutations(count: int) -> Iterator[int]:
-    """Yield the numbers below `count` in random order, then in another one, without end."""
+def yield_permutations(count: int) -> Iterator[int]:
+    """Yield the numbers below `count` in random order, reshuffled forever."""
     while True:
         yield from np.random.default_rng().permutation(count).tolist()
 
 
 @functools.cache
-def worker_rng() -> np.random.Generator:
-    """Random numbers of one worker process of a DataLoader."""
+def get_worker_rng() -> np.random.Generator:
+    """Return the generator of a DataLoader's worker process."""
     return np.random.default_rng(torch.initial_seed())
 
 
 def make_sample(sample: tuple[np.ndarray, int], basis: Eigenbasis) -> tuple[np.ndarray, int]:
-    """Augment one image in a worker process, into memory of its own."""
+    """Augment one image in a worker process, into new memory."""
     out = np.empty((CROP_SIDE, CROP_SIDE, 3), np.float32)
-    augment(sample[0], basis, worker_rng(), out)
+    augment(sample[0], basis, get_worker_rng(), out)
     return out, sample[1]
 
 
@@ -91,7 +91,7 @@ class Files(Dataset):
         self.files, self.basis = data.files, data.basis
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
-        """An augmented window and its class index."""
+        """Return an augmented crop and its class index."""
         path, label = self.files[number]
         with Image.open(path) as image:
             return make_sample((np.asarray(image.convert("RGB")), label), self.basis)
@@ -100,20 +100,20 @@ class Files(Dataset):
 def load_in_workers(
     dataset: Any, data: PeerData, workers: int, sampler: Iterator[int] | None = None
 ) -> Batches:
-    """Batches of a DataLoader, whose processes are forked from one without threads, which ours has."""
+    """Yield batches of a DataLoader, forked from a server process, as ours has threads."""
     yield from DataLoader(
         dataset, data.batch_size, sampler=sampler, num_workers=workers, multiprocessing_context="forkserver"
     )
 
 
-def pillow_batches(data: PeerData) -> Batches:
-    """A DataLoader with Pillow and numpy, which take less time than torchvision's transforms."""
+def load_with_pillow(data: PeerData) -> Batches:
+    """Load with a DataLoader, Pillow and numpy, which is faster than torchvision's transforms."""
     data.versions["pillow"] = version("pillow")
-    return load_in_workers(Files(data), data, data.workers, permutations(len(data.files)))
+    return load_in_workers(Files(data), data, data.workers, yield_permutations(len(data.files)))
 
 
-def webdataset_batches(data: PeerData) -> Batches:
-    """webdataset over the shards, with Pillow and numpy; no more processes than shards, which it shares out."""
+def load_with_webdataset(data: PeerData) -> Batches:
+    """Load with webdataset, Pillow and numpy; at most one process per shard, as it distributes shards."""
     import webdataset
 
     data.versions["webdataset"] = version("webdataset")
@@ -128,8 +128,8 @@ def webdataset_batches(data: PeerData) -> Batches:
     return load_in_workers(windows, data, min(data.workers, len(tars)))
 
 
-def spdl_batches(data: PeerData) -> Batches:
-    """SPDL: threads that each decode a batch with FFmpeg, and augment it with numpy."""
+def load_with_spdl(data: PeerData) -> Batches:
+    """Load with SPDL: threads that decode batches with FFmpeg and augment them with numpy."""
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
@@ -142,17 +142,16 @@ def spdl_batches(data: PeerData) -> Batches:
         return torch.from_numpy(images), torch.tensor([data.files[number][1] for number in numbers])
 
     builder: Any = PipelineBuilder()
-    builder = builder.add_source(permutations(len(data.files))).aggregate(data.batch_size)
+    builder = builder.add_source(yield_permutations(len(data.files))).aggregate(data.batch_size)
     builder = builder.pipe(load, concurrency=data.workers, output_order="input").add_sink(3)
     pipeline = builder.build(num_threads=data.workers)
     with pipeline.auto_stop():
         yield from pipeline.get_iterator()
 
 
-def dali_batches(data: PeerData) -> Batches:
-    """DALI in the manner of NVIDIA's ImageNet example, on a CPU: file reader, decoder of the part that is needed,
-    crop_mirror_normalize, its iterator for PyTorch. A random window in place of the random resized crop; lighting is in
-    the mean."""
+def load_with_dali(data: PeerData) -> Batches:
+    """Load with DALI as in NVIDIA's ImageNet example, on a CPU: file reader, cropping decoder, crop_mirror_normalize,
+    its PyTorch iterator. A random crop replaces the random resized crop; lighting is in the mean."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator
 
@@ -180,27 +179,20 @@ def dali_batches(data: PeerData) -> Batches:
         yield batch["data"], batch["label"].squeeze(1)
 
 
-def our_batches(data: PeerData) -> Batches:
-    """The trainer's loader."""
-    place: dict[str, Any] = {
-        "batch_size": data.batch_size,
-        "seed": 0,
-        "rank": 0,
-        "num_ranks": 1,
-        "device": "cpu",
-    }
-    config = DataConfig(
-        Path(data.shards.tars[0]).parent, speed=Speed(threads=data.workers + 1)
-    )  # its default
-    with closing(train_loader(data.shards, data.basis, config, **place)) as loader:
+def load_with_ours(data: PeerData) -> Batches:
+    """Load with the trainer's loader."""
+    speed = Speed(threads=data.workers + 1)  # its default
+    config = DataConfig(Path(data.shards.tars[0]).parent, speed=speed)
+    options: dict[str, Any] = {"batch_size": data.batch_size, "seed": 0, "rank": 0, "num_ranks": 1}
+    with closing(train_loader(data.shards, data.basis, config, device="cpu", **options)) as loader:
         yield from itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def ffcv_batches(data: PeerData) -> Batches:
-    """FFCV in a process of its own environment, which takes a batch for each line; one that nobody looks at stays
-    there. Raises `ImportError` without that environment, `RuntimeError` with its last line when it ends."""
+def load_with_ffcv(data: PeerData) -> Batches:
+    """Load with FFCV in a process of its own environment, a batch per line; unchecked batches are not transferred.
+    Raises `ImportError` without that environment, `RuntimeError` with its output when it ends."""
     if data.ffcv_python is None:
-        raise ImportError("needs an environment of its own; name its interpreter by --ffcv-python")
+        raise ImportError("--ffcv-python: expected the Python of an environment with FFCV, got none")
     settings, log = data.scratch / "ffcv.json", data.scratch / "ffcv.log"
     job = {"files": data.files, "batch_size": data.batch_size, "workers": data.workers, "show": data.show}
     job |= {"mean": data.basis.mean.tolist(), "matrix": Lighting().shift_matrix(data.basis).tolist()}
@@ -231,17 +223,17 @@ class Peer(NamedTuple):
 
     title: str
     load: Callable[[PeerData], Batches]
-    """Its batches, without end, each image once an epoch."""
+    """Its infinite batches, each image once per epoch."""
     levels: int = 1
-    """How far its pixels may be from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
+    """Largest allowed difference of its pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
 
 
 PEERS = {
-    "pillow": Peer("torch DataLoader + Pillow", pillow_batches),
-    "webdataset": Peer("webdataset + Pillow", webdataset_batches),
-    "spdl": Peer("SPDL", spdl_batches, levels=64),
-    "ffcv": Peer("FFCV", ffcv_batches, levels=8),
-    "dali": Peer("DALI, as its ImageNet example", dali_batches),
-    "ours": Peer("ours", our_batches),
+    "pillow": Peer("torch DataLoader + Pillow", load_with_pillow),
+    "webdataset": Peer("webdataset + Pillow", load_with_webdataset),
+    "spdl": Peer("SPDL", load_with_spdl, levels=64),
+    "ffcv": Peer("FFCV", load_with_ffcv, levels=8),
+    "dali": Peer("DALI, as its ImageNet example", load_with_dali),
+    "ours": Peer("ours", load_with_ours),
 }
-"""Every contender by its name."""
+"""Contenders by name."""

@@ -1,7 +1,7 @@
-"""Our loader and those of others, which do the same job on the same JPEGs and show it before they are timed.
+"""Benchmark our loader and others on the same job and JPEGs; each is checked before it is timed.
 
-The job: a 256x256 JPEG, a random 224x224 window of it, flipped or not, minus the mean, shifted along the RGB axes,
-divided by 1.1, float32. To add a contender: a generator and a row of `PEERS` in peer_loaders.py.
+The job: decode a 256x256 JPEG, crop a random 224x224 window, flip or not, subtract the mean, shift along the RGB axes,
+divide by 1.1, float32. To add a contender: a generator and a row of `PEERS` in peer_loaders.py.
 """
 
 import itertools
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from tools.benchmarks.peer_loaders import Batches, PeerData
 
 MAX_IMAGES = 20_000
-"""Whole shards that hold so many are used; they are also written as files."""
+"""Whole shards with at least so many images are used; they are also extracted to files."""
 CHECKED, CHECK_SHARD, CHECK_BATCH = 128, 32, 16
-"""Each divides the images that contenders are checked on, so that every one can hand out each of them once."""
+"""Checked images, and per shard and batch; each divides the first, so that an epoch has every image once."""
 SIDE = 224
 GRID = 16
-"""Every so many-th pixel is enough to find where a window was cut."""
+"""Every 16th pixel is enough to locate a crop."""
 
 
 def bench_peers(
@@ -48,9 +48,9 @@ def bench_peers(
     ffcv_python: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Images per second of our loader and of others' on a CPU: torch's DataLoader, webdataset, SPDL, FFCV, DALI's own.
+    """Measure our loader and others on a CPU: torch's DataLoader, webdataset, SPDL, FFCV, DALI's example.
 
-    Each first shows that it does the whole job; one that is not installed or does less is listed with the reason.
+    Each is checked first; one that is not installed or skips a part of the job is listed with the reason.
 
     Args:
         shards: Folder written by make_shards, with 256x256 images, and compute_pca.
@@ -69,7 +69,7 @@ def bench_peers(
     names = list(PEERS) if peers is None else peers
     if not names or set(names) - set(PEERS):
         raise ValueError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
-    train = common.first_shards(open_shards(shards, "train"), max(MAX_IMAGES, batch_size))
+    train = common.select_first_shards(open_shards(shards, "train"), max(MAX_IMAGES, batch_size))
     if train.any_size or train.num_samples < max(CHECKED, batch_size):
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
         raise ValueError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
@@ -109,13 +109,13 @@ def bench_peers(
     print(f"{workers} processes or threads each, of ours one more, {repeats} repeats")
     reference = ours if ours in rates else next(iter(rates))
     rows = common.print_table("loaders that do the same job", rates, reference)
-    about: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
-    about |= {"device": "cpu", "peers": versions, "not_measured": missing}
-    common.record(out, "peers", rows, description, **about)
+    context: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
+    context |= {"device": "cpu", "peers": versions, "not_measured": missing}
+    common.append_rows(out, "peers", rows, description, **context)
 
 
 def extract(shards: ShardSet, folder: Path) -> list[tuple[str, int]]:
-    """Write every JPEG of some shards as a file; returns paths and class indexes."""
+    """Extract every JPEG of the shards to a file. Returns paths and class indexes."""
     files = []
     for key, jpeg, label in common.read_samples(shards):
         path = folder / f"{label:06}" / f"{key}.jpg"
@@ -126,8 +126,8 @@ def extract(shards: ShardSet, folder: Path) -> list[tuple[str, int]]:
 
 
 def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
-    """Write the first images as shards of their own, the image's number as its class index: whoever hands out all of
-    these once has read every image once."""
+    """Write the first images as new shards with the image's number as class index, which shows whether each is loaded
+    once."""
     import webdataset
 
     folder.mkdir()
@@ -136,7 +136,7 @@ def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
             writer.write({"__key__": f"{number:06}", "jpg": jpeg, "cls": number})
     tars = sorted(map(str, folder.glob("*.tar")))
     indexes = [tar.replace(".tar", ".idx") for tar in tars]
-    for pair in zip(tars, indexes, strict=True):  # by DALI's own program
+    for pair in zip(tars, indexes, strict=True):  # DALI's own program
         subprocess.run(
             [sys.executable, Path(sys.executable).with_name("wds2idx"), *pair],
             capture_output=True,
@@ -146,51 +146,55 @@ def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
 
 
 def check_batches(batches: "Batches", data: "PeerData", levels: int) -> str:
-    """Take one epoch, and assert that each image came once, as float32, and is a window of Pillow's pixels up to
-    `levels`, at any place, flipped in half of the cases, shifted by standard normal draws and normalized.
+    """Load one epoch, and assert that each image came once, as a float32 crop of Pillow's pixels within `levels`, at
+    any offset, flipped in half of the cases, shifted by standard normal draws and normalized.
 
-    Returns what was found. Class indexes are the images' numbers.
+    Returns a summary. Class indexes are the images' numbers.
     """
     pixels_NHWC = [np.asarray(Image.open(path).convert("RGB")) for path, _ in data.files]
     windows, seen, count, places = [], [], len(pixels_NHWC), IMAGE_SIDE - SIDE
     for _ in range(count // data.batch_size):
         images, labels = (tensor.numpy() for tensor in next(batches))
-        assert images.dtype == np.float32, f"hands out {images.dtype}, not float32"
+        assert images.dtype == np.float32, f"expected float32, got {images.dtype}"
         images_NHWC = images if images.shape[-1] == 3 else images.transpose(0, 2, 3, 1)
-        assert images_NHWC.shape == (data.batch_size, SIDE, SIDE, 3), f"hands out {images.shape}, not windows"
+        assert images_NHWC.shape == (data.batch_size, SIDE, SIDE, 3), (
+            f"expected 224x224 crops, got {images.shape}"
+        )
         seen += labels.tolist()
         pairs = zip(images_NHWC, labels, strict=True)
         windows += [find_window(image, pixels_NHWC[label], data.basis) for image, label in pairs]
-    assert sorted(seen) == list(range(count)), f"hands out {len(set(seen))} of {count} images in an epoch"
+    assert sorted(seen) == list(range(count)), f"expected {count} images in an epoch, got {len(set(seen))}"
     columns, rows, flips, draws, off, mean_off = map(np.array, zip(*windows, strict=True))
     close = off.max() <= levels and mean_off.mean() <= levels / 8
-    assert close, f"hands out pixels {off.max():.2f} levels off Pillow's, {mean_off.mean():.2f} in the mean"
-    cut = [len(set(axis.tolist())) for axis in (columns, rows)]
-    assert min(cut) > places / 2, f"cuts windows at {cut} of {places + 1} places"
-    assert 0.3 < flips.mean() < 0.7, f"flips {flips.mean():.0%} of the images"
-    # Of 128 draws: five standard errors. A decoder that is some levels off in the mean moves the colours, too.
+    assert close, (
+        f"expected Pillow's pixels, got {off.max():.2f} levels off, {mean_off.mean():.2f} in the mean"
+    )
+    offsets = [len(set(axis.tolist())) for axis in (columns, rows)]
+    assert min(offsets) > places / 2, f"expected crops at {places + 1} offsets, got {offsets}"
+    assert 0.3 < flips.mean() < 0.7, f"expected half of the images flipped, got {flips.mean():.0%}"
+    # Five standard errors of 128 draws. A decoder that is some levels off in the mean shifts the colours, too.
     mean, spread = np.abs(draws.mean(0)).max(), draws.std(0)
     normal = mean < 0.45 + 0.1 * (levels - 1) and np.abs(spread - 1).max() < 0.3
-    assert normal, f"shifts colours by draws of {draws.mean(0)} +- {spread}, not standard normal ones"
+    assert normal, f"expected standard normal draws of lighting, got {draws.mean(0)} +- {spread}"
     return (
         f"{count} of {count} images, once each; within {off.max():.2f} levels of Pillow's, {mean_off.mean():.2f} in "
-        f"the mean; at {cut[0]} x {cut[1]} places, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
+        f"the mean; at {offsets[0]} x {offsets[1]} offsets, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
     )
 
 
 def find_window(
     window_HWC: np.ndarray, image_HWC: np.ndarray, basis: Eigenbasis
 ) -> tuple[int, int, bool, np.ndarray, float, float]:
-    """Find where in an image a window was cut, and undo what was done to it.
+    """Locate a crop in its image, and undo its augmentation.
 
-    Returns left, top, whether it was flipped, its lighting's normal draws (3,), and how far its pixels are from the
-    image's, in levels of 0..255, at most and in the mean.
+    Returns left, top, whether it is flipped, its lighting's normal draws (3,), and the largest and the mean difference
+    of its pixels from the image's, in levels of 0..255.
     """
     lighting = Lighting()
     levels = window_HWC.astype(np.float64) * lighting.divisor + basis.mean
     views = [levels, levels[:, ::-1]]
     everywhere = sliding_window_view(image_HWC[:, :, 1], (SIDE, SIDE))[:, :, ::GRID, ::GRID]
-    # A shift moves all pixels alike, so at the right place they are all equally far off. Green is enough to see that.
+    # Lighting shifts all pixels alike, so at the right offset the difference is constant. Green is enough.
     scores = [(view[::GRID, ::GRID, 1] - everywhere).std((2, 3)) for view in views]
     flipped, top, left = (int(k) for k in np.unravel_index(np.argmin(scores), np.shape(scores)))
     difference = views[flipped] - image_HWC[top : top + SIDE, left : left + SIDE]

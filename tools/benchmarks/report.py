@@ -1,5 +1,5 @@
-"""One page about this machine, to be attached to an issue: doctor, GPU tests and benchmarks on generated photographs,
-each in a process of its own. On a CPU it runs through and lists what only a GPU could show."""
+"""Write a report about this machine for an issue: doctor, GPU tests and benchmarks on generated photographs, each in
+its own process. Without a GPU it lists the parts that need one."""
 
 import shlex
 import subprocess
@@ -16,13 +16,13 @@ from tools.benchmarks import common
 
 
 def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
-    """Write a page about this machine's GPUs, on generated photographs: doctor, GPU tests, loader, model, training.
+    """Write a report about this machine's GPUs, on generated photographs: doctor, GPU tests, loader, model, training.
 
-    Without a GPU it measures the CPU, and says what it leaves out.
+    Without a GPU it measures the CPU and lists what it leaves out.
 
     Args:
         out: Folder to write into.
-        minutes: Time limit; parts that it does not suffice for are left out.
+        minutes: Time limit; later parts are left out.
     """
     import torch
 
@@ -46,16 +46,16 @@ def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
             typed = shlex.join(["python", *command])
             sections += ["", f"## {title}", "", "```text", f"$ {typed}", output.rstrip(), "```"]
             page = "\n".join([*head, "", "| part | result | s |", "|---|---|---|", *rows, *sections])
-            write_bytes(out / "report.md", f"{page}\n".encode())  # after each part: the run may be stopped
+            write_bytes(out / "report.md", f"{page}\n".encode())  # after each part, as the run may be stopped
     print(f"{out / 'report.md'}; rows of the benchmarks in {out}/*.jsonl")
     if failed:
-        raise DataError(f"{', '.join(failed)}: failed; {out / 'report.md'} has what they printed")
+        raise DataError(f"{', '.join(failed)}: failed; see their output in {out / 'report.md'}")
 
 
 def list_parts(gpus: int, data: Path, out: Path) -> dict[str, list[str]]:
-    """List the report's commands by title, the most telling ones first."""
+    """List the report's commands by title, the most informative ones first."""
     raw, shards = str(data / "raw"), str(data / "shards")
-    # Too many for a core's cache, and made in seconds.
+    # More than a core's cache holds, and made in seconds.
     photos, sizes = ("4000", (128, 1024)) if gpus else ("1000", (32,))
 
     def bench(name: str, *arguments: str) -> list[str]:
@@ -79,7 +79,7 @@ def list_parts(gpus: int, data: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run_part(command: list[str], seconds: float) -> tuple[str, str]:
-    """Run a command of this Python for so long at most; returns "ok" or why there is no more, and its output."""
+    """Run a command of this Python, at most `seconds`. Returns "ok" or why it failed, and its output."""
     if seconds <= 0:
         return "left out: no time was left", ""
     pipe, merge, none = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL

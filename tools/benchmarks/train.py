@@ -1,11 +1,11 @@
-"""Does the network wait for input? Measures the loader alone, the network alone on one batch, and both as the trainer
-runs them; and where the time of real training steps goes, from a trace of torch's profiler.
+"""Measure whether the network waits for input: the loader alone, the network alone on one batch, and both as in
+training; and break down the time of training steps from a trace of torch's profiler.
 
-In the trace the host marks the window that counts, and in it the waits for input and the steps. On a GPU it also has
-the kernels and copies of the whole process, DALI's too (CUPTI sees them all): the GPU is busy while any of them runs.
-The network's kernels are those on the streams where torch's own (`at::native`) run; DALI has streams of its own. They
+The host marks the measured window in the trace, and the waits for input and the steps in it. On a GPU the trace also
+has the kernels and copies of the whole process, including DALI's (by CUPTI): the GPU is busy while any of them runs.
+The network's kernels are those on the streams of torch's own kernels (`at::native`); DALI uses other streams. They
 overlap, so the parts of "busy" may add up to more. nvidia-smi's utilization is the share of its last sample period, a
-sixth of a second to a second, in which any kernel ran, however small.
+sixth of a second to a second, in which any kernel ran.
 """
 
 import itertools
@@ -41,10 +41,10 @@ def bench_train(
     repeats: int = 5,
     out: Path | None = None,
 ) -> None:
-    """Images per second of the loader alone, of the network on a batch in memory, and of training.
+    """Measure the loader alone, the network on a batch in memory, and training.
 
-    Also which of the two binds, how long the network waits for batches, where the time of ten steps goes, and on a GPU
-    how long it is busy and idle.
+    Also prints which of the two is the bottleneck, how long the network waits, a breakdown of ten steps, and on a GPU
+    its busy and idle time.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -65,11 +65,11 @@ def bench_train(
     from train.state import TrainState
 
     common.check_options(out, seconds=seconds, repeats=repeats)
-    with tempfile.TemporaryDirectory() as scratch:  # a run wants a directory; nothing is written there
+    with tempfile.TemporaryDirectory() as scratch:  # a config needs a directory; nothing is written there
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
-        place = ["--data.shards", str(shards), "--run.dir", scratch]
-        config = parse_config(["--config", str(recipe), *settings.split(), *place])
-        keep_freed_memory()  # this and what follows as train.run does
+        paths = ["--data.shards", str(shards), "--run.dir", scratch]
+        config = parse_config(["--config", str(recipe), *settings.split(), *paths])
+        keep_freed_memory()  # this and the next as train.run does
         set_arithmetic(config.run.deterministic)
         device = pick_device(config.run.device)
         state = TrainState(config, device, Placement(config.parallel, device))
@@ -78,7 +78,7 @@ def bench_train(
     learner, images = state.learner, config.train.batch_size
     batches = itertools.chain.from_iterable(itertools.repeat(state.train_loader))
     batch = Batch(*(tensor.clone() for tensor in next(batches)))
-    lr = dict.fromkeys(learner.names, 1e-9)  # the same work, and nothing diverges
+    lr = dict.fromkeys(learner.names, 1e-9)  # the same work, without divergence
     meter = StepMeter(device, state.placement)
     figures: list[dict[str, float]] = []
 
@@ -92,9 +92,7 @@ def bench_train(
 
     def measure_training() -> common.Rate:
         meter.pause()
-        with watch_utilization(
-            device
-        ) as percents:  # `begin`: what queues held before is no figure of training
+        with watch_utilization(device) as percents:  # `begin` drops the waits of the warm-up
             rate = common.measure(take_step, images, seconds, device, begin=lambda: meter.read(images))
         figures.append(
             {name: value for name, value in meter.read(images).items() if name.startswith("wait_")}
@@ -116,32 +114,32 @@ def bench_train(
     speeds = zip(*([rate.per_s for rate in values] for values in rates.values()), strict=True)
     efficiency = median(real / min(loader, network) for loader, network, real in speeds)
     loader, network = (median(rate.per_s for rate in rates[name]) for name in (LOADER, SYNTHETIC))
-    binds = "the loader" if loader < network else "the network"
-    print(f"real / min(loader, network): {efficiency:.2f}; {binds} binds")
+    bottleneck = "loader" if loader < network else "network"
+    print(f"real / min(loader, network): {efficiency:.2f}; bottleneck: the {bottleneck}")
     if device.type == "cpu":
         print(
-            f"both share the cores: in turns they would reach {1 / (1 / loader + 1 / network):.0f} images/s"
+            f"both share the cores: one after the other they would reach {1 / (1 / loader + 1 / network):.0f} images/s"
         )
     figures = figures[1:]  # as `interleave` does
     medians = {name: median(turn[name] for turn in figures if name in turn) for name in figures[0]}
     for name, value in (medians | {"ms_per_step": step_ms} | percent).items():
         print(f"{name:<40} {value:>8.2f}")
-    about: dict[str, Any] = medians | percent | {"efficiency": efficiency, "device": device.type}
-    about |= {"shards": state.train_shards.manifest_sha256, "config": config.to_json()}
-    common.record(out, "train", rows, data, **about)
+    context: dict[str, Any] = medians | percent | {"efficiency": efficiency, "device": device.type}
+    context |= {"shards": state.train_shards.manifest_sha256, "config": config.to_json()}
+    common.append_rows(out, "train", rows, data, **context)
 
 
 @contextmanager
 def watch_utilization(device: "torch.device") -> Iterator[list[float]]:
-    """Yield a list that has, after the block, the GPU's utilizations in percent, five a second. It stays empty without
-    a GPU, and where nvidia-smi does not know (a GPU cut up by MIG)."""
+    """Yield a list that receives, at the end of the block, the GPU's utilization in percent, five per second. It stays
+    empty without a GPU and under MIG."""
     import torch
 
     percents: list[float] = []
     if device.type != "cuda" or not shutil.which("nvidia-smi"):
         yield percents
         return
-    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi counts all GPUs, not the visible ones
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi numbers all GPUs, not the visible ones
     query = f"nvidia-smi --id={gpu} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200"
     with subprocess.Popen(query.split(), stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -152,7 +150,7 @@ def watch_utilization(device: "torch.device") -> Iterator[list[float]]:
 
 
 def trace(take_step: Callable[[], None], device: "torch.device") -> list[dict[str, Any]]:
-    """Trace real training steps, after a few that fill the queues; returns the events of a Chrome trace."""
+    """Trace training steps after a warm-up. Returns the events of a Chrome trace."""
     import torch
     from torch.profiler import record_function
 
@@ -172,9 +170,10 @@ def trace(take_step: Callable[[], None], device: "torch.device") -> list[dict[st
 
 
 def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict[str, float]]:
-    """Read where the time goes in the marked window, which holds so many steps; events have microseconds.
+    """Break down the time of the marked window of `steps`; events are in microseconds.
 
-    Returns milliseconds a step by the host's clock, and its parts in percent; those of the GPU only if it ran anything.
+    Returns milliseconds per step by the host's clock, and its parts in percent; those of the GPU only if it ran
+    kernels.
     """
     complete = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in complete if event.get("cat") == "user_annotation"]
@@ -207,7 +206,7 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict
 
 
 def union_length(spans: Iterable[tuple[float, float]], first: float, last: float) -> float:
-    """Measure the part of [first, last] that lies in any of the spans, which may overlap and come in any order."""
+    """Compute the length of the union of spans within [first, last]."""
     total, end = 0.0, first
     for start, stop in sorted(spans):
         total += max(0.0, min(stop, last) - max(start, end))

@@ -1,9 +1,9 @@
-"""Adopt WebDataset shards made elsewhere: links, DALI indexes and a manifest in a shard directory; nothing is copied.
+"""Adopt WebDataset shards made elsewhere: write links, DALI indexes and a manifest; nothing is copied.
 
     python tools/make_shards.py adopt SRC SHARDS --split train --pattern 'imagenet1k-train-{0000..1023}.tar'
 
-Every tar is read in full. Of each sample the index lists the JPEG and the `.cls` alone. Every image is decoded: nothing
-can be re-encoded here, so what the pipeline might refuse is refused at once.
+Every tar is read in full. The index lists only the JPEG and the `.cls` of each sample. Every image is decoded: none can
+be re-encoded here, so images that the loader might refuse are refused at once.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ from pipeline.shards import (
     read_classes,
 )
 from tools.packing.images import find_fault
-from tools.packing.pool import check_workers, map_shards, name_work
-from tools.packing.tars import READ_BYTES, index_sample, printable, read_samples
+from tools.packing.pool import check_workers, map_shards, set_current_item
+from tools.packing.tars import READ_BYTES, index_sample, read_samples, sanitize_name
 
-MOST_TARS = 100_000
-"""That a range in a pattern may stand for: braceexpand holds all of its names."""
-MADE_UP_CLASSES = 200_000
-"""That are numbered without question; five times as many would take more than 1 GB."""
+MAX_TARS = 100_000
+"""Names in a range of a pattern: braceexpand keeps all of them in memory."""
+MAX_NUMBERED_CLASSES = 200_000
+"""Classes without names; five times as many would take more than 1 GB."""
 
 
-class Indexed(NamedTuple):
-    """What one tar holds."""
+class ShardIndex(NamedTuple):
+    """Content of one tar."""
 
     row: dict[str, Any]
     """Its row in the manifest."""
@@ -44,7 +44,7 @@ class Indexed(NamedTuple):
     max_label: int
     """The largest class index in it."""
     skipped: list[dict[str, Any]]
-    """Rows for the manifest of the samples that were left out."""
+    """The manifest's rows of skipped samples."""
 
 
 def adopt(
@@ -57,26 +57,26 @@ def adopt(
     on_bad: Literal["fail", "skip"] = "fail",
     workers: int | None = None,
 ) -> None:
-    """Make shards that other programs wrote usable here, by links, without copying or changing them.
+    """Use shards that other programs wrote, by links, without copying or changing them.
 
-    Adopt the split with all classes first: the first one writes classes.json, the others have to fit it.
+    Adopt the split with all classes first: it writes classes.json, which the others must match.
 
     Args:
-        src: Folder that holds the shards; it is only read.
-        shards: Folder to write into; SHARDS/SPLIT must be new or left by the same command.
-        split: What the shards become.
-        pattern: Which files of SRC, as a glob and with braces as webdataset writes them: name-{0000..1023}.tar.
+        src: Folder of the shards; it is only read.
+        shards: Folder to write into; SHARDS/SPLIT must be new or written by the same command.
+        split: Split that the shards become.
+        pattern: Files of SRC, as a glob with webdataset's braces: name-{0000..1023}.tar.
         classes: Names of the classes: a text file with one WordNet id per line in sorted order, words after it, or
             a classes.json. By default classes are numbered.
-        on_bad: What to do with an image that DALI might refuse or show otherwise than viewers do (other formats, CMYK,
-            damage): stop, or leave it out of the index and list it in the manifest.
+        on_bad: What to do with an image that DALI might refuse or decode differently (other formats, CMYK, damage):
+            stop, or leave it out of the index and list it in the manifest.
         workers: Processes; every core by default.
     """
     processes = check_workers(workers)
     tars = find_tars(src, pattern)
     directory, source = shards / split, f"adopted from {src.absolute()} with {pattern}"
     if shards.resolve().is_relative_to(src.resolve()):
-        raise ValueError(f"{shards} lies inside {src}, which is only read; give a folder elsewhere")
+        raise ValueError(f"{shards}: expected a folder outside of {src}, which is only read; give another")
     if is_adopted(directory, tars, source):
         print(f"{directory} is adopted already; nothing to do")
         return
@@ -87,11 +87,13 @@ def adopt(
         max(shard.max_label for shard in found),
     )
     skipped = [row for shard in found for row in shard.skipped]
-    if max_label >= max(num_samples, MADE_UP_CLASSES) and not (classes or (shards / "classes.json").exists()):
+    if max_label >= max(num_samples, MAX_NUMBERED_CLASSES) and not (
+        classes or (shards / "classes.json").exists()
+    ):
         raise ValueError(
-            f"{src} holds label {max_label}, but {num_samples} images; mend that label or give --classes"
+            f"{src}: expected a label below {num_samples}, the images, got {max_label}; fix it or give --classes"
         )
-    names, origin = class_names(shards, classes, max_label)
+    names, origin = load_class_names(shards, classes, max_label)
 
     directory.mkdir(parents=True, exist_ok=True)
     for tar, shard in zip(tars, found, strict=True):
@@ -120,59 +122,51 @@ def adopt(
 
 
 def find_tars(src: Path, pattern: str) -> list[Path]:
-    """Absolute paths of the shards in the order of their names. Raises `FileNotFoundError` or `ValueError`."""
+    """Find the shards, as absolute paths sorted by name. Raises `FileNotFoundError` or `ValueError`."""
     from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
     if not src.is_dir():
-        raise FileNotFoundError(f"{src} is not a folder; SRC is the one that holds the shards")
+        raise FileNotFoundError(f"{src}: not a directory; give the folder of the shards as SRC")
     if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts or "\0" in pattern:
         raise ValueError(f"--pattern: expected names relative to {src}, without .., got {pattern!r}")
     for first, last in re.findall(r"\{(\d+)\.\.(\d+)", pattern):
-        if abs(int(first) - int(last)) > MOST_TARS:
-            raise ValueError(f"--pattern: expected at most {MOST_TARS} names, got {pattern!r}")
+        if abs(int(first) - int(last)) > MAX_TARS:
+            raise ValueError(f"--pattern: expected at most {MAX_TARS} names, got {pattern!r}")
     tars: dict[str, Path] = {}
     try:
-        for part in braceexpand(pattern):  # stops at the first that is missing, however many it stands for
+        for part in braceexpand(pattern):  # stops at the first missing file
             matches = [path.absolute() for path in src.glob(part) if path.is_file()]
             if not matches:
-                raise FileNotFoundError(
-                    f"{src / part} is missing or matches no file; fetch it or change --pattern"
-                )
+                raise FileNotFoundError(f"{src / part}: not found; download it or change --pattern")
             for path in matches:
                 if not re.fullmatch(r"[\w.-]+\.tar", path.name):
                     raise ValueError(
-                        f"{path} is not called NAME.tar (letters, digits, _ . -); unpack or rename it"
+                        f"{path}: expected NAME.tar (letters, digits, _ . -); extract or rename it"
                     )
                 if tars.setdefault(path.name, path) != path:
-                    raise ValueError(
-                        f"{path} and {tars[path.name]} have the same name; adopt one, or rename it"
-                    )
+                    raise ValueError(f"{path}: the same name as {tars[path.name]}; adopt one, or rename it")
     except UnbalancedBracesError as error:
         raise ValueError(f"--pattern {pattern!r}: {error}; close every brace") from None
     return [tars[name] for name in sorted(tars)]
 
 
 def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
-    """Whether these shards are adopted there already. Raises `ValueError` where anything else is."""
-    wanted = {name: tar for tar in tars for name in (tar.name, tar.with_suffix(".idx").name)}
+    """Return True if these shards are already adopted in `directory`. Raises `ValueError` if it holds anything else."""
+    expected = {name: tar for tar in tars for name in (tar.name, tar.with_suffix(".idx").name)}
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if path.name == "manifest.json" or path.suffix == ".tmp":
             continue
-        ours = path.name in wanted
-        if ours and path.suffix == ".tar":
-            ours = path.is_symlink() and path.readlink() == wanted[path.name]
-        if not ours:
+        is_link = path.is_symlink() and path.readlink() == expected.get(path.name)
+        if path.name not in expected or (path.suffix == ".tar" and not is_link):
             raise ValueError(
-                f"{directory} holds something else ({path.name}); give another folder or remove it"
+                f"{directory}: expected the shards of {source}, got {path.name}; give another folder or remove it"
             )
     path = directory / "manifest.json"
     if not path.is_file():
         return False
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("source") != source:
-        raise ValueError(
-            f"{directory} was packed or adopted from elsewhere; give another folder or remove it"
-        )
+        raise ValueError(f"{directory}: packed, or adopted from elsewhere; give another folder or remove it")
     try:
         opened = open_shards(directory.parent, directory.name)
     except (FileNotFoundError, ValueError):
@@ -180,36 +174,36 @@ def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
     return [Path(tar).name for tar in opened.tars] == [tar.name for tar in tars]
 
 
-def class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
-    """The classes, and for the output where they come from. Raises `ValueError` where the labels do not fit."""
+def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
+    """Load the classes, and a text on their origin. Raises `ValueError` where the labels do not fit."""
     existing = shards / "classes.json"
     given = read_class_file(file) if file is not None else None
     if existing.exists():
         names, place = read_classes(shards), existing
         if given is not None and given != names:
             raise ValueError(
-                f"{file} and {existing} list other classes; leave --classes out or give another folder"
+                f"{file}: expected the classes of {existing}; leave --classes out or give another folder"
             )
     elif given is not None:
         assert file is not None
         names, place = given, file
     else:
         names = tuple(ClassName(f"{k:0{MAX_LABEL_DIGITS}}", f"class {k}") for k in range(max_label + 1))
-        return names, "(numbered 000000...; --classes FILE names them)"
+        return names, "(numbered from 000000; name them by --classes FILE)"
     if max_label >= len(names):
         raise ValueError(
-            f"the shards hold label {max_label}, {place} lists {len(names)} classes; adopt the split with all classes "
-            "first, into another folder, or give the right --classes"
+            f"{place}: expected more than {max_label} classes, as the shards have labels, got {len(names)}; adopt the "
+            "split with all classes first, into another folder, or give other --classes"
         )
     return names, f"of {place}"
 
 
 def read_class_file(path: Path) -> tuple[ClassName, ...]:
-    """Read a classes.json, or lines of a WordNet id and words. Raises `FileNotFoundError` or `ValueError`."""
+    """Read a classes.json, or lines of WordNet id and words. Raises `FileNotFoundError` or `ValueError`."""
     if path.name == "classes.json":
         return read_classes(path.parent)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; --classes is a text file of one WordNet id per line")
+        raise FileNotFoundError(f"{path}: not found; give --classes a text file of one WordNet id per line")
     try:
         lines = [line.split(maxsplit=1) for line in path.read_bytes().decode().splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -217,13 +211,13 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
     wnids = [line[0] for line in lines]
     if not wnids or wnids != sorted(set(wnids)):
         raise ValueError(
-            f"{path} does not list one WordNet id per line in sorted order; labels count in that order"
+            f"{path}: expected one WordNet id per line in sorted order, the order of the labels; sort it"
         )
     return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
 
 
-def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
-    """Index one tar. Raises `ValueError` that names it and the sample."""
+def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
+    """Index one tar. Raises `ValueError` with its name and the sample."""
     index, max_label = [], -1
     skipped: list[dict[str, Any]] = []
     digest = hashlib.sha256()
@@ -234,22 +228,22 @@ def read_shard(path: Path, on_bad: str = "fail") -> Indexed:
         try:
             for key, members in read_samples(file):
                 entries, image, label = index_sample(file, key, members)
-                place = f"{printable(image.name)} at byte {image.offset}"
-                name_work(f"{place} of {path}")
+                place = f"{sanitize_name(image.name)} at byte {image.offset}"
+                set_current_item(f"{place} of {path}")
                 max_label = max(max_label, label)
                 fault = find_fault(os.pread(file.fileno(), image.size, image.offset))
                 if fault and on_bad == "fail":
                     raise ValueError(
-                        f"{place} (key {printable(key)}): {fault} (--on-bad skip leaves such images out)"
+                        f"{place} (key {sanitize_name(key)}): {fault} (--on-bad skip leaves such images out)"
                     )
                 if fault:
-                    row = {"key": printable(key), "name": printable(image.name), "reason": fault}
+                    row = {"key": sanitize_name(key), "name": sanitize_name(image.name), "reason": fault}
                     skipped.append({**row, "shard": path.name, "offset": image.offset})
                 else:
                     index.append(entries)
             if not index:
-                raise ValueError(f"holds no sample{' that can be read as it is' if skipped else ''}")
+                raise ValueError(f"no{' valid' if skipped else ''} sample found")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; fetch or make it again, or pack the raw images") from None
-    counted = {"name": path.name, "samples": len(index), "bytes": size, "sha256": digest.hexdigest()}
-    return Indexed(counted, index_text(index).encode(), max_label, skipped)
+            raise ValueError(f"{path}: {error}; download or make it again, or pack the raw images") from None
+    content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": digest.hexdigest()}
+    return ShardIndex(content, index_text(index).encode(), max_label, skipped)

@@ -1,7 +1,7 @@
-"""The structure of a JPEG file, read from its own markers (ITU-T T.81, annex B), and what of it may stand in a shard.
+"""Read the structure of a JPEG file from its markers (ITU-T T.81, annex B), and decide whether a shard may hold it.
 
-A decoder is chosen by what is read here, never by what a library guesses: libjpeg-turbo also reads lossless and 12-bit
-frames, which it writes at other sizes and depths than asked for.
+The decoder is chosen by the markers, not by a library: libjpeg-turbo also reads lossless and 12-bit frames, which it
+writes at sizes and depths other than requested.
 """
 
 import re
@@ -18,7 +18,7 @@ FRAMES = {marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0
 BASELINE, PROGRESSIVE = (0xC0, 0xC1), 0xC2
 """The Huffman-coded frames, whose samples are 8 or 12 bits: SOF0 and SOF1, SOF2."""
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
-"""TEM, RST0 to RST7, SOI: markers that head no segment, and are out of place outside of scans."""
+"""TEM, RST0 to RST7, SOI: markers without a segment, which are invalid outside of scans."""
 MARKER = re.compile(rb"\xff[^\x00\xff]")
 END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 EXIF, ICC = b"Exif\0\0", b"ICC_PROFILE\0"
@@ -26,128 +26,126 @@ DAMAGED_EXIF = "damaged EXIF block"
 JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 """A JFIF header of revision 1.01, square pixels, no thumbnail."""
 SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
-"""Luma samples to one of chroma, horizontally and vertically: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1, which nvJPEG and
+"""Luma samples per chroma sample, horizontally and vertically: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1, which nvJPEG and
 libjpeg-turbo both decode (nvImageCodec 0.8, extensions/nvjpeg/cuda_decoder.cpp)."""
 MAX_SCANS = 256
-"""More than these DALI's decoder leaves to others (nvImageCodec 0.8, extensions/libjpeg_turbo/jpeg_handle.cpp)."""
+"""DALI's decoder leaves files with more to others (nvImageCodec 0.8, extensions/libjpeg_turbo/jpeg_handle.cpp)."""
 MAX_SEGMENTS = 10_000
-"""After these a file is not read further; photographs have some dozens."""
+"""Limit for reading a file; photographs have some dozens."""
 
 
 class Segment(NamedTuple):
-    """A marker, and what belongs to it."""
+    """A marker and its content."""
 
     marker: int
     start: int
-    """First byte of the marker, fill bytes before it included."""
+    """First byte of the marker, including fill bytes before it."""
     content: int
     """First byte after its length."""
     end: int
-    """First byte after it; of the header alone where it heads a scan."""
+    """First byte after it; for SOS, after its header."""
 
 
 class Jpeg(NamedTuple):
-    """What the markers of a file say."""
+    """Structure of a file, from its markers."""
 
-    oddity: str = ""
-    """The first thing in the markers that strict readers, DALI among them, may refuse or take for something else; empty
-    if there is none."""
+    anomaly: str = ""
+    """First deviation from what strict decoders such as DALI's accept; empty if there is none."""
     segments: Sequence[Segment] = ()
     """Of the whole file."""
     end: int = -1
     """First byte after the end marker; -1 where there is none."""
     frame: int = 0
-    """SOF marker; 0 where there is not one frame that can be read."""
+    """SOF marker; 0 unless there is exactly one readable frame."""
     precision: int = 0
-    """Bits a sample."""
+    """Bits per sample."""
     height: int = 0
     width: int = 0
     color: str = "other"
     """"grey", "YCbCr", "RGB" or "other"."""
     one_scan: bool = False
-    """Whether the first scan holds all components of a baseline frame: libjpeg then decodes it row by row, in little
-    memory."""
+    """Whether the first scan of a baseline frame has all components: libjpeg then decodes it row by row."""
 
     @property
     def is_common(self) -> bool:
-        """Whether libjpeg-turbo decodes the frame to 8-bit RGB, at any of its scales."""
+        """Return True if libjpeg-turbo decodes the frame to 8-bit RGB at any scale."""
         return self.frame in (*BASELINE, PROGRESSIVE) and self.precision == 8 and self.color != "other"
 
 
 def read_jpeg(raw: bytes) -> Jpeg:
-    """Read the markers of a file as libjpeg does: stray bytes before one are skipped."""
+    """Read the markers of a file as libjpeg does, skipping stray bytes between them."""
     if not raw.startswith(b"\xff\xd8"):
         return Jpeg("not a JPEG file")
-    segments, end, oddity = read_segments(raw)
+    segments, end, anomaly = read_segments(raw)
     frames = [segment for segment in segments if segment.marker in FRAMES]
     scans = [segment for segment in segments if segment.marker == SOS]
     if len(frames) != 1 or not scans or scans[0].start < frames[0].start:
-        return Jpeg(oddity or "not one frame before its scans", segments, end)
+        return Jpeg(anomaly or "not one frame before its scans", segments, end)
     frame, content = frames[0].marker, raw[frames[0].content : frames[0].end]
     if len(content) < 9 or len(content) != 6 + 3 * content[5]:
-        return Jpeg(oddity or "frame header of a wrong length", segments, end)
+        return Jpeg(anomaly or "frame header of a wrong length", segments, end)
     precision, height, width, count = struct.unpack_from(">BHHB", content)
     if not height or not width:
-        return Jpeg(oddity or "image without size", segments, end)
+        return Jpeg(anomaly or "image without size", segments, end)
     components = content[6::3]
     header = segments[: segments.index(scans[0])]
     color = find_color(raw, header, components)
     one_scan = frame in BASELINE and raw.startswith(bytes([count]), scans[0].content)
     if frame not in (*BASELINE, PROGRESSIVE) or precision != 8:
-        oddity = f"JPEG frame of type SOF{frame & 15}, {precision} bits"
+        anomaly = f"JPEG frame of type SOF{frame & 15}, {precision} bits"
     elif color not in ("grey", "YCbCr"):
-        oddity = {("RGB", 3): "RGB JPEG", ("other", 4): "CMYK JPEG"}.get(
+        anomaly = {("RGB", 3): "RGB JPEG", ("other", 4): "CMYK JPEG"}.get(
             (color, count), f"JPEG of {count} components"
         )
     elif color == "YCbCr" and find_chroma_sampling(content[7::3]) not in SAMPLINGS:
-        oddity = oddity or f"chroma sampling {content[7::3].hex(' ')}"
+        anomaly = anomaly or f"chroma sampling {content[7::3].hex(' ')}"
     elif len(scans) > MAX_SCANS:
-        oddity = oddity or f"{len(scans)} scans"
+        anomaly = anomaly or f"{len(scans)} scans"
     elif not (one_scan and len(set(components)) == count) and not is_complete(raw, scans, components):
-        oddity = oddity or "JPEG that lacks scans"
+        anomaly = anomaly or "JPEG that lacks scans"
     else:
-        oddity = oddity or find_odd_application_data(raw, segments)
-    return Jpeg(oddity, segments, end, frame, precision, height, width, color, one_scan)
+        anomaly = anomaly or find_metadata_anomaly(raw, segments)
+    return Jpeg(anomaly, segments, end, frame, precision, height, width, color, one_scan)
 
 
 def read_segments(raw: bytes) -> tuple[list[Segment], int, str]:
-    """The segments of a JPEG, the byte after the end marker (-1: there is none), and the first oddity."""
+    """Return the segments, the first byte after the end marker (-1: there is none), and the first anomaly."""
     segments: list[Segment] = []
-    position, oddity = 2, ""
+    position, anomaly = 2, ""
     while len(segments) < MAX_SEGMENTS and (match := MARKER.search(raw, position)):
         start, after = match.span()
         marker = raw[after - 1]
         while start > position and raw[start - 1] == 0xFF:  # fill bytes
             start -= 1
         if start > position:
-            oddity = oddity or f"{start - position} stray bytes before marker {marker:02X}"
+            anomaly = anomaly or f"{start - position} stray bytes before marker {marker:02X}"
         if marker == EOI:
-            return segments, after, oddity
+            return segments, after, anomaly
         if marker in WITHOUT_LENGTH:
-            oddity = oddity or f"marker {marker:02X} out of place"
+            anomaly = anomaly or f"marker {marker:02X} out of place"
             position = after
             continue
         size = int.from_bytes(raw[after : after + 2], "big")
         position = after + size
         if size < 2 or position > len(raw):
-            return segments, -1, oddity or f"segment {marker:02X} is cut short"
+            return segments, -1, anomaly or f"segment {marker:02X} is cut short"
         segments.append(Segment(marker, start, after + 2, position))
-        if marker == APP1 and size < 8 and raw[after + 2 : after + 8] == EXIF:  # DALI reads on beyond it
-            oddity = oddity or "EXIF block shorter than its name"
+        if marker == APP1 and size < 8 and raw[after + 2 : after + 8] == EXIF:  # DALI reads past its end
+            anomaly = anomaly or "EXIF block shorter than its name"
         if marker == SOS:
             position = find_end_of_scan(raw, segments[-1])
-    return segments, -1, oddity or "no end marker"
+    return segments, -1, anomaly or "no end marker"
 
 
 def find_end_of_scan(raw: bytes, scan: Segment) -> int:
-    """First byte after the data of a scan."""
+    """Return the first byte after the data of a scan."""
     match = END_OF_SCAN.search(raw, scan.end)
     return match.start() if match else len(raw)
 
 
-def find_odd_application_data(raw: bytes, segments: list[Segment]) -> str:
-    """What libjpeg-turbo warns of in segments that pixels do not depend on: a JFIF header of another major revision
-    than 1 (jdmarker.c), an ICC profile in other pieces than 1 to n of n (jdicc.c); empty if nothing."""
+def find_metadata_anomaly(raw: bytes, segments: list[Segment]) -> str:
+    """Find metadata that libjpeg-turbo warns about: a JFIF header whose major revision is not 1 (jdmarker.c), an ICC
+    profile with missing pieces (jdicc.c); empty if none."""
     pieces = []
     for segment in segments:
         content = raw[segment.content : segment.end]
@@ -161,14 +159,13 @@ def find_odd_application_data(raw: bytes, segments: list[Segment]) -> str:
 
 
 def is_jfif(segment: Segment, content: bytes) -> bool:
-    """Whether a segment is a JFIF header; libjpeg passes over shorter ones."""
+    """Return True for a JFIF header; libjpeg ignores shorter ones."""
     return segment.marker == APP0 and content.startswith(b"JFIF\0") and len(content) >= 14
 
 
 def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
-    """The colours of a frame with these component identifiers, by libjpeg's rule (jdapimin.c,
-    default_decompress_parms) from what stands before the first scan: JFIF means YCbCr, else Adobe's marker, else
-    the identifiers."""
+    """Find the colour space by libjpeg's rule (jdapimin.c, default_decompress_parms) from the segments before the first
+    scan: JFIF means YCbCr, else Adobe's marker decides, else the component identifiers."""
     if len(components) == 1:
         return "grey"
     if len(components) != 3:
@@ -185,17 +182,17 @@ def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
 
 
 def find_chroma_sampling(factors: bytes) -> tuple[float, float]:
-    """Luma samples to one of chroma, horizontally and vertically, from the factors of three components; zeros where the
-    chroma components differ."""
+    """Compute luma samples per chroma sample, horizontally and vertically, from the factors of three components; zeros
+    if the chroma components differ."""
     (luma_h, luma_v), first, second = ((each >> 4, each & 15) for each in factors)
     return (luma_h / first[0], luma_v / first[1]) if first == second and min(first) > 0 else (0, 0)
 
 
 def is_complete(raw: bytes, scans: list[Segment], components: bytes) -> bool:
-    """Whether the scans of a frame, one after the other, leave every coefficient of every component at its last bit.
+    """Return True if the scans refine every coefficient of every component to its last bit.
 
-    Where they do not, libjpeg smooths over the edges of blocks (jdcoefct.c, smoothing_ok), and DALI's windows, at whose
-    edges there are no neighbours, differ from the whole image. Components of one name count as one.
+    If not, libjpeg smooths block edges (jdcoefct.c, smoothing_ok), so DALI's crops, which lack the neighbouring blocks,
+    differ from the whole image. Components with the same identifier count as one.
     """
     bits = {(component, k): -1 for component in components for k in range(64)}
     for scan in scans:
@@ -208,10 +205,10 @@ def is_complete(raw: bytes, scans: list[Segment], components: bytes) -> bool:
 
 
 def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
-    """The same JPEG with what decoders need alone, up to its end marker; not a pixel changes.
+    """Strip a JPEG to what decoders need, without changing a pixel.
 
-    Keeps tables, frame and scans, and what says how colours are stored; leaves out EXIF, ICC and other application
-    data, comments, stray bytes. A JFIF header of any revision becomes one of revision 1.01.
+    Keeps tables, frame, scans and the colour space markers; drops EXIF, ICC, other application data, comments and stray
+    bytes. A JFIF header of any revision becomes one of revision 1.01.
     """
     out, in_header = [b"\xff\xd8"], True
     for segment in jpeg.segments:
@@ -228,7 +225,7 @@ def rewrite_header(raw: bytes, jpeg: Jpeg) -> bytes:
 
 
 def list_exif_notes(raw: bytes, jpeg: Jpeg) -> list[tuple[str, str]]:
-    """What is to be said of the EXIF blocks: damaged, or turning the image for viewers that heed it."""
+    """List notes on EXIF blocks: damaged, or with an orientation other than upright."""
     for segment in jpeg.segments:
         block = raw[segment.content : segment.end]
         if segment.marker != APP1 or not block.startswith(EXIF):
@@ -239,7 +236,7 @@ def list_exif_notes(raw: bytes, jpeg: Jpeg) -> list[tuple[str, str]]:
                 exif = Image.Exif()
                 exif.load(block)
                 orientation = exif.get(0x0112)
-        except Exception:  # EXIF blocks are damaged in many ways, and Pillow has an exception for each
+        except Exception:  # Pillow raises many kinds for damaged EXIF blocks
             return [(DAMAGED_EXIF, "stripped")]
         if orientation not in (None, 1):
             return [(f"EXIF orientation {orientation}", "tag stripped, pixels as they were")]

@@ -1,4 +1,4 @@
-"""Layouts of raw ImageNet: recognized by looking, listed in place; nothing is extracted.
+"""Recognize the layout of a raw data set and list its images in place; nothing is extracted.
 
 | layout | classes |
 |---|---|
@@ -8,7 +8,7 @@
 | one <class>.tar for each class, as ImageNet-21k comes | tars |
 | Hugging Face's parquet files (parquet.py) | labels |
 
-A class is a folder (or a tar) that holds images. Where it is not clear what is one, nothing is packed.
+A class is a folder (or a tar) that holds images. An ambiguous tree is refused.
 """
 
 import csv
@@ -42,30 +42,30 @@ LAYOUTS = (
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
-ARCHIVES = {  # with the MD5 sums that are published with them
+ARCHIVES = {  # and their published MD5 sums
     TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT_ARCHIVE: "fa75699e90414af021442c21a62c3abf",
 }
 MAX_DEVKIT_BYTES = 2**26
-"""Of a file in the devkit at most: a gzip file can hold a thousand times what it seems."""
+"""Limit for one file of the devkit: gzip can expand a thousandfold."""
 IMAGE_NAME = re.compile(r".+\.(jpe?g?|jfif|png|bmp|gif|webp|tiff?|p[gp]m|avif)", re.IGNORECASE | re.DOTALL)
 VAL_NAMES = ("val", "validation", "valid")
-"""What a folder or a tar of validation images may be called."""
+"""Names of a folder or a tar of validation images."""
 SPLIT_NAME = re.compile(
     r"(ilsvrc2012_img_)?(train|training|val|valid|validation|test|testing)([-_]?(set|sets|data|images?|split|v?\d+))*",
     re.IGNORECASE,
 )
-"""What people call a split; a class of such a name has to get another."""
+"""Names that mean a split, so that a class cannot have one."""
 VAL_SOLUTION = "LOC_val_solution.csv"
 SYNSET_WORDS = "LOC_synset_mapping.txt"
 
 
 def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | None]:
-    """List a raw data set, or take the listing from `cache` if its archives are as they were.
+    """List a raw data set, or load the listing from `cache` if the archives are unchanged.
 
-    Returns the listing, and what `save_listing` needs to cache it (None: it came from the cache, or lists folders,
-    which are as quick to list as a cache is to read). Raises `FileNotFoundError` or `ValueError` with a remedy.
+    Returns the listing, and the stamps that `save_listing` needs (None: it came from the cache, or from folders, which
+    are as fast to list). Raises `FileNotFoundError` or `ValueError`.
     """
     sources, read = find_layout(raw)
     if not sources:
@@ -77,15 +77,15 @@ def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | Non
 
 
 def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
-    """Recognize a layout: its archives (none: it is not cached), and the function that lists it.
+    """Recognize a layout. Returns its archives (empty: not cached) and the function that lists it.
 
-    Raises `FileNotFoundError` or `ValueError` where it is none that we know.
+    Raises `FileNotFoundError` or `ValueError` for an unknown layout.
     """
     if not raw.is_dir():
         raise FileNotFoundError(f"{raw}: not a folder; expected one with {LAYOUTS}")
     if (raw / TRAIN_ARCHIVE).exists() or (raw / VAL_ARCHIVE).exists():
         return [raw / name for name in ARCHIVES if (raw / name).is_file()], lambda: read_archives(raw)
-    if tree := kaggle_tree(raw):
+    if tree := find_kaggle_tree(raw):
         return [], lambda: read_kaggle(raw, tree)
     if any((files := find_parquet(raw)).values()):
         return [*files["train"], *files["val"]], lambda: read_parquet(raw, files)
@@ -94,24 +94,26 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
     if tars and all(folder.is_tar(name) for name in folder.names()):
         return tars, lambda: read_tree(raw, unwrap(folder, keep_splits=True))
     if not (raw / "train").is_dir():
-        if next(image_files(raw, []), None) is None:
-            raise FileNotFoundError(f"{raw} holds nothing that can be packed; expected {LAYOUTS}")
+        if next(find_images(raw, []), None) is None:
+            raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
         if (inner := unwrap(folder, keep_splits=True)) != folder:
             return find_layout(inner.path)
         if tars:
-            raise ValueError(f"{raw} holds {tars[0].name} and folders; move away what is not to be packed")
+            raise ValueError(
+                f"{raw}: expected tars or folders, got folders and {tars[0].name}; move one kind away"
+            )
     return [], lambda: read_tree(raw, folder)
 
 
-def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
-    """Move `fraction` of each class, rounded, from train to a validation split that the source lacks: at least one
-    image, and not the last one; the first by a hash of seed and name, so that the layout makes no difference.
+def split_off_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
+    """Split a validation set off train: `fraction` of each class, rounded, at least one image but never the last.
 
-    Raises `ValueError` when it has one, or no class has two images.
+    Images are chosen by a hash of seed and name, so the layout makes no difference. Raises `ValueError` when there is
+    a validation split, or no class has two images.
     """
     if "val" in data.splits:
         raise ValueError(
-            f"--val-fraction is for data without validation images, but {data.layout} has them; drop it"
+            f"--val-fraction: expected data without validation images, got {data.layout}; leave it out"
         )
     train = data.splits["train"]
     labels = np.frombuffer(train.label, np.int32)
@@ -123,13 +125,13 @@ def cut_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet
         number = max(0, min(end - start - 1, max(1, round((end - start) * fraction))))
         in_val[order[start : start + number]] = True
     if not in_val.any():
-        raise ValueError("no class has two images, one of them for validation; use --val-fraction 0")
+        raise ValueError("--val-fraction: expected a class with two images, got none; use 0")
     splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
     return replace(data, splits=splits)
 
 
 def is_system_file(name: str) -> bool:
-    """A file or folder of an operating system: .DS_Store, ._photo.jpg, __MACOSX."""
+    """Return True for files and folders of an operating system: .DS_Store, ._photo.jpg, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -139,13 +141,12 @@ def is_system_file(name: str) -> bool:
 def read_archives(raw: Path) -> RawImageNet:
     """List the three archives of ILSVRC-2012.
 
-    Class index = position among the sorted wnids; the devkit's validation labels count in ILSVRC2012_ID, another
-    order, and go through its `meta.mat`.
-    Raises `FileNotFoundError` for a missing archive and `ValueError` for one that is not what its name says.
+    Class index = position among the sorted wnids; the devkit's validation labels are ILSVRC2012_IDs, another order,
+    mapped by its `meta.mat`. Raises `FileNotFoundError` for a missing archive, `ValueError` for an unexpected one.
     """
     for name in ARCHIVES:
         if not (raw / name).is_file():
-            raise FileNotFoundError(f"{raw / name} is missing; the archives keep their own names")
+            raise FileNotFoundError(f"{raw / name}: not found; keep the archives' original names")
     by_id, ground_truth = read_devkit(raw / DEVKIT_ARCHIVE)
     tars = sorted(
         (Path(member.name).stem, member.offset, member.size) for member in list_members(raw / TRAIN_ARCHIVE)
@@ -154,37 +155,37 @@ def read_archives(raw: Path) -> RawImageNet:
     known = {name.wnid: name for name in by_id.values()}
     if unknown := sorted(set(wnids) - set(known)):
         raise ValueError(
-            f"{raw / DEVKIT_ARCHIVE} does not know class {unknown[0]!r} of {TRAIN_ARCHIVE}; fetch the devkit again"
+            f"{raw / DEVKIT_ARCHIVE}: lacks class {unknown[0]!r} of {TRAIN_ARCHIVE}; download it again"
         )
-    if absent := sorted(set(known) - set(wnids)):
-        raise ValueError(f"{raw / TRAIN_ARCHIVE} lacks class {absent[0]} of the devkit; fetch it again")
+    if missing := sorted(set(known) - set(wnids)):
+        raise ValueError(f"{raw / TRAIN_ARCHIVE}: lacks class {missing[0]} of the devkit; download it again")
     if len(set(wnids)) != len(wnids):
-        raise ValueError(f"{raw / TRAIN_ARCHIVE} holds a class twice; fetch it again")
+        raise ValueError(f"{raw / TRAIN_ARCHIVE}: holds a class twice; download it again")
 
     train, val = Listing(raw), Listing(raw)
     for label, (wnid, start, length) in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
         if not append_tar(
             train, raw / TRAIN_ARCHIVE, label, list_members(raw / TRAIN_ARCHIVE, start, length)
         ):
-            raise ValueError(f"{raw / TRAIN_ARCHIVE} holds no image of class {wnid}; fetch it again")
+            raise ValueError(f"{raw / TRAIN_ARCHIVE}: no images of class {wnid}; download it again")
     index = {wnid: position for position, wnid in enumerate(wnids)}
     for member in sorted(list_members(raw / VAL_ARCHIVE)):
         # Line n of the ground truth belongs to ILSVRC2012_val_<n>.JPEG.
         match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", member.name)
         if not match or not 1 <= int(match[1]) <= len(ground_truth):
             raise ValueError(
-                f"{raw / VAL_ARCHIVE} holds {member.name!r}, which the devkit does not label; fetch it again"
+                f"{raw / VAL_ARCHIVE}: the devkit has no label for {member.name!r}; download it again"
             )
         label = index[by_id[ground_truth[int(match[1]) - 1]].wnid]
         append_tar(val, raw / VAL_ARCHIVE, label, [member])
     if len(val) != len(ground_truth) or len({stem(image.name) for image in val}) != len(val):
         raise ValueError(
-            f"{raw / VAL_ARCHIVE} holds {len(val)} images, perhaps one of them twice, and the devkit labels "
-            f"{len(ground_truth)}; fetch it again"
+            f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} different images, as the devkit has labels, got "
+            f"{len(val)}; download it again"
         )
     if not train or not val:
         raise ValueError(
-            f"{raw} holds no {'train' if not train else 'validation'} image; fetch the archives again"
+            f"{raw}: no {'train' if not train else 'validation'} images; download the archives again"
         )
     return RawImageNet(
         "ILSVRC-2012 archives", tuple(known[wnid] for wnid in wnids), {"train": train, "val": val}
@@ -192,9 +193,9 @@ def read_archives(raw: Path) -> RawImageNet:
 
 
 def append_tar(listing: Listing, tar: Path, label: int, members: "Iterator[Member] | list[Member]") -> int:
-    """Add images of a tar, sorted by name; returns their number."""
-    shown = os.path.relpath(tar, listing.root)
-    archive = listing.files.index(shown) if shown in listing.files[-1:] else listing.add_file(tar)
+    """Add the images of a tar, sorted by name. Returns their number."""
+    is_last = listing.files[-1:] == [os.path.relpath(tar, listing.root)]
+    archive = len(listing.files) - 1 if is_last else listing.add_file(tar)
     images = sorted(members)
     for member in images:
         listing.append(archive, member.name, member.offset, member.size, label)
@@ -213,14 +214,14 @@ def check_md5(raw: Path) -> None:
                 progress.update(len(block))
         if digest.hexdigest() != published:
             raise ValueError(
-                f"{raw / name}: expected MD5 {published}, got {digest.hexdigest()}; fetch it again"
+                f"{raw / name}: expected MD5 {published}, got {digest.hexdigest()}; download it again"
             )
 
 
 def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
-    """Read classes by ILSVRC2012_ID (leaves of the hierarchy alone) and the validation labels, which count in that ID.
+    """Read the classes (leaves of the hierarchy) by ILSVRC2012_ID, and the validation labels, which are such IDs.
 
-    Raises `ValueError` when the devkit is damaged or labels a class that it does not describe.
+    Raises `ValueError` when the devkit is damaged or a label has no class.
     """
     folder = "ILSVRC2012_devkit_t12/data"
     try:
@@ -235,36 +236,34 @@ def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
             if not children
         }
         ground_truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
-    except Exception as error:  # tarfile and zlib each have their own for damaged input
+    except Exception as error:  # tarfile and zlib raise many kinds for damaged input
         raise ValueError(
-            f"{path} is not the devkit of ILSVRC-2012 or is damaged ({error}); fetch it again"
+            f"{path}: not the devkit of ILSVRC-2012, or damaged ({error}); download it again"
         ) from None
     if unknown := sorted(set(ground_truth) - set(by_id)):
-        raise ValueError(
-            f"{path} labels images as class {unknown[0]}, which its meta.mat does not describe; fetch it again"
-        )
+        raise ValueError(f"{path}: label {unknown[0]} is not in its meta.mat; download it again")
     return by_id, ground_truth
 
 
 READ_SYNSETS = """
 import io, json, resource, sys
 from scipy.io import loadmat
-# Room for libraries and a table of some ten thousand rows, none for what damage makes of one.
+# Enough for the libraries and ten thousand rows; a damaged size is refused.
 resource.setrlimit(resource.RLIMIT_DATA, (2**29, 2**29))
 synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
 names = {"ILSVRC2012_ID": int, "WNID": str, "words": str, "num_children": int}
 json.dump([[kind(row[name]) for name, kind in names.items()] for row in synsets], sys.stdout)
 """
-"""A process of its own: scipy's reader is compiled code, which damaged bytes make end the process that it is in (one
-wrong byte in four does), or ask for all of the memory."""
+"""Runs in a subprocess: scipy's reader is compiled code, which one wrong byte in four crashes or makes allocate all of
+the memory."""
 
 
 def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
-    """(ILSVRC2012_ID, wnid, words, number of children) of each synset of `meta.mat`. Raises `ValueError`."""
+    """Read (ILSVRC2012_ID, wnid, words, number of children) of each synset in `meta.mat`. Raises `ValueError`."""
     done = subprocess.run([sys.executable, "-c", READ_SYNSETS], input=mat, capture_output=True, check=False)
     if done.returncode:
         last = done.stderr.decode(errors="replace").splitlines()[-1:] if done.returncode > 0 else []
-        raise ValueError(f"its meta.mat cannot be read{''.join(f': {line}' for line in last)}")
+        raise ValueError(f"unreadable meta.mat{''.join(f': {line}' for line in last)}")
     return [tuple(row) for row in json.loads(done.stdout)]
 
 
@@ -272,94 +271,94 @@ def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
 
 
 class DiskFolder(NamedTuple):
-    """A folder on disk; tars in it count as folders, too, called by their stems."""
+    """A folder on disk; tars in it count as folders, named by their stems."""
 
     path: Path
 
     def names(self) -> list[str]:
-        """Of the folders in it, sorted."""
+        """Return the names of its folders, sorted."""
         found = [entry for entry in os.scandir(self.path) if not is_system_file(entry.name)]
         return sorted(
             {entry.name.removesuffix(".tar") for entry in found if entry.is_dir() or is_tar_file(entry)}
         )
 
     def path_of(self, name: str) -> Path:
-        """Where a folder or a tar lies."""
+        """Return the path of one of its folders or tars."""
         return self.path / name if (self.path / name).is_dir() else self.path / f"{name}.tar"
 
     def is_tar(self, name: str) -> bool:
-        """Whether one of its folders is a tar."""
+        """Return True if one of its folders is a tar."""
         return not (self.path / name).is_dir()
 
-    def show(self, name: str) -> str:
-        """One of its folders, for messages."""
+    def describe(self, name: str) -> str:
+        """Name one of its folders in messages."""
         return str(self.path_of(name))
 
     def open(self, name: str) -> "Tree":
-        """One of its folders."""
+        """Open one of its folders."""
         return read_tar(self.path_of(name)) if self.is_tar(name) else DiskFolder(self.path / name)
 
     def holds_images(self) -> bool:
-        """Whether images lie in it, outside of folders."""
+        """Return True if it holds images outside of folders."""
         return any(IMAGE_NAME.fullmatch(entry.name) and entry.is_file() for entry in os.scandir(self.path))
 
     def loose_files(self) -> list[Path]:
-        """Files outside of folders."""
+        """List its files outside of folders."""
         found = [entry for entry in os.scandir(self.path) if entry.is_file() and not is_tar_file(entry)]
         return sorted(Path(entry.path) for entry in found if not is_system_file(entry.name))
 
     def append_to(self, listing: Listing, label: int, ignored: list[Path]) -> int:
-        """Add all images under it to a listing; returns their number."""
-        number = len(listing)
-        for path in image_files(self.path, ignored):
+        """Add all images under it to a listing. Returns their number."""
+        before = len(listing)
+        for path in find_images(self.path, ignored):
             append_file(listing, path, label)
-        return len(listing) - number
+        return len(listing) - before
 
 
 class TarFolder(NamedTuple):
     """A folder in a tar, or the tar itself, without system files."""
 
     path: Path
-    """Of the tar, and in it."""
+    """The tar's, then the folder's inside it."""
     tar: Path
     images: list[tuple[tuple[str, ...], Member]]
-    """(folders, file) of the files that are images by their names."""
+    """(folders, file) of the files with an image extension."""
     others: list[Path]
     """Other files."""
 
     def names(self) -> list[str]:
-        """Of the folders that hold images, sorted."""
+        """Return the names of its folders that hold images, sorted."""
         return sorted({folders[0] for folders, _ in self.images if folders})
 
     def path_of(self, name: str) -> Path:
-        """Of one of its folders."""
+        """Return the path of one of its folders."""
         return self.path / name
 
     def is_tar(self, name: str) -> bool:
-        """None of its folders is one."""
+        """Return False: tars inside tars are not opened."""
         return False
 
-    def show(self, name: str) -> str:
-        """One of its folders, for messages."""
+    def describe(self, name: str) -> str:
+        """Name one of its folders in messages."""
         return f"{self.path / name}/"
 
     def open(self, name: str) -> "Tree":
-        """One of its folders."""
+        """Open one of its folders."""
         inside = [(folders[1:], member) for folders, member in self.images if folders[:1] == (name,)]
         return TarFolder(self.path / name, self.tar, inside, [])
 
     def holds_images(self) -> bool:
-        """Whether images lie in it, outside of folders."""
+        """Return True if it holds images outside of folders."""
         return any(not folders for folders, _ in self.images)
 
     def loose_files(self) -> list[Path]:
-        """The other files, and images outside of folders."""
+        """List its other files, and images outside of folders."""
         return sorted(
             [*self.others, *(self.tar / member.name for folders, member in self.images if not folders)]
         )
 
     def append_to(self, listing: Listing, label: int, ignored: list[Path]) -> int:
-        """Add all images under it to a listing; returns their number."""
+        """Add all images under it to a listing. Returns their number."""
         ignored += self.others
         return append_tar(listing, self.tar, label, [member for _, member in self.images])
 
@@ -368,14 +367,13 @@ Tree = DiskFolder | TarFolder
 
 
 def is_tar_file(entry: "os.DirEntry[str]") -> bool:
-    """Whether a file is a tar by its name."""
+    """Return True for a file named *.tar."""
     return entry.name.endswith(".tar") and not entry.is_dir()
 
 
 @functools.lru_cache(maxsize=2)
 def read_tar(tar: Path) -> TarFolder:
-    """Read the headers of a tar. Raises `ValueError`, also for a shard of WebDataset, in which files of one name make a
-    sample, its label among them."""
+    """Read the headers of a tar. Raises `ValueError`, also for a WebDataset shard."""
     tree = TarFolder(tar, tar, [], [])
     others: list[tuple[tuple[str, ...], Member]] = []
     for member in list_members(tar):
@@ -390,34 +388,32 @@ def read_tar(tar: Path) -> TarFolder:
     tree.others.extend(sorted(tar / member.name for _, member in others))
     if len(tree.images) != len({member.name for _, member in tree.images}):
         raise ValueError(
-            f"{tar} holds a file twice; unpack it, which leaves the last one, and pack the folders"
+            f"{tar}: holds a file twice; extract it, which keeps the last one, and pack the folders"
         )
-    if (
-        len({folders for folders, _ in tree.images}) > 1
-    ):  # class folders, in which other files may lie beside images
+    if len({folders for folders, _ in tree.images}) > 1:  # class folders, which may hold other files, too
         return tree
     images = {sample_key(*file)[0] for file in tree.images}
     sidecars = [extension for key, extension in (sample_key(*file) for file in others) if key in images]
     if "cls" in sidecars:
-        raise ValueError(f"{tar} is a WebDataset shard; take it over with make_shards.py adopt")
+        raise ValueError(f"{tar}: expected raw images, got a WebDataset shard; use make_shards.py adopt")
     if sidecars:
         raise ValueError(
-            f"{tar} is a WebDataset shard (.{min(sidecars)} with each image) without labels (.cls); put the images "
-            "of each class into a folder of its own"
+            f"{tar}: expected raw images, got a WebDataset shard (.{min(sidecars)} with each image) without labels "
+            "(.cls); put the images of each class into its own folder"
         )
     return tree
 
 
 def sample_key(folders: tuple[str, ...], member: Member) -> tuple[tuple[str, ...], str]:
-    """Folders and name up to its first dot, and what follows: WebDataset's key and extension."""
+    """Split a path at the first dot of its base name: WebDataset's key and extension."""
     name, _, extension = member.name.rpartition("/")[2].partition(".")
     return (*folders, name), extension
 
 
 def unwrap(tree: Tree, keep_splits: bool = False) -> Tree:
-    """The innermost folder that holds the class folders: wrappers hold nothing but one folder of folders.
+    """Descend through wrappers, folders that hold one folder of folders and nothing else.
 
-    `keep_splits`: folders that are called like splits are not wrappers."""
+    `keep_splits`: do not descend into folders named like splits."""
     while len(names := tree.names()) == 1 and not (keep_splits and SPLIT_NAME.fullmatch(names[0])):
         if tree.holds_images() or (inner := tree.open(names[0])).holds_images() or not inner.names():
             break
@@ -426,65 +422,71 @@ def unwrap(tree: Tree, keep_splits: bool = False) -> Tree:
 
 
 def read_tree(raw: Path, tree: Tree) -> RawImageNet:
-    """List a folder of class folders or of splits. Raises `ValueError` where it is not clear what is a class."""
+    """List a folder of class folders or of splits. Raises `ValueError` where that is ambiguous."""
     names = tree.names()
     splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
-    if "train" in names and (splits == names or is_split(tree)):
+    if "train" in names and (splits == names or holds_train_split(tree)):
         val = next((name for name in VAL_NAMES if name in names), None)
         trees = {"train": unwrap(tree.open("train"))} | ({"val": unwrap(tree.open(val))} if val else {})
         ignored = [tree.path_of(name) for name in names if name not in ("train", val)]
         return read_splits(raw, trees, [*ignored, *tree.loose_files()])
-    # The archive of ILSVRC-2012's test images often lies among class tars.
+    # ILSVRC-2012's test archive is often stored with the class tars.
     tests = [name for name in splits if "test" in name.lower() and tree.is_tar(name)]
-    inner = [(each, name) for each in opened_folders(tree) for name in each.names()]
+    inner = [(each, name) for each in open_wrappers(tree) for name in each.names()]
     for parent, name in [(tree, name) for name in names if name not in tests] + inner:
         if SPLIT_NAME.fullmatch(name) and not (parent == tree and name == "train"):
             raise ValueError(
-                f"{parent.show(name)} seems to be a split, not a class; expected folders or tars called train and val"
+                f"{parent.describe(name)}: expected a class, got the name of a split; name the splits train and val"
             )
     if names == tests:
-        raise ValueError(f"{tree.path} holds {tree.path_of(tests[0]).name} alone, test images; add train.tar")
+        raise ValueError(
+            f"{tree.path}: expected training images, got {tree.path_of(tests[0]).name} only; add train.tar"
+        )
     return read_splits(raw, {"train": tree}, [tree.path_of(name) for name in tests], tests)
 
 
-def is_split(tree: Tree) -> bool:
-    """Whether its folder `train` holds classes, and is none."""
+def holds_train_split(tree: Tree) -> bool:
+    """Return True if the folder `train` is a split, not a class."""
     return not tree.is_tar("train") or len(unwrap(tree.open("train")).names()) > 1
 
 
-def opened_folders(tree: Tree) -> list[Tree]:
-    """Its folders that hold nothing but folders. Tars are not read for it."""
+def open_wrappers(tree: Tree) -> list[Tree]:
+    """Open the folders that hold only folders. Tars are not read."""
     found = [tree.open(name) for name in tree.names() if not tree.is_tar(name)]
     return [each for each in found if not each.holds_images()]
 
 
 def read_splits(
-    raw: Path, trees: dict[str, Tree], ignored: list[Path], leave_out: Sequence[str] = ()
+    raw: Path, trees: dict[str, Tree], ignored: list[Path], excluded: Sequence[str] = ()
 ) -> RawImageNet:
-    """List the class folders of every split but `leave_out`. Raises `ValueError` for a class without images in train,
-    or one that only the validation images have."""
-    wnids = [name for name in trees["train"].names() if name not in leave_out]
+    """List the class folders of every split except `excluded`. Raises `ValueError` for a class without training
+    images."""
+    wnids = [name for name in trees["train"].names() if name not in excluded]
     index = {wnid: label for label, wnid in enumerate(wnids)}
     splits = {}
     for split, tree in trees.items():
         listing = splits[split] = Listing(raw)
-        names = [name for name in tree.names() if name not in leave_out]
+        names = [name for name in tree.names() if name not in excluded]
         if isinstance(tree, TarFolder) and tree.holds_images() and names:
             raise ValueError(
-                f"{tree.path} holds {tree.loose_files()[0].name!r} outside of its class folders; move it"
+                f"{tree.path}: {tree.loose_files()[0].name!r} is outside of the class folders; move it"
             )
         ignored = [*ignored, *tree.loose_files()]
         for wnid in tqdm(names, f"listing {split}", unit="class", disable=None):
             if wnid not in index:
-                raise ValueError(f"{tree.show(wnid)}: a class without training images; add them or remove it")
+                raise ValueError(
+                    f"{tree.describe(wnid)}: a class without training images; add some or remove it"
+                )
             folder, others = tree.open(wnid), list[Path]()
             if tree.is_tar(wnid) and isinstance(folder, TarFolder):
                 check_class_tar(folder)
             if not folder.append_to(listing, index[wnid], others) and split == "train":
-                raise ValueError(f"{tree.show(wnid)} holds no image; fill it, fetch it again or remove it")
+                raise ValueError(f"{tree.describe(wnid)}: no images found; download it again or remove it")
             ignored += others
         if not listing:
-            raise ValueError(f"{tree.path} holds no class folders; put the images of each class into one")
+            raise ValueError(
+                f"{tree.path}: no class folders found; put the images of each class into its own folder"
+            )
     kinds = {(type(tree), any(map(tree.is_tar, tree.names()))) for tree in trees.values()}
     on_disk = (DiskFolder, False) in kinds
     layout = (
@@ -499,31 +501,32 @@ def read_splits(
 
 
 def check_class_tar(tree: TarFolder) -> None:
-    """Raise `ValueError` where a tar does not hold one class."""
+    """Raise `ValueError` unless a tar holds one class."""
     if not tree.images:
-        raise ValueError(f"{tree.path} holds no image; fetch it again or remove it")
+        raise ValueError(f"{tree.path}: no images found; download it again or remove it")
     if len(folders := sorted({folders for folders, _ in tree.images})) > 1:
         raise ValueError(
-            f"{tree.path} holds several folders, such as {'/'.join(folders[-1])!r}: it is not clear what is a class; "
-            "unpack it into train/, a folder for each class"
+            f"{tree.path}: expected one class, got several folders, such as {'/'.join(folders[-1])!r}; extract it "
+            "into train/, a folder for each class"
         )
 
 
-def image_files(folder: Path, ignored: list[Path], above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """The image files under a folder by their extensions, sorted, through links, without system files.
+def find_images(
+    folder: Path, ignored: list[Path], parents: tuple[tuple[int, int], ...] = ()
+) -> Iterator[Path]:
+    """Find the image files under a folder by extension, sorted, following links, without system files.
 
-    Appends other files to `ignored`; `above` are the folders that we came through. Raises `ValueError` when links
-    lead in a circle.
+    Appends other files to `ignored`; `parents`: device and inode of the folders above. Raises `ValueError` for a loop.
     """
     status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise ValueError(f"{folder} is a link that leads in a circle; remove it")
+    identity = (status.st_dev, status.st_ino)
+    if identity in parents:
+        raise ValueError(f"{folder}: the link forms a loop; remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_system_file(entry.name):
             continue
         if entry.is_dir():
-            yield from image_files(Path(entry.path), ignored, (*above, here))
+            yield from find_images(Path(entry.path), ignored, (*parents, identity))
         elif IMAGE_NAME.fullmatch(entry.name):
             yield Path(entry.path)
         else:
@@ -531,18 +534,18 @@ def image_files(folder: Path, ignored: list[Path], above: tuple[tuple[int, int],
 
 
 def append_file(listing: Listing, path: Path, label: int) -> None:
-    """Add one image file. Raises `FileNotFoundError` for a broken link, `ValueError` for what is not a plain file."""
+    """Add one image file. Raises `FileNotFoundError` for a broken link, `ValueError` for a device or socket."""
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is a link to nothing; restore or remove it") from None
+        raise FileNotFoundError(f"{path}: broken link; restore or remove it") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is not a plain file; remove it")
+        raise ValueError(f"{path}: not a regular file; remove it")
     listing.append(-1, os.path.relpath(path, listing.root), 0, status.st_size, label)
 
 
-def kaggle_tree(raw: Path) -> Path | None:
-    """The folder CLS-LOC of Kaggle's download, if `raw` is or holds it."""
+def find_kaggle_tree(raw: Path) -> Path | None:
+    """Find the folder CLS-LOC of Kaggle's download in `raw`; None if there is none."""
     candidates = [raw, *(raw / inner for inner in ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"))]
     return next(
         (path for path in candidates if path.resolve().name == "CLS-LOC" and (path / "train").is_dir()), None
@@ -552,38 +555,39 @@ def kaggle_tree(raw: Path) -> Path | None:
 def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
     """List Kaggle's tree: `train/<wnid>/*.JPEG`, and `val/*.JPEG` labelled by LOC_val_solution.csv.
 
-    Raises `FileNotFoundError` or `ValueError` when the two do not fit.
+    Raises `FileNotFoundError` or `ValueError` when the two do not match.
     """
-    homes = (raw, *[tree.resolve(), *tree.resolve().parents][:4])
-    solution = next((home / VAL_SOLUTION for home in homes if (home / VAL_SOLUTION).is_file()), None)
+    folders = (raw, *[tree.resolve(), *tree.resolve().parents][:4])
+    solution = next((each / VAL_SOLUTION for each in folders if (each / VAL_SOLUTION).is_file()), None)
     if solution is None:
         raise FileNotFoundError(
-            f"{raw / VAL_SOLUTION} is missing; it labels the validation images, fetch it again"
+            f"{raw / VAL_SOLUTION}: not found; download it, it labels the validation images"
         )
     with solution.open(newline="", encoding="utf-8") as file:
         try:
             wnid_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
         except (KeyError, IndexError, AttributeError, UnicodeDecodeError, csv.Error):
             raise ValueError(
-                f"{solution} is not Kaggle's list of validation labels; fetch it again"
+                f"{solution}: expected Kaggle's columns ImageId, PredictionString; download it again"
             ) from None
     words = solution.with_name(SYNSET_WORDS)
     lines = words.read_text("utf-8", errors="replace").splitlines() if words.is_file() else []
-    named = dict(line.split(" ", 1) for line in lines if " " in line)
+    words_by_wnid = dict(line.split(" ", 1) for line in lines if " " in line)
     data = read_splits(raw, {"train": DiskFolder(tree / "train")}, [])
     index = {name.wnid: position for position, name in enumerate(data.classes)}
     val, ignored = Listing(raw), [*data.ignored]
-    for path in image_files(tree / "val", ignored):
+    for path in find_images(tree / "val", ignored):
         wnid = wnid_of.get(path.stem, "")
         if wnid not in index:
             raise ValueError(
-                f"{solution} gives {path.name} no class that {tree / 'train'} has; fetch it again"
+                f"{solution}: expected a class of {tree / 'train'} for {path.name}, got {wnid!r}; download it again"
             )
         append_file(val, path, index[wnid])
     if not val or len(val) != len(wnid_of) or len({stem(image.name) for image in val}) != len(val):
         raise ValueError(
-            f"{tree / 'val'} holds {len(val)} images, or one twice; {solution} labels {len(wnid_of)}"
+            f"{tree / 'val'}: expected {len(wnid_of)} different images, as {solution.name} has labels, got {len(val)}; "
+            "download them again"
         )
-    classes = tuple(ClassName(name.wnid, named.get(name.wnid, name.wnid)) for name in data.classes)
+    classes = tuple(ClassName(name.wnid, words_by_wnid.get(name.wnid, name.wnid)) for name in data.classes)
     splits = data.splits | {"val": val}
     return RawImageNet("Kaggle's ILSVRC tree", classes, splits, in_folders=True, ignored=ignored)

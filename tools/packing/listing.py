@@ -1,8 +1,8 @@
-"""Lists of raw images as numpy columns, so that 14 million of them fit in memory, and their cache on disk.
+"""List raw images in columns, so that 14 million fit in memory, and cache the list on disk.
 
-A listing says of each image where its bytes lie: in an archive at an offset, in a file of its own, or in a row of a
-parquet file. To list 155 GB of tars takes a small read per image, so a listing of archives is kept with the output;
-it holds as long as every archive has the size and the time that it had.
+A listing locates each image: at an offset of an archive, in its own file, or in a row of a parquet file. Listing 155 GB
+of tars takes a small read per image, so the listing of archives is cached in the output folder; the cache is valid as
+long as size and modification time of every archive are unchanged.
 """
 
 import functools
@@ -26,64 +26,59 @@ from pipeline.files import write_bytes
 from pipeline.shards import ClassName, DataError
 
 MAX_FILE_BYTES = 256 * 2**20
-"""Two thousand times the mean of ImageNet; a larger member is damage or an attack on our memory."""
+"""Two thousand times ImageNet's mean; a larger member is damaged or meant to exhaust memory."""
 CACHE_VERSION = 3
 COLUMNS = ("file", "label", "offset", "size", "ends")
 
 
 class RawImage(NamedTuple):
-    """One image and where its bytes lie."""
+    """One image and the location of its bytes."""
 
     name: str
-    """What its archive or folder calls it; bytes that are not UTF-8 stand as surrogates."""
+    """Path in its archive or folder; bytes that are not UTF-8 become surrogates."""
     file: str
     """Path of the tar, the parquet file, or the image itself."""
     offset: int
     """First byte in a tar (row in a parquet file; 0 in a file of its own)."""
     size: int
-    """Length in bytes (0 in a parquet file, where it is not known beforehand)."""
+    """Length in bytes (0 in a parquet file, where it is unknown before reading)."""
     label: int
     """Class index, position among the sorted wnids."""
 
     def read(self) -> bytes:
-        """Fetch the image's bytes.
-
-        Raises `ValueError` for a size that no image has, `DataError` when the file ends before them.
-        """
+        """Read the image's bytes. Raises `ValueError` above MAX_FILE_BYTES, `DataError` for a truncated file."""
         if self.size > MAX_FILE_BYTES:
-            raise ValueError(f"not decodable: {self.size} bytes are more than an image has")
+            raise ValueError(f"too large: expected at most {MAX_FILE_BYTES} bytes, got {self.size}")
         content = os.pread(open_file(self.file).descriptor, self.size, self.offset)
         if len(content) != self.size:
             raise DataError(
-                f"{self.file} ends inside {self.shown_name}; it is cut short or has changed, fetch it again"
+                f"{self.file}: ends inside {self.escaped_name}, truncated or changed; download it again"
             )
         return content
 
     def prefetch(self) -> None:
-        """Let the system fetch the image in the background."""
+        """Ask the kernel to read the image in the background."""
         os.posix_fadvise(open_file(self.file).descriptor, self.offset, self.size, os.POSIX_FADV_WILLNEED)
 
     @property
-    def shown_name(self) -> str:
-        """The name as it can be printed and written as JSON."""
-        return show(self.name)
+    def escaped_name(self) -> str:
+        """Return the name as `escape_name` has it."""
+        return escape_name(self.name)
 
 
-def show(name: str) -> str:
-    """A file's name as it can be printed and written as JSON."""
+def escape_name(name: str) -> str:
+    """Escape bytes of a file name that are not UTF-8, to print it or write it as JSON."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class OpenFile:
-    """A file descriptor that is closed when nobody holds it any more."""
+    """A file descriptor that is closed with its last reference."""
 
     def __init__(self, path: str) -> None:
         """Open for reading."""
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # `os` may be gone when the process ends
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at exit
         """Close."""
         if hasattr(self, "descriptor"):
             close(self.descriptor)
@@ -97,20 +92,20 @@ class Listing:
     """The images of one split, in the order of their classes and names (of rows, in parquet files)."""
 
     def __init__(self, root: Path) -> None:
-        """An empty list of images under `root`."""
+        """Make an empty list of images under `root`."""
         self.root = str(root)
         self.files: list[str] = []
         """Archives, relative to `root`."""
         self.file_bytes: list[int] = []
         """Their sizes."""
         self.file, self.label = array("i"), array("i")
-        """Per image: index into `files`, or -1 for an image that is a file of its own; class index."""
+        """Per image: index into `files`, or -1 for an image in its own file; class index."""
         self.offset, self.size, self.ends = array("q"), array("q"), array("q")
         """Per image: as in `RawImage`; end of its name in `names`."""
         self.names = bytearray()
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.file)
 
     def append(self, file: int, name: str, offset: int, size: int, label: int) -> None:
@@ -126,40 +121,40 @@ class Listing:
         return len(self.files) - 1
 
     def name(self, row: int) -> str:
-        """Name of an image."""
+        """Return the name of an image."""
         return os.fsdecode(bytes(self.names[self.ends[row - 1] if row else 0 : self.ends[row]]))
 
     def __getitem__(self, row: int) -> RawImage:
-        """One image."""
+        """Return one image."""
         name, file = self.name(row), self.file[row]
         path = os.path.join(self.root, self.files[file] if file >= 0 else name)  # noqa: PTH118 (a Path normalizes)
         return RawImage(name, path, self.offset[row], self.size[row], self.label[row])
 
     def __iter__(self) -> Iterator[RawImage]:
-        """All images."""
+        """Yield all images."""
         return (self[row] for row in range(len(self)))
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns, and the names as bytes."""
+        """Return the columns as numpy arrays, and the names as bytes."""
         found = {name: np.frombuffer(getattr(self, name), getattr(self, name).typecode) for name in COLUMNS}
         return found | {"names": np.frombuffer(self.names, np.uint8)}
 
     def take(self, rows: np.ndarray) -> "Listing":
-        """The listing of some of the images; rows: int64, in the order wanted."""
-        taken, columns = Listing(Path(self.root)), self.columns()
-        taken.files, taken.file_bytes = self.files, self.file_bytes
+        """Return a listing of the given rows (int64), in their order."""
+        subset, columns = Listing(Path(self.root)), self.columns()
+        subset.files, subset.file_bytes = self.files, self.file_bytes
         starts = np.concatenate([[0], columns["ends"]])[rows]
         lengths = columns["ends"][rows] - starts
         columns["ends"] = np.zeros(len(self), np.int64)
         columns["ends"][rows] = np.cumsum(lengths)
         for name in COLUMNS:
-            getattr(taken, name).frombytes(columns[name][rows].tobytes())
+            getattr(subset, name).frombytes(columns[name][rows].tobytes())
         spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
-        taken.names += b"".join(self.names[start:end] for start, end in spans)
-        return taken
+        subset.names += b"".join(self.names[start:end] for start, end in spans)
+        return subset
 
     def digest(self) -> str:
-        """SHA-256 over everything but `root`: the same data set at another place has the same digest."""
+        """Hash everything except `root` (SHA-256): a data set keeps its digest when it is moved."""
         digest = hashlib.sha256(json.dumps([self.files, self.file_bytes, len(self)]).encode())
         for column in (self.names, self.ends, self.file, self.offset, self.size, self.label):
             digest.update(memoryview(column))
@@ -168,10 +163,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class RawImageNet:
-    """A raw data set, found and listed."""
+    """A listed raw data set."""
 
     layout: str
-    """What was found, for the first line of output."""
+    """Name of the layout, for the first line of output and the manifest."""
     classes: tuple[ClassName, ...]
     """Sorted by wnid."""
     splits: dict[str, Listing]
@@ -179,21 +174,21 @@ class RawImageNet:
     sequential: bool = False
     """Whether images can only be read in the order of the listing (parquet)."""
     in_folders: bool = False
-    """Whether images are files of their own."""
+    """Whether each image is its own file."""
     ignored: Sequence[Path] = ()
-    """Files among the images that are not images by their names."""
+    """Files without an image extension."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for class names that a JSON file cannot hold."""
+        """Raise `ValueError` for class names that are not UTF-8."""
         for name in self.classes:
-            if name.wnid != show(name.wnid):
+            if name.wnid != escape_name(name.wnid):
                 raise ValueError(
-                    f"the class name {show(name.wnid)} is not UTF-8; rename its folder or archive"
+                    f"class {escape_name(name.wnid)}: expected a UTF-8 name; rename its folder or archive"
                 )
 
 
 def stamp_archives(root: Path, sources: list[Path]) -> list[list[Any]]:
-    """What a cached listing is valid for: path, bytes and time of every archive."""
+    """Return path, bytes and modification time of every archive, for which a cached listing is valid."""
     found = [(path, path.stat()) for path in sources]
     return [[os.path.relpath(path, root), status.st_size, status.st_mtime_ns] for path, status in found]
 
@@ -217,8 +212,7 @@ def save_listing(path: Path, data: RawImageNet, validity: list[list[Any]]) -> No
 
 
 def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageNet | None:
-    """Read a cached listing; None where there is none, or it is damaged (by the CRCs of the zip) or of other
-    archives."""
+    """Load a cached listing; None if it is missing, damaged (by the zip's CRCs) or of other archives."""
     try:
         with np.load(path, allow_pickle=False) as content:
             header = json.loads(content["header"].tobytes())
@@ -246,12 +240,14 @@ def load_listing(path: Path, root: Path, validity: list[list[Any]]) -> RawImageN
         return None
 
 
-def random_read_rate(listing: Listing, readers: int, seconds: float = 1.0, most: int = 256) -> float:
-    """Images per second that `readers` threads fetch at random places, past the system's cache where it lets us.
+def measure_random_reads(
+    listing: Listing, readers: int, seconds: float = 1.0, max_images: int = 256
+) -> float:
+    """Measure random reads: images per second with `readers` threads, dropped from the page cache first if possible.
 
-    Ends after `seconds` or `most` images.
+    Stops after `seconds` or `max_images`.
     """
-    rows = random.Random(0).sample(range(len(listing)), min(most, len(listing)))
+    rows = random.Random(0).sample(range(len(listing)), min(max_images, len(listing)))
     started = time.perf_counter()
 
     def fetch(row: int) -> bool:

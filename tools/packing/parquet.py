@@ -1,9 +1,9 @@
-"""Raw images in the parquet files of a Hugging Face data set (`imagenet-1k`): columns `image: {bytes, path}`, `label`.
+"""Read and pack Hugging Face parquet files (`imagenet-1k`): columns `image: {bytes, path}` and `label`.
 
-Labels are read first, images by row group: a parquet file can be read cheaply in its own order only, and shards want
-another. So every row group is packed into a file of its own in the split's folder, and shards are put together from
-those by offset. It needs the size of the shards once more on disk while it runs; what is finished survives a kill.
-`pyarrow` is an extra: nothing else here needs it.
+Labels are read first, images by row group: parquet files are fast to read in their own order only, and shards are
+shuffled. So every row group is packed into its own segment file in the split's folder, and shards are assembled from
+those by offset. While it runs this takes the size of the shards twice on disk; finished segments survive a kill.
+`pyarrow` is an optional dependency.
 """
 
 import functools
@@ -30,51 +30,47 @@ COLUMNS = {"image.bytes", "image.path", "label"}
 
 
 def import_pyarrow() -> ModuleType:
-    """`pyarrow.parquet`. Raises `ValueError` with how to install it."""
+    """Import `pyarrow.parquet`. Raises `ValueError` where it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            "parquet files need pyarrow, which is not installed here; run pip install pyarrow"
+            "parquet files: expected pyarrow, got no such package; run pip install pyarrow"
         ) from None
     return pyarrow.parquet
 
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
-    """The parquet files of each split, in `raw` or `raw/data`, by the names that Hugging Face gives; test files have
-    no labels and are left aside.
+    """Find the parquet files of each split, in `raw` or `raw/data`, by Hugging Face's names; test files, which have no
+    labels, are skipped.
 
-    Raises `FileNotFoundError` for a missing part and `ValueError` for one that is there twice.
+    Raises `FileNotFoundError` for a missing part, `ValueError` for a duplicate.
     """
     paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
     parts: dict[tuple[str, str], dict[int, Path]] = {}
     for path in paths:
         if match := re.match(r"(.*)-(\d+)-of-(\d{1,6})(?!\d)", path.name):
             first = parts.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), path)
-            if first != path:  # the Hub keeps the files of earlier pushes, whose names end in another hash
-                raise ValueError(
-                    f"{path} and {first.name} are the same part of one set; keep the files of one push"
-                )
+            if first != path:  # the Hub keeps files of earlier pushes, under another hash
+                raise ValueError(f"{path}: the same part as {first.name}; keep the files of one push")
     for (name, number), there in parts.items():
         if missing := sorted(set(range(int(number))) - set(there)):
             raise FileNotFoundError(
-                f"{raw} lacks {name}-{missing[0]:0{len(number)}}-of-{number}; fetch it as well"
+                f"{raw}: lacks {name}-{missing[0]:0{len(number)}}-of-{number}; download it"
             )
     found = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
     for files in found.values():
         sets = {re.sub(r"[-_]?\d+(-of-\d+)?(-\w+)?$", r"\1", path.stem): path for path in files}
         if len(sets) > 1:
             first, second, *_ = sorted(sets.values())
-            raise ValueError(
-                f"{first} and {second.name} are of two sets, or two pushes of one; keep the files of one"
-            )
+            raise ValueError(f"{first}: of another set or push than {second.name}; keep the files of one")
     return found
 
 
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
-    """List parquet files: labels and names alone are read.
+    """List parquet files, reading labels and names only.
 
-    Raises `ValueError` for files of another form and labels that are not a class.
+    Raises `ValueError` for other columns, and for labels that are not class indexes.
     """
     parquet = import_pyarrow()
     splits: dict[str, Listing] = {}
@@ -90,39 +86,40 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                 source = parquet.ParquetFile(path)
                 columns = {source.schema.column(k).path for k in range(len(source.schema))}
                 if not columns >= COLUMNS:
-                    raise ValueError(f"it lacks the columns {', '.join(sorted(COLUMNS - columns))}")
+                    raise ValueError(f"lacks the columns {', '.join(sorted(COLUMNS - columns))}")
                 image = source.schema_arrow.field("image").type
                 if (kind := str(image.field("bytes").type)) not in ("binary", "large_binary"):
-                    raise ValueError(f"its column image.bytes is of type {kind}, not binary")
+                    raise ValueError(f"image.bytes: expected binary, got {kind}")
                 table = source.read(columns=["image.path", "label"])
                 metadata = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             except Exception as error:  # pyarrow raises several kinds over damaged bytes
                 reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"{path} is not a data set of images and labels ({reason}); fetch it again"
+                    f"{path}: not a data set of images and labels ({reason}); download it again"
                 ) from None
-            words = class_words(metadata) or words
+            words = read_class_words(metadata) or words
             names = table.column("image").combine_chunks().field("path").to_pylist()
             for row, (name, label) in enumerate(zip(names, table.column("label").to_pylist(), strict=True)):
                 if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
-                    raise ValueError(f"{path} labels row {row} as {label}, not a class; fetch it again")
+                    raise ValueError(
+                        f"{path}: expected a class index in row {row}, got {label}; download it again"
+                    )
                 listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
                 wnids.setdefault(label, set()).update(WNID.findall(name or ""))
     if "train" not in splits or not all(splits.values()):
-        raise ValueError(f"{raw} holds no images in parquet files called train-*; fetch them again")
-    return RawImageNet("Hugging Face parquet files", class_names(wnids, words), splits, sequential=True)
+        raise ValueError(f"{raw}: no images in parquet files called train-*; download them again")
+    return RawImageNet("Hugging Face parquet files", infer_class_names(wnids, words), splits, sequential=True)
 
 
-def class_words(metadata: Any) -> list[str]:
-    """What Hugging Face's description of a data set calls the classes; empty where it has none."""
+def read_class_words(metadata: Any) -> list[str]:
+    """Read the class names from Hugging Face's metadata; empty if it has none."""
     for name in ("info", "features", "label", "names"):
         metadata = metadata.get(name) if isinstance(metadata, dict) else None
     return [str(each) for each in metadata] if isinstance(metadata, list) else []
 
 
-def class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[ClassName, ...]:
-    """Classes in the order of the labels: by the wnid that all file names of a label share, if that gives sorted
-    wnids, else by the number."""
+def infer_class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[ClassName, ...]:
+    """Name the classes by the wnid that all file names of a label share, if that gives sorted wnids, else by label."""
     number = max(max(wnids) + 1, len(words))
     shown = words if len(words) == number else [f"class {label}" for label in range(number)]
     found = [wnids.get(label, set()) for label in range(number)]
@@ -134,24 +131,24 @@ def class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[ClassName
 
 
 def read_row_group(path: Path, group: int) -> Iterator[bytes]:
-    """The images of one row group, in order; an empty one for a row without bytes. Raises `ValueError`."""
+    """Yield the images of one row group, empty for a row without bytes. Raises `ValueError`."""
     try:
         source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
         for batch in source.iter_batches(batch_size=32, row_groups=[group], columns=["image.bytes"]):
             for image in batch.column("image").field("bytes"):
                 yield image.as_py() or b""
-    except OSError as error:  # of pyarrow's decoders, too
+    except OSError as error:  # pyarrow's decoders raise it, too
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged in row group {group} ({reason}); fetch it again") from None
+        raise ValueError(f"{path}: damaged in row group {group} ({reason}); download it again") from None
 
 
 class Segment(NamedTuple):
     """A row group to be packed."""
 
     path: Path
-    """File to write: packed images one after the other, a JSON object about them, its CRC and its length."""
+    """Segment file to write: packed images, a JSON trailer, its CRC and its length."""
     samples: list[Sample]
-    """Those of its rows that the split has, in order."""
+    """Its rows in the split, in order."""
     options: Options
     group: int
     """Number of the row group in its file."""
@@ -160,42 +157,43 @@ class Segment(NamedTuple):
 
 
 class SpilledShard(NamedTuple):
-    """A shard to be put together."""
+    """A shard to be assembled."""
 
     plan: ShardPlan
     places: list[tuple[str, int]]
-    """Segment's file and position there of every sample."""
+    """Segment file and position of every sample."""
 
 
 def pack_parquet(plan: Plan, numbers: list[int], workers: int) -> list[PackStats]:
-    """Write the shards `numbers` of a split, reading every row group once. Raises `BlockingIOError` where another
-    process packs the same split."""
+    """Write the shards `numbers` of a split, reading every row group once. Raises `BlockingIOError` if another process
+    packs the split."""
     spill = plan.directory / SPILL.replace("*", plan.digest[:16])
     spill.mkdir(exist_ok=True)
-    with open_locked(spill / "lock", wait=False):  # two processes would read everything twice
+    with open_locked(spill / "lock", wait=False):  # a second process would read everything again
         segments = [
-            (spill / f"segment-{number:06d}", *group) for number, group in enumerate(row_groups(plan.listing))
+            (spill / f"segment-{number:06d}", *group)
+            for number, group in enumerate(list_row_groups(plan.listing))
         ]
-        left = [segment for segment in segments if not is_intact(segment[0])]
+        unfinished = [segment for segment in segments if not is_intact(segment[0])]
         jobs = (
             Segment(path, [(plan.key(row), plan.listing[row]) for row in rows.tolist()], plan.options, *group)
-            for path, rows, *group in left
+            for path, rows, *group in unfinished
         )
-        images, split = sum(len(rows) for _, rows, *_ in left), plan.directory.name
+        images, split = sum(len(rows) for _, rows, *_ in unfinished), plan.directory.name
         read = run_jobs(pack_row_group, jobs, images, workers, f"reading {split}")
 
-        # Where each row of the listing lies now: segment, position.
+        # Segment and position of each row of the listing.
         segment_of, position = np.empty((2, len(plan.listing)), np.int64)
         for number, (_, rows, *_) in enumerate(segments):
             segment_of[rows], position[rows] = number, np.arange(len(rows))
 
-        def spilled_shard(number: int) -> SpilledShard:
+        def plan_spilled_shard(number: int) -> SpilledShard:
             rows = plan.order[slice(*plan.bounds(number))]
             files = [str(segments[segment][0]) for segment in segment_of[rows].tolist()]
             return SpilledShard(plan.shard(number), [*zip(files, position[rows].tolist(), strict=True)])
 
         images = sum(last - first for first, last in map(plan.bounds, numbers))
-        shards = map(spilled_shard, numbers)
+        shards = map(plan_spilled_shard, numbers)
         written = run_jobs(write_spilled_shard, shards, images, workers, f"writing {split}")
     return [
         *(each._replace(images=0, bytes_written=0) for each in read),
@@ -203,8 +201,8 @@ def pack_parquet(plan: Plan, numbers: list[int], workers: int) -> list[PackStats
     ]
 
 
-def row_groups(listing: Listing) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Of every row group that has images of a listing: their rows in it (int64), number and first row in its file."""
+def list_row_groups(listing: Listing) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield, per row group with images of a listing, their rows (int64), its number and its first row in the file."""
     columns = listing.columns()
     for number, name in enumerate(listing.files):
         in_file = np.flatnonzero(columns["file"] == number)
@@ -219,7 +217,7 @@ def row_groups(listing: Listing) -> Iterator[tuple[np.ndarray, int, int]]:
 
 
 def pack_row_group(work: Segment) -> PackStats:
-    """Pack the images of a row group into its file."""
+    """Pack the images of a row group into its segment file."""
     samples = {sample[1].offset: sample for sample in work.samples}
     ends, sizes = [0], list[int]()
     notes: dict[str, list[str]] = {}
@@ -234,27 +232,27 @@ def pack_row_group(work: Segment) -> PackStats:
             file.write(jpeg)
             ends.append(ends[-1] + len(jpeg))
             sizes.append(size)
-        about = json.dumps({"ends": ends, "sizes": sizes, "notes": notes}).encode()
-        file.write(about + zlib.crc32(about).to_bytes(4, "little") + len(about).to_bytes(4, "little"))
+        trailer = json.dumps({"ends": ends, "sizes": sizes, "notes": notes}).encode()
+        file.write(trailer + zlib.crc32(trailer).to_bytes(4, "little") + len(trailer).to_bytes(4, "little"))
     return PackStats(len(sizes), sum(sizes), ends[-1])
 
 
 @functools.cache
 def read_segment(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
-    """Of a segment's file: ends of its images after a 0, sizes of the raw ones (int64), and notes by position."""
+    """Read a segment's trailer: image boundaries, from 0, sizes of the raw files (int64), and notes by position."""
     with Path(path).open("rb") as file:
         end = file.seek(-8, os.SEEK_END)
         crc, length = (int.from_bytes(file.read(4), "little") for _ in range(2))
         file.seek(end - length)
         content = file.read(length)
     if zlib.crc32(content) != crc:
-        raise ValueError(f"{path} is damaged; remove it and pack again")
-    about = json.loads(content)
-    return np.array(about["ends"]), np.array(about["sizes"]), about["notes"]
+        raise ValueError(f"{path}: damaged; remove it and pack again")
+    trailer = json.loads(content)
+    return np.array(trailer["ends"]), np.array(trailer["sizes"]), trailer["notes"]
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a segment's file is there and complete."""
+    """Return True if a segment file exists and is complete."""
     try:
         read_segment.__wrapped__(str(path))
     except (OSError, ValueError):
@@ -263,7 +261,7 @@ def is_intact(path: Path) -> bool:
 
 
 def write_spilled_shard(work: SpilledShard) -> PackStats:
-    """Put a shard together."""
+    """Assemble a shard from segments."""
 
     def read_packed(path: str, position: int) -> tuple[Packed | str, int]:
         ends, sizes, notes = read_segment(path)

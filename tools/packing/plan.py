@@ -1,7 +1,7 @@
-"""Which image goes into which shard, under which key: decided before the first byte is read.
+"""Assign each image a key, a shard and a place in it, before the first image is read.
 
-The plan depends on the listing, the options and the seed alone, so any number of workers and machines that make it come
-to the same shards. It is kept in columns: 14 million images take about 2 GB and a minute.
+The plan depends only on the listing, the options and the seed, so any number of workers and machines write the same
+shards. It is kept in numpy columns: 14 million images take about 2 GB and a minute.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Sample = tuple[str, RawImage]
 
 @dataclass(frozen=True)
 class Options:
-    """What the shards depend on apart from the raw images; recorded in the manifest."""
+    """Options that the content of the shards depends on; recorded in the manifest."""
 
     store: Literal["crop256", "original"] = "crop256"
     quality: int = 90
@@ -37,14 +37,16 @@ class Options:
     seed: int = 2012
     val_fraction: float = 0.0
     on_bad: Literal["fail", "skip"] = "fail"
-    """Decides whether a pack continues, not what a whole shard holds: "skip" may follow on "fail"."""
+    """Not part of the digest: a pack that failed may be resumed with "skip"."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that make no sense."""
-        if self.samples_per_shard < 1 or not 1 <= self.quality <= 100:
-            raise ValueError("--samples-per-shard must be at least 1, --quality 1 to 100")
+        """Raise `ValueError` for values out of range."""
+        if self.samples_per_shard < 1:
+            raise ValueError(f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality: expected 1 to 100, got {self.quality}")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction must be at least 0 and less than 1, but is {self.val_fraction}")
+            raise ValueError(f"--val-fraction: expected at least 0 and less than 1, got {self.val_fraction}")
 
 
 class ShardPlan(NamedTuple):
@@ -54,23 +56,23 @@ class ShardPlan(NamedTuple):
     samples: list[Sample]
     options: Options
     digest: str
-    """Of the plan that it belongs to."""
+    """The plan's."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One split: every image's key, its place in the one seeded order, and its shard."""
+    """Plan of one split: each image's key, position in the shuffled order, and shard."""
 
     directory: Path
-    """Where the shards go; its name is the split's."""
+    """Folder of the shards, named after the split."""
     listing: Listing
     options: Options
     order: np.ndarray
-    """int64 (images,): rows of the listing as they stand in the shards, one after the other."""
+    """int64 (images,): rows of the listing in the order of the shards."""
     renamed: np.ndarray
     """bool (images,), by row: the key is not the stem of the file's name."""
     digest: str
-    """Names the content of all shards: equal digests mean equal bytes."""
+    """Equal digests mean equal bytes in all shards."""
 
     @property
     def num_shards(self) -> int:
@@ -78,34 +80,34 @@ class Plan:
         return -(-len(self.order) // self.options.samples_per_shard)
 
     def key(self, row: int) -> str:
-        """The key of an image: its stem, or <class>_<position in the listing>."""
+        """Return an image's key: its stem, or <class>_<row> if that is not unique and safe."""
         return f"{self.listing.label[row]}_{row}" if self.renamed[row] else stem(self.listing.name(row))
 
     def bounds(self, number: int) -> tuple[int, int]:
-        """First place of a shard in the order, and the one after its last."""
+        """Return the range of a shard in the order: first position, and one past the last."""
         return number * len(self.order) // self.num_shards, (number + 1) * len(self.order) // self.num_shards
 
     def path(self, number: int) -> Path:
-        """Where a shard goes."""
+        """Return the path of a shard."""
         return self.directory / f"{self.directory.name}-{number:06d}.tar"
 
     def shard(self, number: int) -> ShardPlan:
-        """All that a worker needs to write one shard."""
+        """Return all that a worker needs to write one shard."""
         rows = self.order[slice(*self.bounds(number))].tolist()
         samples = [(self.key(row), self.listing[row]) for row in rows]
         return ShardPlan(self.path(number), samples, self.options, self.digest)
 
     def renamed_keys(self) -> Iterator[tuple[str, str]]:
-        """(key, name) of the images whose key is not their stem."""
+        """Yield (key, name) of the images with a generated key."""
         for row in self.order[self.renamed[self.order]].tolist():
-            yield self.key(row), self.listing[row].shown_name
+            yield self.key(row), self.listing[row].escaped_name
 
 
 def make_plan(directory: Path, listing: Listing, options: Options, classes: tuple[ClassName, ...]) -> Plan:
     """Plan one split.
 
-    A stem is a key if it is unique in the split and safe; every other image gets <class>_<position>. The order sorts by
-    a hash of seed and key: the same in every version of every library.
+    A stem is a key if it is unique in the split and safe; other images get <class>_<row>. The order sorts by a hash of
+    seed and key, so it depends on no library's generator.
     """
     rows = len(listing)
     renamed, hashes = np.zeros(rows, bool), bytearray()
@@ -113,45 +115,44 @@ def make_plan(directory: Path, listing: Listing, options: Options, classes: tupl
         name = stem(listing.name(row))
         renamed[row] = KEY.fullmatch(name) is None
         hashes += hash_key(options.seed, name)
-    places = np.frombuffer(hashes, ">u8").reshape(rows, 2).astype(np.uint64)
-    by_stem = np.argsort(places[:, 0], kind="stable")
-    same = np.diff(places[by_stem, 0]) == 0
+    hashes64 = np.frombuffer(hashes, ">u8").reshape(rows, 2).astype(np.uint64)
+    by_stem = np.argsort(hashes64[:, 0], kind="stable")
+    same = np.diff(hashes64[by_stem, 0]) == 0
     renamed[by_stem[1:][same]] = True
     renamed[by_stem[:-1][same]] = True
-    # A made-up key may be what another file is called; then that one gives way as well.
+    # A generated key may be the stem of another file; then that file gets a generated key, too.
     while True:
-        made_up = {f"{listing.label[row]}_{row}" for row in np.flatnonzero(renamed).tolist()}
-        taken = [
-            row
-            for row in (np.flatnonzero(~renamed).tolist() if made_up else ())
-            if stem(listing.name(row)) in made_up
-        ]
-        if not taken:
+        generated = {f"{listing.label[row]}_{row}" for row in np.flatnonzero(renamed).tolist()}
+        others = np.flatnonzero(~renamed).tolist() if generated else ()
+        clashes = [row for row in others if stem(listing.name(row)) in generated]
+        if not clashes:
             break
-        renamed[taken] = True
+        renamed[clashes] = True
     for row in np.flatnonzero(renamed).tolist():
-        places[row] = np.frombuffer(hash_key(options.seed, f"{listing.label[row]}_{row}"), ">u8")
-    order = np.lexsort((places[:, 1], places[:, 0]))
+        hashes64[row] = np.frombuffer(hash_key(options.seed, f"{listing.label[row]}_{row}"), ">u8")
+    order = np.lexsort((hashes64[:, 1], hashes64[:, 0]))
     content = asdict(options) | {"on_bad": None}
     names = [[name.wnid, name.words] for name in classes]
     digest = sha256(
-        json.dumps([listing.digest(), directory.name, content, versions(), names], sort_keys=True).encode()
+        json.dumps(
+            [listing.digest(), directory.name, content, library_versions(), names], sort_keys=True
+        ).encode()
     )
     return Plan(directory, listing, options, order, renamed, digest)
 
 
 def stem(name: str) -> str:
-    """File name without folders and extension."""
+    """Strip folders and extension from a file's name."""
     return name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
 def hash_key(seed: int, key: str) -> bytes:
-    """16 bytes by which a key is sorted into the global order."""
+    """Hash a key to the 16 bytes that the shuffled order sorts by."""
     return hashlib.blake2b(os.fsencode(f"{seed}:{key}"), digest_size=16).digest()
 
 
-def versions() -> dict[str, str]:
-    """The libraries that decide a shard's bytes: decoding, resampling, encoding."""
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decode, resample and encode."""
     turbo = PIL.features.version("libjpeg_turbo") or "unknown"
     return {
         "pillow": PIL.__version__,
@@ -162,9 +163,9 @@ def versions() -> dict[str, str]:
 
 
 def find_part(part: str | None, environment: Mapping[str, str]) -> Task:
-    """The share of this process: from i/n, else from torchrun's or srun's environment, else everything.
+    """Parse the part of this process: i/n, else torchrun's or srun's variables, else everything.
 
-    Counting from 1 or from 0 is the same: only i modulo n matters. Raises `ValueError` for anything else.
+    Parts may count from 0 or from 1: only i modulo n matters. Raises `ValueError` for anything else.
     """
     if part is None:
         return find_task(environment)

@@ -1,7 +1,7 @@
-"""Worker processes of the offline tools: as many jobs in flight as keep them busy, results as they finish.
+"""Run jobs in worker processes, two in flight per worker, and yield results as they finish.
 
-Workers die with their parent and leave Ctrl-C to it, and one that dies of an image has said before which one it is at.
-With one worker everything happens in this process.
+Workers die with their parent and ignore Ctrl-C. Each records the image that it works on in shared memory, so that a
+crash can name it. With one worker everything runs in this process.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ Result = TypeVar("Result")
 
 
 def check_workers(workers: int | None) -> int:
-    """The number of processes. Raises `ValueError` for none."""
+    """Return the number of processes, by default one per core. Raises `ValueError` below 1."""
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1, but is {workers}")
+        raise ValueError(f"--workers: expected at least 1, got {workers}")
     return workers or share_of_cores()
 
 
 def imap_unordered(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Iterator[tuple[int, Result]]:
-    """Call `function` on every job in `workers` processes; yield (the job's number, result) as they finish.
+    """Call `function` on every job in `workers` processes; yield (job number, result) as they finish.
 
-    Jobs are taken from their iterable as workers get free, so that a long list of them costs no memory. Raises what the
-    first failing call raised, and `DataError` when a process dies, with what it last said by `name_work`.
+    `jobs` is consumed lazily. Raises what the first failing call raised, and `DataError` when a process dies, naming
+    its last `set_current_item`.
     """
     todo = enumerate(jobs)
     if workers == 1:
@@ -46,8 +46,8 @@ def imap_unordered(
     pending: dict[Future[Result], int] = {}
     spawn = multiprocessing.get_context("spawn")
     slots, started = spawn.RawArray(ctypes.c_char, workers * SLOT_BYTES), set[Any]()
-    given = (os.getpid(), slots, spawn.Value("i", 0))
-    with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=given) as pool:
+    initargs = (os.getpid(), slots, spawn.Value("i", 0))
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=initargs) as pool:
         try:
             while True:
                 with contextlib.nullcontext() if pending else ignore_interrupts():
@@ -59,28 +59,26 @@ def imap_unordered(
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool:
-            patience = time.monotonic() + 1  # another thread of the pool may be about to learn the exit code
-            while not (where := describe_death(slots.raw, started)) and time.monotonic() < patience:
+            deadline = time.monotonic() + 1  # another thread of the pool may not have the exit code yet
+            while not (crash := describe_crash(slots.raw, started)) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            for (
-                process
-            ) in multiprocessing.active_children():  # the pool waits for one that it was just starting
+            for process in multiprocessing.active_children():  # the pool would wait for one still starting
                 process.kill()
             raise DataError(
-                f"a worker process died{where}; run the same command again, perhaps with fewer --workers if memory is "
-                "short: what was finished is kept; if it dies at the same image again, take that one out"
+                f"a worker process died{crash}; run the same command to resume, with fewer --workers if memory is "
+                "short; if it dies at the same image again, remove that image"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def map_shards(
-    function: Callable[[Job], Result], jobs: list[Job], sizes: list[int], workers: int, what: str
+    function: Callable[[Job], Result], jobs: list[Job], sizes: list[int], workers: int, description: str
 ) -> list[Result]:
-    """Call `function` on every job in processes, with a progress bar over the jobs' bytes; results in the jobs'
-    order. Raises as `imap_unordered`."""
+    """Call `function` on every job in processes, with a progress bar in bytes. Returns results in the order of `jobs`;
+    raises as `imap_unordered`."""
     results: dict[int, Result] = {}
-    with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, disable=None) as progress:
+    with tqdm(total=sum(sizes), desc=description, unit="B", unit_scale=True, disable=None) as progress:
         for number, result in imap_unordered(function, jobs, min(workers, len(jobs))):
             results[number] = result
             progress.update(sizes[number])
@@ -89,22 +87,20 @@ def map_shards(
 
 @contextlib.contextmanager
 def ignore_interrupts() -> Iterator[None]:
-    """Processes that are started meanwhile ignore Ctrl-C, which reaches every process of a terminal: workers finish
-    what they are at, and their parent, who hears it, sends them nothing further."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make processes that are started meanwhile ignore Ctrl-C: workers finish their job, the parent stops the pool."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def start_worker(parent: int, slots: "ctypes.Array[ctypes.c_char]", count: Any) -> None:
-    """Tie a worker's life to its parent's (Linux's PR_SET_PDEATHSIG), give it a slot of its own, and keep torch, if
-    it is needed, on one core."""
+    """Make a worker die with its parent (PR_SET_PDEATHSIG), assign it a slot, and limit torch to one thread."""
     global own_slot
     os.environ["OMP_NUM_THREADS"] = "1"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone already
+    if os.getppid() != parent:  # the parent is gone already
         os._exit(1)
     with count.get_lock():
         own_slot = memoryview(slots).cast("B")[count.value * SLOT_BYTES : (count.value + 1) * SLOT_BYTES]
@@ -112,19 +108,19 @@ def start_worker(parent: int, slots: "ctypes.Array[ctypes.c_char]", count: Any) 
 
 
 SLOT_BYTES = 512
-"""For a process number and the name of an image, which is cut."""
+"""For a process id and the name of an image, truncated."""
 own_slot: memoryview | None = None
-"""This worker's slot, memory that it shares with its parent."""
+"""This worker's slot in memory shared with its parent."""
 
 
-def name_work(name: str) -> None:
-    """Say what this process is about to do, in case that it dies of it; half a microsecond."""
+def set_current_item(name: str) -> None:
+    """Record what this process works on, in case it crashes; half a microsecond."""
     if own_slot is not None:
         own_slot[:] = f"{os.getpid()} {name}".encode(errors="replace")[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0")
 
 
-def describe_death(slots: bytes, processes: Iterable[Any]) -> str:
-    """How the first of some processes died, and what it was at, as far as is known."""
+def describe_crash(slots: bytes, processes: Iterable[Any]) -> str:
+    """Describe how the first crashed process ended, and its current item; empty if none crashed."""
     lines = [
         slots[k : k + SLOT_BYTES].rstrip(b"\0").decode(errors="replace")
         for k in range(0, len(slots), SLOT_BYTES)
@@ -133,8 +129,8 @@ def describe_death(slots: bytes, processes: Iterable[Any]) -> str:
     for process in processes:
         if (code := process.exitcode) in (None, 0, -signal.SIGTERM):  # the pool ends the others by SIGTERM
             continue
-        known = {each.value: each.name for each in signal.Signals}
-        reason = known.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
+        signal_names = {each.value: each.name for each in signal.Signals}
+        reason = signal_names.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
         name = names.get(str(process.pid))
         return f" ({reason})" + (f" at {name}" if name else "")
     return ""

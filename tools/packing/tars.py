@@ -1,7 +1,7 @@
-"""Tar headers: what a tar holds and where, checked beyond what `tarfile` does; and WebDataset's samples in it.
+"""Read tar headers, with stricter checks than `tarfile`, and group members into WebDataset samples.
 
-`tarfile` takes a damaged header, a hole, and a file that was cut between two members for the end of the archive, and
-would lose what follows. Nothing is extracted: data are read by offset.
+`tarfile` takes a damaged header, a hole, and a truncation between two members for the end of the archive, and loses the
+rest. Nothing is extracted: data are read by offset.
 """
 
 import os
@@ -19,10 +19,10 @@ READ_BYTES = 2**20
 
 
 class Member(NamedTuple):
-    """A plain file in a tar."""
+    """A regular file in a tar."""
 
     name: str
-    """Its path there; bytes that are not UTF-8 stand as surrogates."""
+    """Its path in the tar; bytes that are not UTF-8 become surrogates."""
     offset: int
     """First byte of its data in the tar file."""
     size: int
@@ -30,15 +30,15 @@ class Member(NamedTuple):
 
 
 def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> Iterator[Member]:
-    """Yield the files of a tar, or of a tar of `length` bytes inside a tar at `start`; folders are left out.
+    """Yield the files of a tar, or of a tar of `length` bytes inside a tar at `start`; folders are skipped.
 
-    Raises `ValueError` (without the tar's name) where it is not a tar, damaged or cut short, or holds a link, a device
-    or a sparse file: that stands for data that we would lose.
+    Raises `ValueError` (without the tar's name) for a tar that is damaged or truncated, or holds a link, a device or a
+    sparse file, whose data would be lost.
     """
     total = os.fstat(file.fileno()).st_size
     end = total if length is None else start + length
     if end > total:
-        raise ValueError(f"cut short: an inner tar ends at byte {end}, the file at {total}")
+        raise ValueError(f"truncated: an inner tar ends at byte {end}, the file at {total}")
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file)
@@ -52,39 +52,39 @@ def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> I
             continue
         place = f"{member.name!r} at byte {member.offset}"
         if not member.isreg() or member.issparse():
-            raise ValueError(f"{place} is a link, a device or a sparse file, not a plain file")
+            raise ValueError(f"{place}: expected a regular file, got a link, a device or a sparse file")
         if member.size < 0:
-            raise ValueError(f"{place} has a negative size")
+            raise ValueError(f"{place}: negative size {member.size}")
         if member.offset_data + member.size > end:
-            raise ValueError(f"cut short inside {place}")
+            raise ValueError(f"truncated inside {place}")
         yield Member(member.name, member.offset_data, member.size)
     if tar.offset + tarfile.BLOCKSIZE > end:
-        raise ValueError(f"cut short: no end mark at byte {tar.offset}")
+        raise ValueError(f"truncated: no end mark at byte {tar.offset}")
     for offset in range(tar.offset, end, READ_BYTES):
         if os.pread(file.fileno(), min(READ_BYTES, end - offset), offset).strip(b"\0"):
-            raise ValueError(f"damaged header at byte {tar.offset}, or a hole there")
+            raise ValueError(f"damaged header or hole at byte {tar.offset}")
 
 
 def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The next member; None at the end of the archive, or what tarfile takes for it. Raises `ValueError`."""
+    """Read the next member; None at what tarfile takes for the end of the archive. Raises `ValueError`."""
     try:
         return tar.next()
-    except Exception as error:  # headers can be damaged in many ways, for which tarfile raises all sorts
+    except Exception as error:  # tarfile raises many kinds for damaged headers
         raise ValueError(f"damaged at byte {tar.offset} ({error})") from None
 
 
 def list_members(path: Path, start: int = 0, length: int | None = None) -> Iterator[Member]:
-    """As `read_members`, of a file by its path. Raises `ValueError` with its name and a remedy."""
+    """Yield the files of a tar by its path, as `read_members`. Raises `ValueError` with path and remedy."""
     with path.open("rb") as file:
         try:
             yield from read_members(file, start, length)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; fetch it again, or pack plain files into it") from None
+            raise ValueError(f"{path}: {error}; download it again, or make it of regular files") from None
 
 
 def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
-    """Yield (key, members) of each sample of a shard, by the webdataset library's rule: consecutive files that
-    share the path up to the first dot of the base name; its own notes and files without a dot are not samples.
+    """Yield (key, members) of each sample of a shard, by the webdataset library's rule: consecutive files with
+    the same path up to the first dot of the base name; __NAME__ files and files without a dot are skipped.
 
     Raises as `read_members`.
     """
@@ -104,43 +104,43 @@ def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
 
 
 def extension(member: Member) -> str:
-    """What follows the first dot of the base name, in lower case."""
+    """Return what follows the first dot of the base name, in lower case."""
     return member.name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def index_sample(
     file: BinaryIO, key: str, members: list[Member]
 ) -> tuple[list[tuple[str, int, int, str]], Member, int]:
-    """Index entries, image and class index of one sample.
+    """Return index entries, image and class index of one sample.
 
-    DALI picks components by the index's extension, so `.JPEG` is listed as `jpg`; it reads as many bytes as the index
-    says, so white space after a label is left out; it never uses the names, but cuts lines at spaces.
+    DALI picks components by the index's extension, so `.JPEG` becomes `jpg`; it reads as many bytes as the index says,
+    so white space after a label is left out; it ignores the names, but splits lines at spaces.
 
-    Raises `ValueError` (without the tar's name) unless it has one JPEG and one label that the loader reads rightly.
+    Raises `ValueError` (without the tar's name) unless there is one JPEG and one label.
     """
-    place = f"sample {printable(key)} at byte {members[0].offset}"
-    held = ", ".join(printable(member.name) for member in members)
+    place = f"sample {sanitize_name(key)} at byte {members[0].offset}"
+    names = ", ".join(sanitize_name(member.name) for member in members)
     images = [member for member in members if extension(member) in IMAGE_EXTENSIONS]
     labels = [member for member in members if extension(member) == "cls"]
     if len(images) != 1 or images[0].size == 0:
-        raise ValueError(f"{place}: expected one .jpg or .jpeg, got {held}{' (empty)' if images else ''}")
+        raise ValueError(f"{place}: expected one .jpg or .jpeg, got {names}{' (empty)' if images else ''}")
     if len(labels) != 1:
-        raise ValueError(f"{place}: expected one .cls, got {held}")
+        raise ValueError(f"{place}: expected one .cls, got {names}")
     (image,), (label,) = images, labels
     text = os.pread(file.fileno(), min(label.size, MAX_LABEL_BYTES), label.offset)
-    digits = text.rstrip()  # not from the left: DALI wants data to start where a block does
+    digits = text.rstrip()  # only at the end: DALI expects data to start at a block
     if label.size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,%d}" % MAX_LABEL_DIGITS, digits):
         raise ValueError(
-            f"{place}: expected a class index of at most {MAX_LABEL_DIGITS} digits in {printable(label.name)}, "
+            f"{place}: expected a class index of at most {MAX_LABEL_DIGITS} digits in {sanitize_name(label.name)}, "
             f"got {text[:16]!r}"
         )
     entries = [
-        ("jpg", image.offset, image.size, printable(image.name)),
-        ("cls", label.offset, len(digits), printable(label.name)),
+        ("jpg", image.offset, image.size, sanitize_name(image.name)),
+        ("cls", label.offset, len(digits), sanitize_name(label.name)),
     ]
     return entries, image, int(digits)
 
 
-def printable(name: str) -> str:
-    """A name without white space and without what a terminal or DALI would trip over."""
+def sanitize_name(name: str) -> str:
+    """Replace white space, control and non-ASCII characters, which break DALI's index or a terminal."""
     return re.sub(r"[^\x21-\x7e]", "_", name)

@@ -1,10 +1,10 @@
-"""Check shards against their manifest, sample by sample; and describe what they hold.
+"""Check shards against their manifest, sample by sample, and print statistics of them.
 
     python tools/make_shards.py verify SHARDS [--fast]
     python tools/make_shards.py stats SHARDS
 
-Everything that is wrong is printed at once, a line each. A checksum shows that a file was damaged; the checks on
-samples say where, and find what no checksum can: shards that were wrong from the start.
+All problems are printed, one per line. A checksum shows that a file was damaged; the checks on samples show where, and
+find shards that were written wrong.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from pipeline.files import read_json
 from pipeline.shards import DataError, check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
 from tools.packing.jpeg import read_jpeg
-from tools.packing.pool import check_workers, map_shards, name_work
-from tools.packing.tars import READ_BYTES, index_sample, printable, read_samples
+from tools.packing.pool import check_workers, map_shards, set_current_item
+from tools.packing.tars import READ_BYTES, index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.program import one_line
 
 SPLITS = ("train", "val")
 MAX_PROBLEMS = 20
-"""Problems of one kind in one shard that are printed; the rest are counted."""
+"""Problems printed per kind and shard; the rest are counted."""
 SAMPLED_IMAGES = 500
-"""Whose size `stats` reads."""
+"""Images of which `stats` reads the size."""
 READERS = 16
-"""Threads of `stats`: small reads wait on the disk, not on the processor."""
+"""Threads of `stats`: small reads wait for the disk."""
 
 
 class Job(NamedTuple):
@@ -50,32 +50,32 @@ class Job(NamedTuple):
     """Its row in the manifest."""
     num_classes: int
     store: str
-    """What the split keeps: "crop256" (256x256 JPEGs), else JPEGs of any size."""
+    """The manifest's: "crop256" (256x256 JPEGs), else JPEGs of any size."""
     skipped: frozenset[tuple[str, int]]
-    """Shard and offset of the images that adoption left out of the index."""
+    """Shard and offset of the images that adopt left out of the index."""
     fast: bool
 
 
 @dataclass
 class Report:
-    """What was found in one shard, or in a split as a whole."""
+    """Findings of one shard, or of a whole split."""
 
     place: str
     problems: dict[str, list[str]] = field(default_factory=dict)
     """By kind."""
     notes: list[str] = field(default_factory=list)
-    """What is odd but does no harm."""
+    """Harmless anomalies."""
     keys: "array[int]" = field(default_factory=lambda: array("Q"))
     """A 64-bit hash of every sample's key, in the tar's order."""
     labels: Counter[int] = field(default_factory=Counter)
     """Images by class."""
 
     def add(self, kind: str, problem: str) -> None:
-        """Note something wrong."""
+        """Add a problem."""
         self.problems.setdefault(kind, []).append(problem)
 
-    def lines(self) -> list[str]:
-        """What is printed, with long lists cut."""
+    def format_lines(self) -> list[str]:
+        """Format the lines to print, with long lists truncated."""
         lines = []
         for found in (*self.problems.values(), [f"note: {note}" for note in self.notes]):
             more = len(found) - MAX_PROBLEMS
@@ -88,7 +88,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
 
     Args:
         shards: Folder written by pack or adopt.
-        fast: Check manifests, sizes and indexes alone, without reading the shards.
+        fast: Check manifests, sizes and indexes only, without reading the shards.
         workers: Processes; every core by default.
     """
     processes = check_workers(workers)
@@ -97,7 +97,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     present = find_splits(shards)
     for split in SPLITS:
         if split not in present and (shards / split).is_dir():
-            reports.append(Report(split, {"manifest": ["holds no manifest.json: its pack was not finished"]}))
+            reports.append(Report(split, {"manifest": ["no manifest.json: its pack is unfinished"]}))
     for split in present:
         path = shards / split / "manifest.json"
         try:
@@ -111,69 +111,71 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
         found = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
         reports += [*found, check_split(path.parent, manifest, jobs, found)]
         images, tars = images + manifest["num_samples"], tars + len(jobs)
-    strays = sorted(
-        path.name for path in shards.iterdir() if path.name not in SPLITS and not is_top_file(path.name)
-    )
-    reports.append(Report(str(shards), notes=[f"{name} is not part of the shards" for name in strays]))
+    others = sorted({path.name for path in shards.iterdir()} - set(SPLITS))
+    notes = [f"{name} is not part of the shards" for name in others if not is_top_file(name)]
+    reports.append(Report(str(shards), notes=notes))
 
-    for line in (line for report in reports for line in report.lines()):
+    for line in (line for report in reports for line in report.format_lines()):
         print(one_line(line))
     if num_problems := sum(len(found) for report in reports for found in report.problems.values()):
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
-        raise DataError(f"{shards} has {num_problems} problem(s), printed one a line; {find_remedy(damaged)}")
-    rate = "the images were not read" if fast else f"{images / (time.perf_counter() - started):.0f} images/s"
-    print(f"{shards}: {images} images in {tars} shards, all sound ({rate})")
+        raise DataError(f"{shards}: {num_problems} problem(s), see above; {suggest_remedy(damaged)}")
+    rate = "images not read" if fast else f"{images / (time.perf_counter() - started):.0f} images/s"
+    print(f"{shards}: {images} images in {tars} shards, all valid ({rate})")
 
 
-def find_remedy(damaged: list[str]) -> str:
-    """What to do, given the shards with problems."""
+def suggest_remedy(damaged: list[str]) -> str:
+    """Suggest what to do about the shards with problems."""
     if not damaged:
         return "pack or adopt again"
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     return (
-        f"remove {', '.join(damaged[:3])}{more} and run the pack command again, it writes just those; restore "
-        "adopted shards at their source, then remove the split and adopt it again"
+        f"remove {', '.join(damaged[:3])}{more} and run pack again, which writes those only; restore "
+        "adopted shards at their source, remove the split and adopt it again"
     )
 
 
 def find_splits(shards: Path) -> list[str]:
-    """The splits with a manifest. Raises `FileNotFoundError` or `ValueError`."""
+    """Find the splits with a manifest. Raises `FileNotFoundError` or `ValueError`."""
     if not shards.is_dir():
-        raise FileNotFoundError(f"{shards}: not a folder; give the one that pack or adopt wrote")
+        raise FileNotFoundError(f"{shards}: not a directory; give the folder that pack or adopt wrote")
     splits = [split for split in SPLITS if (shards / split / "manifest.json").is_file()]
     if not splits:
         raise ValueError(
-            f"{shards} holds neither train/manifest.json nor val/manifest.json; pack or adopt (again)"
+            f"{shards}: expected train/manifest.json or val/manifest.json, got neither; pack or adopt first"
         )
     return splits
 
 
 def list_jobs(directory: Path, manifest: dict[str, Any], fast: bool) -> list[Job]:
-    """One job a shard, from a manifest that may lack all that `check_manifest` does not ask for."""
+    """List one job per shard. Tolerates a manifest without the fields that `check_manifest` does not require."""
     store = str(manifest.get("options", {}).get("store", ""))
-    left_out = [row for row in manifest.get("skipped", []) if isinstance(row, dict)]
+    rows = [row for row in manifest.get("skipped", []) if isinstance(row, dict)]
     skipped = frozenset(
-        (str(row.get("shard")), int(row["offset"])) for row in left_out if type(row.get("offset")) is int
+        (str(row.get("shard")), int(row["offset"])) for row in rows if type(row.get("offset")) is int
     )
     classes = manifest["num_classes"]
     return [Job(directory / row["name"], row, classes, store, skipped, fast) for row in manifest["shards"]]
 
 
 def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], reports: list[Report]) -> Report:
-    """What no shard shows alone: foreign files, classes, and keys that repeat."""
+    """Check a split as a whole: foreign files, classes, and duplicate keys."""
     split = Report(directory.name)
     expected = {
         "manifest.json",
         *(path.name for job in jobs for path in (job.path, job.path.with_suffix(".idx"))),
     }
-    strays = sorted(path.name for path in directory.iterdir() if path.name not in expected)
-    split.notes += [f"{name} is not in the manifest" for name in strays]
+    others = sorted({path.name for path in directory.iterdir()} - expected)
+    split.notes += [f"{name} is not in the manifest" for name in others]
     if manifest["split"] != directory.name:
-        split.add("manifest", f"its manifest describes the split {manifest['split']}")
+        split.add("manifest", f"expected split {directory.name}, got {manifest['split']}")
     try:
         num_classes = len(read_classes(directory.parent))
         if num_classes != manifest["num_classes"]:
-            split.add("classes", f"classes.json lists {num_classes}, the manifest {manifest['num_classes']}")
+            split.add(
+                "classes",
+                f"classes.json: expected {manifest['num_classes']}, got {num_classes}",
+            )
     except (FileNotFoundError, ValueError) as error:
         split.add("classes", str(error))
     if jobs[0].fast:
@@ -182,7 +184,7 @@ def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], repo
         split.labels.update(report.labels)
     if empty := [label for label in range(manifest["num_classes"]) if not split.labels[label]]:
         split.notes.append(
-            f"{len(empty)} of {manifest['num_classes']} classes have no image, first {empty[0]}"
+            f"{len(empty)} of {manifest['num_classes']} classes have no image, the first is {empty[0]}"
         )
     keys = np.concatenate([np.array(report.keys, np.uint64) for report in reports])
     order = np.argsort(keys, kind="stable")
@@ -191,46 +193,46 @@ def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], repo
         starts = np.cumsum([0, *(len(report.keys) for report in reports)])
         shard = int(np.searchsorted(starts, repeats[0], side="right")) - 1
         place = f"number {repeats[0] - starts[shard] + 1} of {reports[shard].place}"
-        problem = f"{len(repeats)} samples have the key of another, the first is {place}"
-        # Others number their samples from 0 in every shard; our packer never does.
+        problem = f"{len(repeats)} samples have a duplicate key, the first is {place}"
+        # Other packers number samples from 0 in every shard; ours never does.
         split.notes.append(problem) if jobs[0].store == "adopted" else split.add("keys", problem)
     return split
 
 
 def check_shard(job: Job) -> Report:
-    """Check one shard and its index; raises nothing for what is wrong with them."""
+    """Check one shard and its index. Problems are reported, not raised."""
     report = Report(f"{job.path.parent.name}/{job.path.name}")
     index = None
     try:
         index = read_index(job.path.with_suffix(".idx"))
         if len(index) != int(job.row["samples"]):
-            report.add("index", f"its .idx lists {len(index)} samples, the manifest {job.row['samples']}")
+            report.add("index", f"expected {job.row['samples']} samples in its .idx, got {len(index)}")
     except ValueError:
-        report.add("index", "its .idx is damaged or not a DALI index")
+        report.add("index", "expected a DALI index in its .idx; it is damaged")
     except OSError as error:
-        report.add("index", f"its .idx cannot be read ({error.strerror})")
+        report.add("index", f"unreadable .idx ({error.strerror})")
     try:
         size = job.path.stat().st_size
         if size != int(job.row["bytes"]):
-            report.add("size", f"has {size} bytes, the manifest says {job.row['bytes']}")
+            report.add("size", f"expected {job.row['bytes']} bytes, got {size}")
         for number, entries in enumerate(index or (), start=2):
             if any(at % 512 or at < 512 or length < 1 or at + length > size for _, at, length, _ in entries):
-                report.add("index", f"line {number} of its .idx points at no data of the tar")
+                report.add("index", f"line {number} of its .idx points outside of the data")
         if not job.fast:
             check_samples(job, index, report)
     except OSError as error:
-        report.add("size", f"cannot be read ({error.strerror})")
+        report.add("size", f"unreadable ({error.strerror})")
     return report
 
 
 def check_samples(job: Job, index: list[list[tuple[str, int, int, str]]] | None, report: Report) -> None:
-    """Read a tar: checksum, members, index, labels and images; adds to `report`."""
+    """Check a tar's checksum, members, index, labels and images; adds to `report`."""
     with job.path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(READ_BYTES):
             digest.update(block)
         if digest.hexdigest() != job.row.get("sha256"):
-            report.add("checksum", "its bytes are not those that were written (SHA-256)")
+            report.add("checksum", "SHA-256 differs from the manifest's")
         try:
             for key, members in read_samples(file):
                 number = len(report.keys)
@@ -244,36 +246,34 @@ def check_samples(job: Job, index: list[list[tuple[str, int, int, str]]] | None,
                 if (job.path.name, image.offset) in job.skipped:
                     report.keys.pop()
                     continue
-                place = f"{printable(image.name)} at byte {image.offset}"
-                name_work(f"{place} of {job.path}")
+                place = f"{sanitize_name(image.name)} at byte {image.offset}"
+                set_current_item(f"{place} of {job.path}")
                 if index is not None and number < len(index) and sorted(index[number]) != sorted(entries):
-                    report.add("index", f"line {number + 2} of its .idx does not fit {place}")
+                    report.add("index", f"line {number + 2} of its .idx does not match {place}")
                 if label < job.num_classes:
                     report.labels[label] += 1
                 else:
-                    report.add("label", f"{place} has label {label}, there are {job.num_classes} classes")
+                    report.add("label", f"{place}: expected a label below {job.num_classes}, got {label}")
                 if fault := find_image_fault(os.pread(file.fileno(), image.size, image.offset), job.store):
                     report.add("image", f"{place}: {fault}")
         except ValueError as error:
             report.add("tar", str(error))
         if len(report.keys) != int(job.row["samples"]):
-            report.add(
-                "tar", f"holds {len(report.keys)} readable samples, the manifest says {job.row['samples']}"
-            )
+            report.add("tar", f"expected {job.row['samples']} samples, got {len(report.keys)} readable ones")
 
 
 def find_image_fault(content: bytes, store: str) -> str:
-    """Why an image is not what the split keeps; empty if it is."""
+    """Find the reason why an image does not fit the split's store; empty if it does."""
     if fault := find_fault(content):
         return fault
     jpeg = read_jpeg(content)
     if store == "crop256" and (jpeg.width, jpeg.height) != (SIDE, SIDE):
-        return f"is {jpeg.width}x{jpeg.height}, not {SIDE}x{SIDE}"
+        return f"expected {SIDE}x{SIDE}, got {jpeg.width}x{jpeg.height}"
     return ""
 
 
 def stats(shards: Path) -> None:
-    """Print a table of what the shards hold. Labels come from the shards themselves, a few bytes each by the index.
+    """Print statistics of the shards. Labels are read from the shards, a few bytes each by the index.
 
     Args:
         shards: Folder written by pack or adopt.
@@ -286,7 +286,7 @@ def stats(shards: Path) -> None:
 
 
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of what a split holds. Raises `DataError` where a shard or its index is damaged."""
+    """Compute a split's statistics as (name, value). Raises `DataError` for a damaged shard or index."""
     opened = open_shards(shards, split)
     pairs = list(zip(opened.tars, opened.indexes, strict=True))
     with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(pairs), desc=split, disable=None) as progress:
@@ -300,13 +300,13 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
     ]
     shapes = [read_shape(*span) for span in random.Random(0).sample(spans, min(SAMPLED_IMAGES, len(spans)))]
     per_class = np.bincount(labels, minlength=len(opened.classes)).tolist()
-    noted = Counter(
+    anomalies = Counter(
         re.sub(r"\b\d+\b", "N", kind)
         for row in manifest.get("repairs", ())
         if isinstance(row, dict)
         for kind in str(row.get("found")).split("; ")
     )
-    about = {name: manifest.get(name) or {} for name in ("options", "versions")}
+    records = {name: manifest.get(name) or {} for name in ("options", "versions")}
     sizes = [Path(tar).stat().st_size for tar in opened.tars]
     return [
         ("samples", f"{opened.num_samples:,}"),
@@ -320,39 +320,37 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
         ("width", f"{summarize([width for width, _ in shapes])}, of {len(shapes)} images"),
         ("height", summarize([height for _, height in shapes])),
         ("repaired or noted", str(len(manifest.get("repairs", ())))),
-        *((f"  {count}", kind) for kind, count in noted.most_common()),
+        *((f"  {count}", kind) for kind, count in anomalies.most_common()),
         ("skipped", str(len(manifest.get("skipped", ())))),
         ("source", str(manifest.get("source", "unknown"))),
         *(
             (name, ", ".join(f"{key} {value}" for key, value in values.items()) or "unknown")
-            for name, values in about.items()
+            for name, values in records.items()
         ),
     ]
 
 
 def summarize(values: Sequence[int]) -> str:
-    """Minimum, median, mean and maximum."""
+    """Format minimum, median, mean and maximum."""
     if not values:
         return "none"
     return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
 
 
 def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
-    """Width and height of an image in a shard. Raises `DataError`."""
+    """Read width and height of an image in a shard. Raises `DataError`."""
     with Path(tar).open("rb") as file:
         jpeg = read_jpeg(os.pread(file.fileno(), size, offset))
     if not jpeg.width:
-        raise DataError(f"{tar} holds no image at byte {offset}; make_shards.py verify says more")
+        raise DataError(f"{tar}: no image at byte {offset}; run make_shards.py verify")
     return jpeg.width, jpeg.height
 
 
 def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of one shard: int64 (n,) labels, and int64 (n, 2) offset and size of the images. Raises `DataError`."""
+    """Read a shard's labels, int64 (n,), and offsets and sizes of its images, int64 (n, 2). Raises `DataError`."""
     labels, images = [], []
     with Path(tar).open("rb", buffering=0) as file:
-        os.posix_fadvise(
-            file.fileno(), 0, 0, os.POSIX_FADV_RANDOM
-        )  # reading ahead would read the whole shard
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead of the whole shard
         end = os.fstat(file.fileno()).st_size
         try:
             for sample in read_index(Path(index)):
@@ -361,7 +359,7 @@ def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
                 labels.append(int(os.pread(file.fileno(), min(size, end), offset)))
                 images.append(places["jpg"])
                 if sum(places["jpg"]) > end:
-                    raise ValueError("an image that the tar does not hold")
+                    raise ValueError("image past the end of the tar")
         except (KeyError, ValueError):
-            raise DataError(f"{tar} or its index is damaged; make_shards.py verify says where") from None
+            raise DataError(f"{tar}: damaged, or its index is; run make_shards.py verify") from None
     return np.array(labels, np.int64), np.array(images, np.int64)
