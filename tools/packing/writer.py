@@ -320,10 +320,13 @@ def read_manifest(plan: Plan) -> dict[str, Any] | None:
         return None
     manifest: dict[str, Any] = read_json(path)
     check_manifest(manifest, path)
-    complete = all("index_bytes" in row for row in manifest["shards"]) and isinstance(
-        manifest.get("skipped"), list
-    )
-    if not complete or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing):
+    lists = [manifest.get(name) for name in ("repairs", "skipped")]
+    complete = all("index_bytes" in row for row in manifest["shards"])
+    if (
+        not complete
+        or not all(isinstance(rows, list) for rows in lists)
+        or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing)
+    ):
         raise ValueError(f"{path}: expected {len(plan.listing)} images, packed or skipped; restore it")
     return manifest
 
