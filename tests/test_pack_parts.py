@@ -1,6 +1,7 @@
 """Parts of a pack, and what packers find of each other: shards, notes, a plan and classes. All in this process; packers
 in processes of their own are in tests/test_pack.py."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,18 @@ def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch
         pack(other, tmp_path / "shards", samples_per_shard=9, workers=1, val_fraction=0)
     names = [row["wnid"] for row in read_json(tmp_path / "shards" / "classes.json")["classes"]]
     assert names == ["n00000011", "n00000022", "n00000033"]
+
+
+@pytest.mark.parametrize("field", ["repairs", "skipped", "shards"])
+def test_a_manifest_that_lost_a_field(
+    small: Path, clean: dict[str, bytes], tmp_path: Path, field: str
+) -> None:
+    """Packing again refuses it by name, and changes nothing."""
+    for name, data in clean.items():
+        write(tmp_path / "shards" / name, data)
+    path = tmp_path / "shards" / "train" / "manifest.json"
+    path.write_text(json.dumps({key: value for key, value in read_json(path).items() if key != field}))
+    before = files(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"train/manifest\.json"):
+        pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, val_fraction=0)
+    assert files(tmp_path / "shards") == before
