@@ -252,8 +252,8 @@ def wrong_pack_error(path: Path, options: Options) -> ValueError:
                 f"{option} {before[name]} to resume, or another folder, or remove {path.parent.parent}"
             )
     return ValueError(
-        f"{path.parent}: packed from other images, or with other versions of Pillow, simplejpeg or torch; remove it or "
-        "give another folder"
+        f"{path.parent}: packed from other images, or by other versions of this program, Pillow, simplejpeg or torch; "
+        "remove it or give another folder"
     )
 
 
