@@ -75,14 +75,14 @@ def test_packing_workers_start_without_torch() -> None:
 def test_cpu_time_is_that_of_all_processes() -> None:
     """A child's CPU time counts while it runs and once after it has ended."""
     code = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); time.sleep(60)"
-    before, own = common.cpu_seconds(), process_time()
+    before, own = common.read_cpu_seconds(), process_time()
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()  # type: ignore[union-attr]
-    running = common.cpu_seconds() - before - (process_time() - own)
+    running = common.read_cpu_seconds() - before - (process_time() - own)
     assert 0.4 < running < 0.7
     child.kill()
     child.wait()
-    ended = common.cpu_seconds() - before - (process_time() - own)
+    ended = common.read_cpu_seconds() - before - (process_time() - own)
     assert running - 0.05 < ended < 0.7
 
 

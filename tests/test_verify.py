@@ -87,7 +87,7 @@ def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
         ),
         (lambda content: content[:1000], ["bytes, got 1000", "truncated", "got 0 readable ones"]),
         (lambda content: bytes(len(content)), ["expected 180 samples, got 0 readable ones", "SHA-256"]),
-        (lambda content: b"", ["has 0 bytes", "not a tar archive"]),
+        (lambda content: b"", ["bytes, got 0", "not a tar archive"]),
         (lambda content: content[7:] + content[:7], ["not a tar archive", "SHA-256"]),
         (lambda content: content[:512] + b"x" + content[513:], ["at byte 512: no image", "SHA-256"]),
     ],

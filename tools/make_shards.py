@@ -68,7 +68,7 @@ def pack(
             Kaggle's ILSVRC/Data/CLS-LOC and LOC_val_solution.csv; class folders, as train/<class> and val/<class> or
             as <class> alone; the same folders in train.tar and val.tar, or in one tar; a <class>.tar for each class;
             Hugging Face's train-*.parquet and validation-*.parquet.
-        shards: Folder to write into; new, empty, or begun by the same command.
+        shards: Folder to write into; new, empty, or written by the same command.
         store: 256x256 JPEGs, or the files as they are.
         samples_per_shard: Images per shard, at most; shards differ by one image at most.
         workers: Processes; every core by default.
