@@ -249,7 +249,7 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
         ("touch $DIR/report.html", True),
         ("exit 4", False),
         ("exit 3", "r: training failed with exit code 3; .*r.log"),
-        ("exit 0", "r: stopped"),
+        ("exit 0", "r: unfinished"),
     ],
 )
 def test_how_a_run_ends(

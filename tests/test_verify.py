@@ -115,7 +115,7 @@ def swap_two_lines(content: bytes) -> bytes:
         (lambda content: b"\xfe\xff garbage \0" * 99, "expected a DALI index in its .idx", True),
         (lambda content: b"hello\nworld 1 2 3\n", "expected a DALI index in its .idx", True),
         (lambda content: content[:-200], "expected a DALI index in its .idx", True),
-        (lambda content: b"v1.2 0\n", "samples in its .idx, got 0", True),
+        (lambda content: b"v1.2 0\n", "expected 1", True),
         (
             lambda content: content.replace(b"jpg 512 ", b"jpg 51200000 "),
             "line 2 of its .idx points outside of the data",

@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from tools.packing.adopt import adopt
-from tools.packing.layouts import check_md5, open_raw, split_off_validation
+from tools.packing.layouts import open_raw, split_off_validation, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
 from tools.packing.parquet import pack_parquet
 from tools.packing.plan import Options, Plan, find_part, make_plan
@@ -87,7 +87,8 @@ def pack(
     data, validity = open_raw(raw, shards / LISTING)
     print_layout(raw, shards, data)
     if check_md5:
-        check_archives(raw, data)
+        verify_md5(raw, data.layout)
+        print("the archives have the published MD5 sums")
     listed = data
     if val_fraction is None and "val" not in data.splits:
         options = replace(
@@ -107,7 +108,7 @@ def pack(
     if data.sequential and mine.world > 1:
         raise ValueError(f"--part: expected one part for parquet files, got {mine.world}; leave it out")
     if not data.sequential:
-        warn_of_slow_reads(raw, data, workers)
+        warn_if_slow(raw, data, workers)
     claim_output(shards, classes_json(data.classes), plans)
     if validity:
         save_listing(shards / LISTING, listed, validity)
@@ -163,17 +164,7 @@ def finish_split(plan: Plan, data: RawImageNet) -> None:
         print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
 
 
-def check_archives(raw: Path, data: RawImageNet) -> None:
-    """Compare MD5 sums. Raises `ValueError` for other layouts and for archives that differ."""
-    if "archives" not in data.layout:
-        raise ValueError(
-            f"--check-md5: expected the archives of ILSVRC-2012, got {data.layout}; leave it out"
-        )
-    check_md5(raw)
-    print("the archives have the published MD5 sums")
-
-
-def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
+def warn_if_slow(raw: Path, data: RawImageNet, workers: int) -> None:
     """Measure random reads of the source for a second; warn if they will take most of the time."""
     images = sum(len(listing) for listing in data.splits.values())
     rate = measure_random_reads(data.splits["train"], readers=max(8, workers))

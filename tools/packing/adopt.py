@@ -26,7 +26,7 @@ from pipeline.shards import (
 )
 from tools.packing.images import find_fault
 from tools.packing.pool import check_workers, map_shards, set_current_item
-from tools.packing.tars import READ_BYTES, index_sample, read_samples, sanitize_name
+from tools.packing.tars import index_sample, read_samples, sanitize_name
 
 MAX_TARS = 100_000
 """Names in a range of a pattern: braceexpand keeps all of them in memory."""
@@ -220,11 +220,8 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
     """Index one tar. Raises `ValueError` with its name and the sample."""
     index, max_label = [], -1
     skipped: list[dict[str, Any]] = []
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-        size = file.tell()
+        sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
         try:
             for key, members in read_samples(file):
                 entries, image, label = index_sample(file, key, members)
@@ -245,5 +242,5 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
                 raise ValueError(f"no{' valid' if skipped else ''} sample found")
         except ValueError as error:
             raise ValueError(f"{path}: {error}; download or make it again, or pack the raw images") from None
-    content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": digest.hexdigest()}
+    content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": sha256}
     return ShardIndex(content, index_text(index).encode(), max_label, skipped)

@@ -29,7 +29,7 @@ from pipeline.shards import DataError, check_manifest, open_shards, read_classes
 from tools.packing.images import SIDE, find_fault
 from tools.packing.jpeg import read_jpeg
 from tools.packing.pool import check_workers, map_shards, set_current_item
-from tools.packing.tars import READ_BYTES, index_sample, read_samples, sanitize_name
+from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.program import one_line
 
@@ -228,10 +228,7 @@ def check_shard(job: Job) -> Report:
 def check_samples(job: Job, index: list[list[tuple[str, int, int, str]]] | None, report: Report) -> None:
     """Check a tar's checksum, members, index, labels and images; adds to `report`."""
     with job.path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-        if digest.hexdigest() != job.row.get("sha256"):
+        if hashlib.file_digest(file, "sha256").hexdigest() != job.row.get("sha256"):
             report.add("checksum", "SHA-256 differs from the manifest's")
         try:
             for key, members in read_samples(file):
