@@ -82,7 +82,7 @@ def pack(
         check_md5: First compare the archives with the published MD5 sums.
     """
     options = Options(store, quality, samples_per_shard, seed, val_fraction or 0.0, on_bad)
-    mine = find_part(part, os.environ)
+    task = find_part(part, os.environ)
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
     print_layout(raw, shards, data)
@@ -105,31 +105,31 @@ def pack(
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]
-    if data.sequential and mine.world > 1:
-        raise ValueError(f"--part: expected one part for parquet files, got {mine.world}; leave it out")
+    if data.sequential and task.world > 1:
+        raise ValueError(f"--part: expected one part for parquet files, got {task.world}; leave it out")
     if not data.sequential:
         warn_if_slow(raw, data, workers)
     claim_output(shards, classes_json(data.classes), plans)
     if validity:
         save_listing(shards / LISTING, listed, validity)
 
-    started, done = time.perf_counter(), []
-    if mine.world > 1:
+    started, results = time.perf_counter(), []
+    if task.world > 1:
         print(
-            f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; run the other parts as well"
+            f"part {task.rank + 1} of {task.world}: every {task.world}th shard; run the other parts as well"
         )
     unfinished = [(plan, number) for plan in plans for number in find_unfinished(plan)]
-    own = [(plan, number) for plan, number in unfinished if number % mine.world == mine.rank]
+    assigned = [(plan, number) for plan, number in unfinished if number % task.world == task.rank]
     if data.sequential:
         for plan in plans:
-            if numbers := [number for owner, number in own if owner is plan]:
-                done += pack_parquet(plan, numbers, workers)
-    elif own:
-        images = sum(last - first for plan, number in own for first, last in [plan.bounds(number)])
-        done = run_jobs(write_shard, (plan.shard(number) for plan, number in own), images, workers)
+            if numbers := [number for owner, number in assigned if owner is plan]:
+                results += pack_parquet(plan, numbers, workers)
+    elif assigned:
+        images = sum(last - first for plan, number in assigned for first, last in [plan.bounds(number)])
+        results = run_jobs(write_shard, (plan.shard(number) for plan, number in assigned), images, workers)
     if not unfinished:
         print("all shards exist; nothing to do")
-    print_speed(done, time.perf_counter() - started, workers)
+    print_speed(results, time.perf_counter() - started, workers)
     for plan in plans:
         finish_split(plan, data)
 
@@ -175,17 +175,17 @@ def warn_if_slow(raw: Path, data: RawImageNet, workers: int) -> None:
         )
 
 
-def print_speed(done: list[PackStats], seconds: float, workers: int) -> None:
+def print_speed(results: list[PackStats], seconds: float, workers: int) -> None:
     """Print images and bytes per second."""
     images, read, written = (
-        sum(getattr(x, n) for x in done) for n in ("images", "bytes_read", "bytes_written")
+        sum(getattr(each, name) for each in results) for name in ("images", "bytes_read", "bytes_written")
     )
     if images:
         print(
             f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
             f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
         )
-    if busy := sum(result.busy for result in done):
+    if busy := sum(result.busy for result in results):
         print(f"{busy} shards are being written by another process")
 
 

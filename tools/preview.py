@@ -174,17 +174,17 @@ def draw_sheet(
     from train.charts import saved_figure
 
     one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
-    above = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
-    below = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
-    places = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
+    upper_title = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
+    lower_title = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
+    offsets = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
     names = [f"{read_class_word(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
     cells = [(one.stored, f"{read_class_word(one, shards)[:CAPTION]}, stored")]
-    cells += [(view.pixels, place) for view, place in zip(repeated, places, strict=True)]
+    cells += [(view.pixels, offset) for view, offset in zip(repeated, offsets, strict=True)]
     firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
     with saved_figure(path) as figure:
         figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
         halves: Any = figure.subfigures(2)
-        for half, heading, images in zip(halves, (above, below), (cells, firsts), strict=True):
+        for half, heading, images in zip(halves, (upper_title, lower_title), (cells, firsts), strict=True):
             half.suptitle(heading)
             for number, axes in enumerate(half.subplots(ROWS, COLUMNS).flat):
                 axes.axis("off")

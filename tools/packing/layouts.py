@@ -152,12 +152,12 @@ def read_archives(raw: Path) -> RawImageNet:
         (Path(member.name).stem, member.offset, member.size) for member in list_members(raw / TRAIN_ARCHIVE)
     )
     wnids = [wnid for wnid, _, _ in tars]
-    known = {name.wnid: name for name in by_id.values()}
-    if unknown := sorted(set(wnids) - set(known)):
+    by_wnid = {name.wnid: name for name in by_id.values()}
+    if unknown := sorted(set(wnids) - set(by_wnid)):
         raise ValueError(
             f"{raw / DEVKIT_ARCHIVE}: lacks class {unknown[0]!r} of {TRAIN_ARCHIVE}; download it again"
         )
-    if missing := sorted(set(known) - set(wnids)):
+    if missing := sorted(set(by_wnid) - set(wnids)):
         raise ValueError(f"{raw / TRAIN_ARCHIVE}: lacks class {missing[0]} of the devkit; download it again")
     if len(set(wnids)) != len(wnids):
         raise ValueError(f"{raw / TRAIN_ARCHIVE}: holds a class twice; download it again")
@@ -188,7 +188,7 @@ def read_archives(raw: Path) -> RawImageNet:
             f"{raw}: no {'train' if not train else 'validation'} images; download the archives again"
         )
     return RawImageNet(
-        "ILSVRC-2012 archives", tuple(known[wnid] for wnid in wnids), {"train": train, "val": val}
+        "ILSVRC-2012 archives", tuple(by_wnid[wnid] for wnid in wnids), {"train": train, "val": val}
     )
 
 
@@ -262,11 +262,13 @@ the memory."""
 
 def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
     """Read (ILSVRC2012_ID, wnid, words, number of children) of each synset in `meta.mat`. Raises `ValueError`."""
-    done = subprocess.run([sys.executable, "-c", READ_SYNSETS], input=mat, capture_output=True, check=False)
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").splitlines()[-1:] if done.returncode > 0 else []
+    process = subprocess.run(
+        [sys.executable, "-c", READ_SYNSETS], input=mat, capture_output=True, check=False
+    )
+    if process.returncode:
+        last = process.stderr.decode(errors="replace").splitlines()[-1:] if process.returncode > 0 else []
         raise ValueError(f"unreadable meta.mat{''.join(f': {line}' for line in last)}")
-    return [tuple(row) for row in json.loads(done.stdout)]
+    return [tuple(row) for row in json.loads(process.stdout)]
 
 
 # ---- folders, on disk and in tars
