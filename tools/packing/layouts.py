@@ -178,10 +178,11 @@ def read_archives(raw: Path) -> RawImageNet:
             )
         label = index[by_id[ground_truth[int(match[1]) - 1]].wnid]
         append_tar(val, raw / VAL_ARCHIVE, label, [member])
-    if len(val) != len(ground_truth) or len({stem(image.name) for image in val}) != len(val):
+    distinct = len({stem(image.name) for image in val})
+    if not len(val) == distinct == len(ground_truth):
         raise ValueError(
-            f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} different images, as the devkit has labels, got "
-            f"{len(val)}; download it again"
+            f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} images, as the devkit has labels, got {len(val)}, "
+            f"{distinct} distinct; download it again"
         )
     if not train or not val:
         raise ValueError(
@@ -580,10 +581,11 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
                 f"{solution}: expected a class of {tree / 'train'} for {path.name}, got {wnid!r}; download it again"
             )
         append_file(val, path, index[wnid])
-    if not val or len(val) != len(wnid_of) or len({stem(image.name) for image in val}) != len(val):
+    distinct = len({stem(image.name) for image in val})
+    if not val or not len(val) == distinct == len(wnid_of):
         raise ValueError(
-            f"{tree / 'val'}: expected {len(wnid_of)} different images, as {solution.name} has labels, got {len(val)}; "
-            "download them again"
+            f"{tree / 'val'}: expected {len(wnid_of)} images, as in {solution.name}, got {len(val)}, {distinct} "
+            "distinct; download them again"
         )
     classes = tuple(ClassName(name.wnid, words_by_wnid.get(name.wnid, name.wnid)) for name in data.classes)
     splits = data.splits | {"val": val}
