@@ -14,7 +14,7 @@ import pytest
 from pipeline.files import read_json, write_json
 from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
 from tools import ablate as program
-from tools.ablate import ANY_WIDTH, Run, ablate, train_to_end
+from tools.ablate import ANY_WIDTH, Run, ablate, run_training
 from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
 from train.config import Config, flatten, parse_config
 from train.recipe import ABLATIONS
@@ -192,7 +192,7 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         trained.append(directory.name)
         return True
 
-    monkeypatch.setattr(program, "train_to_end", train)
+    monkeypatch.setattr(program, "run_training", train)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of the tests stays
     monkeypatch.setattr(
         program, "draw_curves", lambda path, entries: path.write_text(str(len(entries)))
@@ -249,7 +249,7 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
         ("touch $DIR/report.html", True),
         ("exit 4", False),
         ("exit 3", "r: training failed with exit code 3; .*r.log"),
-        ("exit 0", "r: stopped"),
+        ("exit 0", "r: unfinished"),
     ],
 )
 def test_how_a_run_ends(
@@ -267,10 +267,10 @@ def test_how_a_run_ends(
     (tmp_path / "r" / "report.html").touch()
     (tmp_path / "r.log").write_text("an earlier try\n")
     if isinstance(outcome, bool):
-        assert train_to_end(run) == outcome
+        assert run_training(run) == outcome
     else:
         with pytest.raises(ValueError, match=outcome):
-            train_to_end(run)
+            run_training(run)
     assert (tmp_path / "r.log").read_text() == "an earlier try\n"
 
 

@@ -17,7 +17,7 @@ from tools.benchmarks.common import Rate
 def test_torchvisions_layers() -> None:
     """Shapes of weights in its published state dict, in its order."""
     with torch.device("meta"):
-        shapes = [tuple(p.shape) for p in model.torchvision_alexnet().parameters() if p.ndim > 1]
+        shapes = [tuple(p.shape) for p in model.build_torchvision_alexnet().parameters() if p.ndim > 1]
     assert shapes == list(TORCHVISION.values())
 
 
@@ -58,7 +58,7 @@ def test_a_killed_tower_leaves_the_other_tables(
 ) -> None:
     """When a process of the pair is killed, the benchmark ends with the other tables and the reason."""
     monkeypatch.setattr(model, "run_tower", fail)
-    for contenders, name in (("normalizations", model.THEIRS), ("training_steps", model.TORCHVISION)):
+    for contenders, name in (("make_lrn_steps", model.TORCH_LRN), ("make_training_steps", model.TORCHVISION)):
         monkeypatch.setattr(model, contenders, lambda *_, name=name: {name: lambda: None})
     model.bench_model([1], "float32", 0.01, 1, None)
     assert "two towers: not measured: process 1 terminated with signal SIGKILL" in capsys.readouterr().out

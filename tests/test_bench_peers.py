@@ -53,12 +53,12 @@ def honest(data: PeerData, **less: Any) -> Batches:
     [
         ({"dtype": np.float64}, "float64"),
         ({"height": 200}, r"\(16, 200, 224, 3\)"),
-        ({"twice": True}, "127 of 128 images"),
+        ({"twice": True}, "expected 128 images in an epoch, got 127"),
         ({"noise": 3.0}, "levels off"),
         ({"divisor": 1.0}, "levels off"),
-        ({"centre": True}, r"\[1, 1\] of 33 places"),
-        ({"flip": 0.0}, "flips 0%"),
-        ({"lighting": 0.5}, "shifts colours"),
+        ({"centre": True}, r"33 offsets, got \[1, 1\]"),
+        ({"flip": 0.0}, "images flipped, got 0%"),
+        ({"lighting": 0.5}, "standard normal draws of lighting"),
     ],
 )
 def test_less_than_the_job_is_refused(data: PeerData, less: dict[str, Any], complaint: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import ROOT, run_ok
 from tests.test_bench import rows_of
-from tools.benchmarks.train import STEP, WAIT, WINDOW, read_timeline, union_length, watch_utilization
+from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, read_timeline, watch_utilization
 
 
 def test_train(few: Path, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_train(few: Path, tmp_path: Path) -> None:
 def test_a_union_is_a_count_of_points(intervals: list[tuple[int, int]]) -> None:
     """Each unit of the window counts once if any interval has it."""
     points = [n for n in range(10, 30) if any(start <= n < end for start, end in intervals)]
-    assert union_length(intervals, 10, 30) == len(points)
+    assert compute_union_length(intervals, 10, 30) == len(points)
 
 
 def event(cat: str, name: str, ts: float, dur: float, stream: int = 0) -> dict[str, Any]:

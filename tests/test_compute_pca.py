@@ -97,7 +97,7 @@ def test_degenerate_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for name, images, warning in (
         ("grey", grey, "one axis of colour"),
         ("flat", [np.full((300, 300, 3), 90, np.uint8)] * 2, "the same colour"),
-        ("one", [photo(rng, 300, 300)], "one image is not a data set"),
+        ("one", [photo(rng, 300, 300)], "only one image"),
         ("sound", [photo(rng, 300, 300) for _ in range(3)], ""),
     ):
         for number, image in enumerate(images):

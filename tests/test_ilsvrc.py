@@ -48,4 +48,4 @@ def test_md5(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not (tmp_path / "shards").exists()
     sums = {name: hashlib.md5((raw / name).read_bytes()).hexdigest() for name in layouts.ARCHIVES}
     monkeypatch.setattr(layouts, "ARCHIVES", sums)
-    layouts.check_md5(raw)
+    layouts.verify_md5(raw, "ILSVRC-2012 archives")

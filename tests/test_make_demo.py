@@ -88,7 +88,7 @@ def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
     """A second run has nothing to do; a folder with something else in it is refused and left alone."""
     assert "nothing to do" in run_ok("tools/make_demo.py", raw)
     (tmp_path / "thesis.tex").write_text("x")
-    assert "holds something else" in refuses("tools/make_demo.py", tmp_path)
+    assert "got other files" in refuses("tools/make_demo.py", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -146,7 +146,7 @@ def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
     assert len({make_photo(3, 2012), make_photo(4, 2012), make_photo(3, 1)}) == 3
     assert "nothing to do" in run_ok("tools/make_demo.py", photos, "--photos", "40")
     for other in ((), ("--photos", "41"), ("--photos", "40", "--seed", "1")):
-        assert "holds something else" in refuses("tools/make_demo.py", photos, *other)
+        assert "got other files" in refuses("tools/make_demo.py", photos, *other)
     assert "--photos: expected at least 20" in refuses(
         "tools/make_demo.py", tmp_path / "few", "--photos", "19"
     )

@@ -23,11 +23,11 @@ from tests.helpers import jpeg, photo, refuses, run_ok
 from tools.preview import (
     IMAGENET,
     View,
-    class_name,
     draw_sheet,
     format_eigenbasis,
     parse_key,
     preview,
+    read_class_word,
     render_views,
 )
 
@@ -172,7 +172,7 @@ def test_mistakes(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path
         )
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "preview.png").exists()
     named = replace(shards, classes=tuple(ClassName(str(k), "a $5 note, money") for k in range(3)))
-    assert {class_name(view, named) for view in views} == {"a $5 note"}
+    assert {read_class_word(view, named) for view in views} == {"a $5 note"}
 
 
 def test_damaged_image_is_named(numbered_shards: Make, plain_basis: Eigenbasis) -> None:

@@ -95,7 +95,7 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
         ),
         ({"test": ["1.JPEG"]}, "test.tar"),
         ({"val": ["a/1.JPEG", "b/1.JPEG"]}, "val.tar"),
-        ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val/"),
+        ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val: expected a class"),
         ({"train": ["1.JPEG"], "val": ["1.JPEG"]}, "train.tar"),
         ({"train": ["a.tar", "b.tar"]}, "train.tar"),
         ({"train": ["a/1.JPEG", "b/1.JPEG", "1.JPEG"]}, "train.tar"),
@@ -105,8 +105,11 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
         ({"00000": ["a/0.jpg", "a/0.cls"]}, "make_shards.py adopt"),
         ({"train": ["a.b/0.jpg", "a.b/0.json"]}, "train.tar"),
         ({"a": ["1.JPEG"], "b": ["2.JPEG"], "val": ["3.JPEG"]}, "val.tar"),
-        ({"imagenet": ["Train/a/1.JPEG", "Train/b/1.JPEG", "Val/a/1.JPEG"]}, "Train/"),
-        ({"imagenet": ["imagenet/train/a/1.JPEG", "imagenet/val/a/1.JPEG", "docs/logo.png"]}, "train/"),
+        ({"imagenet": ["Train/a/1.JPEG", "Train/b/1.JPEG", "Val/a/1.JPEG"]}, "Train: expected a class"),
+        (
+            {"imagenet": ["imagenet/train/a/1.JPEG", "imagenet/val/a/1.JPEG", "docs/logo.png"]},
+            "train: expected a class",
+        ),
         ({"images": ["1.jpg", "2.jpg"], "labels": ["1.txt", "2.txt"]}, "labels.tar"),
     ],
 )

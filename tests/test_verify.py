@@ -87,7 +87,7 @@ def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
         ),
         (lambda content: content[:1000], ["bytes, got 1000", "truncated", "got 0 readable ones"]),
         (lambda content: bytes(len(content)), ["expected 180 samples, got 0 readable ones", "SHA-256"]),
-        (lambda content: b"", ["has 0 bytes", "not a tar archive"]),
+        (lambda content: b"", ["bytes, got 0", "not a tar archive"]),
         (lambda content: content[7:] + content[:7], ["not a tar archive", "SHA-256"]),
         (lambda content: content[:512] + b"x" + content[513:], ["at byte 512: no image", "SHA-256"]),
     ],
@@ -115,7 +115,7 @@ def swap_two_lines(content: bytes) -> bytes:
         (lambda content: b"\xfe\xff garbage \0" * 99, "expected a DALI index in its .idx", True),
         (lambda content: b"hello\nworld 1 2 3\n", "expected a DALI index in its .idx", True),
         (lambda content: content[:-200], "expected a DALI index in its .idx", True),
-        (lambda content: b"v1.2 0\n", "samples in its .idx, got 0", True),
+        (lambda content: b"v1.2 0\n", "expected 1", True),
         (
             lambda content: content.replace(b"jpg 512 ", b"jpg 51200000 "),
             "line 2 of its .idx points outside of the data",

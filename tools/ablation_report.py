@@ -120,7 +120,7 @@ def list_weaknesses(base: Entry, error: float) -> list[str]:
         "between seeds. Give more `--seeds`.**"
     )
     short = (
-        "**This comparison is not of trained networks: the base did not reach "
+        "**This comparison shows nothing: the base did not reach "
         f'{error:g} % training error. Train longer (`--settings "--train.epochs N"`), or give another '
         "`--error`.**"
     )

@@ -49,7 +49,7 @@ def bench_all(
         ).returncode:
             failed.append(name)
     if failed:
-        raise ValueError(f"{', '.join(failed)}: failed, see above; run it alone by its command")
+        raise ValueError(f"{', '.join(failed)}: failed, see above; run it by itself")
 
 
 if __name__ == "__main__":

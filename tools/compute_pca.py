@@ -40,9 +40,9 @@ def compute_pca(
     """
     train, path = open_shards(shards, "train"), out or shards / "pca.json"
     mean_path = path.with_name("mean_image.npy")
-    found = read_eigenbasis(path, train.manifest_sha256) if path.exists() else {}
-    has_basis = found.get("num_images") == train.num_samples
-    if has_basis and not (mean_image and read_mean_image(mean_path, found["mean"]) is None):
+    existing = read_eigenbasis(path, train.manifest_sha256) if path.exists() else {}
+    has_basis = existing.get("num_images") == train.num_samples
+    if has_basis and not (mean_image and read_mean_image(mean_path, existing["mean"]) is None):
         print(f"{path} is up to date; nothing to do")
         return
     check_writable(path)

@@ -302,8 +302,10 @@ def run_check(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except (OSError, ValueError) as error:
-        what, _, remedy = str(error).rpartition("; ")
-        return Finding("problem", what or remedy, remedy if what else "set its permissions, or make it again")
+        problem, _, remedy = str(error).rpartition("; ")
+        return Finding(
+            "problem", problem or remedy, remedy if problem else "set its permissions, or make it again"
+        )
     except Exception as error:
         reason = f"cannot be checked: {type(error).__name__}: {error}"
         return Finding("warning", reason, "please report this as a bug")

@@ -45,25 +45,25 @@ def probe_torch() -> dict[str, Any]:
     error."""
     import torch
 
-    found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "peers": 0}
+    info: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "peers": 0}
     with warnings.catch_warnings(record=True) as caught:  # PyTorch warns why CUDA cannot be used
         warnings.simplefilter("always")
         try:
             numbers = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
             if torch.version.cuda:
-                found["cudnn"] = torch.backends.cudnn.version()
-                found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+                info["cudnn"] = torch.backends.cudnn.version()
+                info["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
             for number in numbers:
                 torch.ones(1, device=f"cuda:{number}").add_(1).item()
                 gpu = torch.cuda.get_device_properties(number)
-                found["gpus"].append(describe_gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)))
+                info["gpus"].append(describe_gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)))
             pairs = [(a, b) for a in numbers for b in numbers if a != b]
-            found["peers"] = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+            info["peers"] = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
         except Exception as error:
-            found["cuda_error"] = f"{type(error).__name__}: {error}"
-    if caught and not found["gpus"]:
-        found.setdefault("cuda_error", "; ".join(str(each.message) for each in caught))
-    return found
+            info["cuda_error"] = f"{type(error).__name__}: {error}"
+    if caught and not info["gpus"]:
+        info.setdefault("cuda_error", "; ".join(str(each.message) for each in caught))
+    return info
 
 
 def probe_dali() -> dict[str, Any]:
@@ -71,20 +71,21 @@ def probe_dali() -> dict[str, Any]:
     import nvidia.dali as dali
 
     backend: Any = dali.backend  # compiled: without types
-    found: dict[str, Any] = {
+    cuda, nvimgcodec = backend.__cuda_version__ // 1000, backend.GetNvimgcodecVersion()
+    info: dict[str, Any] = {
         "version": dali.__version__,
-        "cuda": backend.__cuda_version__ // 1000,
+        "cuda": cuda,
         "decodes": None,
+        "nvimgcodec": nvimgcodec,
     }
-    found["nvimgcodec"] = backend.GetNvimgcodecVersion()
     has_gpu = False
     with suppress(RuntimeError):  # no driver
         has_gpu = backend.GetCUDADeviceCount() > 0
     try:
-        found["decodes"] = decode_jpeg(has_gpu)
+        info["decodes"] = decode_jpeg(has_gpu)
     except Exception as error:
-        found["decode_error"] = f"{type(error).__name__}: {error}"
-    return found
+        info["decode_error"] = f"{type(error).__name__}: {error}"
+    return info
 
 
 def decode_jpeg(on_gpu: bool) -> str:

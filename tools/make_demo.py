@@ -87,7 +87,7 @@ def write_digits(raw: Path, seed: int) -> None:
 
     digits = load_digits()
     rng = np.random.default_rng(seed)
-    is_val = stratified_split(digits.target, fraction=0.2, rng=rng)
+    is_val = choose_stratified(digits.target, fraction=0.2, rng=rng)
     train: dict[str, list[Member]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
     val: list[Member] = []
     ground_truth: list[int] = []
@@ -104,7 +104,7 @@ def write_digits(raw: Path, seed: int) -> None:
     write_archives(raw, train, val, ground_truth)
 
 
-def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+def choose_stratified(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Choose `fraction` of each class. Returns a bool array, shape of `labels`."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):

@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from tools.packing.adopt import adopt
-from tools.packing.layouts import check_md5, open_raw, split_off_validation
+from tools.packing.layouts import open_raw, split_off_validation, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
 from tools.packing.parquet import pack_parquet
 from tools.packing.plan import Options, Plan, find_part, make_plan
@@ -68,7 +68,7 @@ def pack(
             Kaggle's ILSVRC/Data/CLS-LOC and LOC_val_solution.csv; class folders, as train/<class> and val/<class> or
             as <class> alone; the same folders in train.tar and val.tar, or in one tar; a <class>.tar for each class;
             Hugging Face's train-*.parquet and validation-*.parquet.
-        shards: Folder to write into; new, empty, or begun by the same command.
+        shards: Folder to write into; new, empty, or written by the same command.
         store: 256x256 JPEGs, or the files as they are.
         samples_per_shard: Images per shard, at most; shards differ by one image at most.
         workers: Processes; every core by default.
@@ -82,12 +82,13 @@ def pack(
         check_md5: First compare the archives with the published MD5 sums.
     """
     options = Options(store, quality, samples_per_shard, seed, val_fraction or 0.0, on_bad)
-    mine = find_part(part, os.environ)
+    task = find_part(part, os.environ)
     workers = check_workers(workers)
     data, validity = open_raw(raw, shards / LISTING)
     print_layout(raw, shards, data)
     if check_md5:
-        check_archives(raw, data)
+        verify_md5(raw, data.layout)
+        print("the archives have the published MD5 sums")
     listed = data
     if val_fraction is None and "val" not in data.splits:
         options = replace(
@@ -104,31 +105,31 @@ def pack(
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]
-    if data.sequential and mine.world > 1:
-        raise ValueError(f"--part: expected one part for parquet files, got {mine.world}; leave it out")
+    if data.sequential and task.world > 1:
+        raise ValueError(f"--part: expected one part for parquet files, got {task.world}; leave it out")
     if not data.sequential:
-        warn_of_slow_reads(raw, data, workers)
+        warn_if_slow(raw, data, workers)
     claim_output(shards, classes_json(data.classes), plans)
     if validity:
         save_listing(shards / LISTING, listed, validity)
 
-    started, done = time.perf_counter(), []
-    if mine.world > 1:
+    started, results = time.perf_counter(), []
+    if task.world > 1:
         print(
-            f"part {mine.rank + 1} of {mine.world}: every {mine.world}th shard; run the other parts as well"
+            f"part {task.rank + 1} of {task.world}: every {task.world}th shard; run the other parts as well"
         )
     unfinished = [(plan, number) for plan in plans for number in find_unfinished(plan)]
-    own = [(plan, number) for plan, number in unfinished if number % mine.world == mine.rank]
+    assigned = [(plan, number) for plan, number in unfinished if number % task.world == task.rank]
     if data.sequential:
         for plan in plans:
-            if numbers := [number for owner, number in own if owner is plan]:
-                done += pack_parquet(plan, numbers, workers)
-    elif own:
-        images = sum(last - first for plan, number in own for first, last in [plan.bounds(number)])
-        done = run_jobs(write_shard, (plan.shard(number) for plan, number in own), images, workers)
+            if numbers := [number for owner, number in assigned if owner is plan]:
+                results += pack_parquet(plan, numbers, workers)
+    elif assigned:
+        images = sum(last - first for plan, number in assigned for first, last in [plan.bounds(number)])
+        results = run_jobs(write_shard, (plan.shard(number) for plan, number in assigned), images, workers)
     if not unfinished:
         print("all shards exist; nothing to do")
-    print_speed(done, time.perf_counter() - started, workers)
+    print_speed(results, time.perf_counter() - started, workers)
     for plan in plans:
         finish_split(plan, data)
 
@@ -163,17 +164,7 @@ def finish_split(plan: Plan, data: RawImageNet) -> None:
         print(f"{plan.directory}: {missing} of {plan.num_shards} shards are left to other parts or packers")
 
 
-def check_archives(raw: Path, data: RawImageNet) -> None:
-    """Compare MD5 sums. Raises `ValueError` for other layouts and for archives that differ."""
-    if "archives" not in data.layout:
-        raise ValueError(
-            f"--check-md5: expected the archives of ILSVRC-2012, got {data.layout}; leave it out"
-        )
-    check_md5(raw)
-    print("the archives have the published MD5 sums")
-
-
-def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
+def warn_if_slow(raw: Path, data: RawImageNet, workers: int) -> None:
     """Measure random reads of the source for a second; warn if they will take most of the time."""
     images = sum(len(listing) for listing in data.splits.values())
     rate = measure_random_reads(data.splits["train"], readers=max(8, workers))
@@ -184,17 +175,17 @@ def warn_of_slow_reads(raw: Path, data: RawImageNet, workers: int) -> None:
         )
 
 
-def print_speed(done: list[PackStats], seconds: float, workers: int) -> None:
+def print_speed(results: list[PackStats], seconds: float, workers: int) -> None:
     """Print images and bytes per second."""
     images, read, written = (
-        sum(getattr(x, n) for x in done) for n in ("images", "bytes_read", "bytes_written")
+        sum(getattr(each, name) for each in results) for name in ("images", "bytes_read", "bytes_written")
     )
     if images:
         print(
             f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
             f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
         )
-    if busy := sum(result.busy for result in done):
+    if busy := sum(result.busy for result in results):
         print(f"{busy} shards are being written by another process")
 
 

@@ -95,8 +95,10 @@ def encode(
         quality: JPEG quality, 1 to 100.
     """
     subsampling = str(rng.choice(["4:2:0", "4:4:4"], p=[0.7, 0.3]))
-    drawn = str(rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.71, 0.06, 0.03, 0.1, 0.1]))
-    encoding = encoding or drawn
+    random_encoding = str(
+        rng.choice(["rgb", "grey", "cmyk", "progressive", "exif"], p=[0.71, 0.06, 0.03, 0.1, 0.1])
+    )
+    encoding = encoding or random_encoding
     out = io.BytesIO()
     if encoding == "png":
         image.save(out, "PNG")

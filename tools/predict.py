@@ -92,13 +92,13 @@ def find_images(name: str) -> list[Path]:
     """List the file, the images in a folder, or the files of a glob. Raises `FileNotFoundError` if there is none."""
     path = Path(name).expanduser()
     if path.is_dir():
-        found = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()]
+        paths = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()]
     else:
         names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
-        found = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]
-    if not found:
+        paths = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]
+    if not paths:
         raise FileNotFoundError(f"{name}: expected an image file, a folder or a glob of some; check the name")
-    return sorted(found)
+    return sorted(paths)
 
 
 def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:

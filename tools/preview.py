@@ -174,17 +174,17 @@ def draw_sheet(
     from train.charts import saved_figure
 
     one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
-    above = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
-    below = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
-    places = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
+    upper_title = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
+    lower_title = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
+    offsets = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
     names = [f"{read_class_word(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
     cells = [(one.stored, f"{read_class_word(one, shards)[:CAPTION]}, stored")]
-    cells += [(view.pixels, place) for view, place in zip(repeated, places, strict=True)]
+    cells += [(view.pixels, offset) for view, offset in zip(repeated, offsets, strict=True)]
     firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
     with saved_figure(path) as figure:
         figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
         halves: Any = figure.subfigures(2)
-        for half, heading, images in zip(halves, (above, below), (cells, firsts), strict=True):
+        for half, heading, images in zip(halves, (upper_title, lower_title), (cells, firsts), strict=True):
             half.suptitle(heading)
             for number, axes in enumerate(half.subplots(ROWS, COLUMNS).flat):
                 axes.axis("off")
@@ -210,24 +210,33 @@ def format_eigenbasis(content: dict[str, Any]) -> str:
     stddev, known = basis.axis_stddev, published["axis_stddev"]
     angles = np.degrees(np.arccos(np.clip(np.abs((vectors * reference).sum(0)), 0, 1)))
 
-    def pairs(ours: np.ndarray, imagenet: np.ndarray, digits: int = 2) -> list[str]:
-        return [f"{a:.{digits}f} ({b:.{digits}f})" for a, b in zip(ours, imagenet, strict=True)]
+    def format_pairs(values: np.ndarray, imagenet: np.ndarray, digits: int = 2) -> list[str]:
+        return [f"{a:.{digits}f} ({b:.{digits}f})" for a, b in zip(values, imagenet, strict=True)]
 
     rows = [
         ["channels", "red", "green", "blue"],
-        ["mean", *pairs(basis.mean, published["mean"])],
-        ["standard deviation", *pairs(np.sqrt(vectors**2 @ stddev**2), np.sqrt(reference**2 @ known**2))],
+        ["mean", *format_pairs(basis.mean, published["mean"])],
+        [
+            "standard deviation",
+            *format_pairs(np.sqrt(vectors**2 @ stddev**2), np.sqrt(reference**2 @ known**2)),
+        ],
         ["axes", "first", "second", "third"],
-        ["standard deviation", *pairs(stddev, known)],
-        ["share of the variance, %", *pairs(variance_shares(stddev), variance_shares(known))],
-        *([name, *pairs(vectors[k], reference[k], 4)] for k, name in enumerate(("red", "green", "blue"))),
+        ["standard deviation", *format_pairs(stddev, known)],
+        [
+            "share of the variance, %",
+            *format_pairs(compute_variance_shares(stddev), compute_variance_shares(known)),
+        ],
+        *(
+            [name, *format_pairs(vectors[k], reference[k], 4)]
+            for k, name in enumerate(("red", "green", "blue"))
+        ),
         ["angle to ImageNet's, degrees", *(f"{angle:.1f}" for angle in angles)],
     ]
     table = "\n".join(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)
     return f"{content['num_images']} images, levels of 0..255 (ImageNet's in brackets)\n{table}"
 
 
-def variance_shares(stddev: np.ndarray) -> np.ndarray:
+def compute_variance_shares(stddev: np.ndarray) -> np.ndarray:
     """Compute each axis's percentage of the variance; zeros if there is none."""
     return 100 * stddev**2 / ((stddev**2).sum() or 1.0)
 
@@ -243,7 +252,7 @@ def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
             f"RGB eigenbasis of {content['num_images']} images: the mean colour shifted along each axis"
         )
         for axis, ramp in enumerate(figure.subplots(3)):
-            stddev, share = basis.axis_stddev[axis], variance_shares(basis.axis_stddev)[axis]
+            stddev, share = basis.axis_stddev[axis], compute_variance_shares(basis.axis_stddev)[axis]
             colours = np.rint((basis.mean + steps * stddev * basis.eigenvectors[:, axis]).clip(0, 255))
             ramp.imshow(colours.astype(np.uint8)[None], aspect="auto", extent=(-REACH, REACH, 0, 1))
             ramp.set_yticks([])

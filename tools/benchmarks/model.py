@@ -270,4 +270,4 @@ def judge_claim(rates: Rates) -> str:
         "holds here" if min(ratios) > 1 else "does not hold here" if max(ratios) < 1 else "is undecided here"
     )
     speed = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast as"
-    return f"the two-GPU net trains {speed} the one-GPU net: that it takes less time (section 3.2) {holds}"
+    return f"the two-GPU net trains {speed} the one-GPU net: the claim of less time (section 3.2) {holds}"

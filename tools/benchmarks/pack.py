@@ -6,7 +6,6 @@ and the listing of RAW, as the others' do; its CPU time includes both. The page 
 memory is read from there.
 """
 
-import functools
 import io
 import multiprocessing
 import os
@@ -14,19 +13,19 @@ import random
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pipeline.machine import num_cores
 from tools.benchmarks import common
+from tools.packing.layouts import read_archives
+from tools.packing.listing import RawImage
 
 BASELINE, CODEC = "Pool + Pillow + ShardWriter", "decode + encode alone (simplejpeg)"
 CROP256, ORIGINAL = "make_shards --store crop256", "make_shards --store original"
@@ -34,26 +33,6 @@ SAMPLES_PER_SHARD, QUALITY = 1000, 90
 MAX_IN_MEMORY = 2000
 """Images that `CODEC` works on, kept in memory."""
 SPAWN = multiprocessing.get_context("spawn")
-
-
-class RawImage(NamedTuple):
-    """Location of one image in the archives."""
-
-    archive: str
-    offset: int
-    size: int
-    label: int
-    """0 for a validation image; no contender depends on it."""
-
-    def read(self) -> bytes:
-        """Read the file's bytes."""
-        return os.pread(open_archive(self.archive), self.size, self.offset)
-
-
-@functools.cache
-def open_archive(path: str) -> int:
-    """Open an archive once in each process."""
-    return os.open(path, os.O_RDONLY)
 
 
 def bench_pack(
@@ -99,21 +78,8 @@ def bench_pack(
 
 
 def list_images(raw: Path) -> list[RawImage]:
-    """List the images of ILSVRC-2012's two archives. Raises `FileNotFoundError` or `ValueError`."""
-    train, val = (str(raw / f"ILSVRC2012_img_{split}.tar") for split in ("train", "val"))
-    try:
-        with tarfile.open(val) as tar:
-            images = [RawImage(val, member.offset_data, member.size, 0) for member in tar]
-        with tarfile.open(train) as tar:
-            for label, member in enumerate(tar):
-                with tarfile.open(fileobj=tar.extractfile(member)) as inner:
-                    start = member.offset_data
-                    images += [RawImage(train, start + each.offset_data, each.size, label) for each in inner]
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{raw}: expected the archives of ILSVRC-2012, got {error}; fetch them again"
-        ) from None
-    return images
+    """List the images of ILSVRC-2012's archives. Raises `FileNotFoundError` or `ValueError`."""
+    return [image for listing in read_archives(raw).splits.values() for image in listing]
 
 
 def run_make_shards(raw: Path, store: str, images: list[RawImage], shards: Path, workers: int) -> common.Rate:

@@ -82,11 +82,11 @@ def run_part(command: list[str], seconds: float) -> tuple[str, str]:
     """Run a command of this Python, at most `seconds`. Returns "ok" or why it failed, and its output."""
     if seconds <= 0:
         return "left out: no time was left", ""
-    pipe, merge, none = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
-    options: dict[str, Any] = {"cwd": common.ROOT, "stdin": none, "stdout": pipe, "stderr": merge}
+    pipe, stdout, devnull = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
+    options: dict[str, Any] = {"cwd": common.ROOT, "stdin": devnull, "stdout": pipe, "stderr": stdout}
     try:
-        done = subprocess.run([sys.executable, *command], timeout=seconds, check=False, **options)
+        process = subprocess.run([sys.executable, *command], timeout=seconds, check=False, **options)
     except subprocess.TimeoutExpired as error:
         return "cut off: no time was left", (error.stdout or b"").decode(errors="replace")
-    result = "ok" if done.returncode == 0 else f"failed with exit code {done.returncode}"
-    return result, done.stdout.decode(errors="replace")
+    result = "ok" if process.returncode == 0 else f"failed with exit code {process.returncode}"
+    return result, process.stdout.decode(errors="replace")

@@ -182,7 +182,7 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict
 
     def share(events: Iterable[dict[str, Any]]) -> float:
         spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in events]
-        return 100 * union_length(spans, first, first + length) / length
+        return 100 * compute_union_length(spans, first, first + length) / length
 
     wait, step = (share(mark for mark in marks if mark["name"] == name) for name in (WAIT, STEP))
     percent = {"host_wait_percent": wait, "host_step_percent": step, "host_rest_percent": 100 - wait - step}
@@ -205,7 +205,7 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict
     return length / steps / 1e3, percent
 
 
-def union_length(spans: Iterable[tuple[float, float]], first: float, last: float) -> float:
+def compute_union_length(spans: Iterable[tuple[float, float]], first: float, last: float) -> float:
     """Compute the length of the union of spans within [first, last]."""
     total, end = 0.0, first
     for start, stop in sorted(spans):

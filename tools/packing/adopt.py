@@ -26,7 +26,7 @@ from pipeline.shards import (
 )
 from tools.packing.images import find_fault
 from tools.packing.pool import check_workers, map_shards, set_current_item
-from tools.packing.tars import READ_BYTES, index_sample, read_samples, sanitize_name
+from tools.packing.tars import index_sample, read_samples, sanitize_name
 
 MAX_TARS = 100_000
 """Names in a range of a pattern: braceexpand keeps all of them in memory."""
@@ -81,12 +81,12 @@ def adopt(
         print(f"{directory} is adopted already; nothing to do")
         return
     read = partial(read_shard, on_bad=on_bad)
-    found = map_shards(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
+    indexes = map_shards(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
     num_samples, max_label = (
-        sum(shard.row["samples"] for shard in found),
-        max(shard.max_label for shard in found),
+        sum(shard.row["samples"] for shard in indexes),
+        max(shard.max_label for shard in indexes),
     )
-    skipped = [row for shard in found for row in shard.skipped]
+    skipped = [row for shard in indexes for row in shard.skipped]
     if max_label >= max(num_samples, MAX_NUMBERED_CLASSES) and not (
         classes or (shards / "classes.json").exists()
     ):
@@ -96,7 +96,7 @@ def adopt(
     names, origin = load_class_names(shards, classes, max_label)
 
     directory.mkdir(parents=True, exist_ok=True)
-    for tar, shard in zip(tars, found, strict=True):
+    for tar, shard in zip(tars, indexes, strict=True):
         link = directory / tar.name
         if not link.is_symlink():
             link.symlink_to(tar)
@@ -111,7 +111,7 @@ def adopt(
         "source": source,
         "options": {"store": "adopted"},
         "renamed": {},
-        "shards": [shard.row for shard in found],
+        "shards": [shard.row for shard in indexes],
         "repairs": [],
         "skipped": skipped,
     }
@@ -168,25 +168,25 @@ def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
     if not isinstance(manifest, dict) or manifest.get("source") != source:
         raise ValueError(f"{directory}: packed, or adopted from elsewhere; give another folder or remove it")
     try:
-        opened = open_shards(directory.parent, directory.name)
+        shard_set = open_shards(directory.parent, directory.name)
     except (FileNotFoundError, ValueError):
         return False
-    return [Path(tar).name for tar in opened.tars] == [tar.name for tar in tars]
+    return [Path(tar).name for tar in shard_set.tars] == [tar.name for tar in tars]
 
 
 def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
     """Load the classes, and a text on their origin. Raises `ValueError` where the labels do not fit."""
     existing = shards / "classes.json"
-    given = read_class_file(file) if file is not None else None
+    from_file = read_class_file(file) if file is not None else None
     if existing.exists():
         names, place = read_classes(shards), existing
-        if given is not None and given != names:
+        if from_file is not None and from_file != names:
             raise ValueError(
                 f"{file}: expected the classes of {existing}; leave --classes out or give another folder"
             )
-    elif given is not None:
+    elif from_file is not None:
         assert file is not None
-        names, place = given, file
+        names, place = from_file, file
     else:
         names = tuple(ClassName(f"{k:0{MAX_LABEL_DIGITS}}", f"class {k}") for k in range(max_label + 1))
         return names, "(numbered from 000000; name them by --classes FILE)"
@@ -220,11 +220,8 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
     """Index one tar. Raises `ValueError` with its name and the sample."""
     index, max_label = [], -1
     skipped: list[dict[str, Any]] = []
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-        size = file.tell()
+        sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
         try:
             for key, members in read_samples(file):
                 entries, image, label = index_sample(file, key, members)
@@ -245,5 +242,5 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
                 raise ValueError(f"no{' valid' if skipped else ''} sample found")
         except ValueError as error:
             raise ValueError(f"{path}: {error}; download or make it again, or pack the raw images") from None
-    content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": digest.hexdigest()}
+    content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": sha256}
     return ShardIndex(content, index_text(index).encode(), max_label, skipped)

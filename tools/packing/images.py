@@ -68,7 +68,7 @@ def pack_image(raw: bytes, store: str, quality: int) -> Packed:
     Args:
         raw: The file.
         store: "crop256" or "original".
-        quality: JPEG quality, 1 to 100, of what is encoded.
+        quality: JPEG quality, 1 to 100, for images that need encoding.
 
     Raises `ValueError` with the decoder's reason for an undecodable file.
     """
@@ -126,7 +126,7 @@ def decode(raw: bytes, may_reduce: bool = False) -> Decoded:
     """
     jpeg = read_jpeg(raw)
     if (scans := sum(segment.marker == SOS for segment in jpeg.segments)) > MAX_SCANS:
-        raise SizeError(f"too large: {scans} scans, each of which takes a second or so in a large image")
+        raise SizeError(f"too large: {scans} scans, each of which takes about a second in a large image")
     if not jpeg.is_common:
         return decode_with_pillow(rewrite_header(raw, jpeg) if jpeg.segments else raw, jpeg)
     size, notes = (jpeg.height, jpeg.width), list_exif_notes(raw, jpeg)

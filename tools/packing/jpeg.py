@@ -170,11 +170,11 @@ def find_color(raw: bytes, header: list[Segment], components: bytes) -> str:
         return "grey"
     if len(components) != 3:
         return "other"
-    found = [(each, raw[each.content : each.end]) for each in header if each.marker in (APP0, APP14)]
-    if any(is_jfif(segment, content) for segment, content in found):
+    markers = [(each, raw[each.content : each.end]) for each in header if each.marker in (APP0, APP14)]
+    if any(is_jfif(segment, content) for segment, content in markers):
         return "YCbCr"
     adobe = [
-        content for segment, content in found if segment.marker == APP14 and content.startswith(b"Adobe")
+        content for segment, content in markers if segment.marker == APP14 and content.startswith(b"Adobe")
     ]
     if transforms := [content[11] for content in adobe if len(content) >= 12]:
         return "YCbCr" if transforms[-1] else "RGB"

@@ -90,7 +90,7 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
     if any((files := find_parquet(raw)).values()):
         return [*files["train"], *files["val"]], lambda: read_parquet(raw, files)
     folder = DiskFolder(raw)
-    tars = [folder.path_of(name) for name in folder.names() if folder.is_tar(name)]
+    tars = [folder.get_path(name) for name in folder.names() if folder.is_tar(name)]
     if tars and all(folder.is_tar(name) for name in folder.names()):
         return tars, lambda: read_tree(raw, unwrap(folder, keep_splits=True))
     if not (raw / "train").is_dir():
@@ -152,12 +152,12 @@ def read_archives(raw: Path) -> RawImageNet:
         (Path(member.name).stem, member.offset, member.size) for member in list_members(raw / TRAIN_ARCHIVE)
     )
     wnids = [wnid for wnid, _, _ in tars]
-    known = {name.wnid: name for name in by_id.values()}
-    if unknown := sorted(set(wnids) - set(known)):
+    by_wnid = {name.wnid: name for name in by_id.values()}
+    if unknown := sorted(set(wnids) - set(by_wnid)):
         raise ValueError(
             f"{raw / DEVKIT_ARCHIVE}: lacks class {unknown[0]!r} of {TRAIN_ARCHIVE}; download it again"
         )
-    if missing := sorted(set(known) - set(wnids)):
+    if missing := sorted(set(by_wnid) - set(wnids)):
         raise ValueError(f"{raw / TRAIN_ARCHIVE}: lacks class {missing[0]} of the devkit; download it again")
     if len(set(wnids)) != len(wnids):
         raise ValueError(f"{raw / TRAIN_ARCHIVE}: holds a class twice; download it again")
@@ -178,17 +178,18 @@ def read_archives(raw: Path) -> RawImageNet:
             )
         label = index[by_id[ground_truth[int(match[1]) - 1]].wnid]
         append_tar(val, raw / VAL_ARCHIVE, label, [member])
-    if len(val) != len(ground_truth) or len({stem(image.name) for image in val}) != len(val):
+    distinct = len({stem(image.name) for image in val})
+    if not len(val) == distinct == len(ground_truth):
         raise ValueError(
-            f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} different images, as the devkit has labels, got "
-            f"{len(val)}; download it again"
+            f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} images, as the devkit has labels, got {len(val)}, "
+            f"{distinct} distinct; download it again"
         )
     if not train or not val:
         raise ValueError(
             f"{raw}: no {'train' if not train else 'validation'} images; download the archives again"
         )
     return RawImageNet(
-        "ILSVRC-2012 archives", tuple(known[wnid] for wnid in wnids), {"train": train, "val": val}
+        "ILSVRC-2012 archives", tuple(by_wnid[wnid] for wnid in wnids), {"train": train, "val": val}
     )
 
 
@@ -202,8 +203,10 @@ def append_tar(listing: Listing, tar: Path, label: int, members: "Iterator[Membe
     return len(images)
 
 
-def check_md5(raw: Path) -> None:
-    """Compare the archives with the published MD5 sums. Raises `ValueError` for one that differs."""
+def verify_md5(raw: Path, layout: str) -> None:
+    """Compare the archives with the published MD5 sums. Raises `ValueError` for a difference, and for other layouts."""
+    if "archives" not in layout:
+        raise ValueError(f"--check-md5: expected the archives of ILSVRC-2012, got {layout}; leave it out")
     for name, published in ARCHIVES.items():
         digest = hashlib.md5(usedforsecurity=False)
         size = (raw / name).stat().st_size
@@ -260,11 +263,13 @@ the memory."""
 
 def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
     """Read (ILSVRC2012_ID, wnid, words, number of children) of each synset in `meta.mat`. Raises `ValueError`."""
-    done = subprocess.run([sys.executable, "-c", READ_SYNSETS], input=mat, capture_output=True, check=False)
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").splitlines()[-1:] if done.returncode > 0 else []
+    process = subprocess.run(
+        [sys.executable, "-c", READ_SYNSETS], input=mat, capture_output=True, check=False
+    )
+    if process.returncode:
+        last = process.stderr.decode(errors="replace").splitlines()[-1:] if process.returncode > 0 else []
         raise ValueError(f"unreadable meta.mat{''.join(f': {line}' for line in last)}")
-    return [tuple(row) for row in json.loads(done.stdout)]
+    return [tuple(row) for row in json.loads(process.stdout)]
 
 
 # ---- folders, on disk and in tars
@@ -279,10 +284,14 @@ class DiskFolder(NamedTuple):
         """Return the names of its folders, sorted."""
         found = [entry for entry in os.scandir(self.path) if not is_system_file(entry.name)]
         return sorted(
-            {entry.name.removesuffix(".tar") for entry in found if entry.is_dir() or is_tar_file(entry)}
+            {
+                entry.name.removesuffix(".tar")
+                for entry in found
+                if entry.is_dir() or entry.name.endswith(".tar")
+            }
         )
 
-    def path_of(self, name: str) -> Path:
+    def get_path(self, name: str) -> Path:
         """Return the path of one of its folders or tars."""
         return self.path / name if (self.path / name).is_dir() else self.path / f"{name}.tar"
 
@@ -290,13 +299,9 @@ class DiskFolder(NamedTuple):
         """Return True if one of its folders is a tar."""
         return not (self.path / name).is_dir()
 
-    def describe(self, name: str) -> str:
-        """Name one of its folders in messages."""
-        return str(self.path_of(name))
-
     def open(self, name: str) -> "Tree":
         """Open one of its folders."""
-        return read_tar(self.path_of(name)) if self.is_tar(name) else DiskFolder(self.path / name)
+        return read_tar(self.get_path(name)) if self.is_tar(name) else DiskFolder(self.path / name)
 
     def holds_images(self) -> bool:
         """Return True if it holds images outside of folders."""
@@ -304,7 +309,9 @@ class DiskFolder(NamedTuple):
 
     def loose_files(self) -> list[Path]:
         """List its files outside of folders."""
-        found = [entry for entry in os.scandir(self.path) if entry.is_file() and not is_tar_file(entry)]
+        found = [
+            entry for entry in os.scandir(self.path) if entry.is_file() and not entry.name.endswith(".tar")
+        ]
         return sorted(Path(entry.path) for entry in found if not is_system_file(entry.name))
 
     def append_to(self, listing: Listing, label: int, ignored: list[Path]) -> int:
@@ -330,17 +337,13 @@ class TarFolder(NamedTuple):
         """Return the names of its folders that hold images, sorted."""
         return sorted({folders[0] for folders, _ in self.images if folders})
 
-    def path_of(self, name: str) -> Path:
+    def get_path(self, name: str) -> Path:
         """Return the path of one of its folders."""
         return self.path / name
 
     def is_tar(self, name: str) -> bool:
         """Return False: tars inside tars are not opened."""
         return False
-
-    def describe(self, name: str) -> str:
-        """Name one of its folders in messages."""
-        return f"{self.path / name}/"
 
     def open(self, name: str) -> "Tree":
         """Open one of its folders."""
@@ -364,11 +367,6 @@ class TarFolder(NamedTuple):
 
 
 Tree = DiskFolder | TarFolder
-
-
-def is_tar_file(entry: "os.DirEntry[str]") -> bool:
-    """Return True for a file named *.tar."""
-    return entry.name.endswith(".tar") and not entry.is_dir()
 
 
 @functools.lru_cache(maxsize=2)
@@ -428,7 +426,7 @@ def read_tree(raw: Path, tree: Tree) -> RawImageNet:
     if "train" in names and (splits == names or holds_train_split(tree)):
         val = next((name for name in VAL_NAMES if name in names), None)
         trees = {"train": unwrap(tree.open("train"))} | ({"val": unwrap(tree.open(val))} if val else {})
-        ignored = [tree.path_of(name) for name in names if name not in ("train", val)]
+        ignored = [tree.get_path(name) for name in names if name not in ("train", val)]
         return read_splits(raw, trees, [*ignored, *tree.loose_files()])
     # ILSVRC-2012's test archive is often stored with the class tars.
     tests = [name for name in splits if "test" in name.lower() and tree.is_tar(name)]
@@ -436,13 +434,13 @@ def read_tree(raw: Path, tree: Tree) -> RawImageNet:
     for parent, name in [(tree, name) for name in names if name not in tests] + inner:
         if SPLIT_NAME.fullmatch(name) and not (parent == tree and name == "train"):
             raise ValueError(
-                f"{parent.describe(name)}: expected a class, got the name of a split; name the splits train and val"
+                f"{parent.get_path(name)}: expected a class, got the name of a split; name the splits train and val"
             )
     if names == tests:
         raise ValueError(
-            f"{tree.path}: expected training images, got {tree.path_of(tests[0]).name} only; add train.tar"
+            f"{tree.path}: expected training images, got {tree.get_path(tests[0]).name} only; add train.tar"
         )
-    return read_splits(raw, {"train": tree}, [tree.path_of(name) for name in tests], tests)
+    return read_splits(raw, {"train": tree}, [tree.get_path(name) for name in tests], tests)
 
 
 def holds_train_split(tree: Tree) -> bool:
@@ -475,13 +473,13 @@ def read_splits(
         for wnid in tqdm(names, f"listing {split}", unit="class", disable=None):
             if wnid not in index:
                 raise ValueError(
-                    f"{tree.describe(wnid)}: a class without training images; add some or remove it"
+                    f"{tree.get_path(wnid)}: a class without training images; add some or remove it"
                 )
             folder, others = tree.open(wnid), list[Path]()
             if tree.is_tar(wnid) and isinstance(folder, TarFolder):
                 check_class_tar(folder)
             if not folder.append_to(listing, index[wnid], others) and split == "train":
-                raise ValueError(f"{tree.describe(wnid)}: no images found; download it again or remove it")
+                raise ValueError(f"{tree.get_path(wnid)}: no images found; download it again or remove it")
             ignored += others
         if not listing:
             raise ValueError(
@@ -583,10 +581,11 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
                 f"{solution}: expected a class of {tree / 'train'} for {path.name}, got {wnid!r}; download it again"
             )
         append_file(val, path, index[wnid])
-    if not val or len(val) != len(wnid_of) or len({stem(image.name) for image in val}) != len(val):
+    distinct = len({stem(image.name) for image in val})
+    if not val or not len(val) == distinct == len(wnid_of):
         raise ValueError(
-            f"{tree / 'val'}: expected {len(wnid_of)} different images, as {solution.name} has labels, got {len(val)}; "
-            "download them again"
+            f"{tree / 'val'}: expected {len(wnid_of)} images, as in {solution.name}, got {len(val)}, {distinct} "
+            "distinct; download them again"
         )
     classes = tuple(ClassName(name.wnid, words_by_wnid.get(name.wnid, name.wnid)) for name in data.classes)
     splits = data.splits | {"val": val}

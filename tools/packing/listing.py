@@ -136,8 +136,8 @@ class Listing:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the columns as numpy arrays, and the names as bytes."""
-        found = {name: np.frombuffer(getattr(self, name), getattr(self, name).typecode) for name in COLUMNS}
-        return found | {"names": np.frombuffer(self.names, np.uint8)}
+        columns = {name: np.frombuffer(getattr(self, name), getattr(self, name).typecode) for name in COLUMNS}
+        return columns | {"names": np.frombuffer(self.names, np.uint8)}
 
     def take(self, rows: np.ndarray) -> "Listing":
         """Return a listing of the given rows (int64), in their order."""
@@ -189,8 +189,8 @@ class RawImageNet:
 
 def stamp_archives(root: Path, sources: list[Path]) -> list[list[Any]]:
     """Return path, bytes and modification time of every archive, for which a cached listing is valid."""
-    found = [(path, path.stat()) for path in sources]
-    return [[os.path.relpath(path, root), status.st_size, status.st_mtime_ns] for path, status in found]
+    stats = [(path, path.stat()) for path in sources]
+    return [[os.path.relpath(path, root), status.st_size, status.st_mtime_ns] for path, status in stats]
 
 
 def save_listing(path: Path, data: RawImageNet, validity: list[list[Any]]) -> None:

@@ -58,13 +58,13 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
             raise FileNotFoundError(
                 f"{raw}: lacks {name}-{missing[0]:0{len(number)}}-of-{number}; download it"
             )
-    found = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
-    for files in found.values():
+    by_split = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
+    for files in by_split.values():
         sets = {re.sub(r"[-_]?\d+(-of-\d+)?(-\w+)?$", r"\1", path.stem): path for path in files}
         if len(sets) > 1:
             first, second, *_ = sorted(sets.values())
             raise ValueError(f"{first}: of another set or push than {second.name}; keep the files of one")
-    return found
+    return by_split
 
 
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
@@ -121,13 +121,13 @@ def read_class_words(metadata: Any) -> list[str]:
 def infer_class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[ClassName, ...]:
     """Name the classes by the wnid that all file names of a label share, if that gives sorted wnids, else by label."""
     number = max(max(wnids) + 1, len(words))
-    shown = words if len(words) == number else [f"class {label}" for label in range(number)]
-    found = [wnids.get(label, set()) for label in range(number)]
-    if all(len(names) == 1 for names in found):
-        names = [next(iter(names)) for names in found]
+    texts = words if len(words) == number else [f"class {label}" for label in range(number)]
+    wnids_by_label = [wnids.get(label, set()) for label in range(number)]
+    if all(len(names) == 1 for names in wnids_by_label):
+        names = [next(iter(names)) for names in wnids_by_label]
         if names == sorted(set(names)):
-            return tuple(ClassName(wnid, text) for wnid, text in zip(names, shown, strict=True))
-    return tuple(ClassName(f"{label:06d}", text) for label, text in enumerate(shown))
+            return tuple(ClassName(wnid, text) for wnid, text in zip(names, texts, strict=True))
+    return tuple(ClassName(f"{label:06d}", text) for label, text in enumerate(texts))
 
 
 def read_row_group(path: Path, group: int) -> Iterator[bytes]:

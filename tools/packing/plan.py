@@ -32,7 +32,7 @@ class Options:
 
     store: Literal["crop256", "original"] = "crop256"
     quality: int = 90
-    """JPEG quality, 1 to 100, of what is encoded."""
+    """JPEG quality, 1 to 100, of encoded images."""
     samples_per_shard: int = 1000
     seed: int = 2012
     val_fraction: float = 0.0
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """Number of shards; their sizes differ by one at most."""
+        """Return the number of shards; their sizes differ by one at most."""
         return -(-len(self.order) // self.options.samples_per_shard)
 
     def key(self, row: int) -> str:

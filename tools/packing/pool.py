@@ -87,7 +87,7 @@ def map_shards(
 
 @contextlib.contextmanager
 def ignore_interrupts() -> Iterator[None]:
-    """Make processes that are started meanwhile ignore Ctrl-C: workers finish their job, the parent stops the pool."""
+    """Start workers that ignore Ctrl-C: they finish their job, and the parent stops the pool."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

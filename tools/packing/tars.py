@@ -103,7 +103,7 @@ def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
         yield current, members
 
 
-def extension(member: Member) -> str:
+def get_extension(member: Member) -> str:
     """Return what follows the first dot of the base name, in lower case."""
     return member.name.rpartition("/")[2].partition(".")[2].lower()
 
@@ -120,8 +120,8 @@ def index_sample(
     """
     place = f"sample {sanitize_name(key)} at byte {members[0].offset}"
     names = ", ".join(sanitize_name(member.name) for member in members)
-    images = [member for member in members if extension(member) in IMAGE_EXTENSIONS]
-    labels = [member for member in members if extension(member) == "cls"]
+    images = [member for member in members if get_extension(member) in IMAGE_EXTENSIONS]
+    labels = [member for member in members if get_extension(member) == "cls"]
     if len(images) != 1 or images[0].size == 0:
         raise ValueError(f"{place}: expected one .jpg or .jpeg, got {names}{' (empty)' if images else ''}")
     if len(labels) != 1:

@@ -29,7 +29,7 @@ from pipeline.shards import DataError, check_manifest, open_shards, read_classes
 from tools.packing.images import SIDE, find_fault
 from tools.packing.jpeg import read_jpeg
 from tools.packing.pool import check_workers, map_shards, set_current_item
-from tools.packing.tars import READ_BYTES, index_sample, read_samples, sanitize_name
+from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.program import one_line
 
@@ -108,8 +108,8 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
             continue
         jobs = list_jobs(path.parent, manifest, fast)
         sizes = [int(job.row["bytes"]) for job in jobs]
-        found = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
-        reports += [*found, check_split(path.parent, manifest, jobs, found)]
+        shard_reports = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
+        reports += [*shard_reports, check_split(path.parent, manifest, jobs, shard_reports)]
         images, tars = images + manifest["num_samples"], tars + len(jobs)
     others = sorted({path.name for path in shards.iterdir()} - set(SPLITS))
     notes = [f"{name} is not part of the shards" for name in others if not is_top_file(name)]
@@ -117,7 +117,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
 
     for line in (line for report in reports for line in report.format_lines()):
         print(one_line(line))
-    if num_problems := sum(len(found) for report in reports for found in report.problems.values()):
+    if num_problems := sum(len(problems) for report in reports for problems in report.problems.values()):
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
         raise DataError(f"{shards}: {num_problems} problem(s), see above; {suggest_remedy(damaged)}")
     rate = "images not read" if fast else f"{images / (time.perf_counter() - started):.0f} images/s"
@@ -228,10 +228,7 @@ def check_shard(job: Job) -> Report:
 def check_samples(job: Job, index: list[list[tuple[str, int, int, str]]] | None, report: Report) -> None:
     """Check a tar's checksum, members, index, labels and images; adds to `report`."""
     with job.path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-        if digest.hexdigest() != job.row.get("sha256"):
+        if hashlib.file_digest(file, "sha256").hexdigest() != job.row.get("sha256"):
             report.add("checksum", "SHA-256 differs from the manifest's")
         try:
             for key, members in read_samples(file):
@@ -287,19 +284,18 @@ def stats(shards: Path) -> None:
 
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Compute a split's statistics as (name, value). Raises `DataError` for a damaged shard or index."""
-    opened = open_shards(shards, split)
-    pairs = list(zip(opened.tars, opened.indexes, strict=True))
-    with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(pairs), desc=split, disable=None) as progress:
-        found = []
-        for columns in pool.map(lambda pair: read_labels(*pair), pairs):
-            found.append(columns)
-            progress.update()
-    labels = np.concatenate([label for label, _ in found])
+    shard_set = open_shards(shards, split)
+    with ThreadPoolExecutor(READERS) as pool:
+        pending = pool.map(read_labels, shard_set.tars, shard_set.indexes)
+        columns = list(tqdm(pending, split, len(shard_set.tars), disable=None))
+    labels = np.concatenate([label for label, _ in columns])
     spans = [
-        (tar, *span) for tar, (_, images) in zip(opened.tars, found, strict=True) for span in images.tolist()
+        (tar, *span)
+        for tar, (_, images) in zip(shard_set.tars, columns, strict=True)
+        for span in images.tolist()
     ]
     shapes = [read_shape(*span) for span in random.Random(0).sample(spans, min(SAMPLED_IMAGES, len(spans)))]
-    per_class = np.bincount(labels, minlength=len(opened.classes)).tolist()
+    per_class = np.bincount(labels, minlength=len(shard_set.classes)).tolist()
     anomalies = Counter(
         re.sub(r"\b\d+\b", "N", kind)
         for row in manifest.get("repairs", ())
@@ -307,13 +303,13 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
         for kind in str(row.get("found")).split("; ")
     )
     records = {name: manifest.get(name) or {} for name in ("options", "versions")}
-    sizes = [Path(tar).stat().st_size for tar in opened.tars]
+    sizes = [Path(tar).stat().st_size for tar in shard_set.tars]
     return [
-        ("samples", f"{opened.num_samples:,}"),
+        ("samples", f"{shard_set.num_samples:,}"),
         ("classes", f"{len(per_class)}, {per_class.count(0)} without an image"),
         ("images per class", summarize(per_class)),
         ("shards", str(len(sizes))),
-        ("samples per shard", summarize([len(label) for label, _ in found])),
+        ("samples per shard", summarize([len(label) for label, _ in columns])),
         ("bytes", f"{sum(sizes):,}"),
         ("bytes per shard", summarize(sizes)),
         ("bytes per image", summarize([size for _, _, size in spans])),

@@ -192,9 +192,9 @@ def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> No
     present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
     foreign = sorted(name for name in present - splits if not is_top_file(name))
     if (shards.exists() and not shards.is_dir()) or foreign:
-        found = f"it holds {foreign[0]}" if foreign else "it is a file"
+        reason = f"it holds {foreign[0]}" if foreign else "it is a file"
         raise ValueError(
-            f"{shards}: expected a new folder or one of the same command, but {found}; give another"
+            f"{shards}: expected a new folder or one of the same command, but {reason}; give another"
         )
     if "classes.json" in present and read_json(shards / "classes.json") != classes:
         raise ValueError(f"{shards}: holds shards of other classes; give another folder")
@@ -291,8 +291,8 @@ def read_sidecars(plan: Plan) -> dict[int, dict[str, Any]]:
     sizes = {
         number: last - first for number in range(plan.num_shards) for first, last in [plan.bounds(number)]
     }
-    found = {number: read_sidecar(plan.path(number), plan, size) for number, size in sizes.items()}
-    return {number: note for number, note in found.items() if note is not None}
+    sidecars = {number: read_sidecar(plan.path(number), plan, size) for number, size in sizes.items()}
+    return {number: note for number, note in sidecars.items() if note is not None}
 
 
 def is_complete(path: Path, row: dict[str, Any]) -> bool:
@@ -337,9 +337,9 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
     Any number of packers may do so at the same time: they write the same bytes.
     """
     path = plan.directory / "manifest.json"
-    found = read_sidecars(plan)
-    if not path.is_file() and len(found) == plan.num_shards:
-        rows = [found[number] for number in range(plan.num_shards)]
+    sidecars = read_sidecars(plan)
+    if not path.is_file() and len(sidecars) == plan.num_shards:
+        rows = [sidecars[number] for number in range(plan.num_shards)]
         skipped = [row for note in rows for row in note["skipped"]]
         num_samples = sum(note["shard"]["samples"] for note in rows)
         assert num_samples + len(skipped) == len(plan.listing), "every image is packed or listed as skipped"
