@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,7 +322,8 @@ class DiskFolder(NamedTuple):
         return len(listing) - before
 
 
-class TarFolder(NamedTuple):
+@dataclass(frozen=True)
+class TarFolder:
     """A folder in a tar, or the tar itself, without system files."""
 
     path: Path
@@ -333,9 +334,18 @@ class TarFolder(NamedTuple):
     others: list[Path]
     """Other files."""
 
+    @functools.cached_property
+    def inside(self) -> dict[str, list[tuple[tuple[str, ...], Member]]]:
+        """Images by folder, grouped once: there may be millions in thousands."""
+        groups: dict[str, list[tuple[tuple[str, ...], Member]]] = {}
+        for folders, member in self.images:
+            if folders:
+                groups.setdefault(folders[0], []).append((folders[1:], member))
+        return groups
+
     def names(self) -> list[str]:
         """Return the names of its folders that hold images, sorted."""
-        return sorted({folders[0] for folders, _ in self.images if folders})
+        return sorted(self.inside)
 
     def get_path(self, name: str) -> Path:
         """Return the path of one of its folders."""
@@ -347,8 +357,7 @@ class TarFolder(NamedTuple):
 
     def open(self, name: str) -> "Tree":
         """Open one of its folders."""
-        inside = [(folders[1:], member) for folders, member in self.images if folders[:1] == (name,)]
-        return TarFolder(self.path / name, self.tar, inside, [])
+        return TarFolder(self.path / name, self.tar, self.inside.get(name, []), [])
 
     def holds_images(self) -> bool:
         """Return True if it holds images outside of folders."""
@@ -382,7 +391,7 @@ def read_tar(tar: Path) -> TarFolder:
             (tree.images if IMAGE_NAME.fullmatch(base) else others).append((tuple(folders), member))
     if not tree.images:  # as ImageNet-21k has them
         tree.images.extend(file for file in others if "." not in Path(file[1].name).name)
-        others = [file for file in others if file not in tree.images]
+        others = [file for file in others if "." in Path(file[1].name).name]
     tree.others.extend(sorted(tar / member.name for _, member in others))
     if len(tree.images) != len({member.name for _, member in tree.images}):
         raise ValueError(
@@ -432,7 +441,7 @@ def read_tree(raw: Path, tree: Tree) -> RawImageNet:
     tests = [name for name in splits if "test" in name.lower() and tree.is_tar(name)]
     inner = [(each, name) for each in open_wrappers(tree) for name in each.names()]
     for parent, name in [(tree, name) for name in names if name not in tests] + inner:
-        if SPLIT_NAME.fullmatch(name) and not (parent == tree and name == "train"):
+        if SPLIT_NAME.fullmatch(name) and not (parent is tree and name == "train"):
             raise ValueError(
                 f"{parent.get_path(name)}: expected a class, got the name of a split; name the splits train and val"
             )
