@@ -41,6 +41,16 @@ def trainer_of(state: TrainState, stop: Callable[[], bool] = lambda: False, log:
     return Trainer(state, log, StopVote(state.placement, stop))
 
 
+def test_deterministic_does_without_jpeg_engines(state_of: Any) -> None:
+    """Those of a GPU may give other bits in another call; the configuration keeps what the user set."""
+    for words, load in (((), 0.65), (("--run.deterministic", "true"), 0.0)):
+        state = state_of(*words)
+        assert {each._config.speed.hw_decoder_load for each in (state.train_loader, state.val_loader)} == {
+            load
+        }
+        assert state.config.data.speed.hw_decoder_load == 0.65
+
+
 WAITS = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
 """What makes the host wait for a GPU, on a tensor that lies there."""
 

@@ -7,6 +7,7 @@ undisturbed run.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,15 @@ class TrainState:
             "num_ranks": placement.num_loader_ranks,
             "device": device,
         }
-        self.train_loader = train_loader(
-            self.train_shards, self.basis, config.data, seed=config.train.seed, **place
-        )
+        data = config.data
+        if config.run.deterministic:  # JPEG engines may differ between calls (nvImageCodec's tests)
+            data = replace(data, speed=replace(data.speed, hw_decoder_load=0.0))
+        self.train_loader = train_loader(self.train_shards, self.basis, data, seed=config.train.seed, **place)
         place |= {
             "rank": placement.replica,
             "num_ranks": placement.num_replicas,
         }  # a pair looks at the same images
-        self.val_loader = val_loader(self.val_shards, self.basis, config.data, **place)
+        self.val_loader = val_loader(self.val_shards, self.basis, data, **place)
         self.epoch, self.step = 0, 0
         self.best: dict[str, float] | None = None
         """{"step", "top1_error"} of the best epoch's end."""
