@@ -180,21 +180,26 @@ SECTIONS = (b"data:", b"\ntrain:", b"\nrun:", b"\nmodel:", b"\noptimizer:")
 """What the configuration of a run of ours has in it."""
 
 
+REQUIRED = {"--data.shards", "--train.batch_size", "--train.epochs", "--train.seed"}
+"""Options without a default, but for `--run.dir`."""
+
+
 def is_run_config(path: Path) -> bool:
     """Whether a file is the config.yaml of a run."""
     return path.is_file() and all(section in path.read_bytes() for section in SECTIONS)
 
 
 def add_saved_config(words: list[str]) -> list[str]:
-    """The same, with the configuration that a run was started with where `--run.dir` names its directory and there is
-    no `--config`: what else is given comes on top. Raises `ValueError` where a directory alone is given and holds no
-    run."""
-    if "--config" in words or "--run.dir" not in words[:-1]:
+    """The same, with the configuration that a run was started with where `--run.dir` names its directory and the rest
+    is no configuration of its own: what else is given comes on top. Raises `ValueError` where a directory alone is
+    given and holds no run."""
+    named = {word.partition("=")[0] for word in words}
+    if "--config" in named or "--run.dir" not in words[:-1] or named >= REQUIRED:
         return words
     directory = Path(words[words.index("--run.dir") + 1])
     if is_run_config(directory / "config.yaml"):
         return ["--config", str(directory / "config.yaml"), *words]
-    if not any(word.startswith("--data.shards") for word in words):
+    if "--data.shards" not in named:
         raise ValueError(
             f"{directory} holds no run to resume (no config.yaml); give an earlier run's --run.dir, or --config FILE "
             "and --data.shards SHARDS"
