@@ -195,7 +195,7 @@ class Loader:
             (images,) = outputs
             return images if offset_HWC is None else images.sub_(
                 offset_HWC / divisor
-            ), labels  # DALI writes them anew
+            ), labels  # DALI overwrites them
         windows, *draws = outputs
         mirrored, light = draws or (None, torch.zeros(len(windows), 3))
         means = torch.from_numpy(moved_means(light.numpy(), self._basis, lighting)).float()
@@ -296,7 +296,9 @@ class Loader:
         for name in differing:
             if name not in free:
                 remedy = (
-                    "; --resume.allow_world_change true goes on from an epoch's edge" if name in WORLD else ""
+                    "; --resume.allow_world_change true resumes from the end of an epoch"
+                    if name in WORLD
+                    else ""
                 )
                 raise ValueError(
                     f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "

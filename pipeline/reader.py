@@ -80,7 +80,9 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
     except RuntimeError as error:
         report = str(error)
         lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]
-        if gpu_error := re.search(r".*\b(CUDA|cuda[A-Z]\w+|NVML|out of memory)\b.*", report):
+        if gpu_error := re.search(
+            r".*(CUDA (runtime|driver) API|CUDA allocation|cudaError[A-Z]|CUDA_ERROR_|NVML).*", report
+        ):
             raise DataError(
                 f"DALI failed on the GPU: {gpu_error[0].strip()}; tools/doctor.py checks driver and GPUs; where "
                 "memory is short, take a smaller batch or end other processes"

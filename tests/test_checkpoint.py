@@ -94,7 +94,7 @@ def test_any_flipped_byte(tmp_path: Path) -> None:
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=rf"00000007.pt is damaged .* echo {before.name} > .*/LATEST goes on"
+            ValueError, match=rf"00000007.pt is damaged .* echo {before.name} > .*/LATEST resumes"
         ):
             load_checkpoint(path)
 

@@ -89,3 +89,13 @@ def test_a_gpus_error_is_not_taken_for_damage(numbered_shards: Make, report: str
     with pytest.raises(DataError, match="CUDA") as error, data_errors(numbered_shards(8, 1)):
         raise RuntimeError(report.format(cause))
     assert "doctor" in str(error.value) and "verify" not in str(error.value)
+
+
+def test_a_path_that_names_cuda_is_no_gpus_error(numbered_shards: Make) -> None:
+    """Nor is any other text of a report: shards are searched as ever."""
+    shards = numbered_shards(8, 1)
+    Path(shards.tars[0]).write_bytes(b"")
+    with pytest.raises(DataError, match="verify"), data_errors(shards):
+        raise RuntimeError(
+            "Error in readers.webdataset,\nencountered:\n\n/data/CUDA/a.tar: out of memory of it\n"
+        )

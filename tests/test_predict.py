@@ -66,6 +66,7 @@ def test_files_and_folders(
         out = io.BytesIO()
         Image.fromarray(photo(rng, 300, 400)).save(out, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG"))
         (tmp_path / name).write_bytes(out.getvalue() if not name.endswith("txt") else b"x")
+    (tmp_path / "a" / "._1.jpg").write_bytes(b"a system's file, which packing ignores, too")
     rows = predicted(
         weights, tmp_path / "a", tmp_path / "b.webp", tmp_path / "a" / "1.jpg", "--shards", shards
     )

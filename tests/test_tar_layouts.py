@@ -143,6 +143,21 @@ def test_what_is_ignored(tmp_path: Path) -> None:
         listed(tmp_path / "twice")
 
 
+def test_tars_among_other_things(tmp_path: Path) -> None:
+    """Class tars are read next to folders without images and a stray image; a tar next to the folder that it was
+    extracted to is not read, and named."""
+    for name in ("n1", "n2"):
+        write(tmp_path / "tars" / f"{name}.tar", tar_of({f"{name}.JPEG": IMAGE}))
+        write(tmp_path / "both" / "train" / name / f"{name}.JPEG", IMAGE)
+    write(tmp_path / "tars" / "docs" / "readme.txt", b"x")
+    write(tmp_path / "tars" / "sample.jpg", IMAGE)
+    write(tmp_path / "both" / "train" / "n1.tar", tar_of({"n1.JPEG": IMAGE}))
+    for folder, names in (("tars", ["docs", "sample.jpg"]), ("both", ["n1.tar"])):
+        assert listed(tmp_path / folder) == {"train": [("n1", "n1.JPEG"), ("n2", "n2.JPEG")]}
+        ignored = open_raw(tmp_path / folder, tmp_path / "none")[0].ignored
+        assert [path.name for path in ignored] == names
+
+
 def test_packed_from_tars(tmp_path: Path) -> None:
     """The listing that is cached beside the shards is that of the splits: packed again, there is nothing to do."""
     write(tmp_path / "raw" / "train.tar", tar_of(tree("", "train")))

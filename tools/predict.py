@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from train.trained import Trained
 
 BATCH_SIZE = 32
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-"""Files to predict in a folder."""
 
 
 def predict(
@@ -90,9 +88,11 @@ def predict(
 
 def find_images(name: str) -> list[Path]:
     """List the file, the images in a folder, or the files of a glob. Raises `FileNotFoundError` if there is none."""
+    from tools.packing import layouts
+
     path = Path(name).expanduser()
     if path.is_dir():
-        paths = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()]
+        paths = list(layouts.find_images(path, []))
     else:
         names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
         paths = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]

@@ -192,7 +192,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             remedy = "none before it is sound: put one back from a copy, or begin anew in another directory"
             if sound:
                 remedy = (
-                    f"the one before it is sound: echo {sound.name} > {path.parent}/LATEST goes on from there"
+                    f"the one before it is sound: echo {sound.name} > {path.parent}/LATEST resumes from there"
                 )
         raise ValueError(f"{path} is damaged or no checkpoint of this program; {remedy}")
     if content["format_version"] != FORMAT_VERSION:

@@ -178,8 +178,6 @@ def split_pairs(arguments: list[str]) -> list[str]:
 
 SECTIONS = (b"data:", b"\ntrain:", b"\nrun:", b"\nmodel:", b"\noptimizer:")
 """What the configuration of a run of ours has in it."""
-
-
 REQUIRED = {"--data.shards", "--train.batch_size", "--train.epochs", "--train.seed"}
 """Options without a default, but for `--run.dir`."""
 

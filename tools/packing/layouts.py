@@ -91,8 +91,9 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
         return [*files["train"], *files["val"]], lambda: read_parquet(raw, files)
     folder = DiskFolder(raw)
     tars = [folder.get_path(name) for name in folder.names() if folder.is_tar(name)]
-    if tars and all(folder.is_tar(name) for name in folder.names()):
-        return tars, lambda: read_tree(raw, unwrap(folder, keep_splits=True))
+    others = [name for name in folder.names() if not folder.is_tar(name)]
+    if tars and "train" not in others and not any(next(find_images(raw / name, []), None) for name in others):
+        return tars, lambda: read_tree(raw, unwrap(DiskFolder(raw, tuple(others)), keep_splits=True))
     if not (raw / "train").is_dir():
         if next(find_images(raw, []), None) is None:
             raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
@@ -279,17 +280,14 @@ class DiskFolder(NamedTuple):
     """A folder on disk; tars in it count as folders, named by their stems."""
 
     path: Path
+    without_images: tuple[str, ...] = ()
+    """Names of folders that count as other files."""
 
     def names(self) -> list[str]:
         """Return the names of its folders, sorted."""
         found = [entry for entry in os.scandir(self.path) if not is_system_file(entry.name)]
-        return sorted(
-            {
-                entry.name.removesuffix(".tar")
-                for entry in found
-                if entry.is_dir() or entry.name.endswith(".tar")
-            }
-        )
+        kept = [entry.name for entry in found if entry.is_dir() or entry.name.endswith(".tar")]
+        return sorted({name.removesuffix(".tar") for name in kept} - set(self.without_images))
 
     def get_path(self, name: str) -> Path:
         """Return the path of one of its folders or tars."""
@@ -309,10 +307,11 @@ class DiskFolder(NamedTuple):
 
     def loose_files(self) -> list[Path]:
         """List its files outside of folders."""
-        found = [
-            entry for entry in os.scandir(self.path) if entry.is_file() and not entry.name.endswith(".tar")
-        ]
-        return sorted(Path(entry.path) for entry in found if not is_system_file(entry.name))
+        found = [Path(entry.path) for entry in os.scandir(self.path) if entry.is_file()]
+        # A tar next to the folder that was extracted from it is not read.
+        files = [path for path in found if path.suffix != ".tar" or path.with_suffix("").is_dir()]
+        folders = [self.path / name for name in self.without_images]
+        return sorted(path for path in [*files, *folders] if not is_system_file(path.name))
 
     def append_to(self, listing: Listing, label: int, ignored: list[Path]) -> int:
         """Add all images under it to a listing. Returns their number."""
