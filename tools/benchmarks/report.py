@@ -29,9 +29,10 @@ def write_report(out: Path = Path("gpu-report"), minutes: float = 10.0) -> None:
     common.check_options(None, minutes=minutes)
     out.mkdir(parents=True, exist_ok=True)
     gpus, deadline = torch.cuda.device_count(), monotonic() + 60 * minutes
-    left_out = "GPU tests, batches of 128 and 1,024, GPU utilization and idle times (PyTorch finds no GPU)"
+    left_out = "GPU tests, batches of 128 and 1,024, towers over NCCL, GPU utilization, idle times (no GPU for PyTorch)"
     left_out = "nothing" if gpus > 1 else "two towers (one GPU)" if gpus else left_out
     machine = common.describe_environment("report") | {"gpus": gpus, "left out": left_out}
+    machine["versions"] = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     head = ["# GPU report", "", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", ""]
     head += [f"* {name}: {value}" for name, value in machine.items()]
     rows, sections, failed = [], [], []
