@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pipeline.files import read_json
 from pipeline.shards import DataError, check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
-from tools.packing.pool import check_workers, map_shards, set_current_item
+from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.program import one_line
@@ -108,7 +108,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
             continue
         jobs = list_jobs(path.parent, manifest, fast)
         sizes = [int(job.row["bytes"]) for job in jobs]
-        shard_reports = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
+        shard_reports = run_jobs(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
         reports += [*shard_reports, check_split(path.parent, manifest, jobs, shard_reports)]
         images, tars = images + manifest["num_samples"], tars + len(jobs)
     others = sorted({path.name for path in shards.iterdir()} - set(SPLITS))
