@@ -290,10 +290,7 @@ def rename(name: str) -> Callable[[Path], object]:
         ("y-*.tar", None, "not found"),
         ("x-{0000", None, "close every brace"),
         ("../*.tar", None, "expected names relative"),
-        ("x\0.tar", None, "expected names relative"),
         ("{0..999999999}.tar", None, "at most 100000 names"),
-        ("{a,b}" * 40, None, "not found"),
-        ("{" * 80 + "a,b" + "}" * 80, None, "not found"),
         ("/x.tar", None, "expected names relative"),
         ("x-*", rename("x-1.tar.gz"), "expected NAME.tar"),
         ("*.tar", rename("a b.tar"), "expected NAME.tar"),
@@ -327,13 +324,3 @@ def test_command_line(tmp_path: Path) -> None:
     (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
     told = refuses("tools/make_shards.py", "adopt", src, tmp_path / "other", *options)
     assert "x-0001.tar: sample b at byte" in told
-
-
-def test_a_label_that_no_data_set_has(tmp_path: Path) -> None:
-    """Makes no million of numbered classes: it is told."""
-    write_foreign(tmp_path / "src", "x", [0, 999_999], 4)
-    with pytest.raises(
-        ValueError, match="src: expected a label below 2, the images, got 999999; fix it or give --classes"
-    ):
-        adopt(tmp_path / "src", tmp_path / "shards", split="train", pattern="x-*.tar", workers=1)
-    assert not (tmp_path / "shards").exists()
