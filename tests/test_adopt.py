@@ -161,14 +161,6 @@ def sample(label: bytes) -> Members:
 GOOD = tar_of(sample(b"1"))
 
 
-def flipped(content: bytes, position: int) -> bytes:
-    """One byte inverted."""
-    return content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
-
-
-SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -176,11 +168,8 @@ SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
         (tar_of(sample(b"7.0")), r"b'7.0'"),
         (tar_of(sample(b"")), r"got b''"),
         (tar_of(sample(b"\x00\x00\x00\x07")), "expected a class index"),
-        (tar_of(sample(b" 7")), "expected a class index"),
-        (tar_of(sample(b"7 8")), "expected a class index"),
         (tar_of(sample(b"1234567")), "expected a class index"),
         (tar_of(sample(b"7" + b" " * 5000)), "expected a class index"),
-        (tar_of(sample("٧".encode())), "expected a class index"),
         (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
         (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls, got a.jpg, a.txt"),
         (
@@ -193,16 +182,7 @@ SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
         ),
         (tar_of([("a.jpg", b""), ("a.cls", b"0")]), r"\(empty\)"),
         (tar_of([("notes", b"x")]), "no sample found"),
-        (tar_of([]), "no sample found"),
-        (tar_of([("a.jpg", b""), ("a.cls", b"")], type=tarfile.SYMTYPE, linkname="b"), "got a link"),
-        (tar_of([("a.jpg", b"")], type=tarfile.CHRTYPE), "a device"),
         (GOOD[: len(IMAGE) // 2], "truncated inside 'a.jpg'"),
-        (GOOD[: SECOND_HEADER + 100], "no end mark"),
-        (GOOD[:SECOND_HEADER] + bytes(512) + GOOD[SECOND_HEADER + 512 :], "header or hole at"),
-        (GOOD[:SECOND_HEADER], "no end mark"),
-        (flipped(GOOD, SECOND_HEADER), f"damaged header or hole at byte {SECOND_HEADER}"),
-        (flipped(GOOD, 0), "not a tar archive"),
-        (b"no tar at all" * 1000, "not a tar archive"),
         (b"", "not a tar archive"),
     ],
 )

@@ -92,8 +92,10 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
     others = sorted(folder.folders.keys() - tars)
     if tars and "train" not in others and not any(holds_images(folder.folders[name]()) for name in others):
         ignored = [*folder.others, *(raw / name for name in others)]
-        tree_of_tars = unwrap(replace(folder, folders=tars, others=ignored), keep_splits=True)
-        return [raw / f"{name}.tar" for name in tars], lambda: read_tree(raw, tree_of_tars)
+        of_tars = replace(folder, folders=tars, others=ignored)
+        return [raw / f"{name}.tar" for name in tars], lambda: read_tree(
+            raw, unwrap(of_tars, keep_splits=True)
+        )
     if "train" not in others:
         if not holds_images(folder):
             raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
