@@ -258,7 +258,10 @@ def read_manifest(plan: Plan) -> dict[str, Any] | None:
         return None
     manifest: dict[str, Any] = read_json(path)
     check_manifest(manifest, path)
-    if manifest["num_samples"] + len(manifest.get("skipped", [])) != len(plan.listing):
+    has_fields = {"repairs", "skipped"} <= manifest.keys() and all(
+        "index_bytes" in row for row in manifest["shards"]
+    )
+    if not has_fields or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing):
         raise ValueError(f"{path}: expected {len(plan.listing)} images, packed or skipped; restore it")
     return manifest
 
