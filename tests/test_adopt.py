@@ -147,7 +147,7 @@ def test_classes(tmp_path: Path) -> None:
 
 
 def sample(label: bytes) -> Members:
-    """One image with the given text as its label, behind a good one."""
+    """One image with the given text as its label, after a good one."""
     return [("a.jpg", IMAGE), ("a.cls", b"0"), ("b.jpg", IMAGE), ("b.cls", label)]
 
 
@@ -217,9 +217,11 @@ def test_images_that_others_would_misread(
         "train",
         "--pattern",
     )
-    told = refuses(*command, "a-*.tar", "--workers", "1")
+    message = refuses(*command, "a-*.tar", "--workers", "1")
     assert (
-        "a-0.tar: k3.jpg at byte" in told and "--on-bad skip" in told and not (tmp_path / "shards").exists()
+        "a-0.tar: k3.jpg at byte" in message
+        and "--on-bad skip" in message
+        and not (tmp_path / "shards").exists()
     )
     run_ok(*command, "a-*.tar", "--workers", "1", "--on-bad", "skip")
     manifest = read_json(tmp_path / "shards" / "train" / "manifest.json")
@@ -273,7 +275,7 @@ def rename(name: str) -> Callable[[Path], object]:
 def test_bad_patterns(
     tmp_path: Path, pattern: str, change: Callable[[Path], object] | None, message: str
 ) -> None:
-    """A missing shard, a pattern that leads out of SRC, and names that no manifest takes are told."""
+    """A missing shard, a pattern that leads out of SRC, and names that no manifest takes are refused by name."""
     write_foreign(tmp_path / "src", "x", [0, 1], 1)
     if change:
         change(tmp_path / "src")
@@ -291,9 +293,9 @@ def test_command_line(tmp_path: Path) -> None:
     src, shards = tmp_path / "src", tmp_path / "shards"
     write_foreign(src, "x", [0, 1, 2], 2)
     options = ("--split", "train", "--pattern", "x-*.tar", "--workers", "2")
-    told = run_ok("tools/make_shards.py", "adopt", src, shards, *options)
-    assert "3 images in 2 shards" in told and "3 classes (numbered" in told
+    message = run_ok("tools/make_shards.py", "adopt", src, shards, *options)
+    assert "3 images in 2 shards" in message and "3 classes (numbered" in message
     assert read_json(shards / "train" / "manifest.json")["options"] == {"store": "adopted"}
     (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
-    told = refuses("tools/make_shards.py", "adopt", src, tmp_path / "other", *options)
-    assert "x-0001.tar: sample b at byte" in told
+    message = refuses("tools/make_shards.py", "adopt", src, tmp_path / "other", *options)
+    assert "x-0001.tar: sample b at byte" in message

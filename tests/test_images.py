@@ -83,7 +83,7 @@ def saved(image: Image.Image, kind: str) -> bytes:
 
 
 def with_exif(data: bytes, block: bytes) -> bytes:
-    """A JPEG with this EXIF block behind its start marker."""
+    """A JPEG with this EXIF block after its start marker."""
     return data[:2] + b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + data[2:]
 
 
@@ -188,7 +188,7 @@ def test_a_thousand_scans_are_refused() -> None:
 
 
 def test_damage_in_the_middle() -> None:
-    """What libjpeg warns of is encoded anew, as Pillow shows it; where it gives up before the first pixel, refused."""
+    """What libjpeg warns of is encoded, as Pillow shows it; where it gives up before the first pixel, refused."""
     noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     data = jpeg(noise)
     middle = data[:20000] + b"\x55\xaa" * 20 + data[20040:]
@@ -205,7 +205,7 @@ def test_damage_in_the_middle() -> None:
 
 
 def test_damage() -> None:
-    """A file that ends early is noted, and as an original written anew so that strict readers take it; trailing bytes
+    """A file that ends early is noted, and as an original encoded so that strict readers take it; trailing bytes
     are noted; what no decoder takes raises with a reason."""
     noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     data = jpeg(noise)
