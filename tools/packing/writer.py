@@ -45,8 +45,6 @@ class PackStats(NamedTuple):
     images: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    busy: bool = False
-    """Another process is writing this shard."""
 
 
 def write_shard(plan: ShardPlan, pack: Pack | None = None) -> PackStats:
@@ -104,7 +102,7 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
                 index.append([tar.add(name, data) for name, data in members])
             tar.close()
     except BlockingIOError:
-        return PackStats(busy=True)
+        return PackStats()
     index_bytes = index_text(index).encode()
     write_bytes(plan.path.with_suffix(".idx"), index_bytes)
     shard = {
