@@ -82,10 +82,8 @@ class ParallelConfig:
 
     placement: Literal["single", "towers"] = "single"
     """single: the whole network in every process, gradients are averaged. towers: one tower in each of two neighbouring
-    processes, gradients are averaged over such pairs; docs/towers.md tells when that pays."""
-    share_images: bool = True
-    """towers: each process of a pair decodes half of their images and sends them to the other; false: both decode
-    all of them."""
+    processes, which decode half of their images each; gradients are averaged over such pairs. docs/towers.md: when
+    that pays."""
 
 
 @dataclass(frozen=True)

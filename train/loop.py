@@ -115,10 +115,6 @@ class Trainer:
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.state.device) / 1e9
         if self.state.learner.scale.enabled:
             figures["loss_scale"] = self.state.learner.scale.factor.item()
-        if self.state.train_loader.cached_share:
-            figures["cache_hits_percent"] = (
-                100 * self.state.train_loader.cached_share if self.state.epoch else 0.0
-            )
         if self.log:
             self.log.write("train", self.state.step, epoch=self.state.epoch, lr=lr, **figures)
         self.alarms.train_row(self.state.step, self.state.epoch, self.config.run.log_every, figures)

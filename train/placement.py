@@ -52,9 +52,7 @@ class Placement:
         self.replica, self.num_replicas = (
             (mesh.replica, mesh.num_replicas) if mesh else (self.rank, self.world)
         )
-        self._shares = towers and config.share_images
-        self.loader_rank = self.rank if self._shares else self.replica
-        self.num_loader_ranks = self.world if self._shares else self.num_replicas
+        self.loader_rank, self.num_loader_ranks = self.rank, self.world
 
     @property
     def is_first(self) -> bool:
@@ -70,20 +68,20 @@ class Placement:
         """Images that this process loads for an update, which `check_batch` has seen."""
         return batch_size // self.num_loader_ranks
 
-    def check_batch(self, batch_size: int, accumulate: int, share_window: int, num_images: int) -> None:
+    def check_batch(self, batch_size: int, accumulate: int, images_per_crop: int, num_images: int) -> None:
         """Raise `ValueError`, with sizes that work, where the images of an update cannot be shared out equally: over
         the processes that load them, in groups with one window, and in the passes of a replica."""
-        unit = math.lcm(self.num_loader_ranks * share_window, self.num_replicas * accumulate)
+        unit = math.lcm(self.num_loader_ranks * images_per_crop, self.num_replicas * accumulate)
         most = num_images // self.num_loader_ranks * self.num_loader_ranks // unit * unit
         shared = f"{self.num_loader_ranks} processes" if self.num_loader_ranks > 1 else ""
-        shared += f"{' and ' * bool(shared)}data.augmentation.share_window {share_window}" * (
-            share_window > 1
+        shared += f"{' and ' * bool(shared)}data.augmentation.images_per_crop {images_per_crop}" * (
+            images_per_crop > 1
         )
         shared += f"{' and ' * bool(shared)}train.accumulate {accumulate}" * (accumulate > 1)
         if not most:
             raise ValueError(
                 f"{num_images} training images do not fill the smallest batch, {unit}, for {shared}; take fewer "
-                "processes or a smaller data.augmentation.share_window"
+                "processes or a smaller data.augmentation.images_per_crop"
             )
         if batch_size > most:
             raise ValueError(
@@ -97,11 +95,11 @@ class Placement:
             ]
             remedy = f"take {' or '.join(size for size in fitting if size != '0')}"
             if (
-                share_window > 1
+                images_per_crop > 1
                 and batch_size % math.lcm(self.num_loader_ranks, self.num_replicas * accumulate) == 0
             ):
-                smaller = math.gcd(share_window, batch_size // self.num_loader_ranks)
-                remedy += f", or data.augmentation.share_window {smaller}"
+                smaller = math.gcd(images_per_crop, batch_size // self.num_loader_ranks)
+                remedy += f", or data.augmentation.images_per_crop {smaller}"
             raise ValueError(
                 f"train.batch_size ({batch_size}) has to be a multiple of {unit} for {shared}; {remedy}"
             )
@@ -128,7 +126,7 @@ class Placement:
 
     def share(self, batch: Batch) -> Batch:
         """What the network gets from what was loaded: with the other tower's half, if each loads one."""
-        return Batch(*self._mesh.share_batch(*batch)) if self._mesh and self._shares else batch
+        return Batch(*self._mesh.share_batch(*batch)) if self._mesh else batch
 
     def whole(self, state: State, config: AlexNetConfig) -> State:
         """A state (weights or velocities) of this process's part, in the single-device layout. All have to ask."""

@@ -112,10 +112,6 @@ def describe(state: "TrainState", arithmetic: str) -> None:
     left_over = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
     print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")
     print(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
-    if loader.cached_share:
-        print(
-            f"the decode cache holds {loader.cached_share:.0%} of this process's images: its hits after one epoch"
-        )
 
 
 def main() -> NoReturn:

@@ -69,7 +69,10 @@ class TrainState:
         batch_size, accumulate = config.train.batch_size, config.train.accumulate
         with collect_errors(problems):
             placement.check_batch(
-                batch_size, accumulate, config.data.augmentation.share_window, self.train_shards.num_samples
+                batch_size,
+                accumulate,
+                config.data.augmentation.images_per_crop,
+                self.train_shards.num_samples,
             )
         if problems:
             raise ValueError("; ".join(problems))
