@@ -78,10 +78,10 @@ class Loader:
             raise ValueError(
                 f"{shards.split} has {shards.num_samples} images for {num_ranks} processes; start fewer of them"
             )
-        if training and batch_size % config.augmentation.share_window:
+        if training and batch_size % config.augmentation.images_per_crop:
             raise ValueError(
                 f"the {batch_size} images that each process loads at a time do not divide by "
-                f"data.augmentation.share_window ({config.augmentation.share_window}); take a number that does"
+                f"data.augmentation.images_per_crop ({config.augmentation.images_per_crop}); take a number that does"
             )
         self._shards, self._basis, self._config, self._training = shards, basis, config, training
         self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
@@ -91,10 +91,6 @@ class Loader:
         )
         if self._decode == "gpu" and self.device.type != "cuda":
             raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
-        if config.speed.decode_cache_gb and self._decode != "gpu":
-            raise ValueError(
-                "data.speed.decode_cache_gb is memory of a GPU that decodes; set it to 0, or data.decode=gpu"
-            )
         offset = mean_offset(basis, config.augmentation)
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
@@ -102,7 +98,6 @@ class Loader:
         training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
         self._opening_bytes = 0
-        self._cache_mb = round(1e9 * config.speed.decode_cache_gb / 2**20) if training else 0
         self._memory = BatchMemory()
         self._checkpoint: bytes | None = None
         """DALI's state behind the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
@@ -167,17 +162,6 @@ class Loader:
                 self._pipe = self._build(None)
         return self._opening_bytes
 
-    @property
-    def cached_share(self) -> float | None:
-        """Hit rate of the decode cache after the first epoch: the share of this rank's images that fit into it, as it
-        evicts nothing. None for images of any size, whose bytes are not known before they are decoded."""
-        image_bytes = IMAGE_SIDE * IMAGE_SIDE * 3
-        return (
-            None
-            if self._shards.any_size
-            else min(1.0, self._cache_mb * 2**20 // image_bytes / self._num_samples)
-        )
-
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
         with data_errors(self._shards):
@@ -212,23 +196,19 @@ class Loader:
         raise_open_files(len(self._shards.tars))
         check_memory(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
-        fancy = self._config.augmentation.jpeg_fancy_upsampling
         common = {
             "batch_size": self._batch_size,
             "num_threads": speed.num_threads,
-            "set_affinity": speed.affinity,
             "device_id": (self.device.index or 0) if on_gpu else None,
-            "prefetch_queue_depth": speed.prefetch,
-            "read_ahead": speed.read_ahead,
+            "prefetch_queue_depth": speed.prefetch_queue_depth,
+            "reader_queue_depth": speed.reader_queue_depth,
             "seed": self._seed % (2**31 - 1),
             "shards": self._shards,
             "basis": self._basis,
             "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
             "rank": self._rank,
             "num_ranks": self._num_ranks,
-            "decoder": Decoder(
-                self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, self._cache_mb
-            ),
+            "decoder": Decoder(self._decode, self._shards.any_size, speed.hw_decoder_load),
             "device": "gpu" if on_gpu else "cpu",
         }
         if self._training:
@@ -253,9 +233,7 @@ class Loader:
     def fingerprint(self) -> dict[str, Any]:
         """What decides the sequence of batches; speed knobs, the strength and the end of lighting do not."""
         augmentation = asdict(self._config.augmentation)
-        del augmentation["lighting"]["strength"], augmentation["lighting"]["until_epoch"]
-        if augmentation["share_window"] == 1:
-            del augmentation["share_window"]  # as states had it before there was a choice
+        del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
         return {
             "shards": self._shards.manifest_sha256,
             "seed": self._seed,
@@ -265,7 +243,6 @@ class Loader:
             "shuffle_buffer": self._config.shuffle_buffer,
             "augmentation": augmentation,
             "decode": self._decode,
-            "decode_cache": self._config.speed.decode_cache_gb > 0,
             "device": self.device.type,
             "dali": nvidia.dali.__version__,
             "graph": GRAPH_VERSION,

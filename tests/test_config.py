@@ -73,7 +73,7 @@ def test_paper_is_the_paper() -> None:
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.01, 0.9, 5e-4, 3)
     assert (optimizer.patience, optimizer.min_improvement, optimizer.bias_lr) == (5, 0.1, None)
     assert config.model.maps == (96, 256, 384, 384, 256) and config.model.normalization == "paper"
-    assert (config.model.hidden, config.model.num_classes, config.model.dropout) == (
+    assert (config.model.fc_dim, config.model.num_classes, config.model.dropout) == (
         4096,
         None,
         0.5,
@@ -103,7 +103,7 @@ def test_alexnet2012_is_the_program() -> None:
         assert tuple(schedule.rates(names).values()) == (conv1, others, 0.02)
         assert config.data.augmentation.lighting.at_epoch(epoch).strength == (0.1 if epoch < 67 else 0)
         schedule.end_epoch(50)
-    assert config.data.augmentation.share_window == 32 and config.optimizer.bias_weight_decay == 0
+    assert config.data.augmentation.images_per_crop == 32 and config.optimizer.bias_weight_decay == 0
 
 
 def test_fast() -> None:
@@ -126,8 +126,11 @@ def test_fast() -> None:
         (["--run.device", "tpu"], "run.device"),
         (["--train.accumulate", "0"], "train.accumulate must be at least 1"),
         (["--train.accumulate", "5"], "a multiple of 5 for train.accumulate 5"),
-        (["--data.augmentation.share_window", "5"], "a multiple of 5 for data.augmentation.share_window 5"),
-        (["--data.augmentation.share_window", "0"], "share_window must be at least 1"),
+        (
+            ["--data.augmentation.images_per_crop", "5"],
+            "a multiple of 5 for data.augmentation.images_per_crop 5",
+        ),
+        (["--data.augmentation.images_per_crop", "0"], "images_per_crop must be at least 1"),
         (
             ["--optimizer.warmup_epochs", "10"],
             "optimizer.warmup_epochs (10) must be less than train.epochs (10)",
@@ -154,13 +157,8 @@ def test_fast() -> None:
         (["--data.augmentation.mean", "image"], "mean_image.npy is missing, damaged or of other images"),
         (["--data.shuffle_buffer", "0"], "data.shuffle_buffer must be at least 1"),
         (["--data.decode", "gpu"], "data.decode=gpu needs a GPU; say data.decode=cpu"),
-        (["--data.speed.prefetch", "0"], "speed.prefetch (0)"),
+        (["--data.speed.prefetch_queue_depth", "0"], "speed.prefetch_queue_depth must be at least 1, not 0"),
         (["--data.speed.hw_decoder_load", "2"], "speed.hw_decoder_load is a share, 0 to 1, not 2"),
-        (["--data.speed.decode_cache_gb", "-1"], "speed.decode_cache_gb must not be negative"),
-        (
-            ["--data.speed.decode_cache_gb", "1"],
-            "memory of a GPU that decodes; set it to 0, or data.decode=gpu",
-        ),
     ],
 )
 def test_wrong_values(arguments: list[str], message: str, tmp_path: Path, shards: Path) -> None:

@@ -83,7 +83,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The network is trained uncompiled, on a GPU machine too."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    model = AlexNet(AlexNetConfig(channels=(2, 2, 2, 2, 2), hidden=2, num_classes=2))
+    model = AlexNet(AlexNetConfig(channels=(2, 2, 2, 2, 2), fc_dim=2, num_classes=2))
     assert not can_compile(torch.device(kind)) and compiled(model, torch.device(kind)) is model
     assert "normalize" not in vars(model)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")

@@ -29,12 +29,12 @@ STEPS = 1438 // 128
 
 
 @pytest.mark.slow
-def test_towers_learn_what_one_process_learns(shards: Path, tmp_path: Path) -> None:
-    """Where both processes load everything and there is no dropout, the rows and weights of a run are those of one
-    process, but for rounding."""
+def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
+    """Without dropout, the rows and weights of a pair of towers are those of two replicas, whose images are the same,
+    but for rounding."""
     same = ["--model.dropout", "0", "--run.log_every", "1"]
-    run_ok("-m", "train.run", *shared_run(shards, tmp_path / "one", *same))
-    towers = ["--parallel.placement", "towers", "--parallel.share_images", "false"]
+    run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "one", *same), run=run_python)
+    towers = ["--parallel.placement", "towers"]
     out = run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "two", *same, *towers), run=run_python)
     assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
     one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
@@ -160,12 +160,12 @@ def test_divergence_is_told_once(shards: Path, tmp_path: Path) -> None:
     [
         (["--train.seed", "6"], "the processes differ: train.seed is 6 in process 1 on "),
         (["--data.shards", "nowhere"], "process 1 on "),
-        (["--model.hidden", "63"], "model.hidden must be positive and divide"),
+        (["--model.fc_dim", "63"], "model.fc_dim must be positive and divide"),
     ],
 )
 def test_processes_that_differ(shards: Path, tmp_path: Path, more: list[str], message: str) -> None:
     """Before the first step, in one sentence, by one process, with code 2 in both, and without a trace."""
-    both = 2 if "hidden" in more[0] else 1  # of which all of a machine's processes have the same
+    both = 2 if "fc_dim" in more[0] else 1  # of which all of a machine's processes have the same
     commands = [shared_run(shards, tmp_path / "run", *(more if k or both == 2 else [])) for k in range(2)]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
     processes = [
@@ -211,5 +211,5 @@ def test_batches_that_can_be_shared_out(ranks: int, window: int, accumulate: int
             told = str(error)
             for size in re.findall(r"\b(?:take|or|can be) (\d+)", told):
                 placement.check_batch(int(size), accumulate, window, images)
-            for smaller in re.findall(r"\bor data.augmentation.share_window (\d+)", told):
+            for smaller in re.findall(r"\bor data.augmentation.images_per_crop (\d+)", told):
                 placement.check_batch(batch, accumulate, int(smaller), images)

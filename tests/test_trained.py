@@ -17,7 +17,7 @@ from train.checkpoint import save_checkpoint
 from train.config import parse_config
 from train.trained import initial_state, read_trained
 
-CONFIG = AlexNetConfig("original", channels=(8, 16, 16, 16, 16), hidden=64, num_classes=10)
+CONFIG = AlexNetConfig("original", channels=(8, 16, 16, 16, 16), fc_dim=64, num_classes=10)
 
 
 def test_the_same_network(tmp_path: Path, shards: Path, basis: Eigenbasis) -> None:
@@ -49,7 +49,7 @@ def test_other_classes_and_another_mean(tmp_path: Path, basis: Eigenbasis) -> No
 
 def test_torchvisions(tmp_path: Path, basis: Eigenbasis) -> None:
     """A .pth under torchvision's names: the standard deviations of its channels move into conv1."""
-    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=10)
+    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=10)
     model = AlexNet(config)
     from model.weights import OURS
 
@@ -62,7 +62,7 @@ def test_torchvisions(tmp_path: Path, basis: Eigenbasis) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": 32}, "its model.hidden is 64, this run's 32"),
+        ({"fc_dim": 32}, "its model.fc_dim is 64, this run's 32"),
         ({"lrn": "none"}, "its model.lrn is original, this run's none"),
         ({"activation": "tanh"}, "its model.activation is relu, this run's tanh"),
     ],
@@ -80,12 +80,12 @@ def test_another_network(
 def test_a_checkpoint_that_contradicts_itself(tmp_path: Path, basis: Eigenbasis) -> None:
     """Tensors of another network than its configuration tells: one sentence with the file."""
     place = ["--config", str(ROOT / "train/configs/quickstart.yaml"), "--data.shards", "s", "--run.dir", "r"]
-    small = ["--model.channels", "[8,16,16,16,16]", "--model.hidden", "64"]
+    small = ["--model.channels", "[8,16,16,16,16]", "--model.fc_dim", "64"]
     config = parse_config([*place, *small])
     content = {"config": config.to_json(), "model": AlexNet(config.model).state_dict(), "wnids": ["n0"] * 10}
     content |= {"eigenbasis": basis.to_json()}
     assert read_trained(save_checkpoint(tmp_path, 1, content, keep=2)).config == config.model
-    content["config"] = parse_config([*place, *small, "--model.hidden", "32"]).to_json()
+    content["config"] = parse_config([*place, *small, "--model.fc_dim", "32"]).to_json()
     path = save_checkpoint(tmp_path, 2, content, keep=2)
     with pytest.raises(
         ValueError, match=f"^{re.escape(str(path))} is of another network than it says: its tensors"
@@ -156,7 +156,7 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
         ),
         ("eigenbasis", 3),
         ("config", {"model": {"variant": 2**40}}),
-        ("config", {"model": {"hidden": 2**62}}),
+        ("config", {"model": {"fc_dim": 2**62}}),
         ("config", []),
         ("mean_image", "x"),
     ],
@@ -164,7 +164,7 @@ def test_a_run_from_the_weights_of_another(tmp_path: Path, few: Path) -> None:
 def test_checkpoints_of_another_form(tmp_path: Path, basis: Eigenbasis, part: str, value: object) -> None:
     """Whole files whose content is not what a run writes: one sentence with the file, to read and to export."""
     place = ["--config", str(ROOT / "train/configs/quickstart.yaml"), "--data.shards", "s", "--run.dir", "r"]
-    config = parse_config([*place, "--model.channels", "[8,16,16,16,16]", "--model.hidden", "64"])
+    config = parse_config([*place, "--model.channels", "[8,16,16,16,16]", "--model.fc_dim", "64"])
     content = {"config": config.to_json(), "model": AlexNet(config.model).state_dict(), "wnids": ["n0"] * 10}
     content |= {"eigenbasis": basis.to_json()}
     if part == "config" and isinstance(value, dict):

@@ -73,7 +73,7 @@ def draw_augmentation(figure: "Figure", state: TrainState) -> None:
             state.config.data,
             decode="cpu",
             speed=Speed(),
-            augmentation=replace(augmentation, mean="channel", share_window=1),
+            augmentation=replace(augmentation, mean="channel", images_per_crop=1),
         ),
         batch_size=min(14, state.train_shards.num_samples),
         seed=state.config.train.seed,

@@ -82,7 +82,7 @@ def facts_of(state: TrainState, network: AlexNet) -> list[tuple[str, str]]:
         ("classes", f"{len(state.val_shards.classes):,}"),
         (
             "network",
-            f"{model.variant}, {towers}, maps {maps}, {model.hidden} units in fc6, fc7",
+            f"{model.variant}, {towers}, maps {maps}, {model.fc_dim} units in fc6, fc7",
         ),
         ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
         ("device", device_name(state.device)),

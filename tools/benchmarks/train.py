@@ -49,7 +49,7 @@ def bench_train(
     Args:
         shards: Folder written by make_shards and compute_pca.
         recipe: YAML file as for train.run (default: fast.yaml on a GPU, quickstart.yaml without).
-        settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
+        settings: Further settings as for train.run: "--train.batch_size 128 --model.fc_dim 64".
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
