@@ -201,6 +201,11 @@ class Mesh:
     replica_group: dist.ProcessGroup
     """The processes that hold the same tower."""
 
+    @property
+    def groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Of the pair, and of the same tower."""
+        return self.peer.group, self.replica_group
+
     @classmethod
     def join(cls, device: torch.device, timeout: timedelta = TIMEOUT) -> "Mesh":
         """Meet the other processes of a torchrun. Raises `ValueError` when they are no pairs."""

@@ -16,8 +16,8 @@ from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
 from tools import ablate as program
 from tools.ablate import ANY_WIDTH, Run, ablate, run_training
 from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
+from train.cli import ABLATIONS
 from train.config import Config, flatten, parse_config
-from train.recipe import ABLATIONS
 
 CONFIGS = ROOT / "train" / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

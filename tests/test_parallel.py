@@ -33,8 +33,8 @@ from model.parallel import (
     split_state,
 )
 from model.peer import PeerLostError
+from train.config import OptimizerConfig
 from train.optimizer import PaperSGD
-from train.schedule import OptimizerConfig
 
 CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), fc_dim=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""

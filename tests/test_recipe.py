@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, refuses, train_refuses
+from train.cli import RECIPES, find_recipe
 from train.config import parse_config
-from train.recipe import RECIPES, find_recipe
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
 PLACE = ["--data.shards", "s", "--run.dir", "r"]
@@ -67,7 +67,7 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
         20,
         10,
     )
-    assert config.train.weights == Path("007") and config.data.augmentation.lighting.strength == 0.5
+    assert config.train.init_from == Path("007") and config.data.augmentation.lighting.strength == 0.5
 
 
 def test_other_programs(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_nothing_where_it_is_a_value(tmp_path: Path) -> None:
     """Settings that may be nothing take it from a file."""
     (tmp_path / "mine.yaml").write_text("train: {weights: }\nmodel: {channels: ~, lrn: null}\n")
     config = parse_config(["--config", str(QUICKSTART), "--config", str(tmp_path / "mine.yaml"), *PLACE])
-    assert (config.train.weights, config.model.channels, config.model.lrn) == (None, None, None)
+    assert (config.train.init_from, config.model.channels, config.model.lrn) == (None, None, None)
 
 
 def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.errors import DataError
 from pipeline.settings import Speed
-from pipeline.shards import DataError
 from tests.helpers import ROOT, refuses, run_ok
 from tools.tune_pipeline import FAILED, Knobs, Trial, Waits, format_table, list_axes, pick_best, search
 from train.config import parse_config

@@ -30,10 +30,9 @@ from tools.ablation_report import (
     read_figures,
     to_json,
 )
+from train.cli import ABLATIONS, DIVERGED, find_recipe, run_program
 from train.config import Config, check_same_run, parse_config
 from train.metrics import read_metrics
-from train.program import DIVERGED, run_program
-from train.recipe import ABLATIONS, find_recipe
 
 ANY_WIDTH = (
     "no-lrn",

@@ -31,11 +31,12 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from pipeline.errors import DataError
 from pipeline.files import write_bytes
 from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
-from pipeline.shards import DataError, open_shards
-from train.program import run_program
+from pipeline.shards import open_shards
+from train.cli import run_program
 
 if TYPE_CHECKING:
     from pipeline.loader import Loader
@@ -117,9 +118,9 @@ def tune_pipeline(
         )
     from pipeline.eigenbasis import Eigenbasis
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     device, train = pick_device("auto"), open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     on_gpu, seeds = device.type == "cuda", itertools.count()

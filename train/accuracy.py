@@ -102,7 +102,9 @@ def evaluate(
             if loader.mean_offset is not None:
                 centre_NCHW = centre_NCHW - loader.mean_offset
             centre_NK = average_NK = model(centre_NCHW)
-        correct += torch.stack([top_k_correct(s, labels_N, k) for s in (centre_NK, average_NK) for k in (1, 5)])
+        correct += torch.stack(
+            [top_k_correct(s, labels_N, k) for s in (centre_NK, average_NK) for k in (1, 5)]
+        )
         samples += (labels_N >= 0).sum()
         if stats:
             stats.update(images_NCHW, labels_N, average_NK)

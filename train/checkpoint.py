@@ -5,8 +5,8 @@
     RUN/checkpoints/LATEST              name of the newest one
     RUN/checkpoints/BEST                name of the one with the lowest validation error
 
-Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code. A file
-is a zip archive of `torch.save`, whose members carry a CRC each.
+Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code. A
+file is a zip archive of `torch.save`, whose members carry a CRC each.
 """
 
 import re
@@ -50,11 +50,17 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def start(
-        self, step: int, content: dict[str, Any], before: Callable[[], None], pinned_steps: Collection[int] = ()
+        self,
+        step: int,
+        content: dict[str, Any],
+        before: Callable[[], None],
+        pinned_steps: Collection[int] = (),
     ) -> None:
         """Write `content`, whose tensors may not change any more, after calling `before`. Waits for the one before."""
         self.log_save_error()
-        self._thread = Thread(target=self._write, args=(step, content, before, pinned_steps), name="checkpoint")
+        self._thread = Thread(
+            target=self._write, args=(step, content, before, pinned_steps), name="checkpoint"
+        )
         self._thread.start()
 
     def _write(
@@ -95,8 +101,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, point LATEST to it, and BEST to `content["best"]["step"]`. Returns its path.
 
-    Of those up to this step all but the newest `keep_last`, the best and `pinned_steps` are removed; one of a later step,
-    from before a resume, stays until it is written again. Raises `OSError`; the one before is the latest then.
+    Of those up to this step all but the newest `keep_last`, the best and `pinned_steps` are removed; one of a later
+    step, from before a resume, stays until it is written again. Raises `OSError`; the one before is the latest then.
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
@@ -148,7 +154,9 @@ def find_checkpoint(run_dir: Path) -> Path | None:
         return max(latest.parent.glob("step-*.pt"), default=None)
     name = read_pointer(latest) if latest.is_file() else "a directory"
     if not re.fullmatch(NAME, name) or not (path := latest.with_name(name)).is_file():
-        raise UserError(f"{latest}: expected a checkpoint's name, got {name!r}; write that of a step-*.pt into it")
+        raise UserError(
+            f"{latest}: expected a checkpoint's name, got {name!r}; write that of a step-*.pt into it"
+        )
     return path
 
 
@@ -160,8 +168,8 @@ def last_epoch_end(newest: Path) -> Path:
             if content and content["ranks"][0]["loader"]["ended"]:
                 return path
     raise UserError(
-        f"{newest.parent}: none was written at an epoch's end, from where another number of processes could resume; let "
-        "the run reach one as it is, or with a larger --run.keep_last"
+        f"{newest.parent}: none was written at an epoch's end, from where another number of processes could resume; "
+        "let the run reach one as it is, or with a larger --run.keep_last"
     )
 
 
@@ -174,7 +182,9 @@ def load_checkpoint(path: Path, formats: Collection[int] = (FORMAT_VERSION,)) ->
     """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `UserError` when it is none, damaged or of another
     format."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a checkpoint (RUN/checkpoints/step-*.pt) or a run directory")
+        raise FileNotFoundError(
+            f"{path}: expected a checkpoint (RUN/checkpoints/step-*.pt) or a run directory"
+        )
     content = read_archive(path)
     if content is None:
         older = (each for each in sorted(path.parent.glob("step-*.pt"), reverse=True) if each < path)
@@ -220,7 +230,9 @@ class RunDirectory:
         names = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
         if (self.path.exists() and not self.path.is_dir()) or (names and "run.lock" not in names):
             found = f" ({min(names)})" if names else ""
-            raise UserError(f"{self.path}: not a run directory{found}; give a --run.dir that is new, empty or a run's")
+            raise UserError(
+                f"{self.path}: not a run directory{found}; give a --run.dir that is new, empty or a run's"
+            )
         if not names:
             return
         self._hold()

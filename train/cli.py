@@ -70,7 +70,10 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     except OSError as error:
         code, message = WRONG_INPUT, describe_os_error(error)
     except BrokenProcessPool:
-        code, message = WRONG_INPUT, "a worker process was killed, maybe for memory; run it with fewer of them"
+        code, message = (
+            WRONG_INPUT,
+            "a worker process was killed, maybe for memory; run it with fewer of them",
+        )
     except DataError as error:
         code, message = DATA_FAILED, str(error)
     except DivergedError as error:
@@ -131,7 +134,9 @@ class Parser(ArgumentParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         """Add `--samples-per-shard` for a parameter `samples_per_shard` (underscores are taken, too); a bool that is
         off by default is a plain flag."""
-        ours = all(name.startswith("--") and "." not in name for name in args)  # a list has --name and --name+
+        ours = all(
+            name.startswith("--") and "." not in name for name in args
+        )  # a list has --name and --name+
         if args and ours and args != ("--print_config",):
             args = tuple(dict.fromkeys(each for name in args for each in (name.replace("_", "-"), name)))
             if kwargs.get("type") is bool and kwargs.get("default") is False:
@@ -227,9 +232,7 @@ def check_yaml(path: Path, options: Mapping[str, Any], prefix: str = "") -> None
     check_settings(content, path, options, prefix)
 
 
-def check_settings(
-    settings: Mapping[str, Any], path: Path, options: Mapping[str, Any], prefix: str
-) -> None:
+def check_settings(settings: Mapping[str, Any], path: Path, options: Mapping[str, Any], prefix: str) -> None:
     """As `check_yaml`, for a section of a file."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -240,7 +243,9 @@ def check_settings(
             elif isinstance(value, str):
                 check_yaml(path.parent / value, options, f"{name}.")
             else:
-                raise UserError(f"{path}: expected settings below {name}, got {value!r}; add some or leave it out")
+                raise UserError(
+                    f"{path}: expected settings below {name}, got {value!r}; add some or leave it out"
+                )
         elif value is None and options.get(name) and type(None) not in get_args(options[name]):
             raise UserError(f"{path}: {name} has no value; give one, or leave it out")
 
@@ -274,8 +279,8 @@ def check_renamed(name: str, source: str) -> None:
 
 
 def find_recipe(name: str) -> Path:
-    """The file behind a name: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`). A file of
-    that name in the working directory comes first. Raises `FileNotFoundError`."""
+    """The file behind a name: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`). A file
+    of that name in the working directory comes first. Raises `FileNotFoundError`."""
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""Settings of a run: one dataclass per section, from a YAML file and the command line. Without torch, for a fast --help.
+"""Settings of a run: one dataclass per section, from a YAML file and the command line. Without torch, for speed.
 
     python -m train.run --config train/configs/NAME.yaml [--section.key value ...]     # or --config NAME
 
@@ -34,7 +34,9 @@ class RateChange:
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or not 0 <= self.lr < math.inf:
-            raise ValueError(f"optimizer.changes: expected an epoch from 1 on and a rate from 0 on, got {self}")
+            raise ValueError(
+                f"optimizer.changes: expected an epoch from 1 on and a rate from 0 on, got {self}"
+            )
         if self.of not in ("weights", "biases", *LAYERS):
             raise ValueError(f"optimizer.changes: expected weights, biases or one of {LAYERS}, got {self.of}")
 
@@ -85,7 +87,9 @@ class OptimizerConfig:
         if list(self.steps) != sorted(set(self.steps)) or any(epoch < 1 for epoch in self.steps):
             raise ValueError(f"optimizer.steps: expected rising epochs from 1 on, got {self.steps}")
         if len({(change.epoch, change.of) for change in self.changes}) < len(self.changes):
-            raise ValueError("optimizer.changes sets one rate twice at the same epoch; leave one of the two out")
+            raise ValueError(
+                "optimizer.changes sets one rate twice at the same epoch; leave one of the two out"
+            )
         for name, schedule in (("steps", "steps"), ("changes", "manual")):
             if getattr(self, name) and self.schedule != schedule:
                 raise ValueError(
@@ -150,7 +154,9 @@ class RunConfig:
             raise ValueError(
                 f"run.log_every ({self.log_every}) and run.keep_last ({self.keep_last}) must be at least 1"
             )
-        if not 0 <= min(self.keep_every, self.profile_steps, self.save_minutes) or math.isnan(self.save_minutes):
+        if not min(self.keep_every, self.profile_steps, self.save_minutes) >= 0 or math.isnan(
+            self.save_minutes
+        ):
             raise ValueError(
                 f"run.keep_every ({self.keep_every}), run.profile_steps ({self.profile_steps}) and run.save_minutes "
                 f"({self.save_minutes}) must not be negative"
@@ -202,7 +208,9 @@ class Config:
             )
         for change in self.optimizer.changes:
             if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
-                raise ValueError(f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out")
+                raise ValueError(
+                    f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out"
+                )
 
     def with_classes(self, classes: int) -> "Config":
         """The same for shards of so many classes, unless `model.num_classes` is set."""
@@ -250,7 +258,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 def split_pairs(arguments: list[str]) -> list[str]:
     """The words of a command line, with `--config=FILE` and `--run.dir=DIR` as two and recipes' names as paths."""
     pairs = ("--config=", "--run.dir=")
-    words = [word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])]
+    words = [
+        word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])
+    ]
     before = ["", *words]
     return [str(find_recipe(word)) if before[k] == "--config" else word for k, word in enumerate(words)]
 
@@ -273,8 +283,8 @@ def add_saved_config(words: list[str]) -> list[str]:
         return ["--config", str(saved), *words]
     if "--data.shards" not in given:
         raise UserError(
-            f"{directory}: expected a run to resume, found no config.yaml; give an earlier run's --run.dir, or --config "
-            "FILE and --data.shards SHARDS"
+            f"{directory}: expected a run to resume, found no config.yaml; give an earlier run's --run.dir, or "
+            "--config FILE and --data.shards SHARDS"
         )
     return words
 
@@ -302,7 +312,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> No
                 "to come"
             )
         if name == "train.epochs" and after["optimizer.schedule"] != "cosine":
-            if new >= begun:
+            if new is not None and new >= begun:
                 continue
             raise UserError(f"train.epochs: expected at least {begun}, where the run is, got {new}")
         raise UserError(

@@ -28,8 +28,8 @@ def pick_device(name: str) -> torch.device:
     index = local_rank(os.environ)
     if index >= torch.cuda.device_count():
         raise UserError(
-            f"expected at most {torch.cuda.device_count()} processes, one for each GPU of this machine, got more; start "
-            "fewer"
+            f"expected at most {torch.cuda.device_count()} processes, one for each GPU of this machine, got more; "
+            "start fewer"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -49,7 +49,9 @@ def gpu_advice(device: torch.device, world_size: int, images: int) -> str:
     """
     found = torch.cuda.device_count()
     if device.type == "cpu" and has_nvidia_gpu() and not torch.cuda.is_available():
-        return f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
+        return (
+            f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
+        )
     if device.type == "cuda" and world_size == 1 and found > 1:
         command = f"torchrun --standalone --nproc-per-node {found} -m train.run"
         return f"note: this run uses 1 of {found} GPUs; {command} with the same options uses all"

@@ -1,8 +1,8 @@
 """Ranks, collectives, and the requests to stop or to save that all ranks agree on.
 
-One process group serves both devices: gloo for CPU tensors (control messages), NCCL for those on a GPU. Errors: what all
-ranks do together by `run_on_all_ranks` fails on all of them, and rank 0 raises; a lost process is any `RuntimeError` out
-of torch.distributed, raised here as `DataError`. Under NCCL a lost process may end this one before that (SIGABRT by its
+One process group serves both devices: gloo for CPU tensors (control messages), NCCL for those on a GPU. Errors: what
+all ranks do in `run_on_all_ranks` fails on all of them, and rank 0 raises; a lost process is any `RuntimeError` out of
+torch.distributed, raised here as `DataError`. Under NCCL a lost process may end this one before that (SIGABRT by its
 watchdog): torchrun's summary then names the process that failed first (docs/clusters.md).
 """
 
@@ -75,7 +75,9 @@ class Distributed:
         """This process in messages."""
         return f"process {self.rank} on {platform.node()}"
 
-    def check_batch(self, batch_size: int, grad_accum_steps: int, images_per_crop: int, num_images: int) -> None:
+    def check_batch(
+        self, batch_size: int, grad_accum_steps: int, images_per_crop: int, num_images: int
+    ) -> None:
         """Raise `UserError`, with sizes that work, where a batch does not divide over ranks, over groups of images with
         one crop, and over the micro-batches of a replica."""
         unit = math.lcm(self.world_size * images_per_crop, self.num_replicas * grad_accum_steps)
@@ -108,7 +110,10 @@ class Distributed:
     def build_model(self, config: AlexNetConfig, seed: int) -> AlexNet:
         """This rank's model or tower with the same initial weights everywhere; seeds dropout by rank."""
         torch.manual_seed(seed)
-        model = TowerAlexNet(config, self._mesh.peer) if self._mesh else AlexNet(config)
+        try:
+            model = TowerAlexNet(config, self._mesh.peer) if self._mesh else AlexNet(config)
+        except ValueError as error:  # not every configuration has two towers
+            raise UserError(str(error)) from None
         if self.world_size > 1:
             seed_process(seed, self.rank)
         return model
@@ -229,8 +234,8 @@ class Distributed:
                 raise
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"another process is gone or was silent for {TIMEOUT.seconds} s; its own last words say why ({reason}); "
-                "the same command resumes from the last checkpoint"
+                f"another process is gone or was silent for {TIMEOUT.seconds} s; its own last words say why "
+                f"({reason}); the same command resumes from the last checkpoint"
             ) from error
 
     def end_startup(self) -> None:
@@ -285,9 +290,9 @@ class StopSignal:
 class StopFlag:
     """Graceful stop: a signal on any rank is agreed by all ranks between two steps; so is a checkpoint that is due.
 
-    Asked at every step, exchanged about once a second: an exchange over gloo costs the host a fraction of a millisecond,
-    which at a thousand steps a second would be much. The number of steps until the next one is agreed in the exchange
-    itself, from the time that the last ones took.
+    Asked at every step, exchanged about once a second: an exchange over gloo costs the host a fraction of a
+    millisecond, which at a thousand steps a second would be much. The number of steps until the next one is agreed in
+    the exchange itself, from the time that the last ones took.
     """
 
     INTERVAL_S = 1.0

@@ -1,6 +1,6 @@
 """Evaluate a network: centre crop and ten views (Krizhevsky et al. 2012, section 4.1).
 
-    python -m train.evaluate CHECKPOINT SHARDS
+python -m train.evaluate CHECKPOINT SHARDS
 """
 
 import os
@@ -103,7 +103,9 @@ def check_outputs(classes: int, per_class: Path | None, confusion: Path | None) 
     from train.accuracy import CONFUSION_LIMIT
 
     if confusion and classes > CONFUSION_LIMIT:
-        raise UserError(f"--confusion: expected at most {CONFUSION_LIMIT} classes, got {classes}; leave it out")
+        raise UserError(
+            f"--confusion: expected at most {CONFUSION_LIMIT} classes, got {classes}; leave it out"
+        )
     for path in (per_class, confusion):
         if path:
             check_writable(path)
@@ -119,7 +121,9 @@ def open_val(trained: "Pretrained", shards: Path) -> ShardSet:
             "trained on"
         )
     if len(names) != trained.config.outputs:
-        raise UserError(f"{trained.path} has {trained.config.outputs} outputs, {shards} has {len(names)} classes")
+        raise UserError(
+            f"{trained.path} has {trained.config.outputs} outputs, {shards} has {len(names)} classes"
+        )
     return val
 
 

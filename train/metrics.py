@@ -55,7 +55,9 @@ class StepMeter:
     def _now(self) -> Any:
         if not self._on_gpu:
             return perf_counter()
-        event = torch.cuda.Event(enable_timing=True, blocking=True)  # waiting for it leaves the core to the loader
+        event = torch.cuda.Event(
+            enable_timing=True, blocking=True
+        )  # waiting for it leaves the core to the loader
         event.record()
         return event
 
@@ -172,7 +174,8 @@ class MetricsLog:
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row."""
         rounded = {
-            name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()
+            name: float(f"{value:.6g}") if isinstance(value, float) else value
+            for name, value in values.items()
         }
         with self._lock:
             first_error = not self._pending

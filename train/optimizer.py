@@ -2,8 +2,8 @@
 
     v <- momentum * v - weight_decay * lr * w - lr * gradient;   w <- w + v            (section 5)
 
-The velocity holds the rate that each gradient came with; `torch.optim.SGD` keeps the rate outside of its buffer, and the
-two agree only while the rate is constant. A rate of 0 freezes weights and velocity, as in the 2012 program.
+The velocity holds the rate that each gradient came with; `torch.optim.SGD` keeps the rate outside of its buffer, and
+the two agree only while the rate is constant. A rate of 0 freezes weights and velocity, as in the 2012 program.
 """
 
 import math
@@ -79,7 +79,9 @@ class AlexNetSGD(torch.optim.Optimizer):
                 weights, gradients = group["params"], [parameter.grad for parameter in group["params"]]
                 velocity = [self.state[parameter]["velocity"] for parameter in weights]
                 before = [tensor.clone() for tensor in (*weights, *velocity)] if skip is not None else []
-                self._update(weights, gradients, velocity, group["lr"], group["momentum"], group["weight_decay"])
+                self._update(
+                    weights, gradients, velocity, group["lr"], group["momentum"], group["weight_decay"]
+                )
                 for tensor, old in zip((*weights, *velocity), before, strict=False):
                     tensor.copy_(torch.where(skip, old, tensor))  # type: ignore[arg-type]
         self.zero_grad(set_to_none=True)
@@ -137,7 +139,9 @@ class LRSchedule:
     def _base_lr(self, group: str) -> float:
         """Before warm-up and drops: what was set last, for a layer of its own or for its kind."""
         config = self._config
-        past = sorted((each for each in config.changes if each.epoch <= self._epoch), key=lambda each: each.epoch)
+        past = sorted(
+            (each for each in config.changes if each.epoch <= self._epoch), key=lambda each: each.epoch
+        )
         own = [each.lr for each in past if each.of == group]
         if group == "biases":
             return own[-1] if own else config.lr if config.bias_lr is None else config.bias_lr
@@ -167,7 +171,9 @@ class LRSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state`."""
-        self._epoch, self._drops, self._stale, self._best = (state[k] for k in ("epoch", "drops", "stale", "best"))
+        self._epoch, self._drops, self._stale, self._best = (
+            state[k] for k in ("epoch", "drops", "stale", "best")
+        )
 
 
 class LossScale:

@@ -89,13 +89,17 @@ def check_shapes(state: dict[str, torch.Tensor], config: AlexNetConfig, path: Pa
     try:
         check_tensors(state, config)
     except ValueError as error:
-        raise UserError(f"{path}: expected weights of its own model, {error}; give another checkpoint") from None
+        raise UserError(
+            f"{path}: expected weights of its own model, {error}; give another checkpoint"
+        ) from None
 
 
 def check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
     """Raise `UserError` where weights are NaN or infinite."""
     if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise UserError(f"{path}: expected finite weights, got NaN or infinity; take an older one, or another file")
+        raise UserError(
+            f"{path}: expected finite weights, got NaN or infinity; take an older one, or another file"
+        )
 
 
 def init_from(

@@ -1,8 +1,8 @@
 """The trainer: owns shards, loaders, model, optimizer, checkpoints and metrics of one run.
 
-A stop falls between two steps. The host waits for the device at log steps, in evaluation and where a checkpoint is taken,
-and else runs at most two steps ahead (`StepMeter`). A checkpoint between two steps holds the next batch and the dropout
-stream: on a CPU the final weights are bitwise those of an uninterrupted run.
+A stop falls between two steps. The host waits for the device at log steps, in evaluation and where a checkpoint is
+taken, and else runs at most two steps ahead (`StepMeter`). A checkpoint between two steps holds the next batch and the
+dropout stream: on a CPU the final weights are bitwise those of an uninterrupted run.
 """
 
 import hashlib
@@ -55,14 +55,16 @@ class Trainer:
         self.config = config = config.with_classes(classes)
         problems: list[str] = []
         if config.model.num_classes != classes:
-            problems.append(f"{shards} has {classes} classes; leave --model.num_classes {config.model.outputs} out")
+            problems.append(
+                f"{shards} has {classes} classes; leave --model.num_classes {config.model.outputs} out"
+            )
         with collect_errors(problems):
             self.basis = Eigenbasis.load(
                 shards / "pca.json",
                 self.train_shards.manifest_sha256,
                 with_mean_image=config.data.augmentation.mean == "image",
             )
-        batch_size, images_per_crop = config.train.batch_size, config.data.augmentation.share_window
+        batch_size, images_per_crop = config.train.batch_size, config.data.augmentation.images_per_crop
         with collect_errors(problems):
             images = self.train_shards.num_samples
             distributed.check_batch(batch_size, config.train.grad_accum_steps, images_per_crop, images)
@@ -183,8 +185,8 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """One update from one batch, at the rates of the optimizer's groups; waits for nothing on the device.
 
-        Returns the mean loss, the number of correct predictions, and the gradient's norm over the whole model if wanted,
-        all on the device.
+        Returns the mean loss, the number of correct predictions, and if wanted the gradient's norm over the whole
+        model, all on the device.
         """
         images_NCHW, labels_N = self.distributed.gather_batch(batch)
         micro_batches, half = self.config.train.grad_accum_steps, AUTOCAST.get(self.config.train.precision)
@@ -216,7 +218,9 @@ class Trainer:
         if self.save_ms:
             values["save_ms"], self.save_ms = self.save_ms, 0.0
         if self.writer.latest:
-            values["saved_step"] = int(self.writer.latest.stem.removeprefix("step-"))  # misses lost checkpoints
+            values["saved_step"] = int(
+                self.writer.latest.stem.removeprefix("step-")
+            )  # misses lost checkpoints
         values["gradient_norm"] = grad_norm.item()
         if self.device.type == "cuda":
             values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -327,7 +331,11 @@ class Trainer:
         random_state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        own = {"loader": self.train_loader.state_dict(), "random": random_state, "meter": self.meter.state_dict()}
+        own = {
+            "loader": self.train_loader.state_dict(),
+            "random": random_state,
+            "meter": self.meter.state_dict(),
+        }
         ranks = self.distributed.all_gather(own)
         if not self.distributed.is_rank_zero:
             return {}
@@ -387,8 +395,8 @@ class Trainer:
         """Resume with other processes, from an epoch's end."""
         if not self.config.resume.allow_world_change:
             raise UserError(
-                f"{path}: expected {len(ranks)} processes, got {self.distributed.world_size}; start that many, or resume "
-                "from the end of an epoch with --resume.allow_world_change true"
+                f"{path}: expected {len(ranks)} processes, got {self.distributed.world_size}; start that many, or "
+                "resume from the end of an epoch with --resume.allow_world_change true"
             )
         state = ranks[0]["loader"]
         if not state["ended"]:
@@ -419,10 +427,13 @@ class Trainer:
         config = {
             name: value
             for name, value in flatten(self.config.to_json()).items()
-            if name not in ("data.shards", "run.dir", "train.init_from") and not name.startswith("data.speed.")
+            if name not in ("data.shards", "run.dir", "train.init_from")
+            and not name.startswith("data.speed.")
         }
         root = Path(__file__).resolve().parents[1]
-        sources = sorted(path for room in ("pipeline", "model", "train") for path in (root / room).glob("*.py"))
+        sources = sorted(
+            path for room in ("pipeline", "model", "train") for path in (root / room).glob("*.py")
+        )
         return config | {
             "the number of processes": self.distributed.world_size,
             "the newest checkpoint in run.dir": checkpoint.name if checkpoint else "none",
@@ -440,8 +451,8 @@ class Trainer:
         """Stop the loaders, and what is being written once it is written."""
         if hasattr(self, "writer"):
             self.writer.log_save_error()
-        if getattr(self, "log", None):
-            self.log.close()
+            if self.log:
+                self.log.close()
         self.train_loader.close()
         self.val_loader.close()
 
