@@ -8,7 +8,7 @@ import torch
 
 from pipeline.shards import ClassName
 from train import findings as findings_module
-from train.findings import Findings
+from train.accuracy import EvalStats
 
 CLASSES, BATCH = 7, 5
 NAMES = [ClassName(f"n{k}", f"word {k}, more") for k in range(CLASSES)]
@@ -24,9 +24,9 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     return made
 
 
-def seen(given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Findings:
-    """Findings over batches, as one process has them."""
-    found = Findings(CLASSES, torch.device("cpu"))
+def seen(given: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> EvalStats:
+    """EvalStats over batches, as one process has them."""
+    found = EvalStats(CLASSES, torch.device("cpu"))
     for batch in given:
         found.see(*batch)
     return found

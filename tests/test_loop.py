@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.helpers import small_run
-from train.config import parse_config
 from train.loop import Trainer
 from train.placement import Placement
 from train.state import TrainState
 from train.stop import StopVote
+
+from tests.helpers import small_run
+from train.config import parse_config
 
 
 @pytest.fixture
@@ -173,13 +173,15 @@ def steps(state: TrainState, count: int) -> tuple[list[float], dict[str, torch.T
 
 def test_accumulated_gradients(state_of: Any) -> None:
     """Without dropout, four passes of eight images are one of thirty-two, but for rounding; three are not accepted."""
-    whole, pieces = (state_of("--model.dropout", "0", "--train.accumulate", each) for each in ("1", "4"))
+    whole, pieces = (
+        state_of("--model.dropout", "0", "--train.grad_accum_steps", each) for each in ("1", "4")
+    )
     (expected, weights), (losses, others) = steps(whole, 5), steps(pieces, 5)
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, weight in weights.items():
         assert (others[name] - weight).abs().max() < 1e-4 * weight.abs().max() > 0
-    with pytest.raises(ValueError, match=r"a multiple of 3 for train.accumulate 3; take 30 or 33"):
-        state_of("--train.accumulate", "3")
+    with pytest.raises(ValueError, match=r"a multiple of 3 for train.grad_accum_steps 3; take 30 or 33"):
+        state_of("--train.grad_accum_steps", "3")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

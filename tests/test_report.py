@@ -14,9 +14,8 @@ from PIL import Image
 
 from pipeline.shards import ClassName
 from tests.helpers import look_at
-from train.accuracy import Accuracy
+from train.accuracy import Accuracy, EvalStats
 from train.charts import figures_of, png_of
-from train.findings import Findings
 from train.page import Story, build_page, colours_told
 from train.report import speed_of, summary
 
@@ -30,9 +29,9 @@ SECTIONS = ["what", "learning-and-speed", "first-layer", "hardest-classes", "sur
 SECTIONS += ["configuration"]
 
 
-def found_by(classes: int, right: list[int], wrong: list[tuple[int, int]]) -> Findings:
-    """Findings from images that are recognized, and from (label, guess) that are not."""
-    findings = Findings(classes, torch.device("cpu"))
+def found_by(classes: int, right: list[int], wrong: list[tuple[int, int]]) -> EvalStats:
+    """EvalStats from images that are recognized, and from (label, guess) that are not."""
+    findings = EvalStats(classes, torch.device("cpu"))
     pairs = [(label, label) for label in right] + wrong
     scores = torch.full((len(pairs), classes), 0.1 / classes)
     for row, (_, guess) in enumerate(pairs):

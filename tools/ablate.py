@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_bytes, write_json
 from pipeline.shards import ShardSet, open_shards
 from tools.ablation_report import (
@@ -30,10 +31,9 @@ from tools.ablation_report import (
     read_figures,
     to_json,
 )
+from train.cli import ABLATIONS, DIVERGED, find_recipe, run_program
 from train.config import Config, check_same_run, parse_config
 from train.metrics import read_metrics
-from train.program import DIVERGED, run_program
-from train.recipe import ABLATIONS, find_recipe
 
 ANY_WIDTH = (
     "no-lrn",
@@ -88,7 +88,7 @@ def ablate(
         seeds: Seeds of every ablation.
         rates: Learning rates to try for every ablation, of which the best counts; by default the configuration's.
         error: Training error in percent; the table lists the epochs to reach it.
-        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.hidden 64". An ablation
+        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.fc_dim 64". An ablation
             overrides them.
     """
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
@@ -97,7 +97,7 @@ def ablate(
     each_rate: list[float | None] = [None] if rates is None else [*rates]
     for name, values in {"--seeds": seeds, "--rates": each_rate}.items():
         if not values or len(set(values)) < len(values):
-            raise ValueError(
+            raise UserError(
                 f"{name}: expected different numbers, at least one, got {[*values]}; such as [1,2]"
             )
     plan = {
@@ -117,7 +117,7 @@ def ablate(
         figures = {rate: [finish_run(run, train, error) for run in runs] for rate, runs in by_rate.items()}
         entries.append(pick_rate(name, figures))
         if not entries[0].runs:
-            raise ValueError(f"{BASE}: diverged; give another OUT and a lower --rates or --optimizer.lr")
+            raise UserError(f"{BASE}: diverged; give another OUT and a lower --rates or --optimizer.lr")
     table = format_markdown(entries, error, val.num_samples)
     content = {"base": str(base), "settings": settings, "error": error, "seeds": seeds, "rates": rates}
     content |= {"shards": str(shards), "shards_manifest_sha256": train.manifest_sha256}
@@ -130,16 +130,16 @@ def ablate(
 
 
 def find_ablations(names: list[str]) -> dict[str, Path]:
-    """Find the YAML files of ablations by name. Raises `ValueError` for an unknown or a duplicate one."""
+    """Find the YAML files of ablations by name. Raises `UserError` for an unknown or a duplicate one."""
     files: dict[str, Path] = {}
     for text in names:
         try:
             path = find_recipe(text)
         except FileNotFoundError:
             known = ", ".join(sorted(path.stem for path in ABLATIONS.glob("*.yaml")))
-            raise ValueError(f"--ablations {text}: not found; give a YAML file or one of {known}") from None
+            raise UserError(f"--ablations {text}: not found; give a YAML file or one of {known}") from None
         if path.stem in {BASE, *files}:
-            raise ValueError(
+            raise UserError(
                 f"--ablations: expected different names, got {path.stem} twice; rename one or leave it out"
             )
         files[path.stem] = path
@@ -161,9 +161,9 @@ def plan_run(
     try:
         words = shlex.split(settings)
     except ValueError as error:
-        raise ValueError(f"--settings {settings}: {error}; quote it as in a shell") from None
+        raise UserError(f"--settings {settings}: {error}; quote it as in a shell") from None
     if clash := [word for word in words if word.partition("=")[0] in PER_RUN]:
-        raise ValueError(f"--settings: {clash[0]} is set for each run; leave it out")
+        raise UserError(f"--settings: {clash[0]} is set for each run; leave it out")
     directory = out / f"{name}{'' if rate is None else f'-lr{rate!r}'}-seed{seed}"
     arguments = ["--config", str(base), *words, *(["--config", str(file)] if file else [])]
     arguments += ["--data.shards", str(shards), "--run.dir", str(directory), "--train.seed", str(seed)]
@@ -172,13 +172,13 @@ def plan_run(
 
 
 def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, base: Path) -> None:
-    """Raise `ValueError` for a run that logs nothing, equals the base, or finished with other settings."""
+    """Raise `UserError` for a run that logs nothing, equals the base, or finished with other settings."""
     runs = [run for by_rate in plan.values() for runs in by_rate.values() for run in runs]
     for run in runs:
         config = run.config
         steps = train.num_samples // config.train.batch_size
         if config.run.log_every > steps:
-            raise ValueError(
+            raise UserError(
                 f"run.log_every: expected at most {steps}, an epoch's, got {config.run.log_every}; give "
                 f'--settings "--run.log_every {max(1, steps // 2)}", or a smaller --train.batch_size'
             )
@@ -186,7 +186,7 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
     first = {name: next(iter(by_rate.values()))[0].config for name, by_rate in plan.items()}
     for name, config in first.items():
         if name != BASE and replace(config, run=first[BASE].run) == first[BASE]:
-            raise ValueError(
+            raise UserError(
                 f"{name}: expected a change of {base} with these settings, got none; leave it out"
             )
 
@@ -194,18 +194,18 @@ def check_plan(plan: dict[str, dict[float | None, list[Run]]], train: ShardSet, 
 def read_result(run: Run, train: ShardSet) -> str | None:
     """Read the outcome of a run: "trained" or "diverged"; None if it is unfinished, or needs more epochs.
 
-    Raises `ValueError` when it had other settings or shards.
+    Raises `UserError` when it had other settings or shards.
     """
     if not run.result.is_file() or not (run.directory / "metrics.jsonl").is_file():
         return None
     content = read_json(run.result)
     epochs = content["config"]["train"]["epochs"]
     if content["shards"] != train.manifest_sha256:
-        raise ValueError(f"{run.directory}: trained on other shards; give another OUT")
+        raise UserError(f"{run.directory}: trained on other shards; give another OUT")
     try:
         check_same_run(content["config"], run.config.to_json(), begun=epochs)
     except ValueError as error:
-        raise ValueError(f"{run.directory}: {str(error).partition(';')[0]}; give another OUT") from None
+        raise UserError(f"{run.directory}: {str(error).partition(';')[0]}; give another OUT") from None
     return str(content["outcome"]) if epochs == run.config.train.epochs else None
 
 
@@ -249,9 +249,9 @@ def run_training(run: Run) -> bool:
             process.wait()
             raise
     if code not in (0, DIVERGED):
-        raise ValueError(f"{run.directory}: training failed with exit code {code}; see the end of {log}")
+        raise UserError(f"{run.directory}: training failed with exit code {code}; see the end of {log}")
     if code == 0 and not report.is_file():
-        raise ValueError(f"{run.directory}: unfinished; run the same command to resume")
+        raise UserError(f"{run.directory}: unfinished; run the same command to resume")
     return code == 0
 
 

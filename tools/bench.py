@@ -17,7 +17,7 @@ from tools.benchmarks.pack import bench_pack
 from tools.benchmarks.peers import bench_peers
 from tools.benchmarks.report import bench_all, write_report
 from tools.benchmarks.train import bench_train
-from train.program import run_program
+from train.cli import run_program
 
 if __name__ == "__main__":
     benchmarks = {"loader": bench_loader, "peers": bench_peers, "train": bench_train, "model": bench_model}

@@ -22,7 +22,7 @@ from pipeline.eigenbasis import Moments, read_eigenbasis, read_mean_image, write
 from pipeline.files import atomic_writer, check_writable
 from pipeline.machine import share_of_cores
 from pipeline.shards import ShardSet, open_shards
-from train.program import run_program
+from train.cli import run_program
 
 if TYPE_CHECKING:
     import torch

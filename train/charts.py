@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.files import atomic_writer
 from pipeline.shards import ClassName
-from train.findings import Findings
+from train.accuracy import EvalStats
 
 if TYPE_CHECKING:  # it takes a third of a second, and every start of a run would wait for it
     from matplotlib.axes import Axes
@@ -184,7 +184,7 @@ def short_names(classes: Sequence[ClassName], longest: int = 24) -> list[str]:
     return [name if len(name) <= longest else f"{name[: longest - 1]}…" for name in names]
 
 
-def draw_confusion(figure: "Figure", findings: Findings, classes: Sequence[ClassName]) -> None:
+def draw_confusion(figure: "Figure", findings: EvalStats, classes: Sequence[ClassName]) -> None:
     """How often images of each class (rows) are taken for each class (columns), as shares of the row."""
     counts = findings.confusion[: len(classes)].cpu().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

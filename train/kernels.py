@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.errors import UserError
+
 SIGNIFICANT = 0.01
 """Towers split by colour where random halves lie as far apart less often than this."""
 
@@ -45,7 +47,7 @@ def saturation(kernels: np.ndarray) -> np.ndarray:
     """
     wide = np.asarray(kernels, np.float64)
     if wide.ndim != 4 or wide.shape[1] != 3:
-        raise ValueError(f"kernels must have shape (maps, 3, height, width), not {wide.shape}")
+        raise UserError(f"kernels must have shape (maps, 3, height, width), not {wide.shape}")
     peaks = np.abs(wide).max((1, 2, 3), keepdims=True)
     wide = wide / np.where(peaks > 0, peaks, 1)  # squares of tiny weights would vanish
     energy = (wide**2).sum((1, 2, 3))
@@ -66,7 +68,7 @@ def tower_colours(weight: np.ndarray, towers: int, halvings: int = 10_000, seed:
         seed: Of these.
     """
     if towers not in (1, 2) or len(weight) < 2 or len(weight) % towers:
-        raise ValueError(f"{len(weight)} kernels are not those of {towers} towers, which must be 1 or 2")
+        raise UserError(f"{len(weight)} kernels are not those of {towers} towers, which must be 1 or 2")
     saturations = saturation(weight)
     means = saturations.reshape(towers, -1).mean(1)
     half = len(saturations) // 2

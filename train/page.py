@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.shards import ClassName
 from train import charts
-from train.findings import Example, Findings
+from train.accuracy import EvalStats, Example
 from train.kernels import saturation, tower_colours
 from train.markup import inline, percent, picture, table
 
@@ -42,7 +42,7 @@ class Story:
     rows: charts.Rows
     steps_per_epoch: int
     classes: Sequence[ClassName]
-    findings: Findings
+    findings: EvalStats
     pixels: Callable[[Example], np.ndarray]
     """An example as uint8 (256, 256, 3) RGB."""
     conv1: np.ndarray

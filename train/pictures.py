@@ -15,18 +15,18 @@ from pipeline.lighting import Lighting, relight
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import Speed
-from train.accuracy import MIDDLE
+from train.accuracy import MIDDLE, EvalStats, Example
 from train.charts import draw_curves, saved_figure, short_names
-from train.directory import PICTURES
-from train.findings import Example, Findings
 from train.metrics import read_metrics
-from train.state import TrainState
+from train.trainer import Trainer
+
+PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
 
 if TYPE_CHECKING:  # it takes a third of a second, and every start of a run would wait for it
     from matplotlib.figure import Figure
 
 
-def draw_pictures(state: TrainState, network: AlexNet, findings: Findings) -> list[Path]:
+def draw_pictures(state: Trainer, network: AlexNet, findings: EvalStats) -> list[Path]:
     """Draw every picture; returns their paths."""
     paths = [state.config.run.dir / name for name in PICTURES]
     curves, kernels, augmentation, predictions = paths
@@ -59,7 +59,7 @@ def draw_kernels(figure: "Figure", network: AlexNet) -> None:
         axes.axis("off")
 
 
-def draw_augmentation(figure: "Figure", state: TrainState) -> None:
+def draw_augmentation(figure: "Figure", state: Trainer) -> None:
     """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
     augmentation, basis = state.config.data.augmentation, state.basis
     images_NHWC = next(decoded_batches(state.train_shards, 16)).numpy()
@@ -73,7 +73,7 @@ def draw_augmentation(figure: "Figure", state: TrainState) -> None:
             state.config.data,
             decode="cpu",
             speed=Speed(),
-            augmentation=replace(augmentation, mean="channel", share_window=1),
+            augmentation=replace(augmentation, mean="channel", images_per_crop=1),
         ),
         batch_size=min(14, state.train_shards.num_samples),
         seed=state.config.train.seed,
@@ -103,7 +103,7 @@ def draw_augmentation(figure: "Figure", state: TrainState) -> None:
     panels[3].axis("off")
 
 
-def draw_predictions(figure: "Figure", state: TrainState, findings: Findings) -> None:
+def draw_predictions(figure: "Figure", state: Trainer, findings: EvalStats) -> None:
     """Ten validation images with their five most probable classes over all views: the surest mistakes, and what was
     right but close."""
     wrong, right = findings.mistakes, findings.close_calls
@@ -129,7 +129,7 @@ def draw_predictions(figure: "Figure", state: TrainState, findings: Findings) ->
     figure.suptitle("validation images: the surest mistakes (red), then what was right but close")
 
 
-def example_pixels(example: Example, state: TrainState) -> np.ndarray:
+def example_pixels(example: Example, state: Trainer) -> np.ndarray:
     """An image that was looked at as uint8 (256, 256, 3) RGB."""
     image_HWC = example.image.permute(1, 2, 0).float().numpy()
     return to_pixels(image_HWC * state.config.data.augmentation.std, state.basis.mean)

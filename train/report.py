@@ -7,17 +7,16 @@ import torch
 
 from model.alexnet import AlexNet
 from pipeline.files import write_bytes
-from train.accuracy import Accuracy
+from train.accuracy import Accuracy, EvalStats
 from train.charts import Rows, figures_of
-from train.findings import Findings
 from train.metrics import read_metrics
 from train.page import Story, build_page
 from train.pictures import example_pixels
-from train.state import TrainState
+from train.trainer import Trainer
 
 
 def report(
-    state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings, pictures: list[Path]
+    state: Trainer, network: AlexNet, accuracy: Accuracy, findings: EvalStats, pictures: list[Path]
 ) -> None:
     """Print what was trained on, how well and how fast, and where the pictures lie; write the page. Raises
     `OSError`."""
@@ -34,7 +33,7 @@ def report(
     print(f"all of this on one page:\n  {page}")
 
 
-def data_of(state: TrainState, accuracy: Accuracy) -> list[tuple[str, str]]:
+def data_of(state: Trainer, accuracy: Accuracy) -> list[tuple[str, str]]:
     """(name, value) of the data's sizes."""
     return [
         ("images", f"{state.train_shards.num_samples} train, {accuracy.samples} validation"),
@@ -53,7 +52,7 @@ def speed_of(rows: Rows) -> list[tuple[str, str]]:
     return table + ([("GPU memory, at most", f"{memory.max():.1f} GB")] if len(memory) else [])
 
 
-def tell(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings, rows: Rows) -> Story:
+def tell(state: Trainer, network: AlexNet, accuracy: Accuracy, findings: EvalStats, rows: Rows) -> Story:
     """What the page tells."""
     config, run_dir = state.config, state.config.run.dir
     return Story(
@@ -74,7 +73,7 @@ def tell(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Find
     )
 
 
-def facts_of(state: TrainState, network: AlexNet) -> list[tuple[str, str]]:
+def facts_of(state: Trainer, network: AlexNet) -> list[tuple[str, str]]:
     """(name, value) of what was trained, and where."""
     model = state.config.model.spelled_out()
     towers, maps = f"{model.towers} tower{'s' * (model.towers != 1)}", "-".join(map(str, model.maps))
@@ -82,11 +81,11 @@ def facts_of(state: TrainState, network: AlexNet) -> list[tuple[str, str]]:
         ("classes", f"{len(state.val_shards.classes):,}"),
         (
             "network",
-            f"{model.variant}, {towers}, maps {maps}, {model.hidden} units in fc6, fc7",
+            f"{model.variant}, {towers}, maps {maps}, {model.fc_dim} units in fc6, fc7",
         ),
         ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
         ("device", device_name(state.device)),
-        ("processes", str(state.placement.world)),
+        ("processes", str(state.distributed.world_size)),
         ("versions", versions()),
     ]
     if state.best:

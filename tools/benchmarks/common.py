@@ -25,9 +25,10 @@ from statistics import median
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
 from pipeline.machine import num_cores
-from pipeline.shards import DataError, ShardSet
+from pipeline.shards import ShardSet
 
 if TYPE_CHECKING:
     import torch
@@ -152,12 +153,12 @@ def report_rates(title: str, rates: Rates, reference: str, out: Path | None, **c
 
 
 def check_options(out: Path | None, **numbers: float | None) -> None:
-    """Raise `ValueError` or `OSError` for a number that is not positive, or an `out` that cannot be written."""
+    """Raise `UserError` or `OSError` for a number that is not positive, or an `out` that cannot be written."""
     for name, value in numbers.items():
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
     if out and out.suffix != ".jsonl":
-        raise ValueError(f"--out: expected a file of JSON lines, NAME.jsonl, got {out}")
+        raise UserError(f"--out: expected a file of JSON lines, NAME.jsonl, got {out}")
     if out:
         check_writable(out)
 

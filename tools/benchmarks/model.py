@@ -50,7 +50,7 @@ def bench_model(
 
     from model.alexnet import AlexNetConfig
     from model.parallel import bytes_per_image
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.device import pick_device, set_precision, tune_malloc
 
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
@@ -58,8 +58,8 @@ def bench_model(
     precision = precision or ("bf16" if on_gpu else "float32")
     common.check_options(out, batch_sizes=min(sizes), seconds=seconds, repeats=repeats)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    keep_freed_memory()  # this and the next as the trainer does
-    set_arithmetic(deterministic=False)
+    tune_malloc()  # this and the next as the trainer does
+    set_precision(deterministic=False)
     print(f"{precision}, {repeats} repeats, on {device}")
     context = {"data": "random numbers", "precision": precision, "device": device.type}
 
@@ -85,13 +85,13 @@ def make_training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.de
     import torch
 
     from model.alexnet import AlexNet, AlexNetConfig
-    from train.device import compiled
+    from train.device import compile_model
 
     train_on = make_trainer(batch_size, dtype, device)
     ours = partial(AlexNet, AlexNetConfig())
     networks: dict[str, Callable[[], Any]] = {TORCHVISION: build_torchvision_alexnet, "ours": ours}
     steps = {name: train_on(make()) for name, make in networks.items()}
-    steps["ours, compiled as the trainer does"] = train_on(ours(), partial(compiled, device=device))
+    steps["ours, compiled as the trainer does"] = train_on(ours(), partial(compile_model, device=device))
     if device.type == "cuda":
         graphs = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
         steps |= {f"{name}, CUDA graphs": train_on(make(), graphs) for name, make in networks.items()}
@@ -103,24 +103,25 @@ def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") 
     import torch
     import torch.nn.functional as F
 
-    from train.optimizer import PaperSGD
-    from train.schedule import OptimizerConfig
+    from train.config import OptimizerConfig
+    from train.optimizer import AlexNetSGD
 
     images = 50 * torch.randn(batch_size, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch_size,), device=device)
 
     def train_on(model: Any, compile: Callable[[Any], Any] = lambda model: model) -> Step:
         network = compile(model.to(device))
-        optimizer = PaperSGD(model.named_parameters(), OptimizerConfig())
+        optimizer = AlexNetSGD(model.named_parameters(), OptimizerConfig())
         if device.type == "cuda":
             optimizer.compile()
-        rates = {name: 1e-9 for name, _ in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-9  # the same work, without divergence
 
         def step() -> None:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = F.cross_entropy(network(images).float(), labels)
             loss.backward()
-            optimizer.step(rates)
+            optimizer.step()
 
         return step
 
@@ -155,8 +156,8 @@ def train_pair(batch_size: int, dtype: "torch.dtype", device: "torch.device") ->
     import yaml
 
     from model.alexnet import AlexNet, AlexNetConfig
-    from pipeline.shards import DataError
-    from train.recipe import ABLATIONS
+    from pipeline.errors import DataError
+    from train.cli import ABLATIONS
 
     context = multiprocessing.get_context("spawn")
     messages, theirs = context.Pipe()
@@ -194,20 +195,20 @@ def join_pair(
     from model.alexnet import AlexNetConfig
     from model.parallel import Mesh, TowerAlexNet, seed_process
     from model.peer import TIMEOUT
-    from train.device import compiled, keep_freed_memory, set_arithmetic
+    from train.device import compile_model, set_precision, tune_malloc
 
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, num_cores() // 2))
-    keep_freed_memory()  # this and the next as the trainer does
-    set_arithmetic(deterministic=False)
+    tune_malloc()  # this and the next as the trainer does
+    set_precision(deterministic=False)
     timeout, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
     dist.init_process_group(backend, f"file://{store}", timeout, rank=rank, world_size=2)
     mesh = Mesh.join(device, timeout)
     torch.manual_seed(0)  # the same batch and weights on both ranks
-    train_on = partial(make_trainer(batch_size, dtype, device), compile=partial(compiled, device=device))
+    train_on = partial(make_trainer(batch_size, dtype, device), compile=partial(compile_model, device=device))
     tower_step = train_on(TowerAlexNet(AlexNetConfig(), mesh.peer))
     seed_process(0, rank)  # dropout
     return train_on, tower_step

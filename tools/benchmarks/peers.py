@@ -21,6 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import UserError
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
@@ -63,19 +64,19 @@ def bench_peers(
         out: File of JSON lines to append one row per contender to.
     """
     from tools.benchmarks.peer_loaders import PEERS, PeerData
-    from train.device import keep_freed_memory
+    from train.device import tune_malloc
 
     common.check_options(out, batch_size=batch_size, workers=workers, seconds=seconds, repeats=repeats)
     names = list(PEERS) if peers is None else peers
     if not names or set(names) - set(PEERS):
-        raise ValueError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
+        raise UserError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
     train = common.select_first_shards(open_shards(shards, "train"), max(MAX_IMAGES, batch_size))
     if train.any_size or train.num_samples < max(CHECKED, batch_size):
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
-        raise ValueError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
+        raise UserError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     raise_open_files(len(train.tars))
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
     workers = workers or num_cores()
     turns: dict[str, Callable[[], common.Rate]] = {}
@@ -99,7 +100,7 @@ def bench_peers(
             step = partial(next, stack.enter_context(closing(load(timed))))
             turns[title] = partial(common.measure, step, batch_size, seconds)
         if not turns:
-            raise ValueError("--peers: expected one that runs here, got none; see above")
+            raise UserError("--peers: expected one that runs here, got none; see above")
         rates = common.interleave(turns, repeats)
 
     data, ours = common.describe_shards(train), PEERS["ours"][0]

@@ -46,7 +46,7 @@ def bench_train(
     Args:
         shards: Folder written by make_shards and compute_pca.
         recipe: YAML file as for train.run (default: fast.yaml on a GPU, quickstart.yaml without).
-        settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
+        settings: Further settings as for train.run: "--train.batch_size 128 --model.fc_dim 64".
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
@@ -56,27 +56,26 @@ def bench_train(
 
     from pipeline.loader import Batch
     from train.config import parse_config
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
-    from train.meter import StepMeter
-    from train.placement import Placement
-    from train.state import TrainState
+    from train.device import pick_device, set_precision, tune_malloc
+    from train.distributed import Distributed
+    from train.trainer import Trainer
 
     common.check_options(out, seconds=seconds, repeats=repeats)
     with tempfile.TemporaryDirectory() as scratch:  # a config needs a directory; nothing is written there
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         paths = ["--data.shards", str(shards), "--run.dir", scratch]
         config = parse_config(["--config", str(recipe), *settings.split(), *paths])
-        keep_freed_memory()  # this and the next as train.run does
-        set_arithmetic(config.run.deterministic)
+        tune_malloc()  # this and the next as train.run does
+        set_precision(config.run.deterministic)
         device = pick_device(config.run.device)
-        state = TrainState(config, device, Placement(config.parallel, device))
-        state.build()
-        state.learner.model.train()
-    learner, images = state.learner, config.train.batch_size
-    batches = itertools.chain.from_iterable(itertools.repeat(state.train_loader))
+        trainer = Trainer(config, device, Distributed(config.parallel))
+        trainer.build()
+    trainer.model.train()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e-9  # the same work, without divergence
+    meter, images = trainer.meter, config.train.batch_size
+    batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
     batch = Batch(*(tensor.clone() for tensor in next(batches)))
-    lr = dict.fromkeys(learner.names, 1e-9)  # the same work, without divergence
-    meter = StepMeter(device, state.placement)
     waits: list[dict[str, float]] = []
 
     def take_step() -> None:
@@ -84,11 +83,11 @@ def bench_train(
             batch = next(batches)
         with record_function(STEP):
             meter.start_step()
-            loss, correct, _ = learner.step(batch, lr)
+            loss, correct, _ = trainer.train_step(batch)
             meter.end_step(loss, correct, batch)
 
     def measure_training() -> common.Rate:
-        meter.pause()  # `begin` drops the waits of the warm-up
+        meter.mark_gap()  # `begin` drops the waits of the warm-up
         rate = common.measure(take_step, images, seconds, device, begin=lambda: meter.read(images))
         figures = read_utilization(device) | meter.read(images)
         waits.append({name: figures[name] for name in figures if name.startswith(("wait_", "gpu_"))})
@@ -96,20 +95,20 @@ def bench_train(
 
     turns: dict[str, Callable[[], common.Rate]] = {
         LOADER: partial(common.measure, partial(next, batches), images, seconds, device),
-        SYNTHETIC: partial(common.measure, partial(learner.step, batch, lr), images, seconds, device),
+        SYNTHETIC: partial(common.measure, partial(trainer.train_step, batch), images, seconds, device),
         REAL: measure_training,
     }
     rates = common.interleave(turns, repeats)
     figures = {name: median(turn[name] for turn in waits[1:]) for name in waits[0]}  # without the warm-up
     figures |= read_timeline(trace(take_step, device), TRACED)
-    state.close()
+    trainer.train_loader.close()
     speeds = zip(*([rate.per_s for rate in values] for values in rates.values()), strict=True)
     efficiency = median(real / min(loader, network) for loader, network, real in speeds)
-    data = common.describe_shards(state.train_shards)
+    data = common.describe_shards(trainer.train_shards)
     print(f"{data}; batch {images}, {config.train.precision}, {repeats} repeats, on {device}")
     context: dict[str, Any] = {
         "data": data,
-        "shards": state.train_shards.manifest_sha256,
+        "shards": trainer.train_shards.manifest_sha256,
         "config": config.to_json(),
     }
     context |= figures | {"efficiency": efficiency, "device": device.type}
