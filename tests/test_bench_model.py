@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.shards import DataError
+from pipeline.errors import DataError
 from tests.helpers import TORCHVISION
 from tests.test_bench import rows_of
 from tools.benchmarks import model
