@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
@@ -75,7 +75,7 @@ def preview(
         convention: Convention of lighting.
     """
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
+        raise UserError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
     train = open_shards(shards, "train")
     content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
     basis, augmentation = Eigenbasis.from_json(content), Augmentation(lighting=Lighting(convention, strength))
