@@ -11,7 +11,6 @@ from train.checkpoint import find_checkpoint
 from train.config import Config, is_run_config
 from train.metrics import read_metrics
 
-PICTURES = ("curves.png", "kernels.png", "augmentation.png", "predictions.png")
 FILES, FOLDERS = ("config.yaml", "metrics.jsonl"), ("checkpoints", "tensorboard")
 
 

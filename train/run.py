@@ -72,8 +72,7 @@ def train(state: "TrainState", stop: "StopVote") -> None:
     from train.findings import Findings
     from train.loop import Trainer
     from train.metrics import MetricsLog
-    from train.pictures import draw_pictures
-    from train.report import report
+    from train.report import write_report
 
     log = MetricsLog(state.config.run.dir, state.step, state.epoch) if state.placement.is_first else None
     trainer, findings = Trainer(state, log, stop), Findings(state.config.model.outputs, state.device)
@@ -82,7 +81,7 @@ def train(state: "TrainState", stop: "StopVote") -> None:
     if accuracy:
         network = state.learner.gather_network()
         if state.placement.is_first:
-            report(state, network, accuracy, findings, draw_pictures(state, network, findings))
+            write_report(state, network, accuracy, findings)
     elif state.placement.is_first:
         print(
             f"stopped and saved at step {state.step} (epoch {state.epoch + 1}); run the same command again to resume"
