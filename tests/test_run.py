@@ -114,7 +114,7 @@ def test_another_seed_gives_other_weights(few: Path, undisturbed: Path, tmp_path
 def test_what_a_finished_run_leaves(few: Path, undisturbed: Path) -> None:
     """Configuration, metrics, events, checkpoints, pictures and the page; it learned."""
     names = {path.name for path in undisturbed.iterdir()}
-    pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
+    pictures = {"curves.png", "kernels.png", "augmentation.png"}
     assert names == {
         "config.yaml",
         "metrics.jsonl",

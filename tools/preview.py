@@ -172,7 +172,7 @@ def draw_sheet(
     path: Path, shards: ShardSet, repeated: list[View], training: list[View], lighting: Lighting, seed: int
 ) -> None:
     """Write preview.png: above, a stored image and its augmentations; below, the first training images."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
     one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
     upper_title = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
@@ -244,7 +244,7 @@ def compute_variance_shares(stddev: np.ndarray) -> np.ndarray:
 
 def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
     """Write pca.png: ramps of the mean colour shifted along each axis."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
     basis, steps = Eigenbasis.from_json(content), np.linspace(-REACH, REACH, 601)[:, None]
     with saved_figure(path) as figure:
