@@ -27,7 +27,7 @@ from tools.packing.layouts import open_raw, split_off_validation, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
 from tools.packing.parquet import pack_parquet
 from tools.packing.plan import Options, Plan, find_part, make_plan
-from tools.packing.pool import check_workers
+from tools.packing.pool import check_workers, run_jobs
 from tools.packing.verify import stats, verify
 from tools.packing.writer import (
     LISTING,
@@ -35,7 +35,6 @@ from tools.packing.writer import (
     claim_output,
     find_unfinished,
     read_sidecars,
-    run_jobs,
     write_manifest,
     write_shard,
 )
@@ -124,9 +123,10 @@ def pack(
         for plan in plans:
             if numbers := [number for owner, number in assigned if owner is plan]:
                 results += pack_parquet(plan, numbers, workers)
-    elif assigned:
-        images = sum(last - first for plan, number in assigned for first, last in [plan.bounds(number)])
-        results = run_jobs(write_shard, (plan.shard(number) for plan, number in assigned), images, workers)
+    else:
+        sizes = [size for plan, number in assigned for size in plan.num_images([number])]
+        shards_to_write = (plan.shard(number) for plan, number in assigned)
+        results = run_jobs(write_shard, shards_to_write, sizes, workers, "packing", "img")
     if not unfinished:
         print("all shards exist; nothing to do")
     print_speed(results, time.perf_counter() - started, workers)

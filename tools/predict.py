@@ -93,7 +93,8 @@ def find_images(name: str) -> list[Path]:
 
     path = Path(name).expanduser()
     if path.is_dir():
-        paths = list(layouts.find_images(path, []))
+        images, _ = layouts.collect_images(layouts.read_folder(path))
+        paths = [Path(image.name) for image in images]
     else:
         names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
         paths = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]

@@ -25,7 +25,7 @@ from pipeline.shards import (
     read_classes,
 )
 from tools.packing.images import find_fault
-from tools.packing.pool import check_workers, map_shards, set_current_item
+from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 
 MAX_TARS = 100_000
@@ -81,7 +81,7 @@ def adopt(
         print(f"{directory} is adopted already; nothing to do")
         return
     read = partial(read_shard, on_bad=on_bad)
-    indexes = map_shards(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
+    indexes = run_jobs(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
     num_samples, max_label = (
         sum(shard.row["samples"] for shard in indexes),
         max(shard.max_label for shard in indexes),

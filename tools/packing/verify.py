@@ -22,14 +22,14 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg
 from tqdm import tqdm
 
 from pipeline.errors import DataError
 from pipeline.files import read_json
 from pipeline.shards import check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
-from tools.packing.jpeg import read_jpeg
-from tools.packing.pool import check_workers, map_shards, set_current_item
+from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.cli import sanitize_message
@@ -109,7 +109,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
             continue
         jobs = list_jobs(path.parent, manifest, fast)
         sizes = [int(job.row["bytes"]) for job in jobs]
-        shard_reports = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
+        shard_reports = run_jobs(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
         reports += [*shard_reports, check_split(path.parent, manifest, jobs, shard_reports)]
         images, tars = images + manifest["num_samples"], tars + len(jobs)
     others = sorted({path.name for path in shards.iterdir()} - set(SPLITS))
@@ -264,9 +264,9 @@ def find_image_fault(content: bytes, store: str) -> str:
     """Find the reason why an image does not fit the split's store; empty if it does."""
     if fault := find_fault(content):
         return fault
-    jpeg = read_jpeg(content)
-    if store == "crop256" and (jpeg.width, jpeg.height) != (SIDE, SIDE):
-        return f"expected {SIDE}x{SIDE}, got {jpeg.width}x{jpeg.height}"
+    height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    if store == "crop256" and (height, width) != (SIDE, SIDE):
+        return f"expected {SIDE}x{SIDE}, got {width}x{height}"
     return ""
 
 
@@ -337,10 +337,12 @@ def summarize(values: Sequence[int]) -> str:
 def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
     """Read width and height of an image in a shard. Raises `DataError`."""
     with Path(tar).open("rb") as file:
-        jpeg = read_jpeg(os.pread(file.fileno(), size, offset))
-    if not jpeg.width:
-        raise DataError(f"{tar}: no image at byte {offset}; run make_shards.py verify")
-    return jpeg.width, jpeg.height
+        content = os.pread(file.fileno(), size, offset)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        raise DataError(f"{tar}: no image at byte {offset}; run make_shards.py verify") from None
+    return width, height
 
 
 def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
