@@ -44,15 +44,15 @@ class AlexNet(nn.Module):
     def __init__(self, config: AlexNetConfig) -> None:
         super().__init__()
         c1, c2, c3, c4, c5 = config.maps
-        towers, hidden = config.num_towers, config.hidden
+        towers, fc_dim = config.num_towers, config.fc_dim
         self.conv1 = nn.Conv2d(3, c1, 11, stride=4, padding=config.padding)
         self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=towers)
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1) if c3 else None
         self.conv4 = nn.Conv2d(c3 or c2, c4, 3, padding=1, groups=towers) if c4 else None
         self.conv5 = nn.Conv2d(c4 or c3 or c2, c5, 3, padding=1, groups=towers) if c5 else None
-        self.fc6 = nn.Linear((c5 or c4 or c3 or c2) * 6 * 6, hidden)
-        self.fc7 = nn.Linear(hidden, hidden)
-        self.fc8 = nn.Linear(hidden, config.outputs)
+        self.fc6 = nn.Linear((c5 or c4 or c3 or c2) * 6 * 6, fc_dim)
+        self.fc7 = nn.Linear(fc_dim, fc_dim)
+        self.fc8 = nn.Linear(fc_dim, config.outputs)
         self.set_functions(config, towers)
         if config.variant != "torchvision":
             self.init_weights()

@@ -155,10 +155,10 @@ class TowerAlexNet(AlexNet):
         self.conv3 = MeetingConv2d(c2, maps[2], 3, padding=1)
         self.conv4 = nn.Conv2d(maps[2], maps[3], 3, padding=1) if c4 else None
         self.conv5 = nn.Conv2d(maps[3] or maps[2], maps[4], 3, padding=1) if c5 else None
-        self.fc6 = MeetingLinear((c5 or c4 or c3) * 6 * 6, config.hidden // TOWERS)
-        self.fc7 = MeetingLinear(config.hidden, config.hidden // TOWERS)
+        self.fc6 = MeetingLinear((c5 or c4 or c3) * 6 * 6, config.fc_dim // TOWERS)
+        self.fc7 = MeetingLinear(config.fc_dim, config.fc_dim // TOWERS)
         own_classes = (config.outputs + 1 - peer.tower) // TOWERS  # as tensor_split cuts them
-        self.fc8 = MeetingLinear(config.hidden, own_classes)
+        self.fc8 = MeetingLinear(config.fc_dim, own_classes)
         for layer in (self.conv3, self.fc6, self.fc7, self.fc8):
             layer.peer = peer
         self.set_functions(config, towers=1)
@@ -200,6 +200,11 @@ class Mesh:
     num_replicas: int
     replica_group: dist.ProcessGroup
     """The processes that hold the same tower."""
+
+    @property
+    def groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Of the pair, and of the same tower."""
+        return self.peer.group, self.replica_group
 
     @classmethod
     def join(cls, device: torch.device, timeout: timedelta = TIMEOUT) -> "Mesh":
@@ -250,6 +255,6 @@ def bytes_per_image(config: AlexNetConfig, element_bytes: int, pixel_bytes: int 
         pixel_bytes: Of a colour value of an image on the wire; 0: each process loads the whole batch.
     """
     _, c2, c3, c4, c5 = config.maps
-    inputs = c2 * 13 * 13 + (c5 or c4 or c3) * 6 * 6 + 2 * config.hidden  # of conv3, fc6, fc7, fc8
+    inputs = c2 * 13 * 13 + (c5 or c4 or c3) * 6 * 6 + 2 * config.fc_dim  # of conv3, fc6, fc7, fc8
     logits = max(4, element_bytes) * config.outputs / TOWERS  # at least float32; the mean of both, if odd
     return element_bytes * inputs + logits + pixel_bytes * 3 * 224 * 224 / TOWERS

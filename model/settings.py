@@ -23,7 +23,7 @@ class AlexNetConfig:
     """Groups of maps that meet only in conv3 and the fully connected layers; 1 lets every layer see every map."""
     channels: tuple[int, int, int, int, int] | None = None
     """Maps of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
-    hidden: int = 4096
+    fc_dim: int = 4096
     """Units of fc6 and of fc7, counted over both towers."""
     num_classes: int | None = None
     """Outputs of fc8; a run takes the number of classes in its shards, else it is ImageNet's 1000."""
@@ -49,9 +49,9 @@ class AlexNetConfig:
                 f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
                 f"not {self.maps}"
             )
-        if self.hidden < 1 or self.hidden % self.num_towers:
+        if self.fc_dim < 1 or self.fc_dim % self.num_towers:
             raise ValueError(
-                f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}"
+                f"model.fc_dim must be positive and divide by {self.num_towers} towers, not {self.fc_dim}"
             )
         if self.outputs < 2:
             raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
@@ -61,8 +61,11 @@ class AlexNetConfig:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "AlexNetConfig":
         """From what `dataclasses.asdict` gave, by way of JSON or YAML. Raises `TypeError` for other fields."""
-        channels = content.get("channels")
-        return cls(**{**content, "channels": tuple(channels) if channels else None})
+        fields = {
+            "fc_dim" if name == "hidden" else name: value for name, value in content.items()
+        }  # as of 0.1
+        channels = fields.get("channels")
+        return cls(**{**fields, "channels": tuple(channels) if channels else None})
 
     def spelled_out(self) -> "AlexNetConfig":
         """The same with the variant's values where fields are silent."""

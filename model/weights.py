@@ -67,7 +67,7 @@ def weights_bytes(
     """
     check_tensors(state, config)
     if names == "torchvision":
-        sizes = {"channels": config.maps, "hidden": config.hidden, "num_classes": config.outputs}
+        sizes = {"channels": config.maps, "fc_dim": config.fc_dim, "num_classes": config.outputs}
         theirs = AlexNetConfig("torchvision", dropout=config.dropout, **sizes)  # type: ignore[arg-type]
         if config.spelled_out() != theirs.spelled_out() or not all(config.maps):
             raise ValueError(
@@ -159,5 +159,5 @@ def torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
     sizes = {layer: len(state[f"{name}.weight"]) for name, layer in TORCHVISION_NAMES.items()}
     c1, c2, c3, c4, c5 = (sizes[f"conv{k}"] for k in range(1, 6))
     return AlexNetConfig(
-        variant="torchvision", channels=(c1, c2, c3, c4, c5), hidden=sizes["fc7"], num_classes=sizes["fc8"]
+        variant="torchvision", channels=(c1, c2, c3, c4, c5), fc_dim=sizes["fc7"], num_classes=sizes["fc8"]
     )

@@ -5,7 +5,7 @@ An image of any size is brought to the geometry of packed ones in one resampling
 on a CPU only what its pixels are made of is decoded.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nvidia.dali import fn, math, types
 
@@ -22,12 +22,8 @@ class Decoder(NamedTuple):
     """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
     any_size: bool = False
     """Whether images are of any size; else they are 256x256."""
-    fancy_upsampling: bool = True
-    """See `Augmentation`."""
     hw_load: float = 0.65
     """See `Speed.hw_decoder_load`."""
-    cache_mb: int = 0
-    """GPU memory for decoded images, in MiB as DALI counts."""
 
 
 def crop_graph(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataNode | float") -> "DataNode":
@@ -53,17 +49,13 @@ def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
     ignored."""
     if decoder.where == "cpu":
         return crop_graph(encoded, IMAGE_SIDE, 0.5, 0.5)
-    cache: dict[str, Any] = (
-        {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
-    )
     return fn.decoders.image(
         encoded,
         device="mixed",
         output_type=types.RGB,
         adjust_orientation=False,
-        jpeg_fancy_upsampling=decoder.fancy_upsampling,
+        jpeg_fancy_upsampling=True,  # interpolated chroma, as libjpeg and Pillow have it
         hw_decoder_load=decoder.hw_load,
-        **cache,
     )
 
 

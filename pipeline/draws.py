@@ -50,7 +50,7 @@ def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:
         fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_y")),
         fn.random.coin_flip(probability=augmentation.flip, seed=op_seed(seed, loader_rank, "mirror")),
     )
-    if augmentation.share_window > 1:  # the first one's of each group
-        first = [k - k % augmentation.share_window for k in range(Pipeline.current().max_batch_size)]
+    if augmentation.images_per_crop > 1:  # the first one's of each group
+        first = [k - k % augmentation.images_per_crop for k in range(Pipeline.current().max_batch_size)]
         views = tuple(fn.permute_batch(view, indices=first) for view in views)
     return Draws(*views, fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")))

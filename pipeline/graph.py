@@ -102,23 +102,22 @@ def read_graph(
     shuffle_buffer: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
-    read_ahead: int = 1,
-    sticky: bool = False,
+    reader_queue_depth: int = 1,
 ) -> "tuple[DataNode, DataNode]":
     """Read (encoded image, label): its file's bytes and uint8 (6,), ASCII digits and then zeros.
 
     In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
-    and samples are drawn from a buffer. With `sticky` each rank keeps its shards, in one order. `pad_last_batch` is
-    what makes epochs exact over several ranks: without it the tail of one epoch takes from the head of the next.
+    and samples are drawn from a buffer. `pad_last_batch` is what makes epochs exact over several ranks: without it the
+    tail of one epoch takes from the head of the next.
     Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and follow their files:
     DALI's default, a MiB at first for each member of each sample in the shuffle buffer, makes gigabytes.
     """
     shuffling: dict[str, Any] = {
         "random_shuffle": True,
         "initial_fill": min(shuffle_buffer, shards.num_samples),
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": op_seed(seed, 0, "shards"),
     }
-    if not sticky:
-        shuffling |= {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": op_seed(seed, 0, "shards")}
     outputs: Any = fn.readers.webdataset(
         paths=list(shards.tars),
         index_paths=list(shards.indexes),
@@ -130,8 +129,8 @@ def read_graph(
         pad_last_batch=True,
         dont_use_mmap=True,
         tensor_init_bytes=4096,
-        prefetch_queue_depth=read_ahead,
-        stick_to_shard=sticky or not training,
+        prefetch_queue_depth=reader_queue_depth,
+        stick_to_shard=not training,
         name="reader",
         **(shuffling if training else {}),
     )
@@ -150,14 +149,12 @@ def train_pipeline(
     num_ranks: int,
     decoder: Decoder,
     device: str,
-    read_ahead: int = 1,
+    reader_queue_depth: int = 1,
     lit: bool = True,
 ) -> "tuple[DataNode, ...]":
     """What `read_graph` gives for labels and `train_graph` for images; `lit=False` leaves lighting out, to measure what
     it costs."""
-    encoded, digits = read_graph(
-        shards, True, data_seed, shuffle_buffer, rank, num_ranks, read_ahead, sticky=decoder.cache_mb > 0
-    )
+    encoded, digits = read_graph(shards, True, data_seed, shuffle_buffer, rank, num_ranks, reader_queue_depth)
     draws = draw(augmentation, data_seed, rank)
     draws = draws if lit else draws._replace(light=None)
     return digits, *train_graph(encoded, draws, basis, augmentation, decoder, device)
@@ -172,10 +169,12 @@ def val_pipeline(
     num_ranks: int,
     decoder: Decoder,
     device: str,
-    read_ahead: int = 1,
+    reader_queue_depth: int = 1,
 ) -> "tuple[DataNode, ...]":
     """What `read_graph` gives for labels and `val_graph` for images, in stored order."""
-    encoded, digits = read_graph(shards, False, rank=rank, num_ranks=num_ranks, read_ahead=read_ahead)
+    encoded, digits = read_graph(
+        shards, False, rank=rank, num_ranks=num_ranks, reader_queue_depth=reader_queue_depth
+    )
     return digits, *val_graph(encoded, basis, augmentation, decoder, device)
 
 

@@ -33,18 +33,18 @@ class Lighting:
     ImageNet)."""
     strength: float = 0.1
     """Standard deviation of the draw on each axis, in units of the convention; 0 turns lighting off."""
-    until_epoch: int | None = None
+    off_epoch: int | None = None
     """First epoch, counted from 0, without lighting (the 2012 program turned it off at 67); None: never."""
 
     def __post_init__(self) -> None:
-        if self.until_epoch is not None and self.until_epoch < 0:
-            raise ValueError(f"lighting.until_epoch must not be negative, but is {self.until_epoch}")
+        if self.off_epoch is not None and self.off_epoch < 0:
+            raise ValueError(f"lighting.off_epoch must not be negative, but is {self.off_epoch}")
         if not (math.isfinite(self.strength) and 0 <= self.strength <= 10):
             raise ValueError(f"lighting.strength must lie in 0..10, not {self.strength}")
 
     def at_epoch(self, epoch: int) -> "Lighting":
-        """What holds in an epoch: strength 0 from `until_epoch` on."""
-        over = self.until_epoch is not None and epoch >= self.until_epoch
+        """What holds in an epoch: strength 0 from `off_epoch` on."""
+        over = self.off_epoch is not None and epoch >= self.off_epoch
         return replace(self, strength=0.0) if over else self
 
     def shift_matrix(self, basis: Eigenbasis) -> np.ndarray:

@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 def config_arguments(seeds: Path, out: Path) -> list[str]:
     """A tiny network's options."""
-    small = "--model.channels [2,2,2,2,2] --model.hidden 4 --train.batch_size 4 --run.device cpu"
+    small = "--model.channels [2,2,2,2,2] --model.fc_dim 4 --train.batch_size 4 --run.device cpu"
     return [
         "--config",
         str(QUICKSTART),
@@ -251,5 +251,5 @@ def make_run(seeds: Path) -> None:
     (seeds / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     inputs = {"mean": basis["mean"], "std": 1.0}
     (seeds / "w.safetensors").write_bytes(weights_bytes(model.state_dict(), config.model, inputs))
-    theirs = AlexNet(type(config.model)("torchvision", channels=(2, 2, 2, 2, 2), hidden=4, num_classes=10))
+    theirs = AlexNet(type(config.model)("torchvision", channels=(2, 2, 2, 2, 2), fc_dim=4, num_classes=10))
     torch.save({name: theirs.state_dict()[ours] for name, ours in OURS.items()}, seeds / "w.pth")

@@ -16,8 +16,8 @@ from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
 from tools import ablate as program
 from tools.ablate import ANY_WIDTH, Run, ablate, run_training
 from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
+from train.cli import ABLATIONS
 from train.config import Config, flatten, parse_config
-from train.recipe import ABLATIONS
 
 CONFIGS = ROOT / "train" / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -42,7 +42,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What each has to change in the paper's configuration, and nothing else. (The parameters of one-gpu and no-conv4 are
 counted in test_alexnet.)"""
-TINY = "--model.channels [8,16,16,16,16] --model.hidden 32 --train.epochs 1 --run.device cpu"
+TINY = "--model.channels [8,16,16,16,16] --model.fc_dim 32 --train.epochs 1 --run.device cpu"
 
 
 def over_paper(*more: str) -> Config:
@@ -234,7 +234,7 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
     compared()
     result = tmp_path / "no-lrn-seed2.json"
     written, content = (tmp_path / "ablations.json").read_bytes(), read_json(result)
-    for settings, field in (("--optimizer.lr .004", "optimizer.lr"), ("--model.hidden 30", "model.hidden")):
+    for settings, field in (("--optimizer.lr .004", "optimizer.lr"), ("--model.fc_dim 30", "model.fc_dim")):
         with pytest.raises(ValueError, match=f"base-seed1: .*{field}.*give another OUT"):
             compared(settings)
     write_json(result, content | {"shards": "0"})

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from model.alexnet import AlexNet, AlexNetConfig, normalize_within_maps
 from tests.helpers import TORCHVISION
 
-SLIM = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=10)
+SLIM = AlexNetConfig(channels=(8, 16, 24, 24, 16), fc_dim=32, num_classes=10)
 
 
 def test_parameters_of_the_full_network() -> None:
@@ -98,7 +98,7 @@ def test_initialization(variant: str, middle: float, width: int) -> None:
     """Standard deviations and biases as in 2012; slimmer nets get wider weights."""
     torch.manual_seed(0)
     channels = tuple(maps // width for maps in (96, 256, 384, 384, 256))
-    model = AlexNet(AlexNetConfig(variant=variant, channels=channels, hidden=512, num_classes=100))  # type: ignore[arg-type]
+    model = AlexNet(AlexNetConfig(variant=variant, channels=channels, fc_dim=512, num_classes=100))  # type: ignore[arg-type]
     for name, layer in model.named_children():
         expected = (middle if name in ("conv3", "conv4", "conv5") else 0.01) * math.sqrt(width)
         weights = layer.weight.detach()
@@ -110,7 +110,7 @@ def test_initialization(variant: str, middle: float, width: int) -> None:
 
 def test_initialization_of_one_tower() -> None:
     """The paper's net for one GPU (footnote 2), a single tower of full width, begins with the same deviations."""
-    model = AlexNet(AlexNetConfig(towers=1, channels=(48, 128, 192, 192, 256), hidden=512, num_classes=100))
+    model = AlexNet(AlexNetConfig(towers=1, channels=(48, 128, 192, 192, 256), fc_dim=512, num_classes=100))
     assert model.conv2.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
@@ -163,7 +163,7 @@ def test_switches_train(activation: str) -> None:
         {"channels": (7, 16, 24, 24, 16)},
         {"channels": (0, 16, 24, 24, 16)},
         {"channels": (8, 16, -24, 24, 16)},
-        {"hidden": 31},
+        {"fc_dim": 31},
         {"num_classes": 1},
         {"dropout": 1.0},
     ],
@@ -273,7 +273,7 @@ def test_without_normalization(variant: Literal["paper", "original"]) -> None:
     """What is left without biases is homogeneous: twice the pixels give twice the logits. With normalization they do
     not, be it that across maps or that within them."""
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 100
-    sizes = {"channels": (8, 8, 8, 8, 8), "hidden": 16, "num_classes": 4}
+    sizes = {"channels": (8, 8, 8, 8, 8), "fc_dim": 16, "num_classes": 4}
     ratios = {}
     for lrn in ("none", None):
         torch.manual_seed(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.shards import DataError
+from pipeline.errors import DataError
 from tools.benchmarks import report
 
 PARTS = {

@@ -20,7 +20,7 @@ from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, rea
 def test_train(few: Path, tmp_path: Path) -> None:
     """Loader, network and both have positive rates; efficiency is the median over turns; the host's time adds up."""
     out, config = tmp_path / "rows.jsonl", ROOT / "train/configs/quickstart.yaml"
-    small = "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false"
+    small = "--model.channels [8,16,16,16,16] --model.fc_dim 64 --train.compile false"
     turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
     text = run_ok("tools/bench.py", "train", few, "--recipe", config, "--settings", small, *turns)
     rows = rows_of(out)

@@ -8,7 +8,7 @@ import torch
 from model.alexnet import AlexNet, AlexNetConfig
 from tests.helpers import run_python
 from train import device as device_module
-from train.device import can_compile, compiled, gpu_advice
+from train.device import can_compile, gpu_advice
 
 KEPT = """
 import ctypes, os, re, threading
@@ -16,7 +16,7 @@ import ctypes, os, re, threading
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # with many cores a dozen threads would say nothing
 import numpy as np
 from pipeline.machine import resident_bytes
-from train.device import keep_freed_memory
+from train.device import tune_malloc
 
 def arenas():
     libc = ctypes.CDLL(None)
@@ -32,7 +32,7 @@ def hold():
     del block
 
 if {keep}:
-    keep_freed_memory()
+    tune_malloc()
 blocks = [np.ones(1_000_000, np.uint8) for _ in range(200)]
 full = resident_bytes()
 del blocks
@@ -83,7 +83,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """The network is trained uncompiled, on a GPU machine too."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    model = AlexNet(AlexNetConfig(channels=(2, 2, 2, 2, 2), hidden=2, num_classes=2))
+    model = AlexNet(AlexNetConfig(channels=(2, 2, 2, 2, 2), fc_dim=2, num_classes=2))
     assert not can_compile(torch.device(kind)) and compiled(model, torch.device(kind)) is model
     assert "normalize" not in vars(model)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")

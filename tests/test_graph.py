@@ -143,7 +143,7 @@ def test_shared_windows() -> None:
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None, seed=0, enable_checkpointing=True)
     def pipeline(share: int) -> tuple[object, ...]:
-        return draw(Augmentation(share_window=share), 3, 0)
+        return draw(Augmentation(images_per_crop=share), 3, 0)
 
     alone, shared = pipeline(1), pipeline(4)
     for _ in range(20):

@@ -32,7 +32,7 @@ def test_state_continues_bit_for_bit(numbered_shards: Make, plain_basis: Eigenba
         if step == stop_at:
             break
     state = first.state_dict()
-    (second,) = loaders(shards, plain_basis, 1, training=True, speed=Speed(threads=1, prefetch=3))
+    (second,) = loaders(shards, plain_basis, 1, training=True, speed=Speed(threads=1, prefetch_queue_depth=3))
     second.load_state_dict(state)
     position = first.at_epoch * 16 + first.at_step
     got = collect(second, range(second.at_epoch, 3))

@@ -33,18 +33,18 @@ from model.parallel import (
     split_state,
 )
 from model.peer import PeerLostError
+from train.config import OptimizerConfig
 from train.optimizer import PaperSGD
-from train.schedule import OptimizerConfig
 
-CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), hidden=32, num_classes=7, dropout=0)
+CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), fc_dim=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""
 OTHERS = (
     AlexNetConfig(
-        "original", channels=(8, 16, 24, 24, 0), hidden=32, num_classes=6, activation="tanh", dropout=0
+        "original", channels=(8, 16, 24, 24, 0), fc_dim=32, num_classes=6, activation="tanh", dropout=0
     ),
-    AlexNetConfig("torchvision", towers=2, channels=(8, 16, 24, 0, 16), hidden=32, num_classes=3, dropout=0),
+    AlexNetConfig("torchvision", towers=2, channels=(8, 16, 24, 0, 16), fc_dim=32, num_classes=3, dropout=0),
     AlexNetConfig(
-        channels=(8, 16, 24, 0, 0), hidden=32, num_classes=2, lrn="none", pooling="plain", dropout=0
+        channels=(8, 16, 24, 0, 0), fc_dim=32, num_classes=2, lrn="none", pooling="plain", dropout=0
     ),
 )
 """Of which one step is compared."""
@@ -127,7 +127,7 @@ def work(folder: Path, rank: int, world: int) -> None:
     found["shared"] = torch.equal(shared[0], images) and torch.equal(shared[1], labels)
 
     # What dropout silences.
-    dropped = TowerAlexNet(AlexNetConfig(channels=CONFIG.channels, hidden=512, num_classes=7), mesh.peer)
+    dropped = TowerAlexNet(AlexNetConfig(channels=CONFIG.channels, fc_dim=512, num_classes=7), mesh.peer)
     silent: list[torch.Tensor] = []
     dropped.fc7.register_forward_pre_hook(lambda _, inputs: silent.append(inputs[0] == 0))
     dropped.fc6.bias.data.fill_(1e6)  # so that dropout alone makes zeros

@@ -14,11 +14,12 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.errors import DataError
 from pipeline.files import read_json
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import ClassName, DataError, ShardSet
+from pipeline.shards import ClassName, ShardSet
 from tests.helpers import jpeg, photo, refuses, run_ok
 from tools.preview import (
     IMAGENET,

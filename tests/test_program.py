@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, refuses, run_ok, run_python
-from train.program import BROKEN_PIPE, DIVERGED
+from train.cli import BROKEN_PIPE, DIVERGED
 
 CASES = {
     "raise ValueError('give a folder')": (2, "error: give a folder\n"),
     "raise FileNotFoundError('no such shard')": (2, "error: no such shard\n"),
-    "from pipeline.shards import DataError; raise DataError('shard 3 is cut')": (
+    "from pipeline.errors import DataError; raise DataError('shard 3 is cut')": (
         3,
         "error: shard 3 is cut\n",
     ),
@@ -35,7 +35,7 @@ CASES = {
 def test_exit_codes(body: str, capsys: pytest.CaptureFixture[str]) -> None:
     """0, 2, 3 and 4, each with one line."""
     place = ROOT / "tools" / "__init__.py"  # a ValueError is the user's only if raised in one of our rooms
-    text = f"from train.program import *\ndef main() -> None:\n    {body}\nexit_with(main)\n"
+    text = f"from train.cli import *\ndef main() -> None:\n    {body}\nexit_with(main)\n"
     with pytest.raises(SystemExit) as ended:
         exec(compile(text, str(place), "exec"), {})
     assert (ended.value.code, capsys.readouterr().err) == CASES[body]
@@ -43,9 +43,7 @@ def test_exit_codes(body: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_librarys_value_error() -> None:
     """It keeps its traceback: the mistake is ours."""
-    done = run_python(
-        "-c", "from train.program import exit_with; import json; exit_with(lambda: json.loads('{'))"
-    )
+    done = run_python("-c", "from train.cli import run_main; import json; run_main(lambda: json.loads('{'))")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
@@ -153,7 +151,7 @@ def test_wrong_values_within() -> None:
 
 TALKATIVE = """
 from tqdm import tqdm
-from train.program import *
+from train.cli import *
 def main():
     for _ in range(100):
         print("x" * 100_000, flush=True)
@@ -162,7 +160,7 @@ def main():
     raise DivergedError("the loss is nan")
 if sys.argv[1:]:
     outlive_full_disk()
-exit_with(main)
+run_main(main)
 """
 
 
@@ -194,8 +192,8 @@ def test_a_killed_worker() -> None:
     code = (
         "import os\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from train.program import exit_with\n"
-        "exit_with(lambda: ProcessPoolExecutor(1).submit(os._exit, 9).result())\n"
+        "from train.cli import run_main\n"
+        "run_main(lambda: ProcessPoolExecutor(1).submit(os._exit, 9).result())\n"
     )
     done = run_python("-c", code)
     assert done.returncode == 2 and done.stderr.startswith("error: a worker process was killed"), done.stderr

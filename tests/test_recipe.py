@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, refuses, train_refuses
+from train.cli import RECIPES, find_recipe
 from train.config import parse_config
-from train.recipe import RECIPES, find_recipe
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
 PLACE = ["--data.shards", "s", "--run.dir", "r"]
@@ -30,12 +30,12 @@ CASES = {
     b"# nothing yet\n": " holds no settings",
     b"- 5\n": " holds no settings",
     b"train: &a [*a]\n": ", line 1: an alias stands within what it repeats; write it out",
-    b"train:\n  seed: 1\nmodel: &m {hidden: 1, channels: [*m]}\n": ", line 3: an alias stands within",
+    b"train:\n  seed: 1\nmodel: &m {fc_dim: 1, channels: [*m]}\n": ", line 3: an alias stands within",
     b"train:\n  seed: 1:30\n": ", line 2: YAML reads 1:30 as a number in base 60; write it in base 10, or quote it",
     b"<<: {optimizer: 3}\n": f", line 1: {NO_SECTION}",
     b"<<: [{train: {seed: 1}}, {optimizer: }]\n": f", line 1: {NO_SECTION}",
     b"train:\n  <<: 5\n": ", line 2: << takes settings over from a section; give its alias",
-    b"model:\n  hidden:\n": ", line 2: model.hidden has no value; give one, or leave it out",
+    b"model:\n  fc_dim:\n": ", line 2: model.fc_dim has no value; give one, or leave it out",
     b"data: {augmentation: {lighting: {strength: ~}}}\n": ", line 1: data.augmentation.lighting.strength has no value",
     b"train: {seed: !!float abc}\n": ", line 1: leave the tag tag:yaml.org,2002:float out",
     b"a: !!python/object/apply:os.system [id]\n": ", line 1: leave the tag tag:yaml.org,2002:python/object/apply",
@@ -56,18 +56,18 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     """Anchors, a merge that a key overrides, a text of digits, and a section that is in another file."""
     (tmp_path / "section.yaml").write_text("lr: 0.25\n")
     text = "data:\n  augmentation:\n    lighting: &a {strength: 0.5}\n"
-    text += "train: {seed: 0, weights: '007'}\noptimizer: section.yaml\nmodel: {hidden: 20}\n"
+    text += "train: {seed: 0, weights: '007'}\noptimizer: section.yaml\nmodel: {fc_dim: 20}\n"
     text += "run: {log_every: 1_0}  # \N{SNOWMAN}\n"
     path = tmp_path / "mine.yaml"
     path.write_text(text, "utf-8-sig")
     config = parse_config(["--config", str(QUICKSTART), "--config", str(path), *PLACE])
-    assert (config.optimizer.lr, config.train.seed, config.model.hidden, config.run.log_every) == (
+    assert (config.optimizer.lr, config.train.seed, config.model.fc_dim, config.run.log_every) == (
         0.25,
         0,
         20,
         10,
     )
-    assert config.train.weights == Path("007") and config.data.augmentation.lighting.strength == 0.5
+    assert config.train.init_from == Path("007") and config.data.augmentation.lighting.strength == 0.5
 
 
 def test_other_programs(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_other_programs(tmp_path: Path) -> None:
 
 def test_a_section_in_a_file_of_its_own(tmp_path: Path) -> None:
     """Is looked at, too: what never ends in it is told with its name."""
-    (tmp_path / "mine.yaml").write_text("model: {hidden: 4}\noptimizer: section.yaml\n")
+    (tmp_path / "mine.yaml").write_text("model: {fc_dim: 4}\noptimizer: section.yaml\n")
     for text, told in (("lr: &a [*a]\n", "an alias stands within"), ("lr:\n", "optimizer.lr has no value")):
         (tmp_path / "section.yaml").write_text(text)
         error = train_refuses("--config", QUICKSTART, "--config", tmp_path / "mine.yaml", *PLACE)
@@ -94,7 +94,7 @@ def test_nothing_where_it_is_a_value(tmp_path: Path) -> None:
     """Settings that may be nothing take it from a file."""
     (tmp_path / "mine.yaml").write_text("train: {weights: }\nmodel: {channels: ~, lrn: null}\n")
     config = parse_config(["--config", str(QUICKSTART), "--config", str(tmp_path / "mine.yaml"), *PLACE])
-    assert (config.train.weights, config.model.channels, config.model.lrn) == (None, None, None)
+    assert (config.train.init_from, config.model.channels, config.model.lrn) == (None, None, None)
 
 
 def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from pipeline.shards import ClassName
 from tests.helpers import look_at
-from train.accuracy import Accuracy
-from train.findings import Findings
+from train.accuracy import Accuracy, EvalStats
 from train.metrics import read_metrics
 from train.pictures import draw_png, read_lines
 from train.report import ReportData, compute_saturation, describe_towers, render_page, summarize_speed
@@ -31,17 +30,17 @@ SECTIONS += ["configuration"]
 IMAGES = dict.fromkeys(("kernels", "augmentation"), draw_png(lambda figure: None))
 
 
-def make_findings(classes: int, right: list[int], wrong: list[tuple[int, int]]) -> Findings:
-    """Make findings of images that are recognized, and of (label, guess) that are not."""
-    findings = Findings(classes, torch.device("cpu"))
+def make_stats(classes: int, right: list[int], wrong: list[tuple[int, int]]) -> EvalStats:
+    """Make statistics of images that are recognized, and of (label, guess) that are not."""
+    stats = EvalStats(classes, torch.device("cpu"))
     pairs = [(label, label) for label in right] + wrong
     scores = torch.full((len(pairs), classes), 0.1 / classes)
     for row, (_, guess) in enumerate(pairs):
         scores[row, guess] = 0.5 + 0.01 * row
     if pairs:
         labels = torch.tensor([label for label, _ in pairs])
-        findings.see(torch.zeros(len(pairs), 3, 256, 256), labels, scores)
-    return findings
+        stats.update(torch.zeros(len(pairs), 3, 256, 256), labels, scores)
+    return stats
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def data(tmp_path: Path) -> ReportData:
         + [{**evals, "step": step, "epoch": step // 10} for step in (10, 20)],
         steps_per_epoch=10,
         classes=[ClassName(f"n{number}", words) for number, words in enumerate(HOSTILE)],
-        findings=make_findings(4, [0, 0, 1, 2, 3], [(0, 1), (1, 2), (1, 2), (1, 3), (3, 2)]),
+        stats=make_stats(4, [0, 0, 1, 2, 3], [(0, 1), (1, 2), (1, 2), (1, 3), (3, 2)]),
         restore_pixels=lambda image: np.full((256, 256, 3), 90, np.uint8),
         towers=np.split(np.random.default_rng(0).normal(size=(16, 3, 11, 11)), 2),
         config={"data": {"shards": 'a "folder" <b>', "more": {"std": 1.0, "none": None}}},
@@ -139,8 +138,8 @@ def test_runs_that_lack_something_have_a_page(data: ReportData) -> None:
     tower, with 1,000 classes: the page has what there is, and its size stays bounded."""
     classes = [ClassName(f"n{number:08d}", f"thing {number}, it") for number in range(1000)]
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    many = make_findings(1000, list(range(500, 530)), [(number, number + 1) for number in range(30)])
-    large = replace(data, rows=[], classes=classes, findings=many, restore_pixels=lambda image: noise)
+    many = make_stats(1000, list(range(500, 530)), [(number, number + 1) for number in range(30)])
+    large = replace(data, rows=[], classes=classes, stats=many, restore_pixels=lambda image: noise)
     page = render_page(large, IMAGES)
     parsed = Parsed(page)
     assert len(page) < 3e6 and parsed.ids == SECTIONS and "too short for a row" in parsed.text
@@ -149,7 +148,7 @@ def test_runs_that_lack_something_have_a_page(data: ReportData) -> None:
 
     old = [{"kind": "train", "step": 5, "epoch": 0, "loss": 2.0, "top1_error": 90.0}]
     one_tower = [np.concatenate(data.towers)]
-    small = replace(data, rows=old, findings=make_findings(4, [], []), towers=one_tower)
+    small = replace(data, rows=old, stats=make_stats(4, [], []), towers=one_tower)
     parsed = Parsed(render_page(small, IMAGES))
     assert parsed.ids == SECTIONS and len(parsed.images) == 2 + 2 + 1 + 1
     assert "No validation image was mistaken" in parsed.text

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.errors import DataError
 from pipeline.settings import Speed
-from pipeline.shards import DataError
 from tests.helpers import ROOT, refuses, run_ok
 from tools.tune_pipeline import FAILED, Knobs, Trial, Waits, format_table, list_axes, pick_best, search
 from train.config import parse_config
@@ -22,20 +22,24 @@ def distance_to(best: Knobs) -> Callable[[Knobs], Waits]:
     """A machine whose wait grows with every knob that is off."""
 
     def measure(knobs: Knobs) -> Waits:
-        off: float = abs(knobs.threads - best.threads) + abs(knobs.prefetch - best.prefetch)
-        off += abs(knobs.read_ahead - best.read_ahead) + 8 * abs(knobs.hw_decoder_load - best.hw_decoder_load)
+        off: float = abs(knobs.threads - best.threads) + abs(
+            knobs.prefetch_queue_depth - best.prefetch_queue_depth
+        )
+        off += abs(knobs.reader_queue_depth - best.reader_queue_depth) + 8 * abs(
+            knobs.hw_decoder_load - best.hw_decoder_load
+        )
         return waits(p99_ms=5 + 5 * (off + 20 * (knobs.decode != best.decode)))
 
     return measure
 
 
 @pytest.mark.parametrize("threads", [1, 8, 16, 24])
-@pytest.mark.parametrize(("prefetch", "read_ahead", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
+@pytest.mark.parametrize(("ready", "read", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_finds_the_optimum(threads: int, prefetch: int, read_ahead: int, load: float, on_gpu: bool) -> None:
+def test_finds_the_optimum(threads: int, ready: int, read: int, load: float, on_gpu: bool) -> None:
     """Where knobs do not act on each other, the best of their values are found, each candidate measured once before
     the last two, and never more of them than announced."""
-    optimum = Knobs(threads, prefetch, read_ahead, load if on_gpu else Speed.hw_decoder_load)
+    optimum = Knobs(threads, ready, read, load if on_gpu else Speed.hw_decoder_load)
     axes, default = list_axes(16, on_gpu), Knobs(16)
     trials, best = search(default, axes, distance_to(optimum))
     assert best.knobs == optimum
@@ -80,9 +84,9 @@ def test_luck_is_not_taken() -> None:
     lucky = iter([1.0])
 
     def measure(knobs: Knobs) -> Waits:
-        return waits(next(lucky, 30.0) if knobs.prefetch == 8 else 20.0)
+        return waits(next(lucky, 30.0) if knobs.prefetch_queue_depth == 8 else 20.0)
 
-    trials, best = search(Knobs(4), [[{"prefetch": 4}, {"prefetch": 8}]], measure)
+    trials, best = search(Knobs(4), [[{"prefetch_queue_depth": 4}, {"prefetch_queue_depth": 8}]], measure)
     assert best.knobs == Knobs(4) and len(trials) == 5
 
 
@@ -91,19 +95,19 @@ def test_failures() -> None:
     mistake of ours does, and so do only failures."""
 
     def measure(knobs: Knobs) -> Waits:
-        if knobs.prefetch == 8:
+        if knobs.prefetch_queue_depth == 8:
             raise DataError("out of memory\nfor 8 batches")
         if knobs.threads == 4:
             raise MemoryError
-        return waits(100 / knobs.prefetch)
+        return waits(100 / knobs.prefetch_queue_depth)
 
     trials, best = search(Knobs(4), list_axes(4, on_gpu=False), measure)
-    assert best.knobs.prefetch == 4 and best.knobs.threads < 4
+    assert best.knobs.prefetch_queue_depth == 4 and best.knobs.threads < 4
     assert {trial.error for trial in trials if trial.waits == FAILED} == {"out of memory", "MemoryError"}
     assert "| out of memory\n" in format_table(trials)
 
     def fail(knobs: Knobs) -> Waits:
-        raise DataError(f"{knobs.prefetch} batches are gone")
+        raise DataError(f"{knobs.prefetch_queue_depth} batches are gone")
 
     with pytest.raises(DataError, match="2 batches are gone"):
         search(Knobs(4), list_axes(4, on_gpu=False), fail)

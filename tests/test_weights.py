@@ -14,8 +14,8 @@ from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import OURS, Weights, read_weights, weights_bytes
 from tests.helpers import TORCHVISION
 
-SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), hidden=32, num_classes=7, dropout=0.25)
-TORCHVISIONS = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=10)
+SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), fc_dim=32, num_classes=7, dropout=0.25)
+TORCHVISIONS = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=10)
 INPUTS = {"mean": [120.5, 115.0, 100.0], "std": 1.0}
 
 
@@ -58,7 +58,7 @@ def test_torchvisions_names(tmp_path: Path) -> None:
         state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(shape), torch.randn(shape[0])
     torch.save(state, tmp_path / "alexnet.pth")
     config, ours, mean, std = read_weights(tmp_path / "alexnet.pth")
-    assert (config.variant, config.maps, config.hidden, config.num_classes) == (
+    assert (config.variant, config.maps, config.fc_dim, config.num_classes) == (
         "torchvision",
         (8, 24, 48, 32, 32),
         512,
@@ -81,7 +81,7 @@ def test_torchvisions_names(tmp_path: Path) -> None:
 def test_another_std(tmp_path: Path) -> None:
     """Logits of images / 255, less a mean and divided by a std per channel, are those of images on 0..255 less the
     mean with the std moved into conv1."""
-    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3)
+    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=3)
     model = AlexNet(config).double().eval()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = Weights(config, state, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -106,15 +106,16 @@ def test_refusals(tmp_path: Path) -> None:
         read_weights(path)
     odd = AlexNet(SLIM).state_dict()
     described = json.dumps(
-        {"variant": "original", "channels": [8, 16, 24, 0, 16], "hidden": 32, "num_classes": 7}
+        {"variant": "original", "channels": [8, 16, 24, 0, 16], "fc_dim": 32, "num_classes": 7}
     )
 
     def with_config(text: str, input: str | None = None, **tensors: torch.Tensor) -> bytes:
         metadata = {"config": text} | ({"input": input} if input else {})
         return save({name: tensor.contiguous() for name, tensor in (odd | tensors).items()}, metadata)
 
-    path.write_bytes(with_config(described))
-    assert read_weights(path)[0].hidden == 32
+    for name in ("fc_dim", "hidden"):  # hidden: as version 0.1 wrote it
+        path.write_bytes(with_config(described.replace("fc_dim", name)))
+        assert read_weights(path)[0].fc_dim == 32
     for content in (
         data[:-5],
         b"",
@@ -127,8 +128,8 @@ def test_refusals(tmp_path: Path) -> None:
         with_config(described.replace("32", "32.0")),
         with_config(described.replace("32", str(2**62))),
         with_config(described.replace("8, ", "")),
-        with_config(described.replace('"hidden"', '"lrn": "foo", "hidden"')),
-        with_config(described.replace('"hidden"', '"colour": 3, "hidden"')),
+        with_config(described.replace('"fc_dim"', '"lrn": "foo", "fc_dim"')),
+        with_config(described.replace('"fc_dim"', '"colour": 3, "fc_dim"')),
         with_config(described, input="null"),
         with_config(described, input=json.dumps({"mean": [1, 2], "std": 1})),
         with_config(described, input=json.dumps({"mean": [1, 2, "x"], "std": 1})),
@@ -148,7 +149,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_only_torchvisions_network_has_its_names() -> None:
     """Another activation, pooling, normalization or a second tower would load there and be something else."""
-    plain = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3, dropout=0.2)
+    plain = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=3, dropout=0.2)
     assert weights_bytes(AlexNet(plain).state_dict(), plain, INPUTS, "torchvision")
     for change in (
         {"activation": "tanh"},
@@ -168,7 +169,7 @@ def test_tensors_that_are_none(tmp_path: Path) -> None:
     state = {theirs: AlexNet(TORCHVISIONS).state_dict()[ours] for theirs, ours in OURS.items()}
     path, name = tmp_path / "x.pth", "classifier.6.weight"
     torch.save(state, path)
-    assert read_weights(path).config.hidden == TORCHVISIONS.hidden
+    assert read_weights(path).config.fc_dim == TORCHVISIONS.fc_dim
     sound = state[name]
     for odd in (
         sound.to_sparse(),

@@ -30,10 +30,9 @@ from tools.ablation_report import (
     read_figures,
     to_json,
 )
+from train.cli import ABLATIONS, DIVERGED, find_recipe, run_program
 from train.config import Config, check_same_run, parse_config
 from train.metrics import read_metrics
-from train.program import DIVERGED, run_program
-from train.recipe import ABLATIONS, find_recipe
 
 ANY_WIDTH = (
     "no-lrn",
@@ -88,7 +87,7 @@ def ablate(
         seeds: Seeds of every ablation.
         rates: Learning rates to try for every ablation, of which the best counts; by default the configuration's.
         error: Training error in percent; the table lists the epochs to reach it.
-        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.hidden 64". An ablation
+        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.fc_dim 64". An ablation
             overrides them.
     """
     train, val = open_shards(shards, "train"), open_shards(shards, "val")

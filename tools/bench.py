@@ -23,7 +23,7 @@ from tools.benchmarks.pack import bench_pack
 from tools.benchmarks.peers import bench_peers
 from tools.benchmarks.report import write_report
 from tools.benchmarks.train import bench_train
-from train.program import run_program
+from train.cli import run_program
 
 
 def bench_all(

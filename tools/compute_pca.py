@@ -17,7 +17,7 @@ from pipeline.eigenbasis import read_eigenbasis, read_mean_image, write_eigenbas
 from pipeline.files import atomic_writer, check_writable
 from pipeline.machine import share_of_cores
 from pipeline.shards import ShardSet, open_shards
-from train.program import run_program
+from train.cli import run_program
 
 if TYPE_CHECKING:
     from tools.moments import Sums

@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from pipeline.shards import ShardSet, open_shards
-from train.program import WRONG_INPUT, Parser, exit_with
+from train.cli import WRONG_INPUT, Parser, run_main
 
 TIMEOUT_S = 120.0
 """Limit of a probe: importing PyTorch or DALI reads gigabytes, perhaps from a slow disk."""
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     options = parser.parse_args()
-    exit_with(lambda: doctor(options.shards, options.json))
+    run_main(lambda: doctor(options.shards, options.json))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from model.settings import AlexNetConfig, Names
 from pipeline.files import write_bytes
-from train.program import run_program
+from train.cli import run_program
 
 
 def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -> None:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from pipeline.files import atomic_writer, read_json, write_json
 from pipeline.machine import num_cores
 from tools.photos import encode, make_photo
-from train.program import run_program
+from train.cli import run_program
 
 Member = tuple[str, bytes]
 """Name and content of a file in a tar."""

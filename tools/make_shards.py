@@ -39,7 +39,7 @@ from tools.packing.writer import (
     write_manifest,
     write_shard,
 )
-from train.program import run_program
+from train.cli import run_program
 
 SLOW_READS_PER_S = 500
 """Images per second that one core packs; slower random reads keep it waiting."""

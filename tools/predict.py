@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from pipeline.shards import ClassName, read_classes
-from train.program import Parser, exit_with
+from train.cli import Parser, run_main
 
 if TYPE_CHECKING:
     import torch
 
-    from train.trained import Trained
+    from train.pretrained import Pretrained
 
 BATCH_SIZE = 32
 
@@ -48,9 +48,9 @@ def predict(
 
     from model.alexnet import AlexNet
     from train.device import pick_device
-    from train.trained import read_trained
+    from train.pretrained import read_pretrained
 
-    trained, target = read_trained(checkpoint), pick_device(device)
+    trained, target = read_pretrained(checkpoint), pick_device(device)
     names = find_class_names(trained, shards)
     model = AlexNet(trained.config)
     model.load_state_dict(trained.state)
@@ -101,7 +101,7 @@ def find_images(name: str) -> list[Path]:
     return sorted(paths)
 
 
-def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
+def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassName]:
     """Read the class names from `shards`, else from the run's shards if they still exist, else use wnids or numbers.
     Raises `ValueError` for shards of other classes."""
     wnids = trained.wnids or [f"class {k}" for k in range(trained.config.outputs)]
@@ -135,7 +135,7 @@ def read_square(path: Path) -> "torch.Tensor":
 
 
 def compute_probabilities(
-    model: "torch.nn.Module", trained: "Trained", images_NHWC: "torch.Tensor", views: str
+    model: "torch.nn.Module", trained: "Pretrained", images_NHWC: "torch.Tensor", views: str
 ) -> "torch.Tensor":
     """Compute class probabilities (N, K) of uint8 images (N, H, W, C)."""
     import torch
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     args = parser.parse_args()
     options = (args.views, args.top, args.shards, args.device, args.json)
-    exit_with(lambda: predict(args.checkpoint, args.images, *options))
+    run_main(lambda: predict(args.checkpoint, args.images, *options))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
+from pipeline.errors import DataError
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import DataError, ShardSet, open_shards
-from train.program import run_program
+from pipeline.shards import ShardSet, open_shards
+from train.cli import run_program
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode

@@ -31,11 +31,12 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from pipeline.errors import DataError
 from pipeline.files import write_bytes
 from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
-from pipeline.shards import DataError, open_shards
-from train.program import run_program
+from pipeline.shards import open_shards
+from train.cli import run_program
 
 if TYPE_CHECKING:
     from pipeline.loader import Loader
@@ -56,8 +57,8 @@ class Knobs:
     """A candidate; see `pipeline.settings.Speed` and `DataConfig.decode`."""
 
     threads: int
-    prefetch: int = Speed.prefetch
-    read_ahead: int = Speed.read_ahead
+    prefetch_queue_depth: int = Speed.prefetch_queue_depth
+    reader_queue_depth: int = Speed.reader_queue_depth
     hw_decoder_load: float = Speed.hw_decoder_load
     decode: Literal["auto", "cpu"] = "auto"
 
@@ -117,9 +118,9 @@ def tune_pipeline(
         )
     from pipeline.eigenbasis import Eigenbasis
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     device, train = pick_device("auto"), open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     on_gpu, seeds = device.type == "cuda", itertools.count()
@@ -140,7 +141,7 @@ def tune_pipeline(
             options = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
             loader = train_loader(train, basis, config, batch_size=batch_size, **options)
             with contextlib.closing(loader):
-                warm_up = WARM_UP + knobs.prefetch + knobs.read_ahead
+                warm_up = WARM_UP + knobs.prefetch_queue_depth + knobs.reader_queue_depth
                 return measure_waits(loader, warm_up, batch_size, step_ms, seconds, in_flight)
 
         trials, best = search(Knobs(Speed().num_threads), axes, measure)
@@ -161,8 +162,8 @@ def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
     threads = sorted({1, max(cores // 2, 1), cores, cores * 3 // 2} - {Speed().num_threads})
     axes: list[list[dict[str, Any]]] = [
         [{"threads": number} for number in threads],
-        [{"prefetch": batches} for batches in (1, 4, 8)],
-        [{"read_ahead": batches} for batches in (2, 4)],
+        [{"prefetch_queue_depth": batches} for batches in (1, 4, 8)],
+        [{"reader_queue_depth": batches} for batches in (2, 4)],
     ]
     if on_gpu:
         axes.append([{"hw_decoder_load": share} for share in (0.0, 0.3, 0.5, 0.8, 1.0)])

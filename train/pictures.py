@@ -23,8 +23,7 @@ from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ClassName, ShardSet
-from train.accuracy import MIDDLE
-from train.findings import Findings
+from train.accuracy import MIDDLE, EvalStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +38,7 @@ CHARTS = {
     ),
     "Throughput": ("images/s", {"training speed": ("train", "images_per_s")}),
     "Input": ("% of the time", {"waiting for input": ("train", "wait_percent")}),
-    "Steps": ("ms", {"step time": ("train", "step_ms_p50"), "while saving": ("train", "saving_step_ms_p50")}),
+    "Steps": ("ms", {"step": ("train", "step_ms_p50"), "step while saving": ("train", "saving_step_ms_p50")}),
     "Evaluation": ("s", {"evaluation time": ("eval", "eval_s")}),
     "Memory": ("GB", {"GPU memory, at most": ("train", "gpu_memory_gb")}),
 }
@@ -133,7 +132,7 @@ def draw_augmentation(
     figure: "Figure", shards: ShardSet, basis: Eigenbasis, config: DataConfig, seed: int
 ) -> None:
     """Draw one image shifted along each RGB axis, and a batch as the training pipeline makes it."""
-    settings = replace(config.augmentation, mean="channel", share_window=1)
+    settings = replace(config.augmentation, mean="channel", images_per_crop=1)
     lighting = settings.lighting
     images_NHWC = next(decoded_batches(shards, 16)).numpy()
     crops_NHWC = images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
@@ -156,9 +155,9 @@ def draw_augmentation(
     show_image(lower, tile(to_pixels(batch_NHWC, basis.mean), 7), title)
 
 
-def draw_confusion(figure: "Figure", findings: Findings, classes: Sequence[ClassName]) -> None:
+def draw_confusion(figure: "Figure", stats: EvalStats, classes: Sequence[ClassName]) -> None:
     """Draw how often images of each class (rows) are taken for each class (columns), as percentages of the row."""
-    counts = findings.confusion[: len(classes)].cpu().numpy()
+    counts = stats.confusion[: len(classes)].cpu().numpy()
     percentages = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     named = len(classes) <= NAMED_CLASSES
     side = np.clip(0.3 * len(classes) + 3, 4, 9) if named else 8

@@ -24,11 +24,11 @@ from model.alexnet import AlexNet
 from pipeline.files import write_bytes
 from pipeline.shards import ClassName
 from train import pictures
-from train.accuracy import Accuracy
-from train.findings import Example, Findings
+from train.accuracy import Accuracy, EvalStats, Example
+from train.cli import log
 from train.metrics import read_metrics
 from train.pictures import CHARTS, LEARNING, NAMED_CLASSES, draw_png, read_lines, to_pixels
-from train.state import TrainState
+from train.trainer import Trainer
 
 SIGNIFICANT = 0.01
 """Towers split by colour if random halves of their kernels differ as much less often than this."""
@@ -47,7 +47,7 @@ class ReportData:
     rows: list[dict[str, Any]]
     steps_per_epoch: int
     classes: Sequence[ClassName]
-    findings: Findings
+    stats: EvalStats
     restore_pixels: Callable[[np.ndarray], np.ndarray]
     """From what the loader makes of an image, (256, 256, 3), to uint8 RGB."""
     towers: list[np.ndarray]
@@ -56,61 +56,59 @@ class ReportData:
     """Resolved, a dictionary per section."""
 
 
-def write_report(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings) -> None:
+def write_report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: EvalStats) -> None:
     """Print what was trained, how well and how fast; write the pictures and the page. Raises `OSError`."""
-    data = build_report_data(state, network, accuracy, findings)
-    print()
+    data = build_report_data(trainer, network, accuracy, stats)
+    log("")
     for name, value in [*data.facts, *data.accuracy]:
-        print(f"{name + ':':<27} {value}")
-    config = state.config
+        log(f"{name + ':':<27} {value}")
+    config = trainer.config
     images = {
         "curves": draw_png(
             pictures.draw_charts, LEARNING, data.rows, data.steps_per_epoch, len(data.classes)
         ),
         "kernels": draw_png(pictures.draw_kernels, data.towers),
         "augmentation": draw_png(
-            pictures.draw_augmentation, state.train_shards, state.basis, config.data, config.train.seed
+            pictures.draw_augmentation, trainer.train_shards, trainer.basis, config.data, config.train.seed
         ),
     }
     for name, png in images.items():
         write_bytes(data.run_dir / f"{name}.png", png)
     page = data.run_dir / "report.html"
     write_bytes(page, render_page(data, images))
-    print(f"all of this and more on one page:\n  {page}")
+    log(f"all of this and more on one page:\n  {page}")
 
 
-def build_report_data(
-    state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Findings
-) -> ReportData:
+def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: EvalStats) -> ReportData:
     """Collect what the page shows."""
     from nvidia import dali
 
-    config, train, val, model = state.config, state.train_shards, state.val_shards, network.config
+    config, train, val, model = trainer.config, trainer.train_shards, trainer.val_shards, network.config
     rows = read_metrics(config.run.dir / "metrics.jsonl")
-    cuda = state.device.type == "cuda"
+    cuda = trainer.device.type == "cuda"
     facts = [
-        ("trained", f"{state.epoch:,} epochs, {state.step:,} steps of {config.train.batch_size:,} images"),
+        ("trained", f"{trainer.epoch:,} epochs, {trainer.step:,} steps of {config.train.batch_size} images"),
         ("images", f"{train.num_samples:,} train, {accuracy.samples:,} validation"),
         ("shards", f"{len(train.tars):,} train, {len(val.tars):,} validation"),
         ("classes", f"{len(val.classes):,}"),
-        ("network", f"{model.variant}, towers {model.num_towers}, channels {model.maps}, fc {model.hidden}"),
+        ("network", f"{model.variant}, towers {model.num_towers}, channels {model.maps}, fc {model.fc_dim}"),
         ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
-        ("device", torch.cuda.get_device_name(state.device) if cuda else "CPU"),
-        ("processes", f"{state.placement.world}"),
+        ("device", torch.cuda.get_device_name(trainer.device) if cuda else "CPU"),
+        ("processes", f"{trainer.distributed.world_size}"),
         ("versions", f"torch {torch.__version__}, DALI {dali.__version__}"),
     ]
-    if state.best:
-        error, step = state.best["top1_error"], state.best["step"]
+    if trainer.best:
+        error, step = trainer.best["top1_error"], trainer.best["step"]
         facts.append(("best epoch", f"centre top-1 accuracy {100 - error:.1f} % at step {step:,.0f}"))
     return ReportData(
         run_dir=config.run.dir,
         accuracy=accuracy.rows(),
         facts=facts + summarize_speed(rows),
         rows=rows,
-        steps_per_epoch=state.train_loader.steps_per_epoch,
+        steps_per_epoch=trainer.train_loader.steps_per_epoch,
         classes=val.classes,
-        findings=findings,
-        restore_pixels=lambda image: to_pixels(image * config.data.augmentation.std, state.basis.mean),
+        stats=stats,
+        restore_pixels=lambda image: to_pixels(image * config.data.augmentation.std, trainer.basis.mean),
         towers=np.split(network.conv1.weight.detach().float().cpu().numpy(), model.num_towers),
         config=config.to_json(),
     )
@@ -146,9 +144,9 @@ def render_page(data: ReportData, images: dict[str, bytes]) -> bytes:
         saturation_chart=draw_png(pictures.draw_saturations, saturations),
         saturations=[[f"{value:.2f}" for value in tower] for tower in saturations],
         hardest=list_hardest_classes(data),
-        confusion=draw_png(pictures.draw_confusion, data.findings, data.classes) if few_classes else None,
-        mistakes=[build_card(example, data) for example in data.findings.mistakes],
-        close_calls=[build_card(example, data) for example in data.findings.close_calls],
+        confusion=draw_png(pictures.draw_confusion, data.stats, data.classes) if few_classes else None,
+        mistakes=[build_card(example, data) for example in data.stats.mistakes],
+        close_calls=[build_card(example, data) for example in data.stats.close_calls],
         augmentation=images["augmentation"],
         command=f"python -m train.run --config {quote(str(data.run_dir / 'config.yaml'))} --run.dir DIR",
         sections=[yaml.safe_dump({name: each}, sort_keys=False) for name, each in data.config.items()],
@@ -198,7 +196,7 @@ def describe_towers(saturations: Sequence[np.ndarray]) -> str:
 def list_hardest_classes(data: ReportData) -> list[tuple[str, str, str, str]]:
     """List the classes of the highest top-1 error: words, images, error, the class they are most often taken for."""
     words = {name.wnid: name.words for name in data.classes}
-    rows = [row for row in data.findings.table(data.classes) if row["images"]]
+    rows = [row for row in data.stats.table(data.classes) if row["images"]]
     hardest = []
     for row in sorted(rows, key=lambda row: -row["top1_error"])[:HARDEST]:
         times = row.get("times", 0)  # not counted for many classes

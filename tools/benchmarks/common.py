@@ -25,9 +25,10 @@ from statistics import median
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.errors import DataError
 from pipeline.files import check_writable
 from pipeline.machine import num_cores
-from pipeline.shards import DataError, ShardSet
+from pipeline.shards import ShardSet
 
 if TYPE_CHECKING:
     import torch

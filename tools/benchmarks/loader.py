@@ -52,10 +52,10 @@ def bench_loader(
     import torch
 
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
     common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)

@@ -52,7 +52,7 @@ def bench_model(
 
     from model.alexnet import AlexNetConfig
     from model.parallel import bytes_per_image
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.device import pick_device, set_precision, tune_malloc
 
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
@@ -60,8 +60,8 @@ def bench_model(
     precision = precision or ("bf16" if on_gpu else "float32")
     common.check_options(out, batch_sizes=min(sizes), seconds=seconds, repeats=repeats)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    keep_freed_memory()  # this and the next as the trainer does
-    set_arithmetic(deterministic=False)
+    tune_malloc()  # this and the next as the trainer does
+    set_precision(deterministic=False)
     print(f"{precision}, {repeats} repeats, on {device}")
     rows, missing = [], {}
     for title, contenders, reference in (
@@ -153,8 +153,8 @@ def make_trainer(batch_size: int, dtype: "torch.dtype", device: "torch.device") 
     import torch
     import torch.nn.functional as F
 
+    from train.config import OptimizerConfig
     from train.optimizer import PaperSGD
-    from train.schedule import OptimizerConfig
 
     images = 50 * torch.randn(batch_size, 3, 224, 224, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch_size,), device=device)
@@ -208,16 +208,16 @@ def run_tower(
     from model.alexnet import AlexNet, AlexNetConfig
     from model.parallel import Mesh, TowerAlexNet, seed_process
     from model.peer import TIMEOUT
-    from train.device import can_compile, compiled, keep_freed_memory, set_arithmetic
-    from train.recipe import ABLATIONS
+    from train.cli import ABLATIONS
+    from train.device import can_compile, compiled, set_precision, tune_malloc
 
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, num_cores() // 2))
-    keep_freed_memory()  # this and the next as the trainer does
-    set_arithmetic(deterministic=False)
+    tune_malloc()  # this and the next as the trainer does
+    set_precision(deterministic=False)
     timeout, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
     dist.init_process_group(backend, f"file://{scratch}/store", timeout, rank=rank, world_size=2)
     mesh = Mesh.join(device, timeout)

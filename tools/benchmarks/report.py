@@ -10,8 +10,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from pipeline.errors import DataError
 from pipeline.files import write_bytes
-from pipeline.shards import DataError
 from tools.benchmarks import common
 
 

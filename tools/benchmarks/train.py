@@ -49,28 +49,28 @@ def bench_train(
     Args:
         shards: Folder written by make_shards and compute_pca.
         recipe: YAML file as for train.run (default: fast.yaml on a GPU, quickstart.yaml without).
-        settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
+        settings: Further settings as for train.run: "--train.batch_size 128 --model.fc_dim 64".
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
     """
     import torch
     from torch.profiler import record_function
+    from train.placement import Placement
+    from train.state import TrainState
 
     from pipeline.loader import Batch
     from train.config import parse_config
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
-    from train.meter import StepMeter
-    from train.placement import Placement
-    from train.state import TrainState
+    from train.device import pick_device, set_precision, tune_malloc
+    from train.metrics import StepMeter
 
     common.check_options(out, seconds=seconds, repeats=repeats)
     with tempfile.TemporaryDirectory() as scratch:  # a config needs a directory; nothing is written there
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         paths = ["--data.shards", str(shards), "--run.dir", scratch]
         config = parse_config(["--config", str(recipe), *settings.split(), *paths])
-        keep_freed_memory()  # this and the next as train.run does
-        set_arithmetic(config.run.deterministic)
+        tune_malloc()  # this and the next as train.run does
+        set_precision(config.run.deterministic)
         device = pick_device(config.run.device)
         state = TrainState(config, device, Placement(config.parallel, device))
         state.build()

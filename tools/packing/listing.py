@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.errors import DataError
 from pipeline.files import write_bytes
-from pipeline.shards import ClassName, DataError
+from pipeline.shards import ClassName
 
 MAX_FILE_BYTES = 256 * 2**20
 """Two thousand times ImageNet's mean; a larger member is damaged or meant to exhaust memory."""

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.errors import DataError
 from pipeline.machine import share_of_cores
-from pipeline.shards import DataError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -24,14 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.errors import DataError
 from pipeline.files import read_json
-from pipeline.shards import DataError, check_manifest, open_shards, read_classes, read_index
+from pipeline.shards import check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
 from tools.packing.jpeg import read_jpeg
 from tools.packing.pool import check_workers, map_shards, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
-from train.program import one_line
+from train.cli import sanitize_message
 
 SPLITS = ("train", "val")
 MAX_PROBLEMS = 20
@@ -58,7 +59,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Report:
-    """Findings of one shard, or of a whole split."""
+    """EvalStats of one shard, or of a whole split."""
 
     place: str
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -116,7 +117,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     reports.append(Report(str(shards), notes=notes))
 
     for line in (line for report in reports for line in report.format_lines()):
-        print(one_line(line))
+        print(sanitize_message(line))
     if num_problems := sum(len(problems) for report in reports for problems in report.problems.values()):
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
         raise DataError(f"{shards}: {num_problems} problem(s), see above; {suggest_remedy(damaged)}")
@@ -279,7 +280,7 @@ def stats(shards: Path) -> None:
         manifest = read_json(shards / split / "manifest.json")
         print(f"{shards / split}")
         for name, value in describe_split(shards, split, manifest):
-            print(one_line(f"  {name:<20}{value}"))
+            print(sanitize_message(f"  {name:<20}{value}"))
 
 
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
