@@ -31,7 +31,7 @@ IMAGES = dict.fromkeys(("kernels", "augmentation"), draw_png(lambda figure: None
 
 
 def make_stats(classes: int, right: list[int], wrong: list[tuple[int, int]]) -> EvalStats:
-    """Make stats of images that are recognized, and of (label, guess) that are not."""
+    """Make statistics of images that are recognized, and of (label, guess) that are not."""
     stats = EvalStats(classes, torch.device("cpu"))
     pairs = [(label, label) for label in right] + wrong
     scores = torch.full((len(pairs), classes), 0.1 / classes)

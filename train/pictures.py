@@ -38,7 +38,7 @@ CHARTS = {
     ),
     "Throughput": ("images/s", {"training speed": ("train", "images_per_s")}),
     "Input": ("% of the time", {"waiting for input": ("train", "wait_percent")}),
-    "Steps": ("ms", {"step time": ("train", "step_ms_p50"), "while saving": ("train", "saving_step_ms_p50")}),
+    "Steps": ("ms", {"step": ("train", "step_ms_p50"), "step while saving": ("train", "saving_step_ms_p50")}),
     "Evaluation": ("s", {"evaluation time": ("eval", "eval_s")}),
     "Memory": ("GB", {"GPU memory, at most": ("train", "gpu_memory_gb")}),
 }

@@ -25,6 +25,7 @@ from pipeline.files import write_bytes
 from pipeline.shards import ClassName
 from train import pictures
 from train.accuracy import Accuracy, EvalStats, Example
+from train.cli import log
 from train.metrics import read_metrics
 from train.pictures import CHARTS, LEARNING, NAMED_CLASSES, draw_png, read_lines, to_pixels
 from train.trainer import Trainer
@@ -58,9 +59,9 @@ class ReportData:
 def write_report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: EvalStats) -> None:
     """Print what was trained, how well and how fast; write the pictures and the page. Raises `OSError`."""
     data = build_report_data(trainer, network, accuracy, stats)
-    print()
+    log("")
     for name, value in [*data.facts, *data.accuracy]:
-        print(f"{name + ':':<27} {value}")
+        log(f"{name + ':':<27} {value}")
     config = trainer.config
     images = {
         "curves": draw_png(
@@ -75,7 +76,7 @@ def write_report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: 
         write_bytes(data.run_dir / f"{name}.png", png)
     page = data.run_dir / "report.html"
     write_bytes(page, render_page(data, images))
-    print(f"all of this and more on one page:\n  {page}")
+    log(f"all of this and more on one page:\n  {page}")
 
 
 def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: EvalStats) -> ReportData:
@@ -86,10 +87,7 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
     rows = read_metrics(config.run.dir / "metrics.jsonl")
     cuda = trainer.device.type == "cuda"
     facts = [
-        (
-            "trained",
-            f"{trainer.epoch:,} epochs, {trainer.step:,} steps of {config.train.batch_size:,} images",
-        ),
+        ("trained", f"{trainer.epoch:,} epochs, {trainer.step:,} steps of {config.train.batch_size} images"),
         ("images", f"{train.num_samples:,} train, {accuracy.samples:,} validation"),
         ("shards", f"{len(train.tars):,} train, {len(val.tars):,} validation"),
         ("classes", f"{len(val.classes):,}"),

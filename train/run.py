@@ -93,7 +93,7 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
 
 
 def evaluate_and_report(trainer: "Trainer") -> None:
-    """Evaluate on all views; rank 0 prints the results, draws the pictures and writes report.html."""
+    """Evaluate on all views; rank 0 prints and writes the report."""
     from train.accuracy import EvalStats
     from train.report import write_report
 
