@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet
+from model.towers import COMPILE_OPTIONS, TowerAlexNet
 from pipeline.machine import num_cores
 from train.launch import local_rank
 
@@ -106,16 +106,16 @@ def keep_freed_memory() -> None:
 
 
 def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
-    """What of the network pays to compile: all of it on a GPU; on a CPU, or where it is one tower of two, the
-    normalization, which is its slow layer. Where compiling cannot work the network stays as it is."""
+    """What of the network pays to compile: all of it on a GPU; on a CPU the normalization, which is its slow
+    layer. Where compiling cannot work the network stays as it is."""
     if not can_compile(device):
         language = "C" if device.type == "cuda" else "C++"
         print(f"not compiling: no {language} compiler, or PyTorch lies in a folder with a space in its name")
         return model
     if device.type == "cuda":
         keep_pooling_kernel()
-        if not isinstance(model, TowerAlexNet):
-            return cast(torch.nn.Module, torch.compile(model, dynamic=False))
+        options = COMPILE_OPTIONS if isinstance(model, TowerAlexNet) else None
+        return cast(torch.nn.Module, torch.compile(model, dynamic=False, options=options))
     torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
     model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet
+from model.towers import TowerAlexNet
 from pipeline.loader import PADDING, Batch
 from train.config import Config
 from train.device import can_compile, compiled

@@ -14,8 +14,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.parallel import TOWERS, Mesh, TowerAlexNet, join_state, seed_process, split_state
-from model.peer import TIMEOUT, PeerLostError, reason_of
+from model.towers import (
+    TIMEOUT,
+    TOWERS,
+    TowerAlexNet,
+    TowerMesh,
+    gather_state_dict,
+    seed_process,
+    shard_state_dict,
+)
 from pipeline.loader import Batch
 from pipeline.shards import DataError
 from train.config import ParallelConfig
@@ -47,7 +54,7 @@ class Placement:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=TIMEOUT)
             self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self._mesh = Mesh.join(device) if towers else None
+        self._mesh = TowerMesh.create() if towers else None
         mesh = self._mesh
         self.replica, self.num_replicas = (
             (mesh.replica, mesh.num_replicas) if mesh else (self.rank, self.world)
@@ -107,7 +114,7 @@ class Placement:
     def build(self, config: AlexNetConfig, seed: int) -> AlexNet:
         """This process's part of the network, the same initial weights everywhere; then seed dropout, differently."""
         torch.manual_seed(seed)
-        model = TowerAlexNet(config, self._mesh.peer) if self._mesh else AlexNet(config)
+        model = TowerAlexNet(config, self._mesh) if self._mesh else AlexNet(config)
         if self.world > 1:
             seed_process(seed, self.rank)
         return model
@@ -115,7 +122,7 @@ class Placement:
     def replicated(self, network: nn.Module) -> nn.Module:
         """The network with gradients averaged over replicas."""
         if self._mesh:
-            return self._mesh.replicated(network)
+            return self._mesh.wrap_ddp(network)
         return DistributedDataParallel(network, gradient_as_bucket_view=True) if self.world > 1 else network
 
     def exchanging(self, network: nn.Module, wanted: bool) -> AbstractContextManager[None]:
@@ -126,15 +133,15 @@ class Placement:
 
     def share(self, batch: Batch) -> Batch:
         """What the network gets from what was loaded: with the other tower's half, if each loads one."""
-        return Batch(*self._mesh.share_batch(*batch)) if self._mesh else batch
+        return Batch(*self._mesh.gather_batch(*batch)) if self._mesh else batch
 
     def whole(self, state: State, config: AlexNetConfig) -> State:
         """A state (weights or velocities) of this process's part, in the single-device layout. All have to ask."""
-        return join_state(state, config, self._mesh.peer) if self._mesh else state
+        return gather_state_dict(state, config, self._mesh) if self._mesh else state
 
     def part(self, state: State) -> State:
         """The inverse."""
-        return split_state(state, self._mesh.peer.tower) if self._mesh else state
+        return shard_state_dict(state, self._mesh.tower) if self._mesh else state
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over replicas; a new tensor."""
@@ -235,10 +242,9 @@ def lost_processes_told() -> Iterator[None]:
         told = told or isinstance(error, dist.DistError)
         if find_task(os.environ).world == 1 or isinstance(error, DataError) or not told:
             raise
-        reason = str(error)
-        if not isinstance(error, PeerLostError):
-            reason = (
-                f"another process is gone or has been silent for {TIMEOUT.seconds} s; what it said last tells why "
-                f"({reason_of(error)})"
-            )
-        raise DataError(f"{reason}; the same command goes on from the last checkpoint") from None
+        line = str(error).splitlines()[0]  # without the place in the backend's source
+        reason = line.rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or line
+        raise DataError(
+            f"another process is gone or has been silent for {TIMEOUT.seconds} s; what it said last tells why "
+            f"({reason}); the same command goes on from the last checkpoint"
+        ) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from model.parallel import seed_process
+from model.towers import seed_process
 from model.weights import check_tensors
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import train_loader, val_loader

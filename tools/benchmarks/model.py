@@ -1,7 +1,7 @@
 """Benchmark training on a batch in memory: our network, torchvision's, and ours on two devices.
 
 The last tests the paper's claim: "the two-GPU net takes slightly less time to train than the one-GPU net" (section
-3.2). Two processes train one tower each, as in `model/parallel.py`; rank 0 also trains, in turns, the paper's one-GPU
+3.2). Two processes train one tower each, as in `model/towers.py`; rank 0 also trains, in turns, the paper's one-GPU
 net, with half the channels in conv1-4, and both towers on one device. On a CPU a device is a process with half of the
 cores.
 """
@@ -51,7 +51,7 @@ def bench_model(
     from torch.multiprocessing.spawn import ProcessException
 
     from model.alexnet import AlexNetConfig
-    from model.parallel import bytes_per_image
+    from model.towers import bytes_per_image
     from train.device import keep_freed_memory, pick_device, set_arithmetic
 
     device = pick_device("auto")
@@ -206,8 +206,7 @@ def run_tower(
     import yaml
 
     from model.alexnet import AlexNet, AlexNetConfig
-    from model.parallel import Mesh, TowerAlexNet, seed_process
-    from model.peer import TIMEOUT
+    from model.towers import TIMEOUT, TowerAlexNet, TowerMesh, seed_process
     from train.device import can_compile, compiled, keep_freed_memory, set_arithmetic
     from train.recipe import ABLATIONS
 
@@ -220,12 +219,12 @@ def run_tower(
     set_arithmetic(deterministic=False)
     timeout, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
     dist.init_process_group(backend, f"file://{scratch}/store", timeout, rank=rank, world_size=2)
-    mesh = Mesh.join(device, timeout)
+    mesh = TowerMesh.create(timeout)
     torch.manual_seed(0)  # the same batch and weights on both ranks
     train_on, pair = make_trainer(batch_size, dtype, device), AlexNetConfig()
     one_gpu = AlexNetConfig.from_json(yaml.safe_load((ABLATIONS / "one-gpu.yaml").read_text())["model"])
     compile_model = partial(compiled, device=device) if can_compile(device) else lambda model: model
-    steps = {TWO_DEVICES: train_on(TowerAlexNet(pair, mesh.peer), compile_model)}
+    steps = {TWO_DEVICES: train_on(TowerAlexNet(pair, mesh), compile_model)}
     if rank == 0:
         steps[ONE_GPU] = train_on(AlexNet(one_gpu), compile_model)
         steps[ONE_DEVICE] = train_on(AlexNet(pair), compile_model)
