@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.files import read_json
-from pipeline.shards import MAX_LABEL_DIGITS, DataError, check_manifest, open_shards, read_classes, read_index
+from pipeline.shards import MAX_LABEL_DIGITS, check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
 from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
