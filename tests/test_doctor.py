@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -170,20 +171,12 @@ def test_limits_of_cgroups(tmp_path: Path) -> None:
     assert check_cores(4, texts).status == check_cores(8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
 
 
-def test_check_that_fails() -> None:
-    """It becomes a warning, an error of the user's a problem with its remedy."""
+def test_check_that_fails(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
+    """An exception is a warning; shards that are missing, a file, half-written or cut, and an eigenbasis or a mean image
+    of none or of other shards, are problems with a remedy each."""
     found = run_check(lambda: Finding("ok", str(1 // 0)))
     assert found.status == "warning" and "ZeroDivisionError" in found.value and found.remedy
-
-    def fail() -> Finding:
-        raise ValueError("x: expected 1, got 2; give 1")
-
-    assert run_check(fail) == Finding("problem", "x: expected 1, got 2", "give 1")
-
-
-def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
-    """Missing, a file, half-written, cut: a problem with a remedy each; sound ones are ok."""
-    numbered_shards(12, 3)
+    train = numbered_shards(12, 3)
     assert check_split(tmp_path, "train").status == "ok"
     file, half, cut = tmp_path / "file", tmp_path / "half", tmp_path / "cut"
     file.write_text("x")
@@ -193,24 +186,17 @@ def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_p
     with (cut / "train" / "train-000001.tar").open("r+b") as tar:
         tar.truncate(512)
     for place in (tmp_path / "none", file, half, cut):
-        found = run_check(lambda place=place: check_split(place, "train"))  # type: ignore[misc]
+        found = run_check(partial(check_split, place, "train"))
         assert found.status == "problem" and str(place) in found.value and found.remedy
-
-
-def test_eigenbasis(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
-    """pca.json of no or of other shards, and a wrong mean image, are problems whose remedy is the command."""
-    train = numbered_shards(4, 1)
-
-    def check() -> Finding:
-        return run_check(lambda: check_eigenbasis(tmp_path, train))
-
+    check = partial(run_check, partial(check_eigenbasis, tmp_path, train))
     assert check().status == "problem" and "compute_pca" in check().remedy
     shutil.copy(shards / "pca.json", tmp_path)
     assert check().status == "problem"
-    assert check_eigenbasis(shards, open_shards(shards, "train")).status == "ok"
+    whole = open_shards(shards, "train")
+    assert check_eigenbasis(shards, whole).status == "ok"
     shutil.copytree(shards, tmp_path / "copy")
     np.save(tmp_path / "copy" / "mean_image.npy", np.zeros(3))
-    found = run_check(lambda: check_eigenbasis(tmp_path / "copy", open_shards(shards, "train")))
+    found = run_check(partial(check_eigenbasis, tmp_path / "copy", whole))
     assert found.status == "problem" and "mean_image.npy" in found.value
 
 
