@@ -43,7 +43,6 @@ from tools.packing.plan import Options
 from tools.packing.verify import find_image_fault, stats, verify
 from tools.packing.writer import LISTING, pack_sample
 from tools.preview import format_eigenbasis
-from train import charts
 from train.checkpoint import (
     RunDirectory,
     checkpoint_at_an_edge,
@@ -54,8 +53,9 @@ from train.checkpoint import (
 )
 from train.config import parse_config
 from train.metrics import MetricsLog, read_metrics
+from train.pictures import CHARTS, draw_charts, draw_png
 from train.pretrained import read_pretrained
-from train.report import speed_of
+from train.report import summarize_speed
 
 Calls = list[Callable[[], object]]
 
@@ -485,12 +485,9 @@ def metrics(rng: random.Random, place: Place) -> Calls:
 
     def reported() -> None:
         rows = read_metrics(path)
-        speed_of(rows)
-        for kind, name in (("train", "loss"), ("eval", "centre_top1_error")):
-            charts.figures_of(rows, kind, name)
+        summarize_speed(rows)
         if rng.random() < 0.02:
-            charts.png_of(lambda figure: charts.draw_curves(figure, rows, 10, 10))
-            charts.speed_charts(rows)
+            draw_png(draw_charts, list(CHARTS), rows, 10, 10)
 
     def continued() -> None:
         MetricsLog(run, 60, 2).close()

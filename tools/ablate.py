@@ -34,7 +34,6 @@ from tools.ablation_report import (
 )
 from train.cli import ABLATIONS, DIVERGED, find_recipe, run_program
 from train.config import Config, check_same_run, parse_config
-from train.metrics import read_metrics
 
 ANY_WIDTH = (
     "no-lrn",
@@ -203,6 +202,8 @@ def finish_run(run: Run, train: ShardSet, error: float) -> Figures | None:
     if outcome == "diverged":
         print(f"{name}: diverged", flush=True)
         return None
+    from train.metrics import read_metrics  # imports torch, for which --help does not wait
+
     figures = read_figures(read_metrics(run.path() / "metrics.jsonl"), run.config.train.seed, error)
     errors = f"validation error {figures.val_error:.1f} %, training error {figures.train_error:.1f} %"
     print(f"{name}: {errors}", flush=True)

@@ -144,7 +144,7 @@ def to_json(entry: Entry, base: Entry) -> dict[str, Any]:
 
 def draw_curves(path: Path, entries: list[Entry]) -> None:
     """Plot validation errors over epochs: a line per run, a colour per entry."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
     with saved_figure(path) as figure:
         figure.set_size_inches(9, 6)

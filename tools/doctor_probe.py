@@ -13,6 +13,8 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 def probe_driver() -> dict[str, Any]:
     """Return the driver's version, the newest CUDA that it supports, and its GPUs by `describe_gpu`."""
@@ -85,7 +87,7 @@ def probe_dali() -> dict[str, Any]:
 
 
 def decode_jpeg(on_gpu: bool) -> None:
-    """Decode an image of one colour. Raises `ValueError` when the colour is wrong."""
+    """Decode an image of one colour. Raises `UserError` when the colour is wrong."""
     import numpy as np
     from nvidia.dali import Pipeline, fn
     from PIL import Image
@@ -101,7 +103,7 @@ def decode_jpeg(on_gpu: bool) -> None:
     (images,) = pipe.run()
     pixels_HWC = np.asarray((images.as_cpu() if on_gpu else images).at(0)).astype(int)
     if pixels_HWC.shape != (64, 64, 3) or np.abs(pixels_HWC - (200, 100, 50)).max() > 4:
-        raise ValueError("expected (200, 100, 50), got another colour")
+        raise UserError("expected (200, 100, 50), got another colour")
 
 
 if __name__ == "__main__":

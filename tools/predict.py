@@ -91,7 +91,8 @@ def find_images(name: str) -> list[Path]:
 
     path = Path(name).expanduser()
     if path.is_dir():
-        paths = list(layouts.find_images(path, []))
+        images, _ = layouts.collect_images(layouts.read_folder(path))
+        paths = [Path(image.name) for image in images]
     else:
         names = [str(path), *glob(str(path))]  # noqa: PTH207 (of Path, whose pattern may not be absolute)
         paths = list({Path(each) for each in names if Path(each).is_file()})

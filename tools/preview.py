@@ -162,7 +162,7 @@ def render_views(
 
 def draw_sheet(path: Path, halves: dict[str, list[tuple[View, str]]]) -> None:
     """Write preview.png: views with their captions, by the heading of each half."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
     with saved_figure(path) as figure:
         figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
@@ -219,7 +219,7 @@ def compute_variance_shares(stddev: np.ndarray) -> np.ndarray:
 
 def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
     """Write pca.png: ramps of the mean colour shifted along each axis."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
     basis, steps = Eigenbasis.from_json(content), np.linspace(-MAX_SHIFT, MAX_SHIFT, 601)[:, None]
     with saved_figure(path) as figure:

@@ -93,16 +93,15 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
 
 
 def evaluate_and_report(trainer: "Trainer") -> None:
-    """Evaluate on all views; rank 0 prints the results, draws the pictures and writes report.html."""
+    """Evaluate on all views; rank 0 prints and writes the report."""
     from train.accuracy import EvalStats
-    from train.pictures import draw_pictures
-    from train.report import report
+    from train.report import write_report
 
     stats = EvalStats(trainer.config.model.outputs, trainer.device)
     accuracy = trainer.evaluate(all_views=True, stats=stats)
     model = trainer.gather_model()
     if accuracy and trainer.distributed.is_rank_zero:
-        report(trainer, model, accuracy, stats, draw_pictures(trainer, model, stats))
+        write_report(trainer, model, accuracy, stats)
 
 
 if __name__ == "__main__":

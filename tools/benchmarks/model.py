@@ -1,7 +1,7 @@
 """Benchmark training on a batch in memory: our network, torchvision's, and ours on two devices.
 
 The last tests the paper's claim: "the two-GPU net takes slightly less time to train than the one-GPU net" (section
-3.2). This process and another one train a tower each, as in `model/parallel.py`; this one also trains, in turns, the
+3.2). This process and another one train a tower each, as in `model/towers.py`; this one also trains, in turns, the
 paper's one-GPU net, with half the channels in conv1-4, and both towers on one device. On a CPU a device is a process
 with half of the cores.
 """
@@ -188,8 +188,7 @@ def join_pair(
     import torch.distributed as dist
 
     from model.alexnet import AlexNetConfig
-    from model.parallel import Mesh, TowerAlexNet, seed_process
-    from model.peer import TIMEOUT
+    from model.towers import TIMEOUT, TowerAlexNet, TowerMesh, seed_process
     from train.device import compile_model, set_precision, tune_malloc
 
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
@@ -201,10 +200,10 @@ def join_pair(
     set_precision(deterministic=False)
     timeout, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
     dist.init_process_group(backend, f"file://{store}", timeout, rank=rank, world_size=2)
-    mesh = Mesh.join(device, timeout)
+    mesh = TowerMesh.create(timeout)
     torch.manual_seed(0)  # the same batch and weights on both ranks
     train_on = partial(make_trainer(batch_size, dtype, device), compile=partial(compile_model, device=device))
-    tower_step = train_on(TowerAlexNet(AlexNetConfig(), mesh.peer))
+    tower_step = train_on(TowerAlexNet(AlexNetConfig(), mesh))
     seed_process(0, rank)  # dropout
     return train_on, tower_step
 

@@ -38,9 +38,7 @@ def test_other_classes_and_another_mean(tmp_path: Path, basis: Eigenbasis) -> No
     (tmp_path / "w.safetensors").write_bytes(weights_bytes(theirs.state_dict(), theirs.config, inputs))
     own = AlexNet(CONFIG).state_dict()
     state, told = init_from(tmp_path / "w.safetensors", CONFIG, basis, 1.0, own)
-    assert (
-        "fc8 starts afresh, for 10 classes instead of 7" in told and "less a mean of (1.0, 2.0, 3.0)" in told
-    )
+    assert "10 classes instead of 7" in told and "(1.0, 2.0, 3.0)" in told
     assert torch.equal(state["fc8.weight"], own["fc8.weight"]) and torch.equal(
         state["fc7.weight"], theirs.state_dict()["fc7.weight"]
     )
@@ -62,9 +60,9 @@ def test_torchvisions(tmp_path: Path, basis: Eigenbasis) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fc_dim": 32}, "its model.fc_dim is 64, this run's 32"),
-        ({"lrn": "none"}, "its model.lrn is original, this run's none"),
-        ({"activation": "tanh"}, "its model.activation is relu, this run's tanh"),
+        ({"fc_dim": 32}, "expected model.fc_dim 32, as this run has it, got 64"),
+        ({"lrn": "none"}, "model.lrn"),
+        ({"activation": "tanh"}, "model.activation"),
     ],
 )
 def test_another_network(
@@ -84,19 +82,17 @@ def test_a_checkpoint_that_contradicts_itself(tmp_path: Path, basis: Eigenbasis)
     config = parse_config([*place, *small])
     content = {"config": config.to_json(), "model": AlexNet(config.model).state_dict(), "wnids": ["n0"] * 10}
     content |= {"eigenbasis": basis.to_json()}
-    assert read_pretrained(save_checkpoint(tmp_path, 1, content, keep=2)).config == config.model
+    assert read_pretrained(save_checkpoint(tmp_path, 1, content, keep_last=2)).config == config.model
     content["config"] = parse_config([*place, *small, "--model.fc_dim", "32"]).to_json()
-    path = save_checkpoint(tmp_path, 2, content, keep=2)
-    with pytest.raises(
-        ValueError, match=f"^{re.escape(str(path))} is of another network than it says: its tensors"
-    ):
+    path = save_checkpoint(tmp_path, 2, content, keep_last=2)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
         read_pretrained(path)
 
 
 def test_refused_before_anything_is_written(tmp_path: Path, few: Path) -> None:
     """A missing file and one of another network."""
     tiny(tmp_path / "w.safetensors", few)  # of the paper's variant
-    for name, message in (("none.safetensors", "is no file"), ("w.safetensors", "is of another network")):
+    for name, message in (("none.safetensors", "none.safetensors"), ("w.safetensors", "model.variant")):
         more = ["--train.init_from", str(tmp_path / name)]
         assert message in train_refuses(*small_run(few, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
@@ -169,8 +165,8 @@ def test_checkpoints_of_another_form(tmp_path: Path, basis: Eigenbasis, part: st
     content |= {"eigenbasis": basis.to_json()}
     if part == "config" and isinstance(value, dict):
         value = {**config.to_json(), "model": {**config.to_json()["model"], **value["model"]}}
-    path = save_checkpoint(tmp_path, 1, {**content, part: value}, keep=2)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is (no checkpoint|of another network)"):
+    path = save_checkpoint(tmp_path, 1, {**content, part: value}, keep_last=2)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
         read_pretrained(path)
     if part in ("model", "config"):
         with pytest.raises(
