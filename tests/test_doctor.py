@@ -172,8 +172,8 @@ def test_limits_of_cgroups(tmp_path: Path) -> None:
 
 
 def test_check_that_fails(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
-    """An exception is a warning; shards that are missing, a file, half-written or cut, and an eigenbasis or mean image of
-    none or of other shards, are problems with a remedy each."""
+    """An exception is a warning; shards that are missing, a file, half-written or cut, and an eigenbasis or mean image
+    of none or of other shards, are problems with a remedy each."""
     found = run_check(lambda: Finding("ok", str(1 // 0)))
     assert found.status == "warning" and "ZeroDivisionError" in found.value and found.remedy
     train = numbered_shards(12, 3)
