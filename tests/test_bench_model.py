@@ -11,7 +11,7 @@ from tests.test_bench import rows_of
 from tools.benchmarks import model
 
 
-def test_torchvisions_layers() -> None:
+def test_layers_are_torchvisions() -> None:
     """Shapes of weights in its published state dict, in its order."""
     with torch.device("meta"):
         shapes = [tuple(p.shape) for p in model.build_torchvision_alexnet().parameters() if p.ndim > 1]
@@ -19,7 +19,7 @@ def test_torchvisions_layers() -> None:
 
 
 @pytest.mark.slow
-def test_command(tmp_path: Path) -> None:
+def test_every_contender_has_a_row(tmp_path: Path) -> None:
     """Two tables with a row for each contender."""
     model.bench_model([1], "float32", 0.05, 1, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")

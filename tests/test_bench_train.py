@@ -13,7 +13,7 @@ from tests.test_bench import rows_of
 from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, read_timeline
 
 
-def test_train(few: Path, tmp_path: Path) -> None:
+def test_rates_efficiency_and_waits(few: Path, tmp_path: Path) -> None:
     """Loader, network and both have positive rates; efficiency is the median over turns."""
     out, config = tmp_path / "rows.jsonl", ROOT / "train/configs/quickstart.yaml"
     small = "--model.channels [8,16,16,16,16] --model.fc_dim 64 --train.compile false"
@@ -53,7 +53,7 @@ HOST = [
 ]
 
 
-def test_timeline() -> None:
+def test_timeline_is_that_by_hand() -> None:
     """By hand: 2 steps of 1 ms; kernels of torch's stream are the network's, whatever their name; those of others the
     input's; what overlaps counts once as busy."""
     host = {"ms_per_step": 1.0, "host_wait_percent": 20, "host_step_percent": 70}

@@ -65,7 +65,7 @@ def run_doctor(*arguments: str | Path, **environment: str) -> subprocess.Complet
     return run_python("tools/doctor.py", *arguments, env=os.environ | environment)
 
 
-def test_sound_machine(shards: Path) -> None:
+def test_sound_machine_has_no_problem(shards: Path) -> None:
     """With real libraries and sound shards there is no problem, exit code 0; --json has the documented keys."""
     done = run_doctor(shards, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def test_sound_machine(shards: Path) -> None:
     assert found["torch"]["version"].split("+")[0] == installed("torch").split("+")[0]
 
 
-def test_neither_torch_nor_dali(broken: str, shards: Path) -> None:
+def test_without_torch_and_dali_other_checks_run(broken: str, shards: Path) -> None:
     """Where nothing imports, both are problems, exit code 2, and every other check still runs."""
     done = run_doctor(shards, PYTHONPATH=broken)
     assert done.returncode == 2 and not done.stderr
@@ -100,7 +100,7 @@ def test_neither_torch_nor_dali(broken: str, shards: Path) -> None:
         ("0 / 0", "ZeroDiv"),
     ],
 )
-def test_library_that_crashes_or_hangs(
+def test_library_that_crashes_or_hangs_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
 ) -> None:
     """A library that kills its process, never returns or raises anything is a finding, soon."""
@@ -112,7 +112,7 @@ def test_library_that_crashes_or_hangs(
     assert program.check_torch(found).status == "problem"
 
 
-def test_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_gpus_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML's GPUs are described."""
     (tmp_path / "pynvml.py").write_text(PYNVML)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -138,7 +138,7 @@ NO_NVML, NONE, EIGHT = {"error": "no NVML"}, {"gpus": []}, {"gpus": [H100] * 8}
         (DRIVER, {"error": "ImportError"}, True, None, "-"),
     ],
 )
-def test_gpu_that_cannot_be_used(
+def test_unused_gpu_is_a_problem_unless_hidden(
     driver: Any, torch: dict[str, Any], has_module: bool, visible: str | None, status: str
 ) -> None:
     """A GPU that is there and unused is a problem, unless it was hidden on purpose; a driver that does not answer is a
@@ -156,7 +156,7 @@ def test_dali_decodes_where_pytorch_trains() -> None:
     assert failed.status == "problem" and "no nvjpeg" in failed.value
 
 
-def test_limits_of_cgroups(tmp_path: Path) -> None:
+def test_smallest_cgroup_quota_counts(tmp_path: Path) -> None:
     """The limits of a process's cgroup and of those around it are read; the smallest quota below the cores is a warning
     that names the threads to set, odd texts are no quota."""
     (tmp_path / "job" / "step").mkdir(parents=True)
@@ -171,7 +171,9 @@ def test_limits_of_cgroups(tmp_path: Path) -> None:
     assert check_cores(4, texts).status == check_cores(8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
 
 
-def test_check_that_fails(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
+def test_failed_check_is_a_finding(
+    numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path
+) -> None:
     """An exception is a warning; shards that are missing, a file, half-written or cut, and an eigenbasis or mean image
     of none or of other shards, are problems with a remedy each."""
     found = run_check(lambda: Finding("ok", str(1 // 0)))
@@ -200,7 +202,9 @@ def test_check_that_fails(numbered_shards: Callable[..., ShardSet], shards: Path
     assert found.status == "problem" and "mean_image.npy" in found.value
 
 
-def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_speed_is_compared_with_the_gpus(
+    numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images/s are bytes/s over the mean size of an image; many GPUs need more. Reading is bounded."""
     train = numbered_shards(40, 2)
     assert measure_disk(train.tars) > 0 and measure_disk(train.tars, seconds=0) == 0
@@ -210,7 +214,7 @@ def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.Monk
     assert [check_disk(train, gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
 
 
-def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package is a problem, one of another version a warning; what others require does not count."""
     lines = [
         "other 1 requires numpy, which is not installed.",

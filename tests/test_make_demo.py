@@ -38,7 +38,7 @@ def test_same_seed_same_bytes(raw: Path, tmp_path: Path) -> None:
     assert one.size != two.size
 
 
-def test_layout_and_oddities(raw: Path) -> None:
+def test_archives_have_imagenets_layout_and_oddities(raw: Path) -> None:
     """A tar of class tars; grey, CMYK, progressive, EXIF-turned and PNG files; sides of 260 to 520; 80/20 by class."""
     kinds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def test_label_orders_differ(raw: Path) -> None:
         assert sum(a == b for a, b in zip(one, two, strict=True)) <= 2
 
 
-def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(raw: Path, tmp_path: Path) -> None:
     """A second run has nothing to do; a folder with something else in it is refused and left alone."""
     assert "nothing to do" in run_ok("tools/make_demo.py", raw)
     (tmp_path / "thesis.tex").write_text("x")
@@ -87,7 +87,7 @@ def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_photos_counts_and_labels(photos: Path) -> None:
+def test_photos_have_the_labels_they_were_drawn_for(photos: Path) -> None:
     """80/20, ten classes, and the labels of the packer's reader are the classes that the images were drawn for."""
     data = read_archives(photos)
     train, val = list(data.splits["train"]), list(data.splits["val"])

@@ -87,7 +87,9 @@ def test_views_are_windows_of_the_named_images(numbered_shards: Make, plain_basi
 
 
 @pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
-def test_equals_the_loader(numbered_shards: Make, plain_basis: Eigenbasis, convention: str) -> None:
+def test_first_views_equal_the_loaders_batch(
+    numbered_shards: Make, plain_basis: Eigenbasis, convention: str
+) -> None:
     """The lower half is the first images of training with the same seed, whatever the batch size, lighting included."""
     shards = numbered_shards(60, 3)
     lighting = Lighting(convention, 0.5)  # type: ignore[arg-type]
@@ -106,7 +108,7 @@ def test_equals_the_loader(numbered_shards: Make, plain_basis: Eigenbasis, conve
     assert np.abs(plain - levels.clip(0, 255)).max() > 5, "lighting can be seen"
 
 
-def test_images_of_any_size(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+def test_originals_are_shown_at_256(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """Images that are kept as they came are shown as the central 256x256 of which training cuts its windows."""
     shards = replace(numbered_shards(2, 1, jpeg(photo(np.random.default_rng(4), 300, 420))), store="original")
     (first, second) = render_views(shards, plain_basis, NO_LIGHTING, 5)
@@ -117,7 +119,9 @@ def test_images_of_any_size(numbered_shards: Make, plain_basis: Eigenbasis) -> N
 
 
 @pytest.mark.parametrize("num_samples", [3, 30])
-def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_samples: int) -> None:
+def test_sheet_shows_one_image_repeated_and_the_first_ones_once(
+    numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_samples: int
+) -> None:
     """The sheet shows one image 24 times and the first images once; where there are fewer than 24 none is repeated."""
     folder, drawn = add_basis(numbered_shards(num_samples, 1)), []
 
@@ -134,7 +138,7 @@ def test_sheet(numbered_shards: Make, monkeypatch: pytest.MonkeyPatch, num_sampl
         assert image.format == "PNG" and image.size == (18 * 120, 15 * 120)
 
 
-def test_mistakes(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
+def test_wrong_input_draws_nothing(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
     """A basis that is missing or of other shards, a seed out of range, and labels beyond the classes get one sentence
     that names them, and no picture."""
     shards = numbered_shards(3, 2)
