@@ -102,7 +102,8 @@ def draw_charts(
             axes.axhline(np.log(classes), color="grey", linestyle=":", label="chance: ln(classes)")
         axes.set(title=title, xlabel="epoch", ylabel=CHARTS[title][0], xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
 
 
 def draw_kernels(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
