@@ -72,7 +72,7 @@ def test_paper_is_the_paper() -> None:
     assert (config.train.batch_size, config.train.epochs, optimizer.schedule) == (128, 90, "plateau")
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.01, 0.9, 5e-4, 3)
     assert (optimizer.patience, optimizer.min_improvement, optimizer.bias_lr) == (5, 0.1, None)
-    assert config.model.maps == (96, 256, 384, 384, 256) and config.model.normalization == "paper"
+    assert config.model.conv_channels == (96, 256, 384, 384, 256) and config.model.normalization == "paper"
     assert (config.model.fc_dim, config.model.num_classes, config.model.dropout) == (
         4096,
         None,

@@ -167,7 +167,7 @@ def test_wrong_weights(tmp_path: Path, shards: Path) -> None:
     tiny(path, shards, num_classes=11)
     with pytest.raises(ValueError, match=r"tells 11 classes apart, .* has 10"):
         evaluate_checkpoint(path, shards, device="cpu")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="not a file"):
         evaluate_checkpoint(tmp_path / "none.safetensors", shards, device="cpu")
     with pytest.raises(ValueError, match=r"is to be a \.csv file"):
         evaluate_checkpoint(path, shards, device="cpu", per_class=tmp_path / "x.txt")

@@ -96,7 +96,7 @@ def test_a_checkpoint_that_contradicts_itself(tmp_path: Path, basis: Eigenbasis)
 def test_refused_before_anything_is_written(tmp_path: Path, few: Path) -> None:
     """A missing file and one of another network."""
     tiny(tmp_path / "w.safetensors", few)  # of the paper's variant
-    for name, message in (("none.safetensors", "is no file"), ("w.safetensors", "is of another network")):
+    for name, message in (("none.safetensors", "not a file"), ("w.safetensors", "is of another network")):
         more = ["--train.weights", str(tmp_path / name)]
         assert message in train_refuses(*small_run(few, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()

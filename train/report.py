@@ -76,8 +76,8 @@ def tell(state: TrainState, network: AlexNet, accuracy: Accuracy, findings: Find
 
 def facts_of(state: TrainState, network: AlexNet) -> list[tuple[str, str]]:
     """(name, value) of what was trained, and where."""
-    model = state.config.model.spelled_out()
-    towers, maps = f"{model.towers} tower{'s' * (model.towers != 1)}", "-".join(map(str, model.maps))
+    model = state.config.model.resolved()
+    towers, maps = f"{model.towers} tower{'s' * (model.towers != 1)}", "-".join(map(str, model.conv_channels))
     facts = [
         ("classes", f"{len(state.val_shards.classes):,}"),
         (

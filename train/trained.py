@@ -99,8 +99,8 @@ def initial_state(
     """
     trained = read_trained(path)
     same = {"num_classes": config.outputs, "dropout": config.dropout}
-    if replace(trained.config.spelled_out(), **same) != config.spelled_out():  # type: ignore[arg-type]
-        theirs, ours = (each.spelled_out().__dict__ for each in (trained.config, config))
+    if replace(trained.config.resolved(), **same) != config.resolved():  # type: ignore[arg-type]
+        theirs, ours = (each.resolved().__dict__ for each in (trained.config, config))
         name = next(name for name in ours if ours[name] != theirs[name] and name not in same)
         raise ValueError(
             f"{trained.path} is of another network: its model.{name} is {theirs[name]}, this run's {ours[name]}"
