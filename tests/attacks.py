@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from model.weights import read_weights
-from pipeline.diagnose import find_damage
+from pipeline.diagnose import locate_corrupt_sample
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.shards import open_shards, read_index
 from tests.mutate import (
@@ -261,7 +261,7 @@ def index(rng: random.Random, place: Place) -> Calls:
         lambda: read_index(path),
         lambda: verify(place.given, fast=True),
         lambda: stats(place.given),
-        lambda: find_damage(open_shards(place.given, "train")),
+        lambda: locate_corrupt_sample(open_shards(place.given, "train")),
     ]
 
 

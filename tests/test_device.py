@@ -16,7 +16,7 @@ import ctypes, os, re, threading
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # with many cores a dozen threads would say nothing
 import numpy as np
 from pipeline.machine import resident_bytes
-from train.device import keep_freed_memory
+from train.device import tune_malloc
 
 def arenas():
     libc = ctypes.CDLL(None)
@@ -32,7 +32,7 @@ def hold():
     del block
 
 if {keep}:
-    keep_freed_memory()
+    tune_malloc()
 blocks = [np.ones(1_000_000, np.uint8) for _ in range(200)]
 full = resident_bytes()
 del blocks

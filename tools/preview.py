@@ -111,9 +111,9 @@ def render_views(
     from nvidia.dali import Pipeline, fn  # takes seconds; errors in the input come first
 
     from pipeline.decode import Decoder
-    from pipeline.draws import OFFSETS, draw
-    from pipeline.graph import read_graph, square_graph, train_graph
-    from pipeline.lighting import moved_means
+    from pipeline.draws import OFFSETS, sample_params
+    from pipeline.graph import decode_full, read_graph, train_graph
+    from pipeline.lighting import shifted_means
     from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
@@ -131,10 +131,10 @@ def render_views(
         else:
             encoded, digits = read_graph(shards, True, seed, DataConfig(Path()).shuffle_buffer, 0, 1)
         # Another rank's random numbers for the repeated image, so that the halves of the sheet differ.
-        draws = draw(augmentation, seed, 1 if repeat else 0)
+        draws = sample_params(augmentation, seed, 1 if repeat else 0)
         crops, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
         source = [] if repeat else [fn.get_property(encoded, key="source_info")]
-        squares = square_graph(encoded, decoder)
+        squares = decode_full(encoded, decoder)
         pipe.set_outputs(
             crops, light, squares, encoded, digits, draws.crop_x, draws.crop_y, mirrored, *source
         )
@@ -149,7 +149,7 @@ def render_views(
         crop, light, square, jpeg, digits, x, y, mirror, *name = (
             np.array(output.at(n)) for output in outputs
         )
-        mean = moved_means(light[None], basis, augmentation.lighting)[0]
+        mean = shifted_means(light[None], basis, augmentation.lighting)[0]
         pixels = to_pixels((crop[:, ::-1] if mirror else crop) - mean, basis.mean)
         key = repeat.key if repeat else parse_key(name[0].tobytes().decode(), shards)
         label = int(digits.tobytes().strip(b"\0"))

@@ -117,9 +117,9 @@ def tune_pipeline(
         )
     from pipeline.eigenbasis import Eigenbasis
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     device, train = pick_device("auto"), open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     on_gpu, seeds = device.type == "cuda", itertools.count()
@@ -137,7 +137,7 @@ def tune_pipeline(
             gc.collect()  # a failed loader still holds GPU memory
             data = knobs.to_settings()["data"]
             config = DataConfig(shards, **data | {"speed": Speed(**data["speed"])})
-            options = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
+            options: dict[str, Any] = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
             loader = train_loader(train, basis, config, batch_size=batch_size, **options)
             with contextlib.closing(loader):
                 warm_up = WARM_UP + knobs.prefetch_queue_depth + knobs.reader_queue_depth

@@ -89,7 +89,7 @@ def set_arithmetic(deterministic: bool) -> str:
     return "float32 products in TF32" + (", only operations that repeat to the bit" if deterministic else "")
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep the memory of freed tensors for the next ones, for as long as the process lives.
 
     By itself it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart

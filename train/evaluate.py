@@ -8,7 +8,7 @@ that was trained without flips gets the five unmirrored windows.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pipeline.files import check_writable, write_bytes
 from pipeline.settings import DataConfig
@@ -48,12 +48,12 @@ def evaluate_checkpoint(
     from model.alexnet import AlexNet
     from pipeline.loader import val_loader
     from train.accuracy import evaluate
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
     from train.findings import Findings
     from train.placement import Placement, lost_processes_told
     from train.trained import read_trained
 
-    keep_freed_memory()
+    tune_malloc()
     find_launch(os.environ, torch.cuda.device_count())
     place = pick_device(device)
     with lost_processes_told():
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
             decode=cast(Literal["auto"], trained.decode) if place.type == "cuda" else "cpu",
             augmentation=trained.augmentation,
         )
-        where = {"rank": placement.rank, "num_ranks": placement.world, "device": place}
+        where: dict[str, Any] = {"rank": placement.rank, "num_ranks": placement.world, "device": place}
         loader = placement.together(
             lambda: val_loader(val, trained.basis, config, batch_size=batch_size, **where)
         )

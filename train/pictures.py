@@ -11,7 +11,7 @@ import numpy as np
 from model.alexnet import AlexNet
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight
+from pipeline.lighting import Lighting, apply_lighting
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import Speed
@@ -146,7 +146,9 @@ def moved_along(
     """An image as lighting moves it along one axis, uint8 (len(amounts), height, width, 3); amounts are draws."""
     draws_N3 = np.zeros((len(amounts), 3))
     draws_N3[:, axis] = amounts
-    return to_pixels(relight(image_HWC[None], draws_N3, basis, lighting) * lighting.divisor, basis.mean)
+    return to_pixels(
+        apply_lighting(image_HWC[None], draws_N3, basis, lighting) * lighting.divisor, basis.mean
+    )
 
 
 def to_pixels(images_HWC: np.ndarray, mean: np.ndarray) -> np.ndarray:

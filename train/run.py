@@ -24,13 +24,13 @@ def run(config: Config) -> None:
     """Meet the other processes, train, evaluate, draw, report."""
     import torch
 
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.device import pick_device, set_arithmetic, tune_malloc
     from train.directory import RunDirectory
     from train.placement import Placement, lost_processes_told
     from train.state import TrainState
     from train.stop import StopSignal, StopVote
 
-    keep_freed_memory()
+    tune_malloc()
     requested = StopSignal()
     find_launch(os.environ, torch.cuda.device_count())
     arithmetic = set_arithmetic(config.run.deterministic)

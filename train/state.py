@@ -76,7 +76,7 @@ class TrainState:
             )
         if problems:
             raise ValueError("; ".join(problems))
-        place = {
+        place: dict[str, Any] = {
             "batch_size": placement.loader_batch(batch_size),
             "rank": placement.loader_rank,
             "num_ranks": placement.num_loader_ranks,

@@ -52,10 +52,10 @@ def bench_loader(
     import torch
 
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
     common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
@@ -123,18 +123,18 @@ def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline
     from, and read labels."""
     from nvidia.dali import pipeline_def
 
-    from pipeline.decode import Decoder, decode_extents, trace_window
-    from pipeline.draws import CROP_SIDE, OFFSETS, draw
+    from pipeline.decode import Decoder, decode_rois, trace_window
+    from pipeline.draws import CROP_SIDE, OFFSETS, sample_params
     from pipeline.graph import read_graph, window_graph
 
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
     def graph() -> Any:
         encoded, digits = read_graph(shards, True, shuffle_buffer=1024)
-        draws = draw(Augmentation(), 0, 0)
+        params = sample_params(Augmentation(), 0, 0)
         if not shards.any_size:
-            return window_graph(encoded, draws, Decoder(), "cpu"), digits
-        extents = trace_window(encoded, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
-        return decode_extents(encoded, extents), digits
+            return window_graph(encoded, params, Decoder(), "cpu"), digits
+        rois = trace_window(encoded, CROP_SIDE, params.crop_x * OFFSETS, params.crop_y * OFFSETS)
+        return decode_rois(encoded, rois), digits
 
     return graph()
 

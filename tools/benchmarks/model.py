@@ -52,7 +52,7 @@ def bench_model(
 
     from model.alexnet import AlexNetConfig
     from model.towers import bytes_per_image
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.device import pick_device, set_arithmetic, tune_malloc
 
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
@@ -60,7 +60,7 @@ def bench_model(
     precision = precision or ("bf16" if on_gpu else "float32")
     common.check_options(out, batch_sizes=min(sizes), seconds=seconds, repeats=repeats)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    keep_freed_memory()  # this and the next as the trainer does
+    tune_malloc()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
     print(f"{precision}, {repeats} repeats, on {device}")
     rows, missing = [], {}
@@ -207,7 +207,7 @@ def run_tower(
 
     from model.alexnet import AlexNet, AlexNetConfig
     from model.towers import TIMEOUT, TowerAlexNet, TowerMesh, seed_process
-    from train.device import can_compile, compiled, keep_freed_memory, set_arithmetic
+    from train.device import can_compile, compiled, set_arithmetic, tune_malloc
     from train.recipe import ABLATIONS
 
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
@@ -215,7 +215,7 @@ def run_tower(
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, num_cores() // 2))
-    keep_freed_memory()  # this and the next as the trainer does
+    tune_malloc()  # this and the next as the trainer does
     set_arithmetic(deterministic=False)
     timeout, backend = 20 * TIMEOUT, "nccl" if kind == "cuda" else "gloo"  # compiling takes long
     dist.init_process_group(backend, f"file://{scratch}/store", timeout, rank=rank, world_size=2)

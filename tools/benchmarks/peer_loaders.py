@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.draws import CROP_SIDE, OFFSETS
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight_arguments
+from pipeline.lighting import Lighting, lighting_arguments
 from pipeline.loader import train_loader
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ShardSet
@@ -170,7 +170,7 @@ def load_with_dali(data: PeerData) -> Batches:
         )
         x, y = fn.random.uniform(values=places), fn.random.uniform(values=places)
         windows = fn.decoders.image_crop(encoded, crop=(CROP_SIDE, CROP_SIDE), crop_pos_x=x, crop_pos_y=y)
-        mean, std = relight_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
+        mean, std = lighting_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
         flip = fn.random.coin_flip(probability=0.5)
         options = {"dtype": types.FLOAT, "output_layout": "CHW", "mirror": flip}
         return fn.crop_mirror_normalize(windows, mean=mean, std=[std] * 3, **options), label

@@ -63,7 +63,7 @@ def bench_peers(
         out: File of JSON lines to append one row per contender to.
     """
     from tools.benchmarks.peer_loaders import PEERS, PeerData
-    from train.device import keep_freed_memory
+    from train.device import tune_malloc
 
     common.check_options(out, batch_size=batch_size, workers=workers, seconds=seconds, repeats=repeats)
     names = list(PEERS) if peers is None else peers
@@ -75,7 +75,7 @@ def bench_peers(
         raise ValueError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     raise_open_files(len(train.tars))
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
     workers = workers or num_cores()
     turns: dict[str, Callable[[], common.Rate]] = {}

@@ -59,7 +59,7 @@ def bench_train(
 
     from pipeline.loader import Batch
     from train.config import parse_config
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
+    from train.device import pick_device, set_arithmetic, tune_malloc
     from train.meter import StepMeter
     from train.placement import Placement
     from train.state import TrainState
@@ -69,7 +69,7 @@ def bench_train(
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         paths = ["--data.shards", str(shards), "--run.dir", scratch]
         config = parse_config(["--config", str(recipe), *settings.split(), *paths])
-        keep_freed_memory()  # this and the next as train.run does
+        tune_malloc()  # this and the next as train.run does
         set_arithmetic(config.run.deterministic)
         device = pick_device(config.run.device)
         state = TrainState(config, device, Placement(config.parallel, device))
