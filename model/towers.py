@@ -182,9 +182,7 @@ class TowerAlexNet(AlexNet):
     def __init__(self, config: AlexNetConfig, mesh: TowerMesh) -> None:
         super().__init__(config)  # draws the whole network's weights
         if config.num_towers != TOWERS or not self.conv3:
-            raise ValueError(
-                "parallel.placement=towers needs model.towers=2 and a conv3, where the towers meet"
-            )
+            raise ValueError("parallel.mode towers needs model.towers=2 and a conv3, where the towers meet")
         self.mesh, self.towers = mesh, 1
         state = shard_state_dict(self.state_dict(), mesh.tower)
         for name, whole in list(self.named_children()):

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.errors import UserError
+
 
 @contextmanager
 def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
@@ -98,11 +100,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `ValueError` that names the file when it is not JSON."""
+    """Read a JSON file. Raises `UserError` that names the file when it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # a number may be too long, an array too deep
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
 
 
 def sha256(content: bytes) -> str:

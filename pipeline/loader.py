@@ -27,6 +27,7 @@ from nvidia.dali import Pipeline
 from pipeline.decode import Decoder
 from pipeline.draws import CROP_SIDE, op_seed
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import UserError
 from pipeline.graph import train_pipeline, val_pipeline
 from pipeline.lighting import Lighting, shifted_means
 from pipeline.machine import raise_open_files, resident_bytes
@@ -71,15 +72,15 @@ class Loader:
         device: torch.device | str,
     ) -> None:
         if not 0 <= rank < num_ranks:
-            raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
+            raise UserError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+            raise UserError(f"the batch size must be at least 1, not {batch_size}")
         if shards.num_samples < num_ranks:
-            raise ValueError(
+            raise UserError(
                 f"{shards.split} has {shards.num_samples} images for {num_ranks} processes; start fewer of them"
             )
         if training and batch_size % config.augmentation.images_per_crop:
-            raise ValueError(
+            raise UserError(
                 f"the {batch_size} images that each process loads at a time do not divide by "
                 f"data.augmentation.images_per_crop ({config.augmentation.images_per_crop}); take a number that does"
             )
@@ -90,7 +91,7 @@ class Loader:
             config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
         )
         if self._decode == "gpu" and self.device.type != "cuda":
-            raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
+            raise UserError("data.decode=gpu needs a GPU; say data.decode=cpu")
         offset = mean_offset(basis, config.augmentation)
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
@@ -117,7 +118,7 @@ class Loader:
         )
         """Training samples, over all ranks, that an epoch leaves out; each epoch leaves out others."""
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"{shards.num_samples} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; "
                 "take a smaller batch size"
             )
@@ -138,7 +139,7 @@ class Loader:
             if self._pipe and ended:  # the same graph with other constants, from the same state
                 self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
-            raise ValueError(
+            raise UserError(
                 f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
             )
         while self.at_step < self.steps_per_epoch:
@@ -263,7 +264,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any], *, allow_world_change: bool = False) -> None:
         """Go to a position.
 
-        Raises `ValueError` that names the field when the state belongs to another sequence of batches. With
+        Raises `UserError` that names the field when the state belongs to another sequence of batches. With
         `allow_world_change` other ranks and another batch size are taken: the loader then stands at the edge of the
         state's epoch, the next one if that was finished, from where its order is a new one.
         """
@@ -277,7 +278,7 @@ class Loader:
                     if name in WORLD
                     else ""
                 )
-                raise ValueError(
+                raise UserError(
                     f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "
                     f"{mine[name]}{remedy}"
                 )
@@ -301,13 +302,11 @@ class Loader:
 
 def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
     """The centre of the mean image minus the mean colour, as far as pixels are divided, float64 (3, 224, 224) (2012
-    program: neither windowed nor flipped); None with `mean: channel`. Raises `ValueError` without a mean image."""
+    program: neither windowed nor flipped); None with `mean: channel`. Raises `UserError` without a mean image."""
     if augmentation.mean == "channel":
         return None
     if basis.mean_image is None:
-        raise ValueError(
-            "augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image"
-        )
+        raise UserError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
     first = (IMAGE_SIDE - CROP_SIDE) // 2
     centre_HWC = basis.mean_image[first : first + CROP_SIDE, first : first + CROP_SIDE] - basis.mean
     return torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)

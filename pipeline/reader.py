@@ -10,9 +10,10 @@ import torch
 from nvidia.dali import Pipeline
 
 from pipeline.diagnose import locate_corrupt_sample
+from pipeline.errors import DataError
 from pipeline.graph import decode_pipeline
 from pipeline.machine import available_bytes, processes_here, raise_open_files, share_of_cores
-from pipeline.shards import DataError, ShardSet
+from pipeline.shards import ShardSet
 
 INDEX_BYTES = 455
 """Memory of DALI's index per sample, measured with 1.28 million samples: 707 MB with what the process holds besides."""

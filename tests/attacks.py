@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from train.signed import SignedWriter
 
 from model.weights import read_weights
 from pipeline.diagnose import locate_corrupt_sample
@@ -42,8 +43,8 @@ from tools.packing.plan import Options
 from tools.packing.verify import find_image_fault, stats, verify
 from tools.packing.writer import LISTING, pack_sample
 from tools.preview import format_eigenbasis
-from train import charts
 from train.checkpoint import (
+    RunDirectory,
     checkpoint_at_an_edge,
     checkpoint_path,
     find_checkpoint,
@@ -51,11 +52,10 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.config import parse_config
-from train.directory import RunDirectory
 from train.metrics import MetricsLog, read_metrics
-from train.report import speed_of
-from train.signed import SignedWriter
-from train.trained import read_trained
+from train.pictures import CHARTS, draw_charts, draw_png
+from train.pretrained import read_pretrained
+from train.report import summarize_speed
 
 Calls = list[Callable[[], object]]
 
@@ -375,7 +375,7 @@ def checkpoint(rng: random.Random, place: Place) -> Calls:
     path.write_bytes(data)
     return [
         lambda: load_checkpoint(checkpoint_path(place.given)),
-        lambda: read_trained(place.given),
+        lambda: read_pretrained(place.given),
         lambda: export_weights(place.given, place.out / "w.safetensors"),
         lambda: checkpoint_at_an_edge(path.with_name("step-00000008.pt")),
     ]
@@ -485,12 +485,9 @@ def metrics(rng: random.Random, place: Place) -> Calls:
 
     def reported() -> None:
         rows = read_metrics(path)
-        speed_of(rows)
-        for kind, name in (("train", "loss"), ("eval", "centre_top1_error")):
-            charts.figures_of(rows, kind, name)
+        summarize_speed(rows)
         if rng.random() < 0.02:
-            charts.png_of(lambda figure: charts.draw_curves(figure, rows, 10, 10))
-            charts.speed_charts(rows)
+            draw_png(draw_charts, list(CHARTS), rows, 10, 10)
 
     def continued() -> None:
         MetricsLog(run, 60, 2).close()
@@ -531,7 +528,7 @@ def weights(rng: random.Random, place: Place) -> Calls:
             + tensors
         )
     path.write_bytes(data)
-    return [lambda: read_weights(path), lambda: read_trained(path)]
+    return [lambda: read_weights(path), lambda: read_pretrained(path)]
 
 
 def listing(rng: random.Random, place: Place) -> Calls:

@@ -143,7 +143,7 @@ def small_run(shards: Path, directory: Path, *more: str) -> list[str]:
         "--model.channels [8,16,16,16,16] --model.fc_dim 64 --model.num_classes 10 --model.variant original"
     )
     small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
-    small += " --run.save_every 6 --run.keep 2 --run.keep_every 1"
+    small += " --run.save_minutes 0.002 --run.keep_last 2 --run.keep_every 1"
     small += " --run.device cpu"  # bitwise equality is promised there
     run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
     return [
@@ -177,7 +177,7 @@ def same_weights(one: dict[str, object], two: dict[str, object]) -> bool:
 
 def rows_without_times(directory: Path) -> list[dict[str, object]]:
     """The rows of a run, but for what a clock says."""
-    times = ("wait", "images_per_s", "step_ms", "next_ms", "save", "saving", "eval_s")
+    times = ("wait", "images_per_s", "step_ms", "data_time", "save", "saving", "eval_s")
     found = read_metrics(directory / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(times)} for row in found]
 

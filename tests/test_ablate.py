@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
 from tools import ablate as program
-from tools.ablate import ANY_WIDTH, Run, ablate, run_training
+from tools.ablate import ANY_WIDTH, Run, ablate, train_run
 from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
+from train.cli import ABLATIONS
 from train.config import Config, flatten, parse_config
-from train.recipe import ABLATIONS
 
 CONFIGS = ROOT / "train" / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -84,15 +85,7 @@ def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]])
 def test_figures_of_a_run() -> None:
     """The training error is the mean of the last epoch's rows, the validation error the last one, and the epoch of the
     first row at or below the error in question is counted in steps."""
-    train = [
-        (4, 0, 90.0),
-        (8, 0, 70.0),
-        (12, 1, 40.0),
-        (16, 1, 26.0),
-        (20, 1, 25.0),
-        (24, 2, 30.0),
-        (28, 2, 20.0),
-    ]
+    train = [(4, 0, 90.0), (12, 1, 40.0), (16, 1, 26.0), (20, 1, 25.0), (24, 2, 30.0), (28, 2, 20.0)]
     found = read_figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25)
     assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0) and found.val_error == 35
     assert read_figures(rows(train, [(10, 1, 60.0)]), 7, 19.9).epochs_to_error is None
@@ -109,10 +102,10 @@ def test_the_best_rate() -> None:
     slow, fast = [run(1, 5, 9, 3.0), run(2, 5, 9, 5.0)], [run(1, 9, 9, 3.0), run(2, 9, 9, 4.0)]
     never, once = [run(1, 20, 9), run(2, 10, 9)], [run(1, 1, 9, 1.0), run(2, 28, 9)]
     assert pick_rate("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
-    assert (
-        pick_rate("a", {0.1: once, 0.2: never}).rate == 0.1
-        and pick_rate("a", {0.1: never, 0.2: once}).rate == 0.2
-    )
+    assert [pick_rate("a", {0.1: one, 0.2: two}).rate for one, two in ((once, never), (never, once))] == [
+        0.1,
+        0.2,
+    ]
     assert pick_rate("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
     assert pick_rate("a", {0.1: [None, None]}) == Entry("a", None, ())
 
@@ -171,7 +164,7 @@ def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], field: 
         "ablations": ["no-lrn"],
         "seeds": (1,),
     }
-    with pytest.raises((ValueError, FileNotFoundError), match=field):
+    with pytest.raises((UserError, FileNotFoundError), match=field):
         ablate(**given | options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
@@ -183,20 +176,18 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     errors = {"base-seed1": 20.0, "base-seed2": 30.0, "no-lrn-seed1": 26.0, "no-lrn-seed2": 31.0}
     trained: list[str] = []
 
-    def train(run: Run) -> bool:
-        directory = run.directory
+    def train(run: Run) -> str:
+        directory = run.path()
         error = errors[directory.name]
         directory.mkdir(exist_ok=True)
         lines = [json.dumps(row) for row in rows([(20, 0, error - 10)], [(44, 1, error)])]
         (directory / "metrics.jsonl").write_text("\n".join(lines))
         trained.append(directory.name)
-        return True
+        return "trained"
 
-    monkeypatch.setattr(program, "run_training", train)
+    monkeypatch.setattr(program, "train_run", train)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of the tests stays
-    monkeypatch.setattr(
-        program, "draw_curves", lambda path, entries: path.write_text(str(len(entries)))
-    )  # it takes long
+    monkeypatch.setattr(program, "draw_curves", lambda path, _: path.touch())  # it takes long
 
     def compare(settings: str = "", seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
         trained.clear()
@@ -246,15 +237,13 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
 @pytest.mark.parametrize(
     ("script", "outcome"),
     [
-        ("touch $DIR/report.html", True),
-        ("exit 4", False),
+        ("touch $DIR/report.html", "trained"),
+        ("exit 4", "diverged"),
         ("exit 3", "r: training failed with exit code 3; .*r.log"),
         ("exit 0", "r: unfinished"),
     ],
 )
-def test_how_a_run_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str
-) -> None:
+def test_how_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: str) -> None:
     """Exit code and files show how a run ended: it finished, diverged, failed, or was stopped before its report, of
     which an earlier one does not count."""
     python = tmp_path / "python"
@@ -266,11 +255,11 @@ def test_how_a_run_ends(
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.html").touch()
     (tmp_path / "r.log").write_text("an earlier try\n")
-    if isinstance(outcome, bool):
-        assert run_training(run) == outcome
+    if outcome in ("trained", "diverged"):
+        assert train_run(run) == outcome
     else:
-        with pytest.raises(ValueError, match=outcome):
-            run_training(run)
+        with pytest.raises(UserError, match=outcome):
+            train_run(run)
     assert (tmp_path / "r.log").read_text() == "an earlier try\n"
 
 

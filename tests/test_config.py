@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import ROOT, run_here, shipped, train_refuses
-from train.config import Config, check_same_run, parse_config
-from train.schedule import RateSchedule
+from train.config import Config, RateSchedule, check_same_run, parse_config
 
 REQUIRED = ["--data.shards", "s", "--run.dir", "r"]
 QUICKSTART = ["--config", str(ROOT / "train/configs/quickstart.yaml"), *REQUIRED]
@@ -70,8 +69,13 @@ def test_paper_is_the_paper() -> None:
     config = shipped("paper")
     optimizer, augmentation = config.optimizer, config.data.augmentation
     assert (config.train.batch_size, config.train.epochs, optimizer.schedule) == (128, 90, "plateau")
-    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.drops) == (0.01, 0.9, 5e-4, 3)
-    assert (optimizer.patience, optimizer.min_improvement, optimizer.bias_lr) == (5, 0.1, None)
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.max_drops) == (
+        0.01,
+        0.9,
+        5e-4,
+        3,
+    )
+    assert (optimizer.patience, optimizer.min_delta, optimizer.bias_lr) == (5, 0.1, None)
     assert config.model.conv_channels == (96, 256, 384, 384, 256) and config.model.normalization == "paper"
     assert (config.model.fc_dim, config.model.num_classes, config.model.dropout) == (
         4096,
@@ -111,7 +115,7 @@ def test_fast() -> None:
     config = shipped("fast")
     assert config.train.precision == "bf16" and config.train.compile and config.optimizer.schedule == "cosine"
     assert config.optimizer.lr / config.train.batch_size == pytest.approx(0.01 / 128)
-    assert config.model.num_towers == 2 and config.parallel.placement == "single"
+    assert config.model.num_towers == 2 and config.parallel.mode == "single"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +128,8 @@ def test_fast() -> None:
         (["--model.variant", "vgg"], "model.variant"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--run.device", "tpu"], "run.device"),
-        (["--train.accumulate", "0"], "train.accumulate must be at least 1"),
-        (["--train.accumulate", "5"], "a multiple of 5 for train.accumulate 5"),
+        (["--train.grad_accum_steps", "0"], "train.grad_accum_steps must be at least 1"),
+        (["--train.grad_accum_steps", "5"], "a multiple of 5 for train.grad_accum_steps 5"),
         (
             ["--data.augmentation.images_per_crop", "5"],
             "a multiple of 5 for data.augmentation.images_per_crop 5",
@@ -196,7 +200,7 @@ def test_same_run() -> None:
     ]:
         with pytest.raises(ValueError, match=re.escape(name)):
             check_same_run(saved, parse_config([*QUICKSTART, f"--{name}", value]).to_json(), 10)
-    spread = [*QUICKSTART, "--train.accumulate", "2"]  # fewer GPUs want more passes
+    spread = [*QUICKSTART, "--train.grad_accum_steps", "2"]  # fewer GPUs want more passes
     with pytest.raises(ValueError, match=r"started with train\.accumulate = 1"):
         check_same_run(saved, parse_config(spread).to_json(), 1)
     check_same_run(saved, parse_config([*spread, "--resume.allow_world_change", "true"]).to_json(), 1)

@@ -8,7 +8,7 @@ import torch
 from model.alexnet import AlexNet, AlexNetConfig
 from tests.helpers import run_python
 from train import device as device_module
-from train.device import can_compile, compiled, gpu_advice
+from train.device import can_compile, gpu_advice
 
 KEPT = """
 import ctypes, os, re, threading

@@ -9,8 +9,9 @@ import pytest
 import simplejpeg
 
 from pipeline.diagnose import locate_corrupt_sample
+from pipeline.errors import DataError
 from pipeline.reader import decoded_batches
-from pipeline.shards import DataError, open_shards, read_index
+from pipeline.shards import open_shards, read_index
 from tests.helpers import jpeg, photo, run_python
 
 
@@ -81,7 +82,8 @@ from pathlib import Path
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import train_loader
 from pipeline.settings import DataConfig
-from pipeline.shards import DataError, open_shards
+from pipeline.errors import DataError
+from pipeline.shards import open_shards
 folder = Path(sys.argv[1])
 train = open_shards(folder, "train")
 basis = Eigenbasis.load(folder / "pca.json", train.manifest_sha256)

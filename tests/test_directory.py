@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import shipped
-from train.directory import RunDirectory
+from train.checkpoint import RunDirectory
 
 
 def test_second_run_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version as installed
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.shards import ShardSet, open_shards
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 from tools import doctor as program
 from tools.doctor import (
     Finding,
@@ -28,7 +27,7 @@ from tools.doctor import (
     check_split,
     measure_disk,
     probe,
-    read_cgroup,
+    read_limits,
     run_check,
 )
 
@@ -50,30 +49,20 @@ nvmlDeviceGetCudaComputeCapability = lambda handle: (9, 0)
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> dict[str, str]:
-    """An environment where neither PyTorch nor DALI imports."""
+def broken(tmp_path: Path) -> str:
+    """A PYTHONPATH with which neither PyTorch nor DALI imports."""
     for name in ("torch", "nvidia/dali"):
         (tmp_path / "stub" / name).mkdir(parents=True)
         (tmp_path / "stub" / name / "__init__.py").write_text(
             f"raise ImportError('lib{name[:5]}.so is not there')\n"
         )
     (tmp_path / "stub" / "nvidia" / "__init__.py").touch()
-    return {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}:{ROOT}"}
+    return f"{tmp_path / 'stub'}:{ROOT}"
 
 
-def run_doctor(*arguments: str | Path, environment: dict[str, str] | None = None, limit: str = ":") -> Any:
-    """Run the program as a user would, after a shell command such as `ulimit`."""
-    command = [
-        "bash",
-        "-c",
-        f'{limit}; exec "$0" "$@"',
-        sys.executable,
-        "tools/doctor.py",
-        *map(str, arguments),
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment
-    )
+def run_doctor(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user would."""
+    return run_python("tools/doctor.py", *arguments, env=os.environ | environment)
 
 
 def test_sound_machine(shards: Path) -> None:
@@ -91,9 +80,9 @@ def test_sound_machine(shards: Path) -> None:
     assert found["torch"]["version"].split("+")[0] == installed("torch").split("+")[0]
 
 
-def test_neither_torch_nor_dali(broken: dict[str, str], shards: Path) -> None:
+def test_neither_torch_nor_dali(broken: str, shards: Path) -> None:
     """Where nothing imports, both are problems, exit code 2, and every other check still runs."""
-    done = run_doctor(shards, environment=broken)
+    done = run_doctor(shards, PYTHONPATH=broken)
     assert done.returncode == 2 and not done.stderr
     lines = done.stdout.splitlines()
     for name, library in (("PyTorch", "libtorch"), ("DALI", "libnvidi")):
@@ -143,12 +132,7 @@ def test_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 2, "peers": 2}, "0,1", "ok"),
         (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 8, "peers": 55}, None, "warning"),
         (DRIVER, TORCH | {"gpus": []}, "", "-"),
-        (
-            DRIVER,
-            TORCH | {"gpus": [], "cuda_error": "the driver is too old (found version 11040)"},
-            None,
-            "problem",
-        ),
+        (DRIVER, TORCH | {"gpus": [], "cuda_error": "the driver is too old"}, None, "problem"),
         (DRIVER, TORCH | {"cuda": None, "gpus": []}, None, "problem"),
         (DRIVER, TORCH | {"cuda_error": "no kernel image is available"}, None, "problem"),
         (DRIVER, {"error": "ImportError"}, None, "-"),
@@ -177,15 +161,13 @@ def test_limits_of_cgroups(tmp_path: Path) -> None:
     (tmp_path / "job" / "step").mkdir(parents=True)
     (tmp_path / "job" / "cpu.max").write_text("400000 100000\n")
     (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
-    texts = read_cgroup("cpu.max", "0::/job/step\n", tmp_path)
-    assert texts == ["", "400000 100000\n", "max 100000\n"] and read_cgroup("cpu.max", "odd", tmp_path) == [
-        ""
-    ]
-    assert (
-        check_cores(8, 8, texts).status == "warning"
-        and "--data.speed.threads 5" in check_cores(8, 8, texts).remedy
-    )
-    assert check_cores(4, 8, texts).status == check_cores(8, 8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
+    (tmp_path / "membership").write_text("1:name=systemd:/x\n0::/job/step\n")
+    texts = read_limits("cpu.max", tmp_path / "membership", tmp_path)
+    assert texts == ["max 100000\n", "400000 100000\n", ""]
+    assert read_limits("cpu.max", tmp_path / "none", tmp_path) == [""]
+    found = check_cores(8, texts)
+    assert found.status == "warning" and "--data.speed.threads 5" in found.remedy
+    assert check_cores(4, texts).status == check_cores(8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
 
 
 def test_check_that_fails() -> None:
@@ -235,14 +217,11 @@ def test_eigenbasis(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_
 def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
     """Images/s are bytes/s over the mean size of an image; many GPUs need more. Reading is bounded."""
     train = numbered_shards(40, 2)
-    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, max_s=0) == 0
+    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, seconds=0) == 0
     size = sum(Path(tar).stat().st_size for tar in train.tars) / 40
     monkeypatch.setattr(program, "measure_disk", lambda files: size * 25_000)
     assert "25,000 images/s" in check_disk(train, 1).value
     assert [check_disk(train, gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
-    df = subprocess.CompletedProcess([], 0, "Type Mounted on\nnfs4 /data\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: df)
-    assert check_disk(train, 1).status == "warning"
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,9 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from pipeline.files import write_bytes
-from train.program import exit_with
+from train.cli import run_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-exit_with(lambda: write_bytes(Path({str(path)!r}), bytes(100_000)))
+run_main(lambda: write_bytes(Path({str(path)!r}), bytes(100_000)))
 """
     done = run_python("-c", program)
     assert done.returncode == 2 and str(path) in done.stderr and "free some space" in done.stderr

@@ -2,7 +2,7 @@
 memory, and writes nowhere but where it is to; no input ends it, hangs it or gets a traceback out of it.
 
 Each attack takes a number, draws an input from it (`tests/mutate.py` over sound files) and gives what is to be called;
-calls go through `train.program.exit_with`, the edge of our programs. They happen in processes of their own, so that a
+calls go through `train.cli.exit_with`, the edge of our programs. They happen in processes of their own, so that a
 crash or a hang is told with its number instead of ending the tests; `python -m tests.test_fuzz ATTACK NUMBER` repeats
 one. Inputs that found something are tests of the part that they were refused by.
 """
@@ -32,7 +32,7 @@ import torch
 from tests.attacks import ATTACKS
 from tests.helpers import ROOT
 from tests.sound import Place, make_seeds
-from train.program import exit_with
+from train.cli import run_main
 
 LIMIT_S = 60.0
 """For one input, which takes less than a second; on two busy cores, so that it is a hang that it finds."""
@@ -69,7 +69,7 @@ def outcome(call: Callable[[], object], place: Place) -> str:
     printed = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     try:
         with redirect_stderr(told), redirect_stdout(printed):
-            exit_with(call)
+            run_main(call)
     except SystemExit as ended:
         code = ended.code
     except BaseException as error:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import DataError
 from pipeline.reader import data_errors, decoded_batches
-from pipeline.shards import DataError, read_index
+from pipeline.shards import read_index
 from tests.helpers import Make, collect, jpeg, loaders
 
 

@@ -6,9 +6,9 @@ import weakref
 
 import pytest
 import torch
-
-from train.meter import StepMeter
 from train.placement import ParallelConfig, Placement
+
+from train.metrics import StepMeter
 
 
 def test_meter() -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from train.config import OptimizerConfig
 from train.device import can_compile
 from train.optimizer import LossScale, PaperSGD, update, update_at_tensor_rate
-from train.schedule import OptimizerConfig
 
 RATES = [0.01, 0.01, 0.001, 0.001, 0.0, 0.0, 0.001, 0.01]
 

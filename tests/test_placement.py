@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from train.placement import Placement
 
-from pipeline.shards import DataError
+from pipeline.errors import DataError
 from tests.helpers import (
     TRAIN,
     final,
@@ -22,7 +23,6 @@ from tests.helpers import (
     train_refuses,
     wait_for,
 )
-from train.placement import Placement
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.run")
 STEPS = 1438 // 128
@@ -34,7 +34,7 @@ def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
     but for rounding."""
     same = ["--model.dropout", "0", "--run.log_every", "1"]
     run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "one", *same), run=run_python)
-    towers = ["--parallel.placement", "towers"]
+    towers = ["--parallel.mode", "towers"]
     out = run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "two", *same, *towers), run=run_python)
     assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
     one, two = (rows_of(tmp_path / name) for name in ("one", "two"))
@@ -53,7 +53,7 @@ def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
 def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement: str) -> None:
     """SIGTERM to one process stops both, who save; the same command then ends with bitwise the weights of an
     undisturbed run. Only one of them tells and writes."""
-    how = ["--parallel.placement", placement]
+    how = ["--parallel.mode", placement]
     run_ok(*TORCHRUN, *shared_run(shards, tmp_path / "undisturbed", *how), run=run_python)
     command = [*TORCHRUN, *shared_run(shards, tmp_path / "stopped", *how)]
     process = start_python(*command, stderr=subprocess.STDOUT)
@@ -79,11 +79,11 @@ def test_stopped_together_and_continued(shards: Path, tmp_path: Path, placement:
 def test_another_world_goes_on(shards: Path, tmp_path: Path) -> None:
     """What a pair of towers began, one process goes on with, if that is allowed: from the last end of an epoch, also
     where the newest checkpoint is in the midst of one."""
-    run = shared_run(shards, tmp_path, "--run.save_every", "5", "--run.keep", "9", "--train.epochs", "2")
-    run_ok(*TORCHRUN, *run, "--parallel.placement", "towers", run=run_python)
+    run = shared_run(shards, tmp_path, "--run.save_every", "5", "--run.keep_last", "9", "--train.epochs", "2")
+    run_ok(*TORCHRUN, *run, "--parallel.mode", "towers", run=run_python)
     began = final(tmp_path)
     (tmp_path / "checkpoints" / "LATEST").write_text("step-00000020.pt\n")
-    assert "parallel.placement = towers" in train_refuses(*run)
+    assert "parallel.mode = towers" in train_refuses(*run)
     told = run_ok("-m", "train.run", *run, "--resume.allow_world_change", "true")
     assert f"resuming from {tmp_path}/checkpoints/step-{STEPS:08d}.pt (epoch 2, step {STEPS})" in told
     ended = final(tmp_path)
@@ -185,7 +185,7 @@ def test_processes_that_differ(shards: Path, tmp_path: Path, more: list[str], me
 
 def test_refusals(shards: Path, tmp_path: Path) -> None:
     """Towers without a partner, and batches that the processes cannot share."""
-    told = train_refuses(*shared_run(shards, tmp_path / "run", "--parallel.placement", "towers"))
+    told = train_refuses(*shared_run(shards, tmp_path / "run", "--parallel.mode", "towers"))
     assert "even number of processes, not 1" in told and not (tmp_path / "run").exists()
     placement = object.__new__(Placement)
     placement.num_loader_ranks = placement.num_replicas = 3

@@ -16,7 +16,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
 from train.accuracy import probabilities
-from train.trained import read_trained
+from train.pretrained import read_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_what_evaluation_makes_of_them(weights: Path, few: Path, tmp_path: Path,
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         (tmp_path / f"{sample['__key__']}.jpg").write_bytes(sample["jpg"])
     rows = predicted(weights, tmp_path, "--views", views, "--top", "10")
-    trained, val = read_trained(weights), open_shards(few, "val")
+    trained, val = read_pretrained(weights), open_shards(few, "val")
     model = AlexNet(trained.config)
     model.load_state_dict(trained.state)
     config = DataConfig(few, decode="cpu", augmentation=trained.augmentation)

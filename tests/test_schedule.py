@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from train.schedule import OptimizerConfig, RateChange, RateSchedule
+from train.config import OptimizerConfig, RateChange, RateSchedule
 
 BY_HAND = (
     RateChange(25, 0.001),

@@ -32,8 +32,8 @@ from model.towers import (
     seed_process,
     shard_state_dict,
 )
-from train.optimizer import PaperSGD
-from train.schedule import OptimizerConfig
+from train.config import OptimizerConfig
+from train.optimizer import AlexNetSGD
 
 CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), fc_dim=32, num_classes=7, dropout=0)
 """An odd number of classes, so that towers get different halves."""
@@ -61,8 +61,9 @@ def train(
     network: torch.nn.Module, model: AlexNet, rows: slice, dtype: torch.dtype, steps: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Take some steps; returns the first one's loss, logits and gradients, and the weights in the end."""
-    optimizer = PaperSGD(model.named_parameters(), OptimizerConfig())
-    rates = {name: 1e-3 for name, _ in model.named_parameters()}
+    optimizer = AlexNetSGD(model.named_parameters(), OptimizerConfig())
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
     first: dict[str, Any] = {}
     for step in range(steps):
         images, labels = (each[rows] for each in batch(step, dtype))
@@ -72,7 +73,7 @@ def train(
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             first = {"loss": loss.detach(), "logits": logits.detach(), "gradients": gradients}
-        optimizer.step(rates)
+        optimizer.step()
     return first, {name: p.detach() for name, p in model.named_parameters()}
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.errors import DataError
 from pipeline.files import read_json, sha256, write_json
-from pipeline.shards import DataError, open_shards, read_index
+from pipeline.shards import open_shards, read_index
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of
 from tools.packing.verify import MAX_PROBLEMS, find_image_fault, verify
 

@@ -31,10 +31,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.files import atomic_writer, read_json, write_json
 from pipeline.machine import num_cores
 from tools.photos import encode, make_photo
-from train.program import run_program
+from train.cli import run_program
 
 Member = tuple[str, bytes]
 """Name and content of a file in a tar."""
@@ -61,9 +62,9 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
         photos: Number of photograph-like images (110 kB on average) to write instead of the digits, to measure speed.
     """
     if seed < 0:
-        raise ValueError(f"--seed: expected at least 0, got {seed}; leave it out for 2012")
+        raise UserError(f"--seed: expected at least 0, got {seed}; leave it out for 2012")
     if photos is not None and photos < MIN_PHOTOS:
-        raise ValueError(f"--photos: expected at least {MIN_PHOTOS}, got {photos}; write more")
+        raise UserError(f"--photos: expected at least {MIN_PHOTOS}, got {photos}; write more")
     stamp = {"format_version": 1, "seed": seed} | ({"photos": photos} if photos else {})
     is_complete = all((raw / name).is_file() for name in (*ARCHIVES, STAMP))
     if is_complete and read_json(raw / STAMP) == stamp:
@@ -72,7 +73,7 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
     # An interrupted run leaves archives without a stamp, or temporary files.
     names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
     if (raw.exists() and not raw.is_dir()) or is_complete or names - {*ARCHIVES, STAMP}:
-        raise ValueError(f"{raw}: expected a new or empty folder, got other files; give another")
+        raise UserError(f"{raw}: expected a new or empty folder, got other files; give another")
     raw.mkdir(parents=True, exist_ok=True)
     if photos:
         write_photos(raw, photos, seed)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from pipeline.errors import UserError
 from pipeline.shards import ClassName, read_classes
-from train.program import Parser, exit_with
+from train.cli import Parser, run_main
 
 if TYPE_CHECKING:
     import torch
 
-    from train.trained import Trained
+    from train.pretrained import Pretrained
 
 BATCH_SIZE = 32
 
@@ -40,17 +41,17 @@ def predict(
 ) -> None:
     """Print the `top` most probable classes of each image; arguments as on the command line.
 
-    Raises `ValueError` at the end if some images are undecodable."""
+    Raises `UserError` at the end if some images are undecodable."""
     if top < 1:
-        raise ValueError(f"--top: expected at least 1, got {top}; leave it out for 5")
+        raise UserError(f"--top: expected at least 1, got {top}; leave it out for 5")
     paths = [path for name in images for path in find_images(name)]
     import torch  # takes seconds; errors in the arguments come first
 
     from model.alexnet import AlexNet
     from train.device import pick_device
-    from train.trained import read_trained
+    from train.pretrained import read_pretrained
 
-    trained, target = read_trained(checkpoint), pick_device(device)
+    trained, target = read_pretrained(checkpoint), pick_device(device)
     names = find_class_names(trained, shards)
     model = AlexNet(trained.config)
     model.load_state_dict(trained.state)
@@ -83,7 +84,7 @@ def predict(
         print("\n".join([row["image"], *lines]))
     if errors:
         more = f" (and {len(errors) - 1} more images)" if len(errors) > 1 else ""
-        raise ValueError(f"{errors[0]}{more}; the others were predicted")
+        raise UserError(f"{errors[0]}{more}; the others were predicted")
 
 
 def find_images(name: str) -> list[Path]:
@@ -92,7 +93,8 @@ def find_images(name: str) -> list[Path]:
 
     path = Path(name).expanduser()
     if path.is_dir():
-        paths = list(layouts.find_images(path, []))
+        images, _ = layouts.collect_images(layouts.read_folder(path))
+        paths = [Path(image.name) for image in images]
     else:
         names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
         paths = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]
@@ -101,9 +103,9 @@ def find_images(name: str) -> list[Path]:
     return sorted(paths)
 
 
-def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
+def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassName]:
     """Read the class names from `shards`, else from the run's shards if they still exist, else use wnids or numbers.
-    Raises `ValueError` for shards of other classes."""
+    Raises `UserError` for shards of other classes."""
     wnids = trained.wnids or [f"class {k}" for k in range(trained.config.outputs)]
     names: Sequence[ClassName] = ()
     if shards:
@@ -117,12 +119,12 @@ def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]
     if len(names) == len(wnids) and trained.wnids in (None, [name.wnid for name in names]):
         return list(names)
     if shards:
-        raise ValueError(f"{shards}/classes.json: expected the classes of {trained.path}; leave it out")
+        raise UserError(f"{shards}/classes.json: expected the classes of {trained.path}; leave it out")
     return [ClassName(wnid, "") for wnid in wnids]
 
 
 def read_square(path: Path) -> "torch.Tensor":
-    """Read an image file as uint8 (H, W, C). Raises `ValueError` with its path."""
+    """Read an image file as uint8 (H, W, C). Raises `UserError` with its path."""
     import torch
 
     from tools.packing.images import crop256, decode
@@ -130,12 +132,12 @@ def read_square(path: Path) -> "torch.Tensor":
     try:
         decoded = decode(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return torch.from_numpy(crop256(decoded.pixels, decoded.size))
 
 
 def compute_probabilities(
-    model: "torch.nn.Module", trained: "Trained", images_NHWC: "torch.Tensor", views: str
+    model: "torch.nn.Module", trained: "Pretrained", images_NHWC: "torch.Tensor", views: str
 ) -> "torch.Tensor":
     """Compute class probabilities (N, K) of uint8 images (N, H, W, C)."""
     import torch
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     args = parser.parse_args()
     options = (args.views, args.top, args.shards, args.device, args.json)
-    exit_with(lambda: predict(args.checkpoint, args.images, *options))
+    run_main(lambda: predict(args.checkpoint, args.images, *options))
 
 
 if __name__ == "__main__":
