@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from train.program import exit_with
+from train.trained import read_trained
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.reader import decoded_batches
@@ -39,8 +41,6 @@ from tools.packing.adopt import adopt
 from tools.packing.images import find_fault, pack_image
 from tools.packing.verify import stats, verify
 from train.metrics import read_metrics
-from train.program import exit_with
-from train.trained import read_trained
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
 FEW, MANY = 240, 10_000

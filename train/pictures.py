@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import atomic_writer
-from pipeline.lighting import relight
+from pipeline.lighting import apply_lighting
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig, Speed
@@ -139,7 +139,7 @@ def draw_augmentation(
     crops_NHWC = images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
     most_colourful = np.ptp(crops_NHWC.mean((1, 2)), axis=1).argmax()
     draws_N3 = np.kron(np.eye(3), np.arange(-3, 4)[:, None])
-    shifted_NHWC = relight(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
+    shifted_NHWC = apply_lighting(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
     config = replace(config, decode="cpu", speed=Speed(), augmentation=settings)
     count = min(14, shards.num_samples)
     loader = train_loader(

@@ -91,7 +91,10 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
         ("images", f"{train.num_samples:,} train, {accuracy.samples:,} validation"),
         ("shards", f"{len(train.tars):,} train, {len(val.tars):,} validation"),
         ("classes", f"{len(val.classes):,}"),
-        ("network", f"{model.variant}, towers {model.num_towers}, channels {model.maps}, fc {model.fc_dim}"),
+        (
+            "network",
+            f"{model.variant}, towers {model.num_towers}, channels {model.conv_channels}, fc {model.fc_dim}",
+        ),
         ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
         ("device", torch.cuda.get_device_name(trainer.device) if cuda else "CPU"),
         ("processes", f"{trainer.distributed.world_size}"),
