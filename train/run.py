@@ -91,8 +91,8 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
     log(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
 
 
-def evaluate_and_report(trainer: "Trainer") -> None:
-    """Evaluate on all views; rank 0 prints and writes the report."""
+def evaluate_and_report(trainer: "Trainer") -> bool:
+    """Evaluate on all views; rank 0 prints and writes the report. Returns False when it was stopped."""
     from train.accuracy import EvalStats
     from train.report import write_report
 
