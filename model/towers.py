@@ -232,7 +232,7 @@ def bytes_per_image(config: AlexNetConfig, element_bytes: int, pixel_bytes: int 
         element_bytes: Of an activation on the wire: 4 in float32, 2 in half precision.
         pixel_bytes: Of a colour value of an image on the wire; 0: without pixels.
     """
-    _, c2, c3, c4, c5 = config.maps
+    _, c2, c3, c4, c5 = config.conv_channels
     inputs = c2 * 13 * 13 + (c5 or c4 or c3) * 6 * 6 + 2 * config.fc_dim  # of conv3, fc6, fc7, fc8
     logits = max(4, element_bytes) * config.outputs / TOWERS  # at least float32; the mean of both, if odd
     return element_bytes * inputs + logits + pixel_bytes * 3 * 224 * 224 / TOWERS

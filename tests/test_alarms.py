@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from train.alarms import PATIENCE, Alarms
 
 from train.accuracy import Accuracy
-from train.alarms import PATIENCE, Alarms
 
 
 def rows(alarms: Alarms, wait: float, loss: float = 1.0, first: int = 0, epoch: int = 0) -> None:

@@ -207,7 +207,9 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     assert f"step {EPOCHS * STEPS} of" in run_ok("tools/export_weights.py", undisturbed, out)
     config, state, *_ = read_weights(out)
     assert (
-        config.maps == (8, 16, 16, 16, 16) and config.num_classes == 10 and config.normalization == "original"
+        config.conv_channels == (8, 16, 16, 16, 16)
+        and config.num_classes == 10
+        and config.normalization == "original"
     )
     saved = final(undisturbed)["model"]
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]

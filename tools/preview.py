@@ -116,9 +116,9 @@ def render_views(
     from nvidia.dali import Pipeline, fn  # takes seconds; errors in the input come first
 
     from pipeline.decode import Decoder
-    from pipeline.draws import OFFSETS, draw
-    from pipeline.graph import read_graph, square_graph, train_graph
-    from pipeline.lighting import moved_means
+    from pipeline.draws import OFFSETS, sample_params
+    from pipeline.graph import decode_full, read_graph, train_graph
+    from pipeline.lighting import shifted_means
     from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
@@ -136,12 +136,12 @@ def render_views(
         else:
             encoded, digits = read_graph(shards, True, seed, DataConfig(Path()).shuffle_buffer, 0, 1)
         # Another rank's random numbers for the repeated image, so that the halves of the sheet differ.
-        draws = draw(augmentation, seed, 1 if repeat else 0)
-        crops, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
+        params = sample_params(augmentation, seed, 1 if repeat else 0)
+        crops, mirrored, noise = train_graph(encoded, params, basis, augmentation, decoder, "cpu")
         source = feed(repeat.key.encode()) if repeat else fn.get_property(encoded, key="source_info")
-        squares = square_graph(encoded, decoder)
-        places = (draws.crop_x, draws.crop_y, mirrored)
-        pipe.set_outputs(source, digits, encoded, squares, crops, light, *places)
+        squares = decode_full(encoded, decoder)
+        places = (params.crop_x, params.crop_y, mirrored)
+        pipe.set_outputs(source, digits, encoded, squares, crops, noise, *places)
     with data_errors(shards):
         pipe.build()
         if not repeat:
@@ -150,9 +150,9 @@ def render_views(
 
     views = []
     for n in range(count):
-        source, digits, jpeg, square, crop, light, x, y, mirror = (np.array(each.at(n)) for each in outputs)
+        source, digits, jpeg, square, crop, noise, x, y, mirror = (np.array(each.at(n)) for each in outputs)
         name = source.tobytes().decode().rpartition(":")[2]  # of TAR:OFFSET:NAME
-        mean = moved_means(light[None], basis, augmentation.lighting)[0]
+        mean = shifted_means(noise[None], basis, augmentation.lighting)[0]
         pixels = to_pixels((crop[:, ::-1] if mirror else crop) - mean, basis.mean)
         left, top = (round(float(offset) * OFFSETS) for offset in (x, y))
         key, label = name.rpartition("/")[2].partition(".")[0], int(digits.tobytes().strip(b"\0"))

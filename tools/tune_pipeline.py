@@ -112,10 +112,9 @@ def tune_pipeline(
             gc.collect()  # a failed loader still holds GPU memory
             data = to_config(settings)["data"]
             config = DataConfig(shards, **data | {"speed": Speed(**data["speed"])})
-            options = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
-            with contextlib.closing(
-                train_loader(train, basis, config, batch_size=batch_size, **options)
-            ) as loader:
+            options: dict[str, Any] = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
+            loader = train_loader(train, basis, config, batch_size=batch_size, **options)
+            with contextlib.closing(loader):
                 warm_up = WARM_UP + config.speed.prefetch_queue_depth + config.speed.reader_queue_depth
                 waits_ms, total_s = measure_waits(loader, warm_up, step_ms, seconds, in_flight)
             p99_ms, p50_ms = np.percentile(waits_ms, [99, 50]).tolist()

@@ -207,7 +207,7 @@ class Config:
                 f"{self.train.epochs}; take {self.train.epochs - 1} or less, or more epochs"
             )
         for change in self.optimizer.changes:
-            if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
+            if change.of in LAYERS[:5] and not self.model.conv_channels[LAYERS.index(change.of)]:
                 raise ValueError(
                     f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out"
                 )
@@ -248,7 +248,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     try:
         words = add_saved_config(split_pairs(sys.argv[1:] if arguments is None else arguments))
         for word in words:
-            check_renamed(word.removeprefix("--").partition("=")[0], "--" * word.startswith("--") or "?")
+            if word.startswith("--"):
+                check_renamed(word[2:].partition("=")[0], "command line")
         parsed = parser.instantiate(parser.parse_args(words))
         return Config(**{name: parsed[name] for name in Config.__dataclass_fields__})
     except (ValueError, FileNotFoundError) as error:

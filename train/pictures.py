@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import atomic_writer
-from pipeline.lighting import relight
+from pipeline.lighting import apply_lighting
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig, Speed
@@ -102,7 +102,8 @@ def draw_charts(
             axes.axhline(np.log(classes), color="grey", linestyle=":", label="chance: ln(classes)")
         axes.set(title=title, xlabel="epoch", ylabel=CHARTS[title][0], xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
 
 
 def draw_kernels(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
@@ -138,7 +139,7 @@ def draw_augmentation(
     crops_NHWC = images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
     most_colourful = np.ptp(crops_NHWC.mean((1, 2)), axis=1).argmax()
     draws_N3 = np.kron(np.eye(3), np.arange(-3, 4)[:, None])
-    shifted_NHWC = relight(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
+    shifted_NHWC = apply_lighting(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
     config = replace(config, decode="cpu", speed=Speed(), augmentation=settings)
     count = min(14, shards.num_samples)
     loader = train_loader(
@@ -146,7 +147,7 @@ def draw_augmentation(
     )
     batch_NHWC = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * settings.std * lighting.divisor
     loader.close()
-    figure.set_size_inches(10, 8.4)
+    figure.set_size_inches(10, 7.8)
     upper, lower = figure.subplots(2, height_ratios=[3, 2])
     levels = ", ".join(f"{stddev:.0f}" for stddev in basis.axis_stddev)
     title = f"one image at -3 to +3 deviations of lighting along each axis (in the data {levels} levels)"

@@ -91,7 +91,10 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
         ("images", f"{train.num_samples:,} train, {accuracy.samples:,} validation"),
         ("shards", f"{len(train.tars):,} train, {len(val.tars):,} validation"),
         ("classes", f"{len(val.classes):,}"),
-        ("network", f"{model.variant}, towers {model.num_towers}, channels {model.maps}, fc {model.fc_dim}"),
+        (
+            "network",
+            f"{model.variant}, towers {model.num_towers}, channels {model.conv_channels}, fc {model.fc_dim}",
+        ),
         ("parameters", f"{sum(parameter.numel() for parameter in network.parameters()):,}"),
         ("device", torch.cuda.get_device_name(trainer.device) if cuda else "CPU"),
         ("processes", f"{trainer.distributed.world_size}"),
@@ -99,7 +102,7 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
     ]
     if trainer.best:
         error, step = trainer.best["top1_error"], trainer.best["step"]
-        facts.append(("best epoch", f"centre top-1 accuracy {100 - error:.1f} % at step {step:,.0f}"))
+        facts.append(("best epoch", f"centre top-1 {100 - error:.1f} %, at step {step:,.0f}"))
     return ReportData(
         run_dir=config.run.dir,
         accuracy=accuracy.rows(),

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.draws import CROP_SIDE, OFFSETS
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight_arguments
+from pipeline.lighting import Lighting, lighting_arguments
 from pipeline.loader import train_loader
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ShardSet
@@ -133,7 +133,7 @@ def load_with_dali(data: PeerData) -> Batches:
         encoded, label = fn.readers.file(files=paths, labels=labels, name="Reader", **order)
         x, y = fn.random.uniform(values=places), fn.random.uniform(values=places)
         windows = fn.decoders.image_crop(encoded, crop=(CROP_SIDE, CROP_SIDE), crop_pos_x=x, crop_pos_y=y)
-        mean, std = relight_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
+        mean, std = lighting_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
         options = {
             "dtype": types.FLOAT,
             "output_layout": "CHW",
