@@ -144,7 +144,6 @@ def test_weak_comparisons_carry_a_warning() -> None:
         ({"rates": [0.1, 0.1]}, "--rates"),
         ({"rates": []}, "--rates"),
         ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
-        ({"settings": "--train.seed=4"}, "--settings: --train.seed"),
         ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),
         ({"settings": "--run.log_every 45"}, "--run.log_every 22"),
         ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn: expected a change"),

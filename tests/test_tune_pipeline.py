@@ -8,10 +8,8 @@ import yaml
 from pipeline.errors import DataError
 from tests.helpers import ROOT, refuses, run_ok
 from tools.tune_pipeline import (
-    FAILED,
     Settings,
     Trial,
-    Waits,
     default_settings,
     format_table,
     list_axes,
@@ -20,11 +18,6 @@ from tools.tune_pipeline import (
     to_config,
 )
 from train.config import parse_config
-
-
-def waits(p99_ms: float, mean_ms: float = 1.0) -> Waits:
-    """Figures of which the search looks at two."""
-    return Waits(1000 / mean_ms, mean_ms, p99_ms, mean_ms, 200)
 
 
 @pytest.mark.parametrize("threads", [1, 8, 16, 24])
@@ -37,10 +30,10 @@ def test_finds_the_optimum(threads: int, ready: int, read: int, load: float, on_
     optimum = default | {"threads": threads, "prefetch_queue_depth": ready, "reader_queue_depth": read}
     optimum |= {"hw_decoder_load": load} if on_gpu else {}
 
-    def measure(settings: Settings) -> Waits:
+    def measure(settings: Settings) -> Trial:
         numbers = [name for name in settings if name != "decode"]
         off = sum(abs(settings[name] - optimum[name]) for name in numbers)
-        return waits(p99_ms=5 + 5 * (off + 20 * (settings["decode"] != optimum["decode"])))
+        return Trial(settings, 5 + 5 * (off + 20 * (settings["decode"] != optimum["decode"])), 1.0)
 
     trials, best = search(default, axes, measure)
     assert best.settings == optimum
@@ -54,9 +47,9 @@ def test_finds_the_optimum(threads: int, ready: int, read: int, load: float, on_
 def test_decoding_on_the_cpu_gets_every_core() -> None:
     """Where the CPU decodes best, it is found though few threads are best for decoding on the GPU."""
 
-    def measure(settings: Settings) -> Waits:
+    def measure(settings: Settings) -> Trial:
         threads = settings["threads"]
-        return waits(p99_ms=(40 + threads) if settings["decode"] == "auto" else 160 / threads)
+        return Trial(settings, (40 + threads) if settings["decode"] == "auto" else 160 / threads, 1.0)
 
     _, best = search(default_settings(16), list_axes(16, on_gpu=True), measure)
     found = to_config(best.settings)["data"]
@@ -77,16 +70,16 @@ def test_decoding_on_the_cpu_gets_every_core() -> None:
 )
 def test_p99_decides_before_the_mean(figures: list[tuple[float, float]], winner: int) -> None:
     """The 99th percentile first, the mean among equals, the earlier among equals of both."""
-    trials = [Trial({}, waits(*pair)) for pair in figures]
-    assert pick_best([Trial({}, FAILED, "out of memory"), *trials]) is trials[winner]
+    trials = [Trial({}, *pair) for pair in figures]
+    assert pick_best([Trial({}, error="out of memory"), *trials]) is trials[winner]
 
 
 def test_one_lucky_measurement_does_not_win() -> None:
     """A candidate that was good once only gives way to the defaults."""
     lucky = iter([1.0])
 
-    def measure(settings: Settings) -> Waits:
-        return waits(next(lucky, 30.0) if settings["prefetch_queue_depth"] == 8 else 20.0)
+    def measure(settings: Settings) -> Trial:
+        return Trial(settings, next(lucky, 30.0) if settings["prefetch_queue_depth"] == 8 else 20.0, 1.0)
 
     trials, best = search(
         default_settings(4), [[{"prefetch_queue_depth": 4}, {"prefetch_queue_depth": 8}]], measure
@@ -98,25 +91,25 @@ def test_failed_settings_are_listed_and_not_chosen() -> None:
     """What fails is listed with its reason and never chosen; a first candidate that fails does not end the search; a
     mistake of ours does, and so do only failures."""
 
-    def measure(settings: Settings) -> Waits:
+    def measure(settings: Settings) -> Trial:
         if settings["prefetch_queue_depth"] == 8:
             raise DataError("out of memory\nfor 8 batches")
         if settings["threads"] == 4:
             raise MemoryError
-        return waits(100 / settings["prefetch_queue_depth"])
+        return Trial(settings, 100 / settings["prefetch_queue_depth"], 1.0)
 
     trials, best = search(default_settings(4), list_axes(4, on_gpu=False), measure)
     assert best.settings["prefetch_queue_depth"] == 4 and best.settings["threads"] < 4
-    assert {trial.error for trial in trials if trial.waits == FAILED} == {"out of memory", "MemoryError"}
+    assert {trial.error for trial in trials if trial.error} == {"out of memory", "MemoryError"}
     assert "| out of memory\n" in format_table(trials)
 
-    def fail(settings: Settings) -> Waits:
+    def fail(settings: Settings) -> Trial:
         raise DataError(f"{settings['prefetch_queue_depth']} batches are gone")
 
     with pytest.raises(DataError, match="2 batches are gone"):
         search(default_settings(4), list_axes(4, on_gpu=False), fail)
 
-    def mistake(settings: Settings) -> Waits:
+    def mistake(settings: Settings) -> Trial:
         raise KeyError(settings)
 
     with pytest.raises(KeyError):

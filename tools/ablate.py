@@ -44,8 +44,6 @@ ANY_WIDTH = (
     "no-weight-decay",
 )
 """Ablations that fit a network of any width and change one thing of the paper's recipe."""
-PER_RUN = ("--data.shards", "--run.dir", "--train.seed")
-"""Settings that differ between runs; `--rates` overrides a rate in `--settings`."""
 
 
 class Run(NamedTuple):
@@ -82,8 +80,8 @@ def ablate(
         seeds: Seeds of every ablation.
         rates: Learning rates to try for every ablation, of which the best counts; by default the configuration's.
         error: Training error in percent; the table lists the epochs to reach it.
-        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.fc_dim 64". An ablation
-            overrides them.
+        settings: Settings for all runs, as for train.run: "--train.epochs 3 --model.fc_dim 64". An ablation, --seeds
+            and --rates override them.
     """
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
     Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
@@ -94,7 +92,10 @@ def ablate(
             raise UserError(
                 f"{name}: expected different numbers, at least one, got {[*values]}; such as [1,2]"
             )
-    common = ["--config", str(base), *split_settings(settings), "--data.shards", str(shards)]
+    try:
+        common = ["--config", str(base), *shlex.split(settings), "--data.shards", str(shards)]
+    except ValueError as reason:
+        raise UserError(f"--settings {settings}: {reason}; quote it as in a shell") from None
     plan: dict[str, dict[float | None, list[Run]]] = {
         name: {rate: [plan_run(common, out, name, file, rate, seed) for seed in seeds] for rate in each_rate}
         for name, file in ({BASE: None} | files).items()
@@ -141,17 +142,6 @@ def find_ablations(names: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--ablations: expected different names, got {path.stem} twice; leave one out")
         files[path.stem] = path
     return files
-
-
-def split_settings(settings: str) -> list[str]:
-    """Split as a shell does. Raises `UserError` for those that are set for each run."""
-    try:
-        words = shlex.split(settings)
-    except ValueError as error:
-        raise UserError(f"--settings {settings}: {error}; quote it as in a shell") from None
-    if clash := [word for word in words if word.partition("=")[0] in PER_RUN]:
-        raise UserError(f"--settings: {clash[0]} is set for each run; leave it out")
-    return words
 
 
 def plan_run(

@@ -82,13 +82,10 @@ def compute_pca(
     print(f"{path}: {content['num_images']} images, decoder {content['decoder']}")
     print(f"mean (R, G, B)          {content['mean']}")
     print(f"stddev along the axes   {content['axis_stddev']}")
-    first, second, _ = content["eigenvalues"]
-    if first == 0:
-        print("warning: every pixel has the same colour, lighting has no effect; check the images")
-    elif second <= 1e-9 * first:
-        print("warning: the images have one axis of colour (they are grey), lighting changes only brightness")
-    elif content["num_images"] == 1:
-        print("warning: only one image; the axes are those of its colours")
+    if content["eigenvalues"][1] <= 1e-9 * content["eigenvalues"][0]:
+        print(
+            "warning: the pixels have one axis of colour (grey) or none: lighting changes only brightness, or nothing"
+        )
 
 
 def sum_batches(

@@ -23,6 +23,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,27 +55,18 @@ Settings = dict[str, Any]
 """A candidate: the fields of `pipeline.settings.Speed`, and `decode` of `DataConfig`."""
 
 
-class Waits(NamedTuple):
-    """Throughput of a candidate, and its consumer's waits for a batch."""
-
-    images_per_s: float
-    p50_ms: float
-    p99_ms: float
-    mean_ms: float
-    batches: int
-    """Measured batches; with fewer than a hundred the 99th percentile is about the longest wait."""
-
-
-FAILED = Waits(0.0, math.inf, math.inf, math.inf, 0)
-
-
 class Trial(NamedTuple):
-    """One row of the table."""
+    """A measured candidate: throughput, and its consumer's waits for a batch."""
 
     settings: Settings
-    waits: Waits
+    p99_ms: float = math.inf
+    mean_ms: float = math.inf
+    p50_ms: float = math.inf
+    images_per_s: float = 0.0
+    batches: int = 0
+    """Measured ones; with fewer than a hundred the 99th percentile is about the longest wait."""
     error: str = ""
-    """Reason why the waits are `FAILED`."""
+    """Reason of a failure."""
 
 
 def tune_pipeline(
@@ -115,7 +107,7 @@ def tune_pipeline(
     )
     with tqdm(desc="measuring", total=max_trials, unit="candidate", disable=None, leave=False) as progress:
 
-        def measure(settings: Settings) -> Waits:
+        def measure(settings: Settings) -> Trial:
             progress.update()
             gc.collect()  # a failed loader still holds GPU memory
             data = to_config(settings)["data"]
@@ -124,7 +116,10 @@ def tune_pipeline(
             loader = train_loader(train, basis, config, batch_size=batch_size, **options)
             with contextlib.closing(loader):
                 warm_up = WARM_UP + config.speed.prefetch_queue_depth + config.speed.reader_queue_depth
-                return measure_waits(loader, warm_up, batch_size, step_ms, seconds, in_flight)
+                waits_ms, total_s = measure_waits(loader, warm_up, step_ms, seconds, in_flight)
+            p99_ms, p50_ms = np.percentile(waits_ms, [99, 50]).tolist()
+            batches = len(waits_ms)
+            return Trial(settings, p99_ms, fmean(waits_ms), p50_ms, batches * batch_size / total_s, batches)
 
         trials, best = search(default_settings(Speed().num_threads), axes, measure)
     print(format_table(trials))
@@ -168,7 +163,7 @@ def list_axes(cores: int, on_gpu: bool) -> list[list[Settings]]:
 
 
 def search(
-    default: Settings, axes: Sequence[Sequence[Settings]], measure: Callable[[Settings], Waits]
+    default: Settings, axes: Sequence[Sequence[Settings]], measure: Callable[[Settings], Trial]
 ) -> tuple[list[Trial], Trial]:
     """Search coordinate by coordinate.
 
@@ -187,9 +182,9 @@ def search(
 
     def attempt(settings: Settings) -> None:
         try:
-            trials.append(Trial(settings, measure(settings)))
+            trials.append(measure(settings))
         except (RuntimeError, MemoryError) as error:
-            trials.append(Trial(settings, FAILED, (str(error) or type(error).__name__).splitlines()[0]))
+            trials.append(Trial(settings, error=(str(error) or type(error).__name__).splitlines()[0]))
 
     attempt(default)
     for axis in axes:
@@ -198,7 +193,7 @@ def search(
             if all(trial.settings != settings for trial in trials):
                 attempt(settings)
     best = pick_best(trials)
-    if best.waits == FAILED:
+    if best.error:
         raise DataError(f"all settings failed; with the defaults: {trials[0].error}")
     if best is not trials[0]:
         attempt(default)
@@ -210,19 +205,19 @@ def search(
 def pick_best(trials: Sequence[Trial]) -> Trial:
     """Pick the first trial, as it is nearest to the defaults, of those with about the lowest mean, of those with about
     the lowest 99th percentile."""
-    p99_ms = min(trial.waits.p99_ms for trial in trials)
+    p99_ms = min(trial.p99_ms for trial in trials)
     p99_ms = max(p99_ms * (1 + SAME_P99), p99_ms + SAME_P99_MS)
-    candidates = [trial for trial in trials if trial.waits.p99_ms <= p99_ms]
-    mean_ms = min(trial.waits.mean_ms for trial in candidates)
+    candidates = [trial for trial in trials if trial.p99_ms <= p99_ms]
+    mean_ms = min(trial.mean_ms for trial in candidates)
     mean_ms = max(mean_ms * (1 + SAME_MEAN), mean_ms + SAME_MEAN_MS)
-    return next(trial for trial in candidates if trial.waits.mean_ms <= mean_ms)
+    return next(trial for trial in candidates if trial.mean_ms <= mean_ms)
 
 
 def measure_waits(
-    loader: "Loader", warm_up: int, batch_size: int, step_ms: float, seconds: float, in_flight: int
-) -> Waits:
+    loader: "Loader", warm_up: int, step_ms: float, seconds: float, in_flight: int
+) -> tuple[list[float], float]:
     """Load batches for about `seconds`, after `warm_up` of them, with a consumer that sleeps `step_ms` per batch and
-    holds `in_flight` of them.
+    holds `in_flight` of them. Returns milliseconds waited for each, and seconds in all.
 
     Raises `DataError` (a `RuntimeError`) when DALI fails.
     """
@@ -235,19 +230,19 @@ def measure_waits(
         current.append(next(batches))  # synchronous: the loader waits for the device
         waits_ms.append(1e3 * (perf_counter() - request))
         sleep(step_ms / 1e3)
-    images_per_s = len(waits_ms) * batch_size / (perf_counter() - start)
-    p50_ms, p99_ms = np.percentile(waits_ms, [50, 99])
-    return Waits(images_per_s, float(p50_ms), float(p99_ms), float(np.mean(waits_ms)), len(waits_ms))
+    return waits_ms, perf_counter() - start
 
 
 def format_table(trials: Sequence[Trial]) -> str:
     """Format a row per trial."""
     names = list(trials[0].settings)
     lines = ["  ".join([*names, "| images/s", "    p50", "    p99", "   mean ms waited", "batches"])]
-    for trial in trials:
-        row = "  ".join(f"{trial.settings[name]!s:>{len(name)}}" for name in names)
-        figures = "{:8.0f}  {:7.2f}  {:7.2f}  {:7.2f}           {:7}".format(*trial.waits)
-        lines.append(f"{row}  | {trial.error or figures}")
+    for each in trials:
+        row = "  ".join(f"{each.settings[name]!s:>{len(name)}}" for name in names)
+        waits = f"{each.p50_ms:7.2f}  {each.p99_ms:7.2f}  {each.mean_ms:7.2f}"
+        lines.append(
+            f"{row}  | {each.error or f'{each.images_per_s:8.0f}  {waits}           {each.batches:7}'}"
+        )
     return "\n".join(lines)
 
 

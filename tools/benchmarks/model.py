@@ -174,9 +174,10 @@ def train_pair(batch_size: int, dtype: "torch.dtype", device: "torch.device") ->
         except (RuntimeError, OSError) as error:
             raise DataError(f"two towers: the other process failed, for want of memory? ({error})") from None
         finally:
-            messages.close()
+            messages.close()  # ends the other process
+            if dist.is_initialized():
+                dist.destroy_process_group()
             process.join(60)
-            dist.destroy_process_group()
 
 
 def join_pair(
@@ -209,8 +210,11 @@ def join_pair(
 
 
 def follow(messages: Any, *options: Any) -> None:
-    """Train the second tower in a process of its own, a step per message."""
+    """Train the second tower in this process, a step per message."""
+    import torch.distributed as dist
+
     _, step = join_pair(1, *options)
     with suppress(EOFError):
         while messages.recv_bytes():
             step()
+    dist.destroy_process_group()
