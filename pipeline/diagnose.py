@@ -23,7 +23,7 @@ Image = tuple[str, int, int, str]
 """Shard, offset, size and name."""
 
 
-def find_damage(shards: ShardSet) -> str:
+def locate_corrupt_sample(shards: ShardSet) -> str:
     """Name the first damage that is found in a split: a shard that is gone or cut short, an index that does not fit it,
     an image that DALI refuses, by shard, offset and key. Empty when nothing is found in time.
 

@@ -54,37 +54,39 @@ class Lighting:
 
     @property
     def divisor(self) -> float:
-        """What relit images are divided by, so that the added noise does not raise their variance (2012 program)."""
+        """What shifted images are divided by, so that the added noise does not raise their variance (2012 program)."""
         return 1 + self.strength if self.convention == "stddev" else 1.0
 
 
-def relight(
-    images_NHWC: np.ndarray, draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+def apply_lighting(
+    images_NHWC: np.ndarray, noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0
 ) -> np.ndarray:
-    """Subtract the mean and relight, in float64.
+    """Subtract the mean and shift colours, in float64.
 
     Args:
         images_NHWC: RGB on 0..255, shape (N, height, width, 3).
-        draws_N3: standard normal draws, shape (N, 3).
+        noise_N3: standard normal draws, shape (N, 3).
         basis: Mean and axes.
         lighting: Convention and strength.
         std: What pixels are divided by besides.
     """
-    return (images_NHWC - moved_means(draws_N3, basis, lighting)[:, None, None, :]) / (std * lighting.divisor)
+    return (images_NHWC - shifted_means(noise_N3, basis, lighting)[:, None, None, :]) / (
+        std * lighting.divisor
+    )
 
 
-def moved_means(draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
-    """What each image loses: the mean minus its shift, float64, shape (N, 3)."""
-    return basis.mean - draws_N3 @ lighting.shift_matrix(basis).T
+def shifted_means(noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
+    """Compute what is subtracted from each image: the mean minus its shift, float64, shape (N, 3)."""
+    return basis.mean - noise_N3 @ lighting.shift_matrix(basis).T
 
 
-def relight_arguments(
-    draw: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+def lighting_arguments(
+    pca_noise: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
 ) -> "tuple[DataNode, float]":
-    """The same as arguments of DALI's `crop_mirror_normalize`: `mean`, float32 (3,) per sample, and the constant `std`.
+    """Express it in arguments of DALI's `crop_mirror_normalize`: `mean`, float32 (3,) per sample, and constant `std`.
 
     Args:
-        draw: a standard normal draw per sample, float32, shape (3,), on the CPU; None: no lighting, one mean for all.
+        pca_noise: standard normal, float32, shape (3,) per sample, on the CPU; None: no lighting, one mean for all.
         basis: Mean and axes.
         lighting: Convention and strength.
         std: What pixels are divided by besides.
@@ -92,9 +94,11 @@ def relight_arguments(
     from nvidia.dali import fn, types
 
     mean = basis.mean.astype(np.float32)
-    if draw is None:
+    if pca_noise is None:
         return types.Constant(mean, device="cpu"), std
-    # mean - matrix @ draw, as one operation on a "point" rather than three: each costs a batch one per cent.
+    # mean - matrix @ noise, as one operation on a "point" rather than three: each costs a batch one per cent.
     matrix = -lighting.shift_matrix(basis).astype(np.float32)
-    moved = fn.coord_transform(fn.reshape(draw, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean.tolist())
+    moved = fn.coord_transform(
+        fn.reshape(pca_noise, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean.tolist()
+    )
     return fn.reshape(moved, shape=[3]), std * lighting.divisor

@@ -29,9 +29,9 @@ from pipeline.draws import CROP_SIDE, op_seed
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.graph import train_pipeline, val_pipeline
-from pipeline.lighting import Lighting, moved_means
+from pipeline.lighting import Lighting, shifted_means
 from pipeline.machine import raise_open_files, resident_bytes
-from pipeline.normalize import BatchMemory, normalize
+from pipeline.normalize import BufferPool, normalize
 from pipeline.reader import check_index, check_memory, data_errors, parse_labels
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
@@ -99,7 +99,7 @@ class Loader:
         training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
         self._opening_bytes = 0
-        self._memory = BatchMemory()
+        self._buffers = BufferPool()
         self._checkpoint: bytes | None = None
         """DALI's state behind the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
         none."""
@@ -181,10 +181,10 @@ class Loader:
             return images if offset_HWC is None else images.sub_(
                 offset_HWC / divisor
             ), labels  # DALI overwrites them
-        windows, *draws = outputs
-        mirrored, light = draws or (None, torch.zeros(len(windows), 3))
-        means = torch.from_numpy(moved_means(light.numpy(), self._basis, lighting)).float()
-        batch = self._memory.take(tuple(windows.shape))
+        windows, *params = outputs
+        mirrored, pca_noise = params or (None, torch.zeros(len(windows), 3))
+        means = torch.from_numpy(shifted_means(pca_noise.numpy(), self._basis, lighting)).float()
+        batch = self._buffers.acquire(tuple(windows.shape))
         normalize(windows, mirrored, means, divisor, offset_HWC, batch)
         return batch, labels
 
@@ -296,7 +296,7 @@ class Loader:
     def close(self) -> None:
         """Stop DALI's threads and free its memory; the position is kept only in a state."""
         self._pipe = self._checkpoint = None
-        self._memory = BatchMemory()
+        self._buffers = BufferPool()
         self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
 
 
@@ -312,11 +312,36 @@ def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor |
     return torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)
 
 
-def train_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
-    """A loader of shuffled, augmented windows; `place` holds batch_size, seed, rank, num_ranks and device."""
-    return Loader(shards, basis, config, training=True, **place)
+def train_loader(
+    shards: ShardSet,
+    basis: Eigenbasis,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    num_ranks: int,
+    device: torch.device | str,
+) -> Loader:
+    """Make a loader of shuffled, augmented windows; `rank` and `num_ranks` are those of loading."""
+    return Loader(
+        shards, basis, config, training=True, batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks,
+        device=device,
+    )  # fmt: skip
 
 
-def val_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
-    """A loader of whole 256x256 images in stored order; `place` holds batch_size, rank, num_ranks and device."""
-    return Loader(shards, basis, config, training=False, seed=0, **place)
+def val_loader(
+    shards: ShardSet,
+    basis: Eigenbasis,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    rank: int,
+    num_ranks: int,
+    device: torch.device | str,
+) -> Loader:
+    """Make a loader of whole 256x256 images in stored order; `rank` and `num_ranks` are those of loading."""
+    return Loader(
+        shards, basis, config, training=False, batch_size=batch_size, seed=0, rank=rank, num_ranks=num_ranks,
+        device=device,
+    )  # fmt: skip

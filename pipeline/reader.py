@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from nvidia.dali import Pipeline
 
-from pipeline.diagnose import find_damage
+from pipeline.diagnose import locate_corrupt_sample
 from pipeline.errors import DataError
 from pipeline.graph import decode_pipeline
 from pipeline.machine import available_bytes, processes_here, raise_open_files, share_of_cores
@@ -91,7 +91,9 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
         of_data = any(
             name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")
         )  # not, say, of a GPU's memory
-        reason = (find_damage(shards) if of_data else "") or (lines[0] if lines else report.splitlines()[0])
+        reason = (locate_corrupt_sample(shards) if of_data else "") or (
+            lines[0] if lines else report.splitlines()[0]
+        )
         place = Path(shards.tars[0]).parent
         raise DataError(
             f"reading {place} failed: {reason}; tools/make_shards.py verify {place.parent} lists all damage, copy or "

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.alexnet import AlexNet, AlexNetConfig, normalize_within_maps
+from model.alexnet import AlexNet, AlexNetConfig, normalize_within_channels
 from tests.helpers import TORCHVISION
 
 SLIM = AlexNetConfig(channels=(8, 16, 24, 24, 16), fc_dim=32, num_classes=10)
@@ -87,7 +87,7 @@ def test_forward_by_hand() -> None:
 
 def test_within_map_normalization() -> None:
     """A constant map: the divisor is (1 + 1e-3 * value^2)^.75 inside, less at the border, where zeros count."""
-    y = normalize_within_maps(torch.full((1, 1, 9, 9), 30.0, dtype=torch.float64))
+    y = normalize_within_channels(torch.full((1, 1, 9, 9), 30.0, dtype=torch.float64))
     assert y[0, 0, 4, 4].item() == pytest.approx(30 / (1 + 1e-3 * 900) ** 0.75)
     assert y[0, 0, 0, 0].item() == pytest.approx(30 / (1 + 1e-3 * 900 * 9 / 25) ** 0.75)
 
@@ -264,7 +264,7 @@ def test_compiles_as_one_graph(variant: str) -> None:
 def test_given_fields_win_over_the_variant() -> None:
     """Presets fill what is silent and nothing else."""
     config = AlexNetConfig(variant="torchvision", lrn="paper", channels=(8, 8, 8, 8, 8))
-    assert (config.num_towers, config.normalization, config.maps) == (1, "paper", (8, 8, 8, 8, 8))
+    assert (config.num_towers, config.normalization, config.conv_channels) == (1, "paper", (8, 8, 8, 8, 8))
     assert replace(SLIM, variant="original").normalization == "original"
 
 

@@ -86,7 +86,7 @@ def test_paper_is_the_paper() -> None:
     assert (config.train.batch_size, config.train.epochs, rule.schedule) == (128, 90, "plateau")
     assert (rule.lr, rule.momentum, rule.weight_decay, rule.bias_lr) == (0.01, 0.9, 5e-4, None)
     assert (rule.patience, rule.min_delta, rule.max_drops) == (5, 0.1, 3)
-    assert model.maps == (96, 256, 384, 384, 256) and model.normalization == "paper"
+    assert model.conv_channels == (96, 256, 384, 384, 256) and model.normalization == "paper"
     assert (model.fc_dim, model.outputs, model.dropout) == (4096, 1000, 0.5)
     assert (augmentation.lighting.convention, augmentation.lighting.strength) == ("eigenvalue", 0.1)
     assert (augmentation.crop, augmentation.flip, augmentation.mean) == ("random", 0.5, "image")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from pipeline.diagnose import find_damage
+from pipeline.diagnose import locate_corrupt_sample
 from pipeline.errors import DataError
 from pipeline.reader import decoded_batches
 from pipeline.shards import open_shards, read_index
@@ -45,7 +45,7 @@ def overwrite(tar: Path, change: Callable[[bytes], bytes]) -> str:
 def test_an_image(copy: Path, change: Callable[[bytes], bytes], told: str) -> None:
     """Is named by key, offset and shard."""
     place = overwrite(copy / "train" / "train-000001.tar", change)
-    assert find_damage(open_shards(copy, "train")).startswith(f"{place} {told}")
+    assert locate_corrupt_sample(open_shards(copy, "train")).startswith(f"{place} {told}")
 
 
 def test_a_cut_image_while_reading(copy: Path) -> None:
@@ -110,16 +110,19 @@ def test_no_crash_over_a_header(copy: Path) -> None:
 def test_files(copy: Path) -> None:
     """A shard that is cut or gone, an index of other samples or none; nothing where all is sound."""
     train = open_shards(copy, "train")
-    assert find_damage(train) == ""
+    assert locate_corrupt_sample(train) == ""
     tar = Path(train.tars[0])
     index, content = tar.with_suffix(".idx"), tar.read_bytes()
     tar.write_bytes(content[: len(content) // 2])
-    assert f"{tar} has {len(content) // 2} bytes, but" in find_damage(train)
+    assert f"{tar} has {len(content) // 2} bytes, but" in locate_corrupt_sample(train)
     tar.unlink()
-    assert find_damage(train) == f"{tar}: No such file or directory"
+    assert locate_corrupt_sample(train) == f"{tar}: No such file or directory"
     tar.write_bytes(content)
     lines = index.read_text().splitlines()
     index.write_text("\n".join([f"v1.2 {len(lines) - 2}", *lines[1:-1]]) + "\n")
-    assert find_damage(train) == f"{index} lists {len(lines) - 2} samples, the manifest {len(lines) - 1}"
+    assert (
+        locate_corrupt_sample(train)
+        == f"{index} lists {len(lines) - 2} samples, the manifest {len(lines) - 1}"
+    )
     index.write_text("v1.2 x\n")
-    assert "damaged or not a DALI index" in find_damage(train)
+    assert "damaged or not a DALI index" in locate_corrupt_sample(train)

@@ -107,12 +107,13 @@ def test_exif_orientation_is_ignored_and_stripped() -> None:
     assert pack_image(data, *ORIGINAL) == (data, "EXIF orientation 6", "kept as it is")
 
 
-def test_damaged_exif_is_cut_out() -> None:
-    """An original loses its damaged block and nothing else."""
+def test_a_damaged_exif_block_is_noted() -> None:
+    """It does no decoder harm."""
     data = jpeg(photo(np.random.default_rng(4)))
     for block in (b"Exif\0\0XX*\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\2"):
-        packed = pack_image(with_exif(data, block), *ORIGINAL)
-        assert packed == (data, "damaged EXIF block", "stripped")
+        file = with_exif(data, block)
+        assert pack_image(file, *ORIGINAL) == (file, "damaged EXIF block", "kept as it is")
+        assert pack_image(file, *CROP)[1:] == ("damaged EXIF block", "stripped")
 
 
 @pytest.mark.parametrize("form", [CROP, ORIGINAL])
@@ -154,32 +155,20 @@ def test_originals_are_untouched() -> None:
     )
 
 
-def test_headers_that_libjpeg_warns_of() -> None:
-    """As originals they have their headers written anew, and not a pixel changes; no reader warns of the result."""
-    noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    for mode, progressive in (("RGB", False), ("L", False), ("RGB", True)):
-        data = jpeg(noise, mode, progressive=progressive)
-        parts = (b"\xff\xe2\0\x10ICC_PROFILE\0\2\3", bytes(11), b"\xff\xd3", b"\xff\xfe\0\3x\x12\x34")
-        headers = [data[:20] + part + data[20:] for part in parts]
-        headers += [data.replace(b"JFIF\0\1\1", b"JFIF\0\0\0"), data.replace(b"JFIF\0\1\1", b"JFIF\0\7\0")]
-        for file in headers:
-            packed = pack_image(file, *ORIGINAL)
-            assert packed.found and packed.jpeg != file and find_fault(file) and find_fault(packed.jpeg) == ""
-            expected = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
-            assert (simplejpeg.decode_jpeg(packed.jpeg, fastdct=False, fastupsample=False) == expected).all()
-
-
-def test_colours_of_a_rewritten_header() -> None:
-    """An RGB JPEG with a JFIF segment too short to count, behind stray bytes: RGB before and after."""
-    image = photo(np.random.default_rng(6), 300, 300)
-    data = jpeg(image, keep_rgb=True)
-    odd = data[:2] + b"\xff\xe0\0\x09JFIF\0\1\1" + bytes(11) + data[2:]
-    assert np.abs(decode(odd).pixels - pixels_of(data)).max() <= 1
-    for form in (CROP, ORIGINAL):
-        assert (
-            np.abs(pixels_of(pack_image(odd, *form).jpeg) - pixels_of(pack_image(data, *form).jpeg)).mean()
-            < 1
-        )
+@pytest.mark.parametrize(
+    ("mode", "options"), [("RGB", {}), ("L", {}), ("RGB", {"progressive": True}), ("CMYK", {})]
+)
+def test_headers_that_libjpeg_warns_of_cost_no_pixel(mode: str, options: dict[str, object]) -> None:
+    """Stray bytes, stray markers, other revisions and lone ICC pieces: noted, and decoded as the same file without."""
+    data = jpeg(np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8), mode, **options)
+    at = data.index(b"\xff\xdb")
+    parts = (b"\xff\xe2\0\x10ICC_PROFILE\0\2\3", b"\xff\xd3", b"\xff\xfe\0\3x\x12\x34", bytes(11))
+    headers = [data[:at] + part + data[at:] for part in parts]
+    headers += [data.replace(b"JFIF\0\1\1", b"JFIF\0\7\0")] * (mode != "CMYK")
+    for file in headers:
+        assert np.array_equal(decode(file).pixels, pixels_of(data)) and find_fault(file)
+        packed = pack_image(file, *ORIGINAL)
+        assert packed.found and packed.jpeg != file and find_fault(packed.jpeg) == ""
 
 
 def test_what_a_file_lacks_is_grey() -> None:
@@ -194,25 +183,13 @@ def test_what_a_file_lacks_is_grey() -> None:
         assert reduced.size == (4500, 3000) and find_fault(cut.jpeg) == ""
 
 
-def test_headers_of_cmyk_files() -> None:
-    """Stray bytes before a marker cost no CMYK file a pixel either."""
-    data = jpeg(photo(np.random.default_rng(6), 300, 300), "CMYK")
-    at = data.index(b"\xff\xdb")
-    stray = data[:at] + bytes(11) + b"\xff\xd3" + data[at:]
-    assert (decode(stray).pixels == pixels_of(data)).all() and find_fault(stray)
-
-
-def test_many_scans() -> None:
-    """Each takes as long as a whole image: more than DALI takes are refused, whatever they are."""
+def test_a_thousand_scans_are_refused() -> None:
+    """Each takes as long as a whole image."""
     data = jpeg(photo(np.random.default_rng(6), 300, 300), progressive=True)
     last = data.rindex(b"\xff\xda")
-    for more, refused in ((1, False), (1000, True)):
-        file = data[:-2] + data[last:-2] * more + b"\xff\xd9"
-        if refused:
-            with pytest.raises(ValueError, match="scans"):
-                pack_image(file, *CROP)
-        else:
-            assert pack_image(file, *CROP).jpeg
+    assert pack_image(data[:-2] + data[last:], *CROP).jpeg
+    with pytest.raises(ValueError, match="scans"):
+        pack_image(data[:-2] + data[last:-2] * 1000 + b"\xff\xd9", *CROP)
 
 
 def test_damage_in_the_middle() -> None:
@@ -221,8 +198,8 @@ def test_damage_in_the_middle() -> None:
     data = jpeg(noise)
     middle = data[:20000] + b"\x55\xaa" * 20 + data[20040:]
     packed = pack_image(middle, *ORIGINAL)
-    assert packed.found.startswith("libjpeg warns") and find_fault(packed.jpeg) == ""
-    assert (decode(middle, may_reduce=True).pixels == pixels_of(middle)).all()
+    assert packed.found and find_fault(packed.jpeg) == ""
+    assert (decode(middle, check_only=True).pixels == pixels_of(middle)).all()
     progressive = jpeg(noise, progressive=True)
     second = progressive.index(b"\xff\xc4", progressive.index(b"\xff\xda"))  # the second scan's table
     broken = bytearray(progressive)
@@ -238,7 +215,7 @@ def test_damage() -> None:
     noise = np.random.default_rng(6).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     data = jpeg(noise)
     cut = data[: len(data) * 2 // 3]
-    assert "libjpeg warns" in pack_image(cut, *CROP).found
+    assert pack_image(cut, *CROP)[1:] == ("no end marker", "decoded as far as it goes")
     progressive = jpeg(noise, progressive=True)
     for share in np.linspace(0.3, 0.95, 8):
         shorter = pack_image(progressive[: int(len(progressive) * share)], *ORIGINAL)
@@ -249,7 +226,7 @@ def test_damage() -> None:
         np.abs(pixels_of(repaired.jpeg)[:150] - pixels_of(data)[:150]).mean() < 7
     )  # noise at the two qualities
     cmyk = jpeg(noise, "CMYK")
-    assert "file ends too early" in pack_image(cmyk[: len(cmyk) // 2], *CROP).found
+    assert "no end marker" in pack_image(cmyk[: len(cmyk) // 2], *CROP).found
     for tail in (b"trailing", b"\0" * 70, data, b"x\xff\xd9y"):
         packed = pack_image(data + tail, *ORIGINAL)
         assert packed == (data + tail, f"{len(tail)} bytes after the image's end", "kept as it is")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight
+from pipeline.lighting import Lighting, apply_lighting
 from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet
@@ -42,7 +42,7 @@ def by_hand(basis: Eigenbasis, convention: str, strength: float) -> np.ndarray:
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.7])
 def test_formula(plain_basis: Eigenbasis, convention: str, strength: float) -> None:
     """numpy's version equals the formula; strength 0 only subtracts the mean."""
-    got = relight(IMAGES, DRAWS, plain_basis, Lighting(convention, strength))  # type: ignore[arg-type]
+    got = apply_lighting(IMAGES, DRAWS, plain_basis, Lighting(convention, strength))  # type: ignore[arg-type]
     np.testing.assert_allclose(got, by_hand(plain_basis, convention, strength), rtol=0, atol=1e-9)
     if strength == 0:
         np.testing.assert_allclose(got, IMAGES - plain_basis.mean)

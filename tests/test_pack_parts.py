@@ -1,7 +1,6 @@
 """Parts of a pack, and what packers find of each other: shards, notes, a plan and classes. All in this process; packers
 in processes of their own are in tests/test_pack.py."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -54,15 +53,12 @@ def test_wrong_parts(part: str) -> None:
 
 
 def test_damaged_notes_are_written_again(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
-    """A shard whose NAME.json is empty, cut or lies about its number is packed again."""
+    """A shard whose NAME.json is empty, cut or of another form is packed again."""
     shards = tmp_path / "shards"
     pack(small, shards, samples_per_shard=9, workers=1, part="1/2", val_fraction=0)
     tars = sorted(shards.rglob("*.tar"))
-    for tar, note in zip(tars, (b"", b"[]", b"{}", None, b"x" * 99), strict=True):
-        path = tar.with_suffix(".json")
-        path.write_bytes(
-            path.read_bytes().replace(b'"samples": 9', b'"samples": 8') if note is None else note
-        )
+    for tar, note in zip(tars, (b"", b"[]", b"{}", b"[1]", b"x" * 99), strict=True):
+        tar.with_suffix(".json").write_bytes(note)
     pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
     assert files(shards) == clean
 
@@ -75,12 +71,7 @@ def test_a_split_without_its_plan_is_refused(small: Path, tmp_path: Path) -> Non
     before = files(shards)
     with pytest.raises(ValueError, match=r"expected plan\.json or manifest\.json"):
         pack(small, shards, samples_per_shard=9, workers=1, seed=1, val_fraction=0)
-    for note in shards.rglob("*-*.json"):  # the same, if somebody writes a plan by hand
-        note.write_bytes(note.read_bytes().replace(b'"plan": "', b'"plan": "0'))
-    (shards / "train" / "plan.json").write_bytes(b'{"plan": "x"}')
-    with pytest.raises(ValueError, match="from other images"):
-        pack(small, shards, samples_per_shard=9, workers=1, val_fraction=0)
-    assert files(shards).keys() == {*before, "train/plan.json"}
+    assert files(shards) == before
 
 
 def test_packers_share_the_work(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,18 +112,3 @@ def test_two_packers_with_other_classes(small: Path, tmp_path: Path, monkeypatch
         pack(other, tmp_path / "shards", samples_per_shard=9, workers=1, val_fraction=0)
     names = [row["wnid"] for row in read_json(tmp_path / "shards" / "classes.json")["classes"]]
     assert names == ["n00000011", "n00000022", "n00000033"]
-
-
-@pytest.mark.parametrize("field", ["repairs", "skipped", "shards"])
-def test_a_manifest_that_lost_a_field(
-    small: Path, clean: dict[str, bytes], tmp_path: Path, field: str
-) -> None:
-    """Packing again refuses it by name, and changes nothing."""
-    for name, data in clean.items():
-        write(tmp_path / "shards" / name, data)
-    path = tmp_path / "shards" / "train" / "manifest.json"
-    path.write_text(json.dumps({key: value for key, value in read_json(path).items() if key != field}))
-    before = files(tmp_path / "shards")
-    with pytest.raises(ValueError, match=r"train/manifest\.json"):
-        pack(small, tmp_path / "shards", samples_per_shard=9, workers=1, val_fraction=0)
-    assert files(tmp_path / "shards") == before

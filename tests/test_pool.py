@@ -13,7 +13,7 @@ from tests.helpers import ROOT, jpeg, photo, run_ok, run_python, write
 PROGRAM = """
 import multiprocessing, os, signal, time
 from multiprocessing.context import SpawnProcess
-from tools.packing.pool import imap_unordered
+from tools.packing.pool import run_jobs
 
 start = SpawnProcess.start
 
@@ -26,7 +26,7 @@ def slow_start(process):
 
 if __name__ == "__main__":
     SpawnProcess.start = slow_start
-    list(imap_unordered(time.sleep, [0.1] * 10, 2))
+    run_jobs(time.sleep, [0.1] * 10, [1] * 10, 2, "sleeping")
 """
 
 
@@ -39,7 +39,7 @@ def test_a_worker_dies_while_another_starts(tmp_path: Path) -> None:
 
 DYING = """
 import os, signal, sys, time
-from tools.packing.pool import imap_unordered, set_current_item
+from tools.packing.pool import run_jobs, set_current_item
 
 def work(number):
     set_current_item(f"image {number}")
@@ -48,7 +48,7 @@ def work(number):
     time.sleep(0.05)
 
 if __name__ == "__main__":
-    list(imap_unordered(work, range(20), 3))
+    run_jobs(work, range(20), [1] * 20, 3, "working")
 """
 
 

@@ -98,7 +98,6 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
         ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val: expected a class"),
         ({"train": ["1.JPEG"], "val": ["1.JPEG"]}, "train.tar"),
         ({"train": ["a.tar", "b.tar"]}, "train.tar"),
-        ({"train": ["a/1.JPEG", "b/1.JPEG", "1.JPEG"]}, "train.tar"),
         ({"train": ["a/1.JPEG", "b/1.JPEG"], "val": ["c/1.JPEG"]}, "val.tar"),
         ({"part1": ["a/1.JPEG", "b/1.JPEG"], "part2": ["c/1.JPEG", "d/1.JPEG"]}, "part1.tar"),
         ({"00000": ["0.jpg", "0.json", "0.txt"], "00001": ["1.jpg", "1.json", "1.txt"]}, "00000.tar"),

@@ -41,7 +41,11 @@ def test_there_and_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensors[name], tensor.numpy())
     (tmp_path / "x.safetensors").write_bytes(data)
     config, state, mean, std = read_weights(tmp_path / "x.safetensors")
-    assert (config.maps, config.normalization, config.dropout) == (SLIM.maps, "original", 0.25)
+    assert (config.conv_channels, config.normalization, config.dropout) == (
+        SLIM.conv_channels,
+        "original",
+        0.25,
+    )
     assert mean == tuple(INPUTS["mean"]) and std == (1, 1, 1)  # type: ignore[arg-type]
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -58,7 +62,7 @@ def test_torchvisions_names(tmp_path: Path) -> None:
         state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(shape), torch.randn(shape[0])
     torch.save(state, tmp_path / "alexnet.pth")
     config, ours, mean, std = read_weights(tmp_path / "alexnet.pth")
-    assert (config.variant, config.maps, config.fc_dim, config.num_classes) == (
+    assert (config.variant, config.conv_channels, config.fc_dim, config.num_classes) == (
         "torchvision",
         (8, 24, 48, 32, 32),
         512,
@@ -75,7 +79,9 @@ def test_torchvisions_names(tmp_path: Path) -> None:
     assert mean == (123.675, 116.28, 103.53) and std == (58.395, 57.12, 57.375)
     again, same, mean, std = read_weights(tmp_path / "x.safetensors")
     assert mean == tuple(INPUTS["mean"]) and std == (1, 1, 1)  # type: ignore[arg-type]
-    assert again.maps == config.maps and all(torch.equal(ours[name], same[name]) for name in ours)
+    assert again.conv_channels == config.conv_channels and all(
+        torch.equal(ours[name], same[name]) for name in ours
+    )
 
 
 def test_another_std(tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
         weights_bytes(AlexNet(SLIM).state_dict(), SLIM, INPUTS, "torchvision")
     path = tmp_path / "x.safetensors"
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="not a file"):
         read_weights(path)
     odd = AlexNet(SLIM).state_dict()
     described = json.dumps(

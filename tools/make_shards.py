@@ -22,12 +22,13 @@ except ModuleNotFoundError as error:
         f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/make_shards.py\n"
     )
     sys.exit(2)
+from pipeline.errors import UserError
 from tools.packing.adopt import adopt
 from tools.packing.layouts import open_raw, split_off_validation, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
 from tools.packing.parquet import pack_parquet
 from tools.packing.plan import Options, Plan, find_part, make_plan
-from tools.packing.pool import check_workers
+from tools.packing.pool import check_workers, run_jobs
 from tools.packing.verify import stats, verify
 from tools.packing.writer import (
     LISTING,
@@ -35,7 +36,6 @@ from tools.packing.writer import (
     claim_output,
     find_unfinished,
     read_sidecars,
-    run_jobs,
     write_manifest,
     write_shard,
 )
@@ -106,7 +106,7 @@ def pack(
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]
     if data.sequential and task.world > 1:
-        raise ValueError(f"--part: expected one part for parquet files, got {task.world}; leave it out")
+        raise UserError(f"--part: expected one part for parquet files, got {task.world}; leave it out")
     if not data.sequential:
         warn_if_slow(raw, data, workers)
     claim_output(shards, classes_json(data.classes), plans)
@@ -124,9 +124,10 @@ def pack(
         for plan in plans:
             if numbers := [number for owner, number in assigned if owner is plan]:
                 results += pack_parquet(plan, numbers, workers)
-    elif assigned:
-        images = sum(last - first for plan, number in assigned for first, last in [plan.bounds(number)])
-        results = run_jobs(write_shard, (plan.shard(number) for plan, number in assigned), images, workers)
+    else:
+        sizes = [size for plan, number in assigned for size in plan.num_images([number])]
+        shards_to_write = (plan.shard(number) for plan, number in assigned)
+        results = run_jobs(write_shard, shards_to_write, sizes, workers, "packing", "img")
     if not unfinished:
         print("all shards exist; nothing to do")
     print_speed(results, time.perf_counter() - started, workers)
@@ -135,9 +136,9 @@ def pack(
 
 
 def print_layout(raw: Path, shards: Path, data: RawImageNet) -> None:
-    """Print the layout. Raises `ValueError` when the output would lie among the images."""
+    """Print the layout. Raises `UserError` when the output would lie among the images."""
     if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
-        raise ValueError(
+        raise UserError(
             f"{shards}: expected a folder outside of {raw}, whose folders are classes; give another"
         )
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())

@@ -207,7 +207,7 @@ class Config:
                 f"{self.train.epochs}; take {self.train.epochs - 1} or less, or more epochs"
             )
         for change in self.optimizer.changes:
-            if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
+            if change.of in LAYERS[:5] and not self.model.conv_channels[LAYERS.index(change.of)]:
                 raise ValueError(
                     f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out"
                 )

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet
+from model.towers import COMPILE_OPTIONS, TowerAlexNet
 from pipeline.errors import UserError
 from pipeline.machine import num_cores
 from train.cli import log
@@ -111,16 +111,16 @@ def tune_malloc() -> None:
 
 
 def compile_model(model: AlexNet, device: torch.device) -> torch.nn.Module:
-    """Compile what pays: on a GPU the whole model; on a CPU, and in one of two towers, the response normalization, its
-    slow layer. Where compiling cannot work the model is returned as it is."""
+    """Compile what pays: on a GPU the whole model; on a CPU the response normalization, its slow layer. Where compiling
+    cannot work the model is returned as it is."""
     if not can_compile(device):
         language = "C" if device.type == "cuda" else "C++"
         log(f"not compiling: no {language} compiler, or a space in PyTorch's path")
         return model
     if device.type == "cuda":
         keep_pooling_kernel()
-        if not isinstance(model, TowerAlexNet):
-            return cast(torch.nn.Module, torch.compile(model, dynamic=False))
+        options = COMPILE_OPTIONS if isinstance(model, TowerAlexNet) else None
+        return cast(torch.nn.Module, torch.compile(model, dynamic=False, options=options))
     torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
     model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model

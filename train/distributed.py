@@ -25,7 +25,15 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.parallel import TOWERS, Mesh, TowerAlexNet, join_state, seed_process, split_state
+from model.towers import (
+    TIMEOUT,
+    TOWERS,
+    TowerAlexNet,
+    TowerMesh,
+    gather_state_dict,
+    seed_process,
+    shard_state_dict,
+)
 from pipeline.errors import DataError, UserError
 from pipeline.loader import Batch
 from train.cli import DATA_FAILED, WRONG_INPUT, report_to_torchrun
@@ -34,8 +42,6 @@ from train.launch import find_task
 
 START_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for another one until the first step is done: compiling was seen to take a minute."""
-TIMEOUT = timedelta(seconds=45)
-"""And from then on."""
 
 State = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -58,7 +64,7 @@ class Distributed:
         towers = config.mode == "towers"
         if towers and self.world_size % TOWERS:
             self.run_on_all_ranks(lambda: refuse_odd(self.world_size))
-        self._mesh = Mesh.join(torch.device("cpu"), START_TIMEOUT) if towers else None
+        self._mesh = TowerMesh.create(START_TIMEOUT) if towers else None
         """Of towers: pairs of ranks."""
         self._starting = True
         self.replica, self.num_replicas = self.rank, self.world_size
@@ -111,7 +117,7 @@ class Distributed:
         """This rank's model or tower with the same initial weights everywhere; seeds dropout by rank."""
         torch.manual_seed(seed)
         try:
-            model = TowerAlexNet(config, self._mesh.peer) if self._mesh else AlexNet(config)
+            model = TowerAlexNet(config, self._mesh) if self._mesh else AlexNet(config)
         except ValueError as error:  # not every configuration has two towers
             raise UserError(str(error)) from None
         if self.world_size > 1:
@@ -121,7 +127,7 @@ class Distributed:
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over replicas."""
         if self._mesh:
-            return self._mesh.replicated(model)
+            return self._mesh.wrap_ddp(model)
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.world_size > 1 else model
 
     def grad_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
@@ -130,16 +136,16 @@ class Distributed:
 
     def gather_batch(self, batch: Batch) -> Batch:
         """The batch of this rank's model: a pair of towers puts its two halves together."""
-        return Batch(*self._mesh.share_batch(*batch)) if self._mesh else batch
+        return Batch(*self._mesh.gather_batch(*batch)) if self._mesh else batch
 
     def gather_state_dict(self, state: State, config: AlexNetConfig) -> State:
         """Weights or velocities in the single-device layout, from all ranks' parts. A collective."""
         with self.detect_lost_process():
-            return join_state(state, config, self._mesh.peer) if self._mesh else state
+            return gather_state_dict(state, config, self._mesh) if self._mesh else state
 
     def shard_state_dict(self, state: State) -> State:
         """This rank's part of a state in the single-device layout."""
-        return split_state(state, self._mesh.peer.tower) if self._mesh else state
+        return shard_state_dict(state, self._mesh.tower) if self._mesh else state
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over replicas; a new tensor."""
@@ -241,7 +247,7 @@ class Distributed:
     def end_startup(self) -> None:
         """Wait for other ranks no longer than `TIMEOUT` from now on; called after every step."""
         if self.world_size > 1 and self._starting:
-            for group in (None, *(self._mesh.groups if self._mesh else ())):
+            for group in (None, *((self._mesh.pair_group, self._mesh.replica_group) if self._mesh else ())):
                 _set_pg_timeout(TIMEOUT, group)
             self._starting = False
 

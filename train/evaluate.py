@@ -82,7 +82,7 @@ def evaluate_checkpoint(
         if per_class:
             write_bytes(per_class, stats.csv(val.classes))
         if confusion:
-            from train.charts import draw_confusion, saved_figure  # matplotlib takes its time
+            from train.pictures import draw_confusion, saved_figure  # matplotlib takes its time
 
             with saved_figure(confusion) as figure:
                 draw_confusion(figure, stats, val.classes)

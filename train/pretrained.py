@@ -118,8 +118,8 @@ def init_from(
     """
     trained = read_pretrained(path)
     free = {"num_classes": config.outputs, "dropout": config.dropout}
-    ours = config.spelled_out().__dict__
-    theirs = {**trained.config.spelled_out().__dict__, **free}
+    ours = config.resolved().__dict__
+    theirs = {**trained.config.resolved().__dict__, **free}
     for name, value in ours.items():
         if theirs[name] != value:
             raise UserError(

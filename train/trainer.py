@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model.alexnet import AlexNet
-from model.parallel import seed_process
+from model.towers import seed_process
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError, UserError
 from pipeline.loader import PADDING, Batch, train_loader, val_loader

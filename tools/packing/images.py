@@ -1,12 +1,11 @@
 """Decode one raw image, note its anomalies, and produce the JPEG for the shard.
 
 `crop256`: shorter side to 256 (antialiased bicubic), longer side `round(long * 256 / short)`, central 256x256 from
-offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes unless `find_fault` objects. EXIF
-orientation is ignored, as Pillow and torchvision ignore it.
+offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes if a shard may hold them, else encoded anew.
+EXIF orientation is ignored, as Pillow and torchvision ignore it.
 
-Three outcomes: clean, kept with a note, undecodable (`ValueError`). A libjpeg warning is a note: ImageNet has such
-files, and every decoder shows them. libjpeg-turbo decodes files without warnings, Pillow the others: its buffers start
-as zeros, and it reports where it stops.
+Three outcomes: clean, kept with a note, undecodable (`ValueError`). libjpeg-turbo decodes files that it has no warning
+for. Pillow decodes the others, as viewers show them (ImageNet has such files): its buffers start as zeros.
 """
 
 import contextlib
@@ -23,7 +22,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from tools.packing.jpeg import DAMAGED_EXIF, MAX_SCANS, SOS, Jpeg, list_exif_notes, read_jpeg, rewrite_header
+from pipeline.errors import UserError
+from tools.packing.jpeg import MAX_SCANS, SOI, Jpeg, read_jpeg
 
 SIDE = 256
 MAX_PIXELS = 50_000_000
@@ -31,7 +31,11 @@ MAX_PIXELS = 50_000_000
 MAX_RATIO = MAX_PIXELS // SIDE**2
 """Longer to shorter side: a longer strip would exceed MAX_PIXELS once its shorter side is 256."""
 SEPARATOR = "; "
-GREY = "grey JPEG"
+SAMPLINGS = ("Gray", "444", "422", "420", "440", "411")
+"""Chroma samplings that nvJPEG and libjpeg-turbo both decode (nvImageCodec 0.8, extensions/nvjpeg/cuda_decoder.cpp)."""
+FAKE_ENDS = b"\xff\xd9" * 2**15
+"""End markers, enough for the longest segment, as libjpeg's memory source appends them to a truncated file. With them
+Pillow decodes as much of it as libjpeg does."""
 
 
 class Packed(NamedTuple):
@@ -54,8 +58,8 @@ class Decoded(NamedTuple):
     """Height and width of the file, before any reduction."""
     notes: list[tuple[str, str]]
     """(found, done): anomalies and how they are handled."""
-    file: bytes | None
-    """JPEG that a shard may hold: the file, or the file with its header rewritten; None if it needs encoding."""
+    is_valid: bool
+    """Whether a shard may hold the file as it is."""
 
 
 class SizeError(ValueError):
@@ -70,19 +74,16 @@ def pack_image(raw: bytes, store: str, quality: int) -> Packed:
         store: "crop256" or "original".
         quality: JPEG quality, 1 to 100, for images that need encoding.
 
-    Raises `ValueError` with the decoder's reason for an undecodable file.
+    Raises `UserError` with the decoder's reason for an undecodable file.
     """
-    decoded = decode(raw, may_reduce=store == "original")
-    notes = decoded.notes
-    if store == "original" and decoded.file is not None:
-        jpeg = decoded.file
-        notes = [(found, "kept as it is" if jpeg is raw or found == GREY else done) for found, done in notes]
-    else:
-        pixels = crop256(decoded.pixels, decoded.size) if store == "crop256" else decoded.pixels
-        jpeg = simplejpeg.encode_jpeg(pixels, quality, "RGB", colorsubsampling="420", fastdct=False)
-    return Packed(
-        jpeg, SEPARATOR.join(found for found, _ in notes), SEPARATOR.join(done for _, done in notes)
-    )
+    decoded = decode(raw, check_only=store == "original")
+    found = SEPARATOR.join(found for found, _ in decoded.notes)
+    if store == "original" and decoded.is_valid:
+        return Packed(raw, found, SEPARATOR.join(["kept as it is"] * len(decoded.notes)))
+    done = SEPARATOR.join(done for _, done in decoded.notes)
+    pixels = crop256(decoded.pixels, decoded.size) if store == "crop256" else decoded.pixels
+    jpeg = simplejpeg.encode_jpeg(pixels, quality, "RGB", colorsubsampling="420", fastdct=False)
+    return Packed(jpeg, found, done)
 
 
 def find_fault(raw: bytes) -> str:
@@ -92,21 +93,38 @@ def find_fault(raw: bytes) -> str:
     byte to end marker, and libjpeg-turbo decodes all of it without a warning. DALI decodes such files, whole and in
     crops, to libjpeg's pixels.
     """
-    jpeg = read_jpeg(raw)
-    if not raw.startswith(b"\xff\xd8"):
-        return f"{find_format(raw)}, not a JPEG file"
-    if jpeg.anomaly:
-        return jpeg.anomaly
     try:
-        check_shape(jpeg.height, jpeg.width)
-        if jpeg.height * jpeg.width > MAX_PIXELS:
-            raise too_large_error(jpeg.height, jpeg.width)
-        decode_strictly(raw, jpeg, 8)
-    except SizeError as error:
-        return str(error)
+        decode_valid(raw, read_jpeg(raw), 8)
     except ValueError as error:
-        return f"libjpeg warns: {error}"
+        return str(error)
     return ""
+
+
+def decode_valid(raw: bytes, jpeg: Jpeg, factor: int) -> tuple[np.ndarray, str]:
+    """Decode a file that a shard may hold, at 1/factor (1, 2, 4 or 8): uint8 RGB (height, width, 3), sides rounded up,
+    and "Gray" or "YCbCr".
+
+    Raises `UserError` with the reason why a shard may not hold it.
+    """
+    if jpeg.fault:
+        raise UserError(jpeg.fault if raw.startswith(SOI) else f"{find_format(raw)}, not a JPEG file")
+    try:
+        height, width, color, sampling = simplejpeg.decode_jpeg_header(raw)
+    except KeyError:  # simplejpeg has no name for 4:4:1
+        raise UserError("JPEG of unusual chroma sampling") from None
+    if color not in ("Gray", "YCbCr") or sampling not in SAMPLINGS:
+        raise UserError(f"{color} JPEG, chroma sampling {sampling}")
+    find_reduction(height, width, can_reduce=False)
+    pixels = simplejpeg.decode_jpeg(
+        raw,
+        "RGB",
+        fastdct=False,
+        fastupsample=False,
+        min_height=-(-height // factor),
+        min_width=-(-width // factor),
+        min_factor=float(factor),
+    )
+    return pixels, color
 
 
 def find_format(raw: bytes) -> str:
@@ -116,81 +134,60 @@ def find_format(raw: bytes) -> str:
     return "no image"
 
 
-def decode(raw: bytes, may_reduce: bool = False) -> Decoded:
-    """Decode a file. Raises `ValueError` when no decoder can.
+def decode(raw: bytes, check_only: bool = False) -> Decoded:
+    """Decode a file. Raises `UserError` when no decoder can.
 
     Args:
         raw: bytes of any image file.
-        may_reduce: Decode a file that needs no encoding at 1/8 scale: all of its data is still checked, in a quarter
-            less time.
+        check_only: Decode a valid file at 1/8 scale: all of its data is still checked, in a quarter less time.
     """
     jpeg = read_jpeg(raw)
-    if (scans := sum(segment.marker == SOS for segment in jpeg.segments)) > MAX_SCANS:
-        raise SizeError(f"too large: {scans} scans, each of which takes about a second in a large image")
-    if not jpeg.is_common:
-        return decode_with_pillow(rewrite_header(raw, jpeg) if jpeg.segments else raw, jpeg)
-    size, notes = (jpeg.height, jpeg.width), list_exif_notes(raw, jpeg)
-    factor = find_reduction(*size, jpeg.one_scan)
-    rewritten = any(found == DAMAGED_EXIF for found, _ in notes)
-    if jpeg.color == "grey":
-        notes.append((GREY, "converted to RGB"))
-    if 0 < jpeg.end < len(raw):
-        notes.append((f"{len(raw) - jpeg.end} bytes after the image's end", "dropped"))
-    if factor > 1:
-        notes.append((f"{jpeg.width}x{jpeg.height} pixels", f"reduced to 1/{factor}"))
-    fault = jpeg.anomaly
+    if jpeg.num_scans > MAX_SCANS:
+        raise SizeError(
+            f"too large: {jpeg.num_scans} scans, each of which takes about a second in a large image"
+        )
     try:
-        pixels = decode_strictly(raw, jpeg, 8 if may_reduce and factor == 1 and not fault else factor)
+        pixels, color = decode_valid(raw, jpeg, 8 if check_only else 1)
     except ValueError as error:
-        fault = f"libjpeg warns: {error}"
-    if not fault:
-        file = rewrite_header(raw, jpeg) if rewritten else raw
-        return Decoded(pixels, size, notes, file if factor == 1 else None)
-    file = rewrite_header(raw, jpeg)
+        return decode_with_pillow(raw, jpeg, str(error))
+    notes = list_exif_notes(jpeg.exif)
+    if color == "Gray":
+        notes.append(("grey JPEG", "converted to RGB"))
+    if jpeg.end < len(raw):
+        notes.append((f"{len(raw) - jpeg.end} bytes after the image's end", "dropped"))
+    return Decoded(pixels, pixels.shape[:2], notes, True)
+
+
+def list_exif_notes(block: bytes) -> list[tuple[str, str]]:
+    """List notes on an EXIF block: damaged, or with an orientation other than upright."""
     try:
-        pixels = decode_strictly(file, jpeg, factor)
-    except ValueError:
-        pixels = decode_with_pillow(file + FAKE_ENDS, jpeg).pixels
-        return Decoded(pixels, size, [*notes, (fault, "decoded as far as it goes")], None)
-    if read_jpeg(file).anomaly or factor > 1:
-        return Decoded(pixels, size, [*notes, (fault, "decoded")], None)
-    return Decoded(pixels, size, [*notes, (fault, "header rewritten")], file)
-
-
-FAKE_ENDS = b"\xff\xd9" * 2**15
-"""End markers, enough for the longest segment, as libjpeg's memory source appends them to a truncated file. With them
-Pillow decodes as much of it as libjpeg does."""
-
-
-def decode_strictly(raw: bytes, jpeg: Jpeg, factor: int) -> np.ndarray:
-    """Decode a common JPEG at 1/factor (1, 2, 4 or 8) to uint8 RGB (height, width, 3), sides rounded up.
-
-    Raises `ValueError` with libjpeg's first warning or error: after a warning, simplejpeg ignores errors and returns
-    uninitialized memory.
-    """
-    assert jpeg.is_common, "libjpeg-turbo decodes other frames at other sizes, past the end of the buffer"
-    height, width = (-(-side // factor) for side in (jpeg.height, jpeg.width))
-    pixels: np.ndarray = simplejpeg.decode_jpeg(
-        raw,
-        "RGB",
-        fastdct=False,
-        fastupsample=False,
-        min_height=height,
-        min_width=width,
-        min_factor=float(factor),
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exif = Image.Exif()
+            exif.load(block)
+            orientation = exif.get(0x0112, 1)
+    except Exception:  # Pillow raises many kinds for damaged EXIF blocks
+        return [("damaged EXIF block", "stripped")]
+    return (
+        [] if orientation == 1 else [(f"EXIF orientation {orientation}", "tag stripped, pixels as they were")]
     )
-    return pixels
 
 
-def decode_with_pillow(raw: bytes, jpeg: Jpeg) -> Decoded:
-    """Decode damaged and uncommon JPEGs (such as CMYK) and other formats. Raises `ValueError`."""
+def decode_with_pillow(raw: bytes, jpeg: Jpeg, fault: str) -> Decoded:
+    """Decode damaged and uncommon JPEGs (such as CMYK) and other formats. Raises `UserError`.
+
+    Args:
+        raw: The file.
+        jpeg: Its structure.
+        fault: Reason why a shard may not hold it.
+    """
     try:
         with silence_stderr(), open_with_pillow(raw) as image:
             width, height = image.size
             factor = find_reduction(height, width, jpeg.one_scan)
-            kind = f"{image.mode} {image.format} file"
+            mode, is_jpeg = image.mode, raw.startswith(SOI)
             if factor > 1:
-                image.draft(image.mode, (width // factor, height // factor))
+                image.draft(mode, (width // factor, height // factor))
             is_truncated = load_pixels(image)
             is_deep = image.mode[0] in "IF"
             pixels = (
@@ -204,18 +201,24 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg) -> Decoded:
         ) from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
-        raise ValueError(f"not decodable: {reason}") from None
-    notes = [(kind, "converted to RGB")]
-    notes += [(f"{width}x{height} pixels", f"reduced to 1/{factor}")] * (factor > 1)
-    notes += [("file ends too early", "decoded as far as it goes")] * is_truncated
-    return Decoded(pixels, (height, width), notes, None)
+        raise UserError(f"not decodable: {reason}") from None
+    notes = []
+    if not is_jpeg or mode not in ("RGB", "L"):
+        notes.append((f"{mode} {image.format} file", "converted to RGB"))
+    if factor > 1:
+        notes.append((f"{width}x{height} pixels", f"reduced to 1/{factor}"))
+    elif is_jpeg and (jpeg.fault or mode in ("RGB", "L")):
+        notes.append((fault, "decoded as far as it goes"))
+    if is_truncated:
+        notes.append(("file ends too early", "decoded as far as it goes"))
+    return Decoded(pixels, (height, width), notes, False)
 
 
 def open_with_pillow(raw: bytes) -> Image.Image:
     """Open an image file. Raises whatever Pillow raises, for formats other than JPEG also for too many pixels."""
-    if raw.startswith(b"\xff\xd8"):
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(raw))
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # until the end of `silence`
+    if raw.startswith(SOI):
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(raw + FAKE_ENDS))
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # until the end of `silence_stderr`
     return Image.open(io.BytesIO(raw), formats=list_raster_formats())
 
 
@@ -272,28 +275,21 @@ def to_grey8(image: Image.Image) -> np.ndarray:
     return np.rint(np.clip(levels * scale, 0, 255)).astype(np.uint8)
 
 
-def check_shape(height: int, width: int) -> None:
-    """Raise `SizeError` for a strip that would fill the memory once its shorter side is 256."""
+def find_reduction(height: int, width: int, can_reduce: bool = True) -> int:
+    """Find the factor, 1, 2, 4 or 8, to reduce an image by while decoding.
+
+    Raises `SizeError` for a strip that would fill the memory once its shorter side is 256, and for an image that is too
+    large at any factor. `can_reduce`: False for a progressive JPEG, whose coefficients are all in memory at any scale.
+    """
     short, long = sorted((height, width))
     if long > MAX_RATIO * short:
         raise SizeError(
             f"too narrow: {width}x{height} pixels; one side may be {MAX_RATIO} times the other at most"
         )
-
-
-def too_large_error(height: int, width: int) -> SizeError:
-    """Make the error for an image that would fill the memory."""
-    return SizeError(f"too large: {width}x{height} pixels are more than {MAX_PIXELS}")
-
-
-def find_reduction(height: int, width: int, can_reduce: bool) -> int:
-    """Find the factor, 1, 2, 4 or 8, to reduce an image by while decoding. Raises `SizeError` if none is enough, or
-    `can_reduce` is False: a progressive JPEG keeps all coefficients in memory at any scale."""
-    check_shape(height, width)
     for factor in (1, 2, 4, 8) if can_reduce else (1,):
         if -(-height // factor) * -(-width // factor) <= MAX_PIXELS:
             return factor
-    raise too_large_error(height, width)
+    raise SizeError(f"too large: {width}x{height} pixels are more than {MAX_PIXELS}")
 
 
 def crop256(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:

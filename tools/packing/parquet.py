@@ -1,40 +1,52 @@
 """Read and pack Hugging Face parquet files (`imagenet-1k`): columns `image: {bytes, path}` and `label`.
 
 Labels are read first, images by row group: parquet files are fast to read in their own order only, and shards are
-shuffled. So every row group is packed into its own segment file in the split's folder, and shards are assembled from
-those by offset. While it runs this takes the size of the shards twice on disk; finished segments survive a kill.
-`pyarrow` is an optional dependency.
+shuffled. So every row group is packed in its own order into a shard of the spill folder, and the images of those are
+copied to the shards that they belong to. While it runs this takes the size of the shards twice on disk; finished row
+groups survive a kill. `pyarrow` is an optional dependency.
 """
 
-import functools
 import json
 import os
 import re
-import zlib
+from array import array
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from pipeline.files import atomic_writer, open_locked
-from pipeline.shards import MAX_LABEL_DIGITS, ClassName
+from pipeline.errors import UserError
+from pipeline.files import open_locked
+from pipeline.shards import MAX_LABEL_DIGITS, ClassName, read_index
 from tools.packing.images import Packed
-from tools.packing.listing import Listing, RawImageNet, open_file
-from tools.packing.plan import Options, Plan, Sample, ShardPlan
-from tools.packing.writer import SPILL, PackStats, pack_sample, run_jobs, write_packed
+from tools.packing.listing import Listing, RawImageNet
+from tools.packing.plan import Plan, Sample, ShardPlan
+from tools.packing.pool import run_jobs
+from tools.packing.writer import (
+    SPILL,
+    PackStats,
+    find_unfinished,
+    pack_sample,
+    read_sidecars,
+    write_packed,
+    write_shard,
+)
 
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)")
+Notes = dict[str, tuple[str, str] | str]
 COLUMNS = {"image.bytes", "image.path", "label"}
 
 
 def import_pyarrow() -> ModuleType:
-    """Import `pyarrow.parquet`. Raises `ValueError` where it is not installed."""
+    """Import `pyarrow.parquet`. Raises `UserError` where it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "parquet files: expected pyarrow, got no such package; run pip install pyarrow"
         ) from None
     return pyarrow.parquet
@@ -52,7 +64,7 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
         if match := re.match(r"(.*)-(\d+)-of-(\d{1,6})(?!\d)", path.name):
             first = parts.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), path)
             if first != path:  # the Hub keeps files of earlier pushes, under another hash
-                raise ValueError(f"{path}: the same part as {first.name}; keep the files of one push")
+                raise UserError(f"{path}: the same part as {first.name}; keep the files of one push")
     for (name, number), there in parts.items():
         if missing := sorted(set(range(int(number))) - set(there)):
             raise FileNotFoundError(
@@ -63,51 +75,54 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
         sets = {re.sub(r"[-_]?\d+(-of-\d+)?(-\w+)?$", r"\1", path.stem): path for path in files}
         if len(sets) > 1:
             first, second, *_ = sorted(sets.values())
-            raise ValueError(f"{first}: of another set or push than {second.name}; keep the files of one")
+            raise UserError(f"{first}: of another set or push than {second.name}; keep the files of one")
     return by_split
 
 
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
     """List parquet files, reading labels and names only.
 
-    Raises `ValueError` for other columns, and for labels that are not class indexes.
+    Raises `UserError` for other columns, and for labels that are not class indexes.
     """
     parquet = import_pyarrow()
     splits: dict[str, Listing] = {}
     wnids: dict[int, set[str]] = {}
     words: list[str] = []
     for split, paths in files.items():
-        if not paths:
-            continue
         listing = splits[split] = Listing(raw)
         for path in paths:
-            archive = listing.add_file(path)
             try:
                 source = parquet.ParquetFile(path)
                 columns = {source.schema.column(k).path for k in range(len(source.schema))}
                 if not columns >= COLUMNS:
-                    raise ValueError(f"lacks the columns {', '.join(sorted(COLUMNS - columns))}")
-                image = source.schema_arrow.field("image").type
-                if (kind := str(image.field("bytes").type)) not in ("binary", "large_binary"):
-                    raise ValueError(f"image.bytes: expected binary, got {kind}")
-                table = source.read(columns=["image.path", "label"])
+                    raise UserError(f"lacks the columns {', '.join(sorted(COLUMNS - columns))}")
+                kind = str(source.schema_arrow.field("image").type.field("bytes").type)
+                if kind not in ("binary", "large_binary"):
+                    raise UserError(f"image.bytes: expected binary, got {kind}")
+                groups = range(source.num_row_groups)
+                tables = [source.read_row_group(group, columns=["image.path", "label"]) for group in groups]
                 metadata = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             except Exception as error:  # pyarrow raises several kinds over damaged bytes
                 reason = " ".join(str(error).split())
-                raise ValueError(
+                raise UserError(
                     f"{path}: not a data set of images and labels ({reason}); download it again"
                 ) from None
             words = read_class_words(metadata) or words
-            names = table.column("image").combine_chunks().field("path").to_pylist()
-            for row, (name, label) in enumerate(zip(names, table.column("label").to_pylist(), strict=True)):
-                if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
-                    raise ValueError(
-                        f"{path}: expected a class index in row {row}, got {label}; download it again"
-                    )
-                listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
-                wnids.setdefault(label, set()).update(WNID.findall(name or ""))
+            row = 0
+            for table in tables:
+                archive = listing.add_file(path)  # one a row group
+                names = table.column("image").combine_chunks().field("path").to_pylist()
+                for name, label in zip(names, table.column("label").to_pylist(), strict=True):
+                    if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
+                        raise UserError(
+                            f"{path}: expected a class index in row {row}, got {label}; download it again"
+                        )
+                    listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
+                    wnids.setdefault(label, set()).update(WNID.findall(name or ""))
+                    row += 1
+    splits = {split: listing for split, listing in splits.items() if files[split]}
     if "train" not in splits or not all(splits.values()):
-        raise ValueError(f"{raw}: no images in parquet files called train-*; download them again")
+        raise UserError(f"{raw}: no images in parquet files called train-*; download them again")
     return RawImageNet("Hugging Face parquet files", infer_class_names(wnids, words), splits, sequential=True)
 
 
@@ -130,146 +145,84 @@ def infer_class_names(wnids: dict[int, set[str]], words: list[str]) -> tuple[Cla
     return tuple(ClassName(f"{label:06d}", text) for label, text in enumerate(texts))
 
 
-def read_row_group(path: Path, group: int) -> Iterator[bytes]:
-    """Yield the images of one row group, empty for a row without bytes. Raises `ValueError`."""
-    try:
-        source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
-        for batch in source.iter_batches(batch_size=32, row_groups=[group], columns=["image.bytes"]):
-            for image in batch.column("image").field("bytes"):
-                yield image.as_py() or b""
-    except OSError as error:  # pyarrow's decoders raise it, too
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: damaged in row group {group} ({reason}); download it again") from None
-
-
-class Segment(NamedTuple):
-    """A row group to be packed."""
-
-    path: Path
-    """Segment file to write: packed images, a JSON trailer, its CRC and its length."""
-    samples: list[Sample]
-    """Its rows in the split, in order."""
-    options: Options
-    group: int
-    """Number of the row group in its file."""
-    first: int
-    """Its first row in the file."""
-
-
-class SpilledShard(NamedTuple):
-    """A shard to be assembled."""
-
-    plan: ShardPlan
-    places: list[tuple[str, int]]
-    """Segment file and position of every sample."""
-
-
 def pack_parquet(plan: Plan, numbers: list[int], workers: int) -> list[PackStats]:
     """Write the shards `numbers` of a split, reading every row group once. Raises `BlockingIOError` if another process
     packs the split."""
-    spill = plan.directory / SPILL.replace("*", plan.digest[:16])
-    spill.mkdir(exist_ok=True)
-    with open_locked(spill / "lock", wait=False):  # a second process would read everything again
-        segments = [
-            (spill / f"segment-{number:06d}", *group)
-            for number, group in enumerate(list_row_groups(plan.listing))
-        ]
-        unfinished = [segment for segment in segments if not is_intact(segment[0])]
-        jobs = (
-            Segment(path, [(plan.key(row), plan.listing[row]) for row in rows.tolist()], plan.options, *group)
-            for path, rows, *group in unfinished
+    files = plan.listing.files  # one a row group
+    spill = replace(
+        plan,
+        directory=plan.directory / SPILL.replace("*", plan.digest[:16]),
+        order=np.arange(len(plan.listing)),
+        starts=np.searchsorted(plan.listing.columns()["file"], np.arange(len(files) + 1)),
+    )
+    spill.directory.mkdir(exist_ok=True)
+    with open_locked(spill.directory / "lock", wait=False):  # a second process would read everything again
+        todo, split = find_unfinished(spill), plan.directory.name
+        read = run_jobs(
+            pack_row_group, map(spill.shard, todo), spill.num_images(todo), workers, f"reading {split}", "img"
         )
-        images, split = sum(len(rows) for _, rows, *_ in unfinished), plan.directory.name
-        read = run_jobs(pack_row_group, jobs, images, workers, f"reading {split}")
-
-        # Segment and position of each row of the listing.
-        segment_of, position = np.empty((2, len(plan.listing)), np.int64)
-        for number, (_, rows, *_) in enumerate(segments):
-            segment_of[rows], position[rows] = number, np.arange(len(rows))
-
-        def plan_spilled_shard(number: int) -> SpilledShard:
-            rows = plan.order[slice(*plan.bounds(number))]
-            files = [str(segments[segment][0]) for segment in segment_of[rows].tolist()]
-            return SpilledShard(plan.shard(number), [*zip(files, position[rows].tolist(), strict=True)])
-
-        images = sum(last - first for first, last in map(plan.bounds, numbers))
-        shards = map(plan_spilled_shard, numbers)
-        written = run_jobs(write_spilled_shard, shards, images, workers, f"writing {split}")
+        packed, notes = list_packed(spill)
+        shards = map(replace(plan, listing=packed).shard, numbers)
+        jobs = ((each, {key: notes[key] for key, _ in each.samples if key in notes}) for each in shards)
+        sizes = plan.num_images(numbers)
+        written = run_jobs(copy_shard, jobs, sizes, workers, f"writing {split}", "img")
     return [
         *(each._replace(images=0, bytes_written=0) for each in read),
         *(each._replace(bytes_read=0) for each in written),
     ]
 
 
-def list_row_groups(listing: Listing) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yield, per row group with images of a listing, their rows (int64), its number and its first row in the file."""
-    columns = listing.columns()
-    for number, name in enumerate(listing.files):
-        in_file = np.flatnonzero(columns["file"] == number)
-        metadata = import_pyarrow().ParquetFile(Path(listing.root, name)).metadata
-        first = 0
-        for group in range(metadata.num_row_groups):
-            last = first + metadata.row_group(group).num_rows
-            rows = in_file[(first <= columns["offset"][in_file]) & (columns["offset"][in_file] < last)]
-            if len(rows):
-                yield rows, group, first
-            first = last
+def pack_row_group(plan: ShardPlan) -> PackStats:
+    """Pack the images of a row group into its shard of the spill folder."""
+
+    def iter_packed() -> Iterator[tuple[Sample, tuple[Packed | str, int]]]:
+        samples = {image.offset: (key, image) for key, image in plan.samples}
+        for row, raw in read_row_group(Path(plan.samples[0][1].file), min(samples)) if samples else ():
+            if row in samples:
+                yield samples[row], pack_sample(samples[row], plan.options, raw)
+
+    return write_packed(plan, iter_packed())
 
 
-def pack_row_group(work: Segment) -> PackStats:
-    """Pack the images of a row group into its segment file."""
-    samples = {sample[1].offset: sample for sample in work.samples}
-    ends, sizes = [0], list[int]()
-    notes: dict[str, list[str]] = {}
-    with atomic_writer(work.path) as file:
-        for row, raw in enumerate(read_row_group(Path(work.samples[0][1].file), work.group), work.first):
-            if row not in samples:
-                continue
-            result, size = pack_sample(samples[row], work.options, raw)
-            jpeg = result.jpeg if isinstance(result, Packed) else b""
-            if isinstance(result, str) or result.found:
-                notes[str(len(sizes))] = [result] if isinstance(result, str) else [result.found, result.done]
-            file.write(jpeg)
-            ends.append(ends[-1] + len(jpeg))
-            sizes.append(size)
-        trailer = json.dumps({"ends": ends, "sizes": sizes, "notes": notes}).encode()
-        file.write(trailer + zlib.crc32(trailer).to_bytes(4, "little") + len(trailer).to_bytes(4, "little"))
-    return PackStats(len(sizes), sum(sizes), ends[-1])
-
-
-@functools.cache
-def read_segment(path: str) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
-    """Read a segment's trailer: image boundaries, from 0, sizes of the raw files (int64), and notes by position."""
-    with Path(path).open("rb") as file:
-        end = file.seek(-8, os.SEEK_END)
-        crc, length = (int.from_bytes(file.read(4), "little") for _ in range(2))
-        file.seek(end - length)
-        content = file.read(length)
-    if zlib.crc32(content) != crc:
-        raise ValueError(f"{path}: damaged; remove it and pack again")
-    trailer = json.loads(content)
-    return np.array(trailer["ends"]), np.array(trailer["sizes"]), trailer["notes"]
-
-
-def is_intact(path: Path) -> bool:
-    """Return True if a segment file exists and is complete."""
+def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the rows of the row group that holds `row`, and their images, empty for a row without bytes. Raises
+    `ValueError`."""
     try:
-        read_segment.__wrapped__(str(path))
-    except (OSError, ValueError):
-        return False
-    return True
+        source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
+        ends = np.cumsum([source.metadata.row_group(k).num_rows for k in range(source.num_row_groups)])
+        group = int(np.searchsorted(ends, row, side="right"))
+        batches = source.iter_batches(batch_size=32, row_groups=[group], columns=["image.bytes"])
+        images = (image for batch in batches for image in batch.column("image").field("bytes"))
+        for number, image in enumerate(images, int(ends[group - 1]) if group else 0):
+            yield number, image.as_py() or b""
+    except OSError as error:  # pyarrow's decoders raise it, too
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged near row {row} ({reason}); download it again") from None
 
 
-def write_spilled_shard(work: SpilledShard) -> PackStats:
-    """Assemble a shard from segments."""
+def list_packed(spill: Plan) -> tuple[Listing, Notes]:
+    """List the packed images in the shards of the spill folder, in the rows of the raw images, and the notes on them by
+    key: what was found and done, or a reason to skip the image."""
+    packed, notes = copy(spill.listing), Notes()
+    packed.files = [os.path.relpath(spill.path(number), packed.root) for number in range(spill.num_shards)]
+    packed.offset, packed.size = array("q", bytes(8 * len(packed))), array("q", bytes(8 * len(packed)))
+    for number, note in read_sidecars(spill).items():
+        notes |= {row["key"]: (row["found"], row["done"]) for row in note["repairs"]}
+        notes |= {row["key"]: row["reason"] for row in note["skipped"]}
+        samples = iter(read_index(spill.path(number).with_suffix(".idx")))
+        for row in range(spill.starts[number], spill.starts[number + 1]):
+            if not isinstance(notes.get(spill.key(row)), str):
+                (_, packed.offset[row], packed.size[row], _), _ = next(samples)
+    return packed, notes
 
-    def read_packed(path: str, position: int) -> tuple[Packed | str, int]:
-        ends, sizes, notes = read_segment(path)
-        start, end = ends[position : position + 2].tolist()
-        note = notes.get(str(position), ["", ""])
-        if len(note) == 1:
-            return note[0], int(sizes[position])
-        return Packed(os.pread(open_file(path).descriptor, end - start, start), *note), int(sizes[position])
 
-    packed = (read_packed(*place) for place in work.places)
-    return write_packed(work.plan, zip(work.plan.samples, packed, strict=True))
+def copy_shard(work: tuple[ShardPlan, Notes]) -> PackStats:
+    """Write a shard of packed images."""
+    plan, notes = work
+
+    def copy_sample(sample: Sample) -> tuple[Packed | str, int]:
+        key, image = sample
+        note = notes.get(key, ("", ""))
+        return (note if isinstance(note, str) else Packed(image.read(), *note)), image.size
+
+    return write_shard(plan, copy_sample)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import PIL.features
 
+from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.shards import KEY, ClassName
 from tools.packing.listing import Listing, RawImage
@@ -40,13 +41,13 @@ class Options:
     """Not part of the digest: a pack that failed may be resumed with "skip"."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values out of range."""
+        """Raise `UserError` for values out of range."""
         if self.samples_per_shard < 1:
-            raise ValueError(f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}")
+            raise UserError(f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality: expected 1 to 100, got {self.quality}")
+            raise UserError(f"--quality: expected 1 to 100, got {self.quality}")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction: expected at least 0 and less than 1, got {self.val_fraction}")
+            raise UserError(f"--val-fraction: expected at least 0 and less than 1, got {self.val_fraction}")
 
 
 class ShardPlan(NamedTuple):
@@ -69,6 +70,8 @@ class Plan:
     options: Options
     order: np.ndarray
     """int64 (images,): rows of the listing in the order of the shards."""
+    starts: np.ndarray
+    """int64 (shards + 1,): first position of each shard in that order, and the number of images."""
     renamed: np.ndarray
     """bool (images,), by row: the key is not the stem of the file's name."""
     digest: str
@@ -76,16 +79,16 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """Return the number of shards; their sizes differ by one at most."""
-        return -(-len(self.order) // self.options.samples_per_shard)
+        """Return the number of shards."""
+        return len(self.starts) - 1
 
     def key(self, row: int) -> str:
         """Return an image's key: its stem, or <class>_<row> if that is not unique and safe."""
         return f"{self.listing.label[row]}_{row}" if self.renamed[row] else stem(self.listing.name(row))
 
-    def bounds(self, number: int) -> tuple[int, int]:
-        """Return the range of a shard in the order: first position, and one past the last."""
-        return number * len(self.order) // self.num_shards, (number + 1) * len(self.order) // self.num_shards
+    def num_images(self, numbers: Sequence[int]) -> list[int]:
+        """Return the number of images in each of these shards."""
+        return [int(self.starts[number + 1] - self.starts[number]) for number in numbers]
 
     def path(self, number: int) -> Path:
         """Return the path of a shard."""
@@ -93,7 +96,7 @@ class Plan:
 
     def shard(self, number: int) -> ShardPlan:
         """Return all that a worker needs to write one shard."""
-        rows = self.order[slice(*self.bounds(number))].tolist()
+        rows = self.order[self.starts[number] : self.starts[number + 1]].tolist()
         samples = [(self.key(row), self.listing[row]) for row in rows]
         return ShardPlan(self.path(number), samples, self.options, self.digest)
 
@@ -109,17 +112,14 @@ def make_plan(directory: Path, listing: Listing, options: Options, classes: tupl
     A stem is a key if it is unique in the split and safe; other images get <class>_<row>. The order sorts by a hash of
     seed and key, so it depends on no library's generator.
     """
-    rows = len(listing)
-    renamed, hashes = np.zeros(rows, bool), bytearray()
-    for row in range(rows):
+    renamed, digests = np.zeros(len(listing), bool), bytearray()
+    for row in range(len(listing)):
         name = stem(listing.name(row))
         renamed[row] = KEY.fullmatch(name) is None
-        hashes += hash_key(options.seed, name)
-    hashes64 = np.frombuffer(hashes, ">u8").reshape(rows, 2).astype(np.uint64)
-    by_stem = np.argsort(hashes64[:, 0], kind="stable")
-    same = np.diff(hashes64[by_stem, 0]) == 0
-    renamed[by_stem[1:][same]] = True
-    renamed[by_stem[:-1][same]] = True
+        digests += hash_key(options.seed, name)
+    hashes = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
+    _, position, count = np.unique(hashes[:, 0], return_inverse=True, return_counts=True)
+    renamed |= count[position] > 1
     # A generated key may be the stem of another file; then that file gets a generated key, too.
     while True:
         generated = {f"{listing.label[row]}_{row}" for row in np.flatnonzero(renamed).tolist()}
@@ -129,16 +129,15 @@ def make_plan(directory: Path, listing: Listing, options: Options, classes: tupl
             break
         renamed[clashes] = True
     for row in np.flatnonzero(renamed).tolist():
-        hashes64[row] = np.frombuffer(hash_key(options.seed, f"{listing.label[row]}_{row}"), ">u8")
-    order = np.lexsort((hashes64[:, 1], hashes64[:, 0]))
+        hashes[row] = np.frombuffer(hash_key(options.seed, f"{listing.label[row]}_{row}"), ">u8")
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    num_shards = -(-len(order) // options.samples_per_shard)
+    starts = np.arange(num_shards + 1) * len(order) // num_shards
     content = asdict(options) | {"on_bad": None}
-    names = [[name.wnid, name.words] for name in classes]
-    digest = sha256(
-        json.dumps(
-            [listing.digest(), directory.name, content, library_versions(), names], sort_keys=True
-        ).encode()
-    )
-    return Plan(directory, listing, options, order, renamed, digest)
+    wnids = [[name.wnid, name.words] for name in classes]
+    identity = [listing.digest(), directory.name, content, library_versions(), wnids]
+    digest = sha256(json.dumps(identity, sort_keys=True).encode())
+    return Plan(directory, listing, options, order, starts, renamed, digest)
 
 
 def stem(name: str) -> str:
@@ -165,11 +164,11 @@ def library_versions() -> dict[str, str]:
 def find_part(part: str | None, environment: Mapping[str, str]) -> Task:
     """Parse the part of this process: i/n, else torchrun's or srun's variables, else everything.
 
-    Parts may count from 0 or from 1: only i modulo n matters. Raises `ValueError` for anything else.
+    Parts may count from 0 or from 1: only i modulo n matters. Raises `UserError` for anything else.
     """
     if part is None:
         return find_task(environment)
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", part, re.ASCII)
     if not match or not 0 <= int(match[1]) <= int(match[2]) or int(match[2]) == 0:
-        raise ValueError(f"--part: expected i/n with i from 1 to n, such as 1/4, got {part}")
+        raise UserError(f"--part: expected i/n with i from 1 to n, such as 1/4, got {part}")
     return Task((int(match[1]) - 1) % int(match[2]), int(match[2]), "--part")

@@ -1,4 +1,4 @@
-"""Run jobs in worker processes, two in flight per worker, and yield results as they finish.
+"""Run jobs in worker processes, two in flight per worker.
 
 Workers die with their parent and ignore Ctrl-C. Each records the image that it works on in shared memory, so that a
 crash can name it. With one worker everything runs in this process.
@@ -9,38 +9,69 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.machine import share_of_cores
 
+LOG_EVERY_S = 60.0
+"""Seconds between lines of progress where there is no terminal, such as in a job's log."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def check_workers(workers: int | None) -> int:
-    """Return the number of processes, by default one per core. Raises `ValueError` below 1."""
+    """Return the number of processes, by default one per core. Raises `UserError` below 1."""
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {workers}")
+        raise UserError(f"--workers: expected at least 1, got {workers}")
     return workers or share_of_cores()
+
+
+def run_jobs(
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    sizes: Sequence[int],
+    workers: int,
+    description: str,
+    unit: str = "B",
+) -> list[Result]:
+    """Call `function` on every job in `workers` processes; return the results in the order of the jobs.
+
+    Args:
+        function: What to call; picklable.
+        jobs: Consumed as workers become free.
+        sizes: Of each job, in `unit`, for the progress bar.
+        workers: Number of processes.
+        description: Title of the progress bar.
+        unit: Of `sizes`.
+
+    Raises what the first failing call raised, and `DataError` when a process dies, naming its last `set_current_item`.
+    """
+    results: dict[int, Result] = {}
+    every_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
+    bar = tqdm(
+        total=sum(sizes), desc=description, unit=unit, unit_scale=True, mininterval=every_s, delay=every_s
+    )
+    with bar as progress:
+        for number, result in imap_unordered(function, jobs, min(workers, len(sizes))):
+            results[number] = result
+            progress.update(sizes[number])
+    return [results[number] for number in range(len(results))]
 
 
 def imap_unordered(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Iterator[tuple[int, Result]]:
-    """Call `function` on every job in `workers` processes; yield (job number, result) as they finish.
-
-    `jobs` is consumed lazily. Raises what the first failing call raised, and `DataError` when a process dies, naming
-    its last `set_current_item`.
-    """
+    """Yield (job number, result) as jobs finish; otherwise as `run_jobs`."""
     todo = enumerate(jobs)
-    if workers == 1:
+    if workers <= 1:
         yield from ((number, function(job)) for number, job in todo)
         return
     pending: dict[Future[Result], int] = {}
@@ -70,19 +101,6 @@ def imap_unordered(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def map_shards(
-    function: Callable[[Job], Result], jobs: list[Job], sizes: list[int], workers: int, description: str
-) -> list[Result]:
-    """Call `function` on every job in processes, with a progress bar in bytes. Returns results in the order of `jobs`;
-    raises as `imap_unordered`."""
-    results: dict[int, Result] = {}
-    with tqdm(total=sum(sizes), desc=description, unit="B", unit_scale=True, disable=None) as progress:
-        for number, result in imap_unordered(function, jobs, min(workers, len(jobs))):
-            results[number] = result
-            progress.update(sizes[number])
-    return [results[number] for number in range(len(jobs))]
 
 
 @contextlib.contextmanager
@@ -121,16 +139,14 @@ def set_current_item(name: str) -> None:
 
 def describe_crash(slots: bytes, processes: Iterable[Any]) -> str:
     """Describe how the first crashed process ended, and its current item; empty if none crashed."""
-    lines = [
-        slots[k : k + SLOT_BYTES].rstrip(b"\0").decode(errors="replace")
-        for k in range(0, len(slots), SLOT_BYTES)
-    ]
-    names = dict(line.split(" ", 1) for line in lines if line)
     for process in processes:
         if (code := process.exitcode) in (None, 0, -signal.SIGTERM):  # the pool ends the others by SIGTERM
             continue
-        signal_names = {each.value: each.name for each in signal.Signals}
-        reason = signal_names.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
-        name = names.get(str(process.pid))
-        return f" ({reason})" + (f" at {name}" if name else "")
+        prefix = f"{process.pid} ".encode()
+        items = [slots[k : k + SLOT_BYTES].rstrip(b"\0") for k in range(0, len(slots), SLOT_BYTES)]
+        names = [
+            item.removeprefix(prefix).decode(errors="replace") for item in items if item.startswith(prefix)
+        ]
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f" ({reason})" + "".join(f" at {name}" for name in names)
     return ""

@@ -9,7 +9,6 @@ find shards that were written wrong.
 
 import hashlib
 import os
-import random
 import re
 import time
 from array import array
@@ -17,71 +16,47 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import simplejpeg
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.files import read_json
-from pipeline.shards import check_manifest, open_shards, read_classes, read_index
+from pipeline.shards import MAX_LABEL_DIGITS, check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
-from tools.packing.jpeg import read_jpeg
-from tools.packing.pool import check_workers, map_shards, set_current_item
+from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.cli import sanitize_message
 
+Index = list[list[tuple[str, int, int, str]]]
 SPLITS = ("train", "val")
 MAX_PROBLEMS = 20
-"""Problems printed per kind and shard; the rest are counted."""
-SAMPLED_IMAGES = 500
-"""Images of which `stats` reads the size."""
+"""Problems printed per shard; the rest are counted."""
 READERS = 16
 """Threads of `stats`: small reads wait for the disk."""
 
 
-class Job(NamedTuple):
-    """One shard to be checked."""
-
-    path: Path
-    row: dict[str, Any]
-    """Its row in the manifest."""
-    num_classes: int
-    store: str
-    """The manifest's: "crop256" (256x256 JPEGs), else JPEGs of any size."""
-    skipped: frozenset[tuple[str, int]]
-    """Shard and offset of the images that adopt left out of the index."""
-    fast: bool
-
-
 @dataclass
 class Report:
-    """EvalStats of one shard, or of a whole split."""
+    """Findings of one shard, or of a whole split."""
 
     place: str
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    """By kind."""
+    problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Harmless anomalies."""
     keys: "array[int]" = field(default_factory=lambda: array("Q"))
     """A 64-bit hash of every sample's key, in the tar's order."""
-    labels: Counter[int] = field(default_factory=Counter)
-    """Images by class."""
-
-    def add(self, kind: str, problem: str) -> None:
-        """Add a problem."""
-        self.problems.setdefault(kind, []).append(problem)
 
     def format_lines(self) -> list[str]:
-        """Format the lines to print, with long lists truncated."""
-        lines = []
-        for found in (*self.problems.values(), [f"note: {note}" for note in self.notes]):
-            more = len(found) - MAX_PROBLEMS
-            lines += found[:MAX_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-        return [f"{self.place}: {line}" for line in lines]
+        """Format the lines to print, with a long list of problems truncated."""
+        more = len(self.problems) - MAX_PROBLEMS
+        lines = self.problems[:MAX_PROBLEMS] + [f"... and {more} more"] * (more > 0)
+        return [f"{self.place}: {line}" for line in [*lines, *(f"note: {note}" for note in self.notes)]]
 
 
 def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None:
@@ -95,30 +70,36 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     processes = check_workers(workers)
     started, images, tars = time.perf_counter(), 0, 0
     reports: list[Report] = []
-    present = find_splits(shards)
-    for split in SPLITS:
-        if split not in present and (shards / split).is_dir():
-            reports.append(Report(split, {"manifest": ["no manifest.json: its pack is unfinished"]}))
-    for split in present:
+    splits = find_splits(shards)
+    for split in [name for name in SPLITS if (shards / name).is_dir()]:
         path = shards / split / "manifest.json"
+        if split not in splits:
+            reports.append(Report(split, ["no manifest.json: its pack is unfinished"]))
+            continue
         try:
             manifest = read_json(path)
             check_manifest(manifest, path)
         except ValueError as error:
-            reports.append(Report(split, {"manifest": [str(error)]}))
+            reports.append(Report(split, [str(error)]))
             continue
-        jobs = list_jobs(path.parent, manifest, fast)
-        sizes = [int(job.row["bytes"]) for job in jobs]
-        shard_reports = map_shards(check_shard, jobs, sizes, 1 if fast else processes, f"checking {split}")
-        reports += [*shard_reports, check_split(path.parent, manifest, jobs, shard_reports)]
-        images, tars = images + manifest["num_samples"], tars + len(jobs)
+        rows = manifest["shards"]
+        check = partial(
+            check_shard, path.parent, manifest["num_classes"], get_store(manifest), list_skipped(manifest)
+        )
+        sizes = [row["bytes"] for row in rows]
+        if fast:
+            found = [check_files(path.parent, row)[0] for row in rows]
+        else:
+            found = run_jobs(check, rows, sizes, processes, f"checking {split}")
+        reports += [*found, check_split(path.parent, manifest, found)]
+        images, tars = images + manifest["num_samples"], tars + len(rows)
     others = sorted({path.name for path in shards.iterdir()} - set(SPLITS))
     notes = [f"{name} is not part of the shards" for name in others if not is_top_file(name)]
     reports.append(Report(str(shards), notes=notes))
 
     for line in (line for report in reports for line in report.format_lines()):
         print(sanitize_message(line))
-    if num_problems := sum(len(problems) for report in reports for problems in report.problems.values()):
+    if num_problems := sum(len(report.problems) for report in reports):
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
         raise DataError(f"{shards}: {num_problems} problem(s), see above; {suggest_remedy(damaged)}")
     rate = "images not read" if fast else f"{images / (time.perf_counter() - started):.0f} images/s"
@@ -142,131 +123,125 @@ def find_splits(shards: Path) -> list[str]:
         raise FileNotFoundError(f"{shards}: not a directory; give the folder that pack or adopt wrote")
     splits = [split for split in SPLITS if (shards / split / "manifest.json").is_file()]
     if not splits:
-        raise ValueError(
+        raise UserError(
             f"{shards}: expected train/manifest.json or val/manifest.json, got neither; pack or adopt first"
         )
     return splits
 
 
-def list_jobs(directory: Path, manifest: dict[str, Any], fast: bool) -> list[Job]:
-    """List one job per shard. Tolerates a manifest without the fields that `check_manifest` does not require."""
-    store = str(manifest.get("options", {}).get("store", ""))
+def get_store(manifest: dict[str, Any]) -> str:
+    """Return the store of a manifest: "crop256" (256x256 JPEGs), else JPEGs of any size."""
+    return str(manifest.get("options", {}).get("store", ""))
+
+
+def list_skipped(manifest: dict[str, Any]) -> set[tuple[Any, Any]]:
+    """List shard and offset of the images that adopt left out of the indexes."""
     rows = [row for row in manifest.get("skipped", []) if isinstance(row, dict)]
-    skipped = frozenset(
-        (str(row.get("shard")), int(row["offset"])) for row in rows if type(row.get("offset")) is int
-    )
-    classes = manifest["num_classes"]
-    return [Job(directory / row["name"], row, classes, store, skipped, fast) for row in manifest["shards"]]
+    return {(str(row["shard"]), str(row["offset"])) for row in rows if {"shard", "offset"} <= row.keys()}
 
 
-def check_split(directory: Path, manifest: dict[str, Any], jobs: list[Job], reports: list[Report]) -> Report:
+def check_split(directory: Path, manifest: dict[str, Any], reports: list[Report]) -> Report:
     """Check a split as a whole: foreign files, classes, and duplicate keys."""
     split = Report(directory.name)
-    expected = {
-        "manifest.json",
-        *(path.name for job in jobs for path in (job.path, job.path.with_suffix(".idx"))),
-    }
+    tars = [row["name"] for row in manifest["shards"]]
+    expected = {"manifest.json", *tars, *(str(Path(tar).with_suffix(".idx")) for tar in tars)}
     others = sorted({path.name for path in directory.iterdir()} - expected)
     split.notes += [f"{name} is not in the manifest" for name in others]
     if manifest["split"] != directory.name:
-        split.add("manifest", f"expected split {directory.name}, got {manifest['split']}")
+        split.problems.append(f"expected split {directory.name}, got {manifest['split']}")
     try:
         num_classes = len(read_classes(directory.parent))
         if num_classes != manifest["num_classes"]:
-            split.add(
-                "classes",
-                f"classes.json: expected {manifest['num_classes']}, got {num_classes}",
-            )
+            split.problems.append(f"classes.json: expected {manifest['num_classes']}, got {num_classes}")
     except (FileNotFoundError, ValueError) as error:
-        split.add("classes", str(error))
-    if jobs[0].fast:
-        return split
-    for report in reports:
-        split.labels.update(report.labels)
-    if empty := [label for label in range(manifest["num_classes"]) if not split.labels[label]]:
-        split.notes.append(
-            f"{len(empty)} of {manifest['num_classes']} classes have no image, the first is {empty[0]}"
-        )
+        split.problems.append(str(error))
     keys = np.concatenate([np.array(report.keys, np.uint64) for report in reports])
-    order = np.argsort(keys, kind="stable")
-    repeats = np.sort(order[1:][keys[order][1:] == keys[order][:-1]])
-    if len(repeats):
+    _, first = np.unique(keys, return_index=True)
+    if repeats := len(keys) - len(first):
+        position = np.setdiff1d(np.arange(len(keys)), first)[0]
         starts = np.cumsum([0, *(len(report.keys) for report in reports)])
-        shard = int(np.searchsorted(starts, repeats[0], side="right")) - 1
-        place = f"number {repeats[0] - starts[shard] + 1} of {reports[shard].place}"
-        problem = f"{len(repeats)} samples have a duplicate key, the first is {place}"
+        shard = int(np.searchsorted(starts, position, side="right")) - 1
+        place = f"number {position - starts[shard] + 1} of {reports[shard].place}"
         # Other packers number samples from 0 in every shard; ours never does.
-        split.notes.append(problem) if jobs[0].store == "adopted" else split.add("keys", problem)
+        findings = split.notes if get_store(manifest) == "adopted" else split.problems
+        findings.append(f"{repeats} samples have a duplicate key, the first is {place}")
     return split
 
 
-def check_shard(job: Job) -> Report:
-    """Check one shard and its index. Problems are reported, not raised."""
-    report = Report(f"{job.path.parent.name}/{job.path.name}")
-    index = None
+def check_files(directory: Path, row: dict[str, Any]) -> tuple[Report, Index]:
+    """Check size and index of a shard, given its row of the manifest. Returns the report and the index."""
+    path, index = directory / row["name"], Index()
+    report = Report(f"{directory.name}/{path.name}")
     try:
-        index = read_index(job.path.with_suffix(".idx"))
-        if len(index) != int(job.row["samples"]):
-            report.add("index", f"expected {job.row['samples']} samples in its .idx, got {len(index)}")
+        index = read_index(path.with_suffix(".idx"))
+        if len(index) != row["samples"]:
+            report.problems.append(f"expected {row['samples']} samples in its .idx, got {len(index)}")
     except ValueError:
-        report.add("index", "expected a DALI index in its .idx; it is damaged")
+        report.problems.append("expected a DALI index in its .idx; it is damaged")
     except OSError as error:
-        report.add("index", f"unreadable .idx ({error.strerror})")
+        report.problems.append(f"unreadable .idx ({error.strerror})")
     try:
-        size = job.path.stat().st_size
-        if size != int(job.row["bytes"]):
-            report.add("size", f"expected {job.row['bytes']} bytes, got {size}")
-        for number, entries in enumerate(index or (), start=2):
-            if any(at % 512 or at < 512 or length < 1 or at + length > size for _, at, length, _ in entries):
-                report.add("index", f"line {number} of its .idx points outside of the data")
-        if not job.fast:
-            check_samples(job, index, report)
+        size = path.stat().st_size
     except OSError as error:
-        report.add("size", f"unreadable ({error.strerror})")
-    return report
+        report.problems.append(f"unreadable ({error.strerror})")
+        return report, index
+    if size != row["bytes"]:
+        report.problems.append(f"expected {row['bytes']} bytes, got {size}")
+    for number, entries in enumerate(index, start=2):
+        if any(at % 512 or at < 512 or length < 1 or at + length > size for _, at, length, _ in entries):
+            report.problems.append(f"line {number} of its .idx points outside of the data")
+            break  # one is enough: the shard has to be made again
+    return report, index
 
 
-def check_samples(job: Job, index: list[list[tuple[str, int, int, str]]] | None, report: Report) -> None:
-    """Check a tar's checksum, members, index, labels and images; adds to `report`."""
-    with job.path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != job.row.get("sha256"):
-            report.add("checksum", "SHA-256 differs from the manifest's")
+def check_shard(
+    directory: Path, num_classes: int, store: str, skipped: set[tuple[str, str]], row: dict[str, Any]
+) -> Report:
+    """Check a shard: also its checksum, and members, index, label and image of every sample."""
+    path = directory / row["name"]
+    report, index = check_files(directory, row)
+    if not path.is_file():
+        return report
+    problems, mismatches = report.problems, []
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != row.get("sha256"):
+            problems.append("SHA-256 differs from the manifest's")
         try:
             for key, members in read_samples(file):
                 number = len(report.keys)
                 hashed = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
-                report.keys.append(int.from_bytes(hashed))
                 try:
                     entries, image, label = index_sample(file, key, members)
                 except ValueError as error:
-                    report.add("sample", str(error))
+                    report.keys.append(int.from_bytes(hashed))
+                    problems.append(str(error))
                     continue
-                if (job.path.name, image.offset) in job.skipped:
-                    report.keys.pop()
+                if (path.name, str(image.offset)) in skipped:
                     continue
+                report.keys.append(int.from_bytes(hashed))
                 place = f"{sanitize_name(image.name)} at byte {image.offset}"
-                set_current_item(f"{place} of {job.path}")
-                if index is not None and number < len(index) and sorted(index[number]) != sorted(entries):
-                    report.add("index", f"line {number + 2} of its .idx does not match {place}")
-                if label < job.num_classes:
-                    report.labels[label] += 1
-                else:
-                    report.add("label", f"{place}: expected a label below {job.num_classes}, got {label}")
-                if fault := find_image_fault(os.pread(file.fileno(), image.size, image.offset), job.store):
-                    report.add("image", f"{place}: {fault}")
+                set_current_item(f"{place} of {path}")
+                if number < len(index) and sorted(index[number]) != sorted(entries):
+                    mismatches.append(f"line {number + 2} of its .idx does not match {place}")
+                if label >= num_classes:
+                    problems.append(f"{place}: expected a label below {num_classes}, got {label}")
+                if fault := find_image_fault(os.pread(file.fileno(), image.size, image.offset), store):
+                    problems.append(f"{place}: {fault}")
         except ValueError as error:
-            report.add("tar", str(error))
-        if len(report.keys) != int(job.row["samples"]):
-            report.add("tar", f"expected {job.row['samples']} samples, got {len(report.keys)} readable ones")
+            problems.append(str(error))
+        problems += mismatches[:1]
+        if len(report.keys) != row["samples"]:
+            problems.append(f"expected {row['samples']} samples, got {len(report.keys)} readable ones")
+    return report
 
 
 def find_image_fault(content: bytes, store: str) -> str:
     """Find the reason why an image does not fit the split's store; empty if it does."""
     if fault := find_fault(content):
         return fault
-    jpeg = read_jpeg(content)
-    if store == "crop256" and (jpeg.width, jpeg.height) != (SIDE, SIDE):
-        return f"expected {SIDE}x{SIDE}, got {jpeg.width}x{jpeg.height}"
+    height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    if store == "crop256" and (height, width) != (SIDE, SIDE):
+        return f"expected {SIDE}x{SIDE}, got {width}x{height}"
     return ""
 
 
@@ -284,79 +259,60 @@ def stats(shards: Path) -> None:
 
 
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """Compute a split's statistics as (name, value). Raises `DataError` for a damaged shard or index."""
+    """Return the table of one split. Raises `FileNotFoundError`, `ValueError` or `DataError` for damaged shards."""
     shard_set = open_shards(shards, split)
     with ThreadPoolExecutor(READERS) as pool:
-        pending = pool.map(read_labels, shard_set.tars, shard_set.indexes)
-        columns = list(tqdm(pending, split, len(shard_set.tars), disable=None))
-    labels = np.concatenate([label for label, _ in columns])
-    spans = [
-        (tar, *span)
-        for tar, (_, images) in zip(shard_set.tars, columns, strict=True)
-        for span in images.tolist()
-    ]
-    shapes = [read_shape(*span) for span in random.Random(0).sample(spans, min(SAMPLED_IMAGES, len(spans)))]
-    per_class = np.bincount(labels, minlength=len(shard_set.classes)).tolist()
-    anomalies = Counter(
-        re.sub(r"\b\d+\b", "N", kind)
-        for row in manifest.get("repairs", ())
-        if isinstance(row, dict)
-        for kind in str(row.get("found")).split("; ")
-    )
-    records = {name: manifest.get(name) or {} for name in ("options", "versions")}
-    sizes = [Path(tar).stat().st_size for tar in shard_set.tars]
+        labels, image_bytes, shapes = zip(
+            *pool.map(read_contents, shard_set.tars, shard_set.indexes), strict=True
+        )
+    per_class = np.bincount(np.concatenate(labels), minlength=len(shard_set.classes)).tolist()
+    repairs = [str(row.get("found")) for row in manifest.get("repairs", ()) if isinstance(row, dict)]
+    anomalies = Counter(re.sub(r"\b\d+\b", "N", kind) for found in repairs for kind in found.split("; "))
+    tar_bytes = [Path(tar).stat().st_size for tar in shard_set.tars]
     return [
         ("samples", f"{shard_set.num_samples:,}"),
         ("classes", f"{len(per_class)}, {per_class.count(0)} without an image"),
         ("images per class", summarize(per_class)),
-        ("shards", str(len(sizes))),
-        ("samples per shard", summarize([len(label) for label, _ in columns])),
-        ("bytes", f"{sum(sizes):,}"),
-        ("bytes per shard", summarize(sizes)),
-        ("bytes per image", summarize([size for _, _, size in spans])),
-        ("width", f"{summarize([width for width, _ in shapes])}, of {len(shapes)} images"),
-        ("height", summarize([height for _, height in shapes])),
+        ("shards", str(len(tar_bytes))),
+        ("samples per shard", summarize([len(each) for each in labels])),
+        ("bytes", f"{sum(tar_bytes):,}"),
+        ("bytes per shard", summarize(tar_bytes)),
+        ("bytes per image", summarize([size for sizes in image_bytes for size in sizes])),
+        ("width", f"{summarize([width for _, width in shapes])}, of the first image of each shard"),
+        ("height", summarize([height for height, _ in shapes])),
         ("repaired or noted", str(len(manifest.get("repairs", ())))),
         *((f"  {count}", kind) for kind, count in anomalies.most_common()),
         ("skipped", str(len(manifest.get("skipped", ())))),
         ("source", str(manifest.get("source", "unknown"))),
         *(
-            (name, ", ".join(f"{key} {value}" for key, value in values.items()) or "unknown")
-            for name, values in records.items()
+            (name, ", ".join(f"{key} {value}" for key, value in manifest.get(name, {}).items()) or "unknown")
+            for name in ("options", "versions")
         ),
     ]
 
 
 def summarize(values: Sequence[int]) -> str:
     """Format minimum, median, mean and maximum."""
-    if not values:
-        return "none"
     return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
 
 
-def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
-    """Read width and height of an image in a shard. Raises `DataError`."""
-    with Path(tar).open("rb") as file:
-        jpeg = read_jpeg(os.pread(file.fileno(), size, offset))
-    if not jpeg.width:
-        raise DataError(f"{tar}: no image at byte {offset}; run make_shards.py verify")
-    return jpeg.width, jpeg.height
-
-
-def read_labels(tar: str, index: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a shard's labels, int64 (n,), and offsets and sizes of its images, int64 (n, 2). Raises `DataError`."""
-    labels, images = [], []
+def read_contents(tar: str, index: str) -> tuple[list[int], list[int], tuple[int, int]]:
+    """Read a shard's labels, its images' sizes in bytes, and height and width of the first. Raises `DataError`."""
+    labels, sizes, shape = list[int](), list[int](), (0, 0)
     with Path(tar).open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead of the whole shard
         end = os.fstat(file.fileno()).st_size
         try:
             for sample in read_index(Path(index)):
                 places = {extension: (offset, size) for extension, offset, size, _ in sample}
-                offset, size = places["cls"]
-                labels.append(int(os.pread(file.fileno(), min(size, end), offset)))
-                images.append(places["jpg"])
-                if sum(places["jpg"]) > end:
-                    raise ValueError("image past the end of the tar")
+                (offset, size), (label_offset, label_size) = places["jpg"], places["cls"]
+                labels.append(int(os.pread(file.fileno(), min(label_size, end), label_offset)))
+                if offset + size > end or not 0 <= labels[-1] < 10**MAX_LABEL_DIGITS:
+                    raise ValueError
+                if not sizes:
+                    height, width, *_ = simplejpeg.decode_jpeg_header(os.pread(file.fileno(), size, offset))
+                    shape = height, width
+                sizes.append(size)
         except (KeyError, ValueError):
             raise DataError(f"{tar}: damaged, or its index is; run make_shards.py verify") from None
-    return np.array(labels, np.int64), np.array(images, np.int64)
+    return labels, sizes, shape
