@@ -167,14 +167,3 @@ def test_draws_of_the_eigenvalue_convention(
     visits = visit(marked_shards(500), plain_basis, Lighting("eigenvalue", STRENGTH), epochs=4)
     spread = (visits.shifts @ plain_basis.eigenvectors).std(0)
     np.testing.assert_allclose(spread, STRENGTH * plain_basis.eigenvalues / 255, rtol=0.08)
-
-
-def test_equal_seeds_equal_draws(marked_shards: Callable[[int], ShardSet], plain_basis: Eigenbasis) -> None:
-    """A seed decides every draw; another gives others. An image's next visit has another draw."""
-    shards = marked_shards(200)
-    first, again, other = (visit(shards, plain_basis, Lighting(), epochs=2, seed=seed) for seed in (1, 1, 2))
-    for mine, theirs in zip(first, again, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert np.abs(first.shifts - other.shifts).min(1).max() > 0.1
-    by_label = [first.shifts[first.labels == label] for label in range(200)]
-    assert all(len(pair) == 2 and np.abs(pair[0] - pair[1]).max() > 1e-3 for pair in by_label)
