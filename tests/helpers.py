@@ -215,23 +215,6 @@ def collect(loader: Loader, epochs: range) -> list[tuple[torch.Tensor, torch.Ten
     return [(batch.images.clone(), batch.labels.clone()) for epoch in epochs for batch in loader.epoch(epoch)]
 
 
-def torch_of(*gpus: tuple[str, int, list[int]], cuda: str | None = "12.6", **more: Any) -> dict[str, Any]:
-    """What the probe tells of a PyTorch that sees these GPUs."""
-    archs = ["sm_80", "sm_86", "sm_90", "compute_90"] if gpus else []
-    found = {
-        "version": "2.13.0",
-        "cuda": cuda,
-        "file": "/torch/__init__.py",
-        "distributed": True,
-        "cudnn": None,
-    }
-    return found | {"told": [], "gpus": list(gpus), "peers": [], "nccl": "2.27.3", "archs": archs} | more
-
-
-DALI: dict[str, Any] = {"version": "2.4.0", "cuda": 12986, "decodes": "gpu"}
-"""What the probe tells of a DALI that decodes on a GPU."""
-
-
 TORCHVISION = {
     "features.0": (64, 3, 11, 11), "features.3": (192, 64, 5, 5), "features.6": (384, 192, 3, 3),
     "features.8": (256, 384, 3, 3), "features.10": (256, 256, 3, 3),

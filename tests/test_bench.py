@@ -29,7 +29,7 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def test_loader(few: Path, tmp_path: Path) -> None:
+def test_loader_has_a_row_for_each_contender(few: Path, tmp_path: Path) -> None:
     """A row for each contender, with ratios to libjpeg-turbo alone; the loader's rows with and without lighting."""
     text = run_ok("tools/bench.py", "loader", few, "--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
@@ -40,7 +40,7 @@ def test_loader(few: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pack(tmp_path: Path) -> None:
+def test_pack_contenders_pack_all_images_and_remove_them(tmp_path: Path) -> None:
     """Every contender packs all images, and removes what it wrote."""
     make_demo(tmp_path / "raw", photos=40)
     run_ok("tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--out", tmp_path / "rows.jsonl")
@@ -50,7 +50,7 @@ def test_pack(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl"]
 
 
-def test_plain_packer(tmp_path: Path) -> None:
+def test_baseline_packs_every_image_at_256(tmp_path: Path) -> None:
     """The listing finds every image of both archives, each a file of its own; the baseline makes 256x256 JPEGs."""
     make_demo(tmp_path / "raw", photos=20)
     images = pack.list_images(tmp_path / "raw")
@@ -112,7 +112,7 @@ def test_turns_go_back_and_forth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert row["ratio"] == pytest.approx((6 / 4 + 7 / 9) / 2) and row["data"] == "numbers"
 
 
-def test_wrong_options(few: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_named_before_measuring(few: Path, tmp_path: Path) -> None:
     """Each is named before anything is measured."""
     for option, value in (("--repeats", "0"), ("--threads", "-1"), ("--out", tmp_path / "rows.csv")):
         assert option in refuses("tools/bench.py", "loader", few, option, value)

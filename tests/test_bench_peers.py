@@ -1,4 +1,4 @@
-"""Nobody is timed by `bench peers` who does less than the job, and nobody who was asked for is left out in silence."""
+"""`bench peers` times no contender that does less than the job, and leaves none out in silence."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def honest(data: PeerData, **less: Any) -> Batches:
     ],
 )
 def test_less_than_the_job_is_refused(data: PeerData, less: dict[str, Any], complaint: str) -> None:
-    """Whoever leaves out a part, or hands out an image twice and another one never, is not timed; who does all, is."""
+    """A contender that leaves out a part, or yields an image twice, is not timed; an honest one is."""
     with pytest.raises(AssertionError, match=complaint):
         peers.check_batches(honest(data, **less), data, levels=1)
     found = peers.check_batches(honest(data), data, levels=1)
@@ -71,7 +71,7 @@ def test_less_than_the_job_is_refused(data: PeerData, less: dict[str, Any], comp
 
 
 @pytest.mark.parametrize("name", ["dali", "ours"])
-def test_contenders_in_this_process(data: PeerData, name: str) -> None:
+def test_dali_and_ours_give_pillows_pixels(data: PeerData, name: str) -> None:
     """DALI's example graph and the trainer's loader do the job, to Pillow's pixels."""
     batches = PEERS[name][1](data)
     assert "pixels 0.00 levels off" in peers.check_batches(batches, data, levels=1)
@@ -92,15 +92,15 @@ def test_the_same_bytes_everywhere(numbered_shards: Callable[..., ShardSet], tmp
     assert few.num_samples == peers.CHECKED
 
 
-def test_mistakes_on_the_command_line(shards: Path) -> None:
+def test_unknown_peers_are_refused(shards: Path) -> None:
     """Contenders that there are not, and none that runs here."""
     assert "tensorflow" in refuses("tools/bench.py", "peers", shards, "--peers", "[ours, tensorflow]")
     assert "--peers" in refuses("tools/bench.py", "peers", shards, "--peers", "[ffcv]")
 
 
 @pytest.mark.slow
-def test_peers(shards: Path, tmp_path: Path) -> None:
-    """Whoever is installed is checked and timed, whoever is not is listed with the reason; no file is left."""
+def test_each_peer_is_timed_or_listed_with_the_reason(shards: Path, tmp_path: Path) -> None:
+    """Installed contenders are checked and timed, others are listed with the reason."""
     text = run_ok("tools/bench.py", "peers", shards, "--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
     missing = rows[0]["not_measured"]

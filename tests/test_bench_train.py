@@ -13,8 +13,8 @@ from tests.test_bench import rows_of
 from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, read_timeline
 
 
-def test_train(few: Path, tmp_path: Path) -> None:
-    """Loader, network and both have positive rates; efficiency is the median over turns; the host's time adds up."""
+def test_rates_efficiency_and_waits(few: Path, tmp_path: Path) -> None:
+    """Loader, network and both have positive rates; efficiency is the median over turns."""
     out, config = tmp_path / "rows.jsonl", ROOT / "train/configs/quickstart.yaml"
     small = "--model.channels [8,16,16,16,16] --model.fc_dim 64 --train.compile false"
     turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
@@ -27,7 +27,7 @@ def test_train(few: Path, tmp_path: Path) -> None:
     assert f"min(loader, network): {efficiency:.2f}" in text
     assert f"bottleneck: the {'loader' if rows[0]['median'] < rows[1]['median'] else 'network'}" in text
     assert 0 < rows[0]["wait_percent"] < 100
-    assert sum(rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")) == pytest.approx(100)
+    assert 0 < rows[0]["host_wait_percent"] + rows[0]["host_step_percent"] <= 100
     assert ("busy_percent" in rows[0]) == (rows[0]["gpu"] is not None)
 
 
@@ -53,10 +53,10 @@ HOST = [
 ]
 
 
-def test_timeline() -> None:
+def test_timeline_is_that_by_hand() -> None:
     """By hand: 2 steps of 1 ms; kernels of torch's stream are the network's, whatever their name; those of others the
     input's; what overlaps counts once as busy."""
-    host = {"ms_per_step": 1.0, "host_wait_percent": 20, "host_step_percent": 70, "host_rest_percent": 10}
+    host = {"ms_per_step": 1.0, "host_wait_percent": 20, "host_step_percent": 70}
     assert read_timeline(HOST, 2) == host
     device = [
         event("kernel", "void at::native::vectorized_elementwise_kernel<4>", 1200, 100, 7),

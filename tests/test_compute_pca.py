@@ -26,7 +26,7 @@ from tools.packing.adopt import adopt
 from tools.packing.images import crop256
 
 
-def test_file(few: Path, tmp_path: Path) -> None:
+def test_sums_are_those_of_pillows_pixels(few: Path, tmp_path: Path) -> None:
     """Counts are exact, moments those of the pixels that Pillow decodes, bytes the same for another thread count."""
     content = read_json(few / "pca.json")
     tars = [str(path) for path in sorted((few / "train").glob("*.tar"))]
@@ -46,7 +46,9 @@ def test_file(few: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("threads", [1, 9])
-def test_sums_of_batches(numbered_shards: Callable[..., ShardSet], batch_size: int, threads: int) -> None:
+def test_sums_do_not_depend_on_batches_and_threads(
+    numbered_shards: Callable[..., ShardSet], batch_size: int, threads: int
+) -> None:
     """Whatever the batches and threads, their sums add up to those of all images, and of no other."""
     split = numbered_shards(20, 3)
     stored = np.concatenate([batch.numpy().copy() for batch in decoded_batches(split, 10)])
@@ -55,7 +57,7 @@ def test_sums_of_batches(numbered_shards: Callable[..., ShardSet], batch_size: i
     np.testing.assert_array_equal(sum(each.image for each in sums), stored.sum(0, dtype=np.int64))
 
 
-def test_mean_image(few: Path, tmp_path: Path) -> None:
+def test_mean_image_is_that_of_the_decoded_images(few: Path, tmp_path: Path) -> None:
     """The mean of every pixel of the decoded training images, exact up to float32; pca.json stays the same, packing and
     verifying know both files."""
     copy = tmp_path / "shards"
@@ -84,7 +86,7 @@ def test_mean_image(few: Path, tmp_path: Path) -> None:
     ("kind", "count", "warning"),
     [("grey", 3, "one axis"), ("flat", 2, "the same colour"), ("photo", 1, "only one"), ("photo", 3, "")],
 )
-def test_degenerate_images(
+def test_degenerate_images_get_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, count: int, warning: str
 ) -> None:
     """Grey images, one colour and a single image work, with a warning; a sound set has none."""
@@ -103,7 +105,7 @@ def test_degenerate_images(
     assert np.isfinite(content["eigenvectors"]).all() and min(content["eigenvalues"]) >= 0
 
 
-def test_wrong_input(few: Path, tmp_path: Path) -> None:
+def test_wrong_input_writes_nothing(few: Path, tmp_path: Path) -> None:
     """No shards, or a pca.json of other shards: one sentence, code 2, nothing written."""
     assert "manifest.json" in refuses("tools/compute_pca.py", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -115,7 +117,7 @@ def test_wrong_input(few: Path, tmp_path: Path) -> None:
     assert (copy / "pca.json").read_text() == other
 
 
-def test_images_of_other_sizes(tmp_path: Path) -> None:
+def test_images_of_other_sizes_count_as_packed(tmp_path: Path) -> None:
     """Adopted images that are not 256x256 count as what the packer would have made of them."""
     rng = np.random.default_rng(0)
     images = [photo(rng, *size) for size in ((224, 224), (256, 256), (300, 256), (375, 500))]
@@ -134,7 +136,7 @@ def test_images_of_other_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu(few: Path, tmp_path: Path) -> None:
+def test_gpu_agrees_with_cpu(few: Path, tmp_path: Path) -> None:
     """A GPU counts the same images, names its decoder, and its eigenvalues are those of the CPU within a per cent; its
     own runs agree to the byte."""
     paths = [tmp_path / name for name in ("one.json", "two.json")]

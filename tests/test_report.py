@@ -16,7 +16,7 @@ from pipeline.shards import ClassName
 from tests.helpers import look_at
 from train.accuracy import Accuracy, EvalStats
 from train.metrics import read_metrics
-from train.pictures import draw_png, read_lines
+from train.pictures import CHARTS, draw_charts, draw_png, read_lines
 from train.report import ReportData, compute_saturation, describe_towers, render_page, summarize_speed
 
 HOSTILE = [
@@ -133,6 +133,7 @@ def test_classes_and_mistakes_are_those_found(data: ReportData) -> None:
     assert caption in parsed.text and caption in [attributes["alt"] for attributes in parsed.images]
 
 
+@pytest.mark.filterwarnings("error")
 def test_runs_that_lack_something_have_a_page(data: ReportData) -> None:
     """Without rows, with one row of an older version, without an evaluation, without mistakes or images, with one
     tower, with 1,000 classes: the page has what there is, and its size stays bounded."""
@@ -152,7 +153,7 @@ def test_runs_that_lack_something_have_a_page(data: ReportData) -> None:
     parsed = Parsed(render_page(small, IMAGES))
     assert parsed.ids == SECTIONS and len(parsed.images) == 2 + 2 + 1 + 1
     assert "No validation image was mistaken" in parsed.text
-    assert summarize_speed(old) == [] == summarize_speed([])
+    assert summarize_speed(old) == [] and draw_png(draw_charts, list(CHARTS), [], 10, 4)
 
 
 def test_damaged_rows_cost_no_other_its_place(data: ReportData, tmp_path: Path) -> None:

@@ -75,13 +75,13 @@ def test_decoding_on_the_cpu_gets_every_core() -> None:
         ([(10.0, 5.0), (10.0, 4.5), (10.0, 4.5)], 1),
     ],
 )
-def test_order(figures: list[tuple[float, float]], winner: int) -> None:
+def test_p99_decides_before_the_mean(figures: list[tuple[float, float]], winner: int) -> None:
     """The 99th percentile first, the mean among equals, the earlier among equals of both."""
     trials = [Trial({}, waits(*pair)) for pair in figures]
     assert pick_best([Trial({}, FAILED, "out of memory"), *trials]) is trials[winner]
 
 
-def test_luck_is_not_taken() -> None:
+def test_one_lucky_measurement_does_not_win() -> None:
     """A candidate that was good once only gives way to the defaults."""
     lucky = iter([1.0])
 
@@ -94,7 +94,7 @@ def test_luck_is_not_taken() -> None:
     assert best.settings == default_settings(4) and len(trials) == 5
 
 
-def test_failures() -> None:
+def test_failed_settings_are_listed_and_not_chosen() -> None:
     """What fails is listed with its reason and never chosen; a first candidate that fails does not end the search; a
     mistake of ours does, and so do only failures."""
 
@@ -123,7 +123,7 @@ def test_failures() -> None:
         search(default_settings(4), list_axes(4, on_gpu=False), mistake)
 
 
-def test_program(few: Path, tmp_path: Path) -> None:
+def test_written_settings_are_taken_by_a_run(few: Path, tmp_path: Path) -> None:
     """A real run writes settings that a run takes after its own configuration, whose other values stay, and where they
     come from; it writes over its own file."""
     out = tmp_path / "new" / "speed.yaml"
@@ -146,6 +146,6 @@ def test_program(few: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seconds", "0"), ("--out", "README.md")])
-def test_mistakes(tmp_path: Path, option: str, value: str) -> None:
+def test_wrong_options_are_named(tmp_path: Path, option: str, value: str) -> None:
     """One sentence that names the option, exit code 2, before anything is opened."""
     assert option in refuses("tools/tune_pipeline.py", tmp_path, option, value)

@@ -71,9 +71,9 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     if shards:
         with suppress(OSError, ValueError):  # check_split reports it
             train = open_shards(shards, "train")
+    has_module, visible = Path("/proc/driver/nvidia").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
     checks: dict[str, Callable[[], Finding]] = {
-        "driver": lambda: check_driver(driver, Path("/proc/driver/nvidia/version").exists()),
-        "GPUs": lambda: check_gpus(driver, torch, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        "GPUs": lambda: check_gpus(driver, torch, has_module, visible),
         "packages": check_packages,
         "PyTorch": lambda: check_torch(torch),
         "DALI": lambda: check_dali(dali, gpus > 0),
@@ -104,25 +104,24 @@ def doctor(shards: Path | None, as_json: bool) -> None:
         sys.exit(WRONG_INPUT)
 
 
-def check_driver(driver: ProbeResult, is_loaded: bool) -> Finding:
-    """Check that NVML works; `is_loaded`: whether the kernel module is loaded."""
-    if "error" not in driver:
-        return Finding("ok", f"{driver['version']}, CUDA up to {driver['cuda']}")
-    if not is_loaded:
-        return Finding("-", "none")
-    remedy = (
-        "in a container, add the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
-    )
-    return Finding("warning", f"NVML fails: {driver['error']}", remedy)
+def check_gpus(driver: ProbeResult, torch: ProbeResult, has_module: bool, visible: str | None) -> Finding:
+    """Check that NVML works and PyTorch runs on the GPUs, and that these have peer access.
 
-
-def check_gpus(driver: ProbeResult, torch: ProbeResult, visible: str | None) -> Finding:
-    """Check that PyTorch runs on the GPUs, and that they have peer access; `visible`: CUDA_VISIBLE_DEVICES."""
+    Args:
+        driver: What NVML says.
+        torch: What PyTorch says.
+        has_module: Whether the kernel module is loaded.
+        visible: CUDA_VISIBLE_DEVICES.
+    """
     usable = torch.get("gpus") or []
     gpus = usable or driver.get("gpus") or []
+    if not gpus and has_module:
+        remedy = "in a container, add the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
+        return Finding("warning", f"NVML fails: {driver.get('error', 'it lists no GPU')}", remedy)
     if not gpus:
         return Finding("-", "none: trains on the CPU")
     text = "; ".join(f"{count} x {gpu}" for gpu, count in Counter(gpus).items())
+    text += f"; driver {driver['version']}, CUDA up to {driver['cuda']}" if "version" in driver else ""
     if "error" in torch:  # check_torch reports it
         return Finding("-", text)
     if not usable and visible in ("", "-1"):
@@ -234,8 +233,8 @@ def check_split(shards: Path, split: str) -> Finding:
     """Check that a split opens, and that the limit of open files allows all of its shards."""
     opened = open_shards(shards, split)
     raise_open_files(len(opened.tars))
-    text = f"{opened.num_samples:,} images in {len(opened.tars)} shards, {len(opened.classes)} classes"
-    return Finding("ok", text)
+    size = f"{opened.num_samples:,} images in {len(opened.tars)} shards"
+    return Finding("ok", f"{size}, {len(opened.classes)} classes")
 
 
 def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:

@@ -3,7 +3,7 @@
     python tools/predict.py RUN_OR_WEIGHTS IMAGE [IMAGE ...]
 
 An image is resized and cropped to 256x256 as in packing (`tools/packing/images.py`), the mean is subtracted, and the
-views of `train/evaluate.py` are cropped.
+views of `train/accuracy.py` are cropped.
 
 Shapes: N images, H = W = 256, C = 3 channels (RGB), K classes.
 """
@@ -37,7 +37,7 @@ def predict(
     top: int,
     shards: Path | None,
     device: Literal["auto", "cpu", "cuda"],
-    as_json: bool,
+    json_output: bool,
 ) -> None:
     """Print the `top` most probable classes of each image; arguments as on the command line.
 
@@ -59,29 +59,27 @@ def predict(
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
     for start in range(0, len(paths), BATCH_SIZE):
-        batch, squares = [], []
-        for path in paths[start : start + BATCH_SIZE]:
+        squares: dict[int, torch.Tensor] = {}
+        for number, path in enumerate(paths[start : start + BATCH_SIZE], start):
             try:
-                squares.append(read_square(path))
-                batch.append(path)
+                squares[number] = read_square(path)
             except ValueError as error:
-                errors.append(str(error))
-        if not batch:
-            continue
-        images_NHWC = torch.stack(squares)
-        best = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
-        for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            pairs = zip(indices, values, strict=True)
-            classes = [{"index": k, **asdict(names[k]), "probability": value} for k, value in pairs]
-            rows.append({"image": str(path), "classes": classes})
-    if as_json:
+                errors.append(f"{path}: {error}")
+        if squares:
+            images_NHWC = torch.stack([*squares.values()])
+            best = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
+            for number, values, indices in zip(
+                squares, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
+                pairs = zip(indices, values, strict=True)
+                classes = [{"index": k, **asdict(names[k]), "probability": value} for k, value in pairs]
+                rows.append({"image": str(paths[number]), "classes": classes})
+    if json_output:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
-    for row in rows if not as_json else ():
-        lines = [
-            f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip()
-            for each in row["classes"]
-        ]
-        print("\n".join([row["image"], *lines]))
+    for row in rows if not json_output else ():
+        print(row["image"])
+        for each in row["classes"]:
+            print(f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip())
     if errors:
         more = f" (and {len(errors) - 1} more images)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}; the others were predicted")
@@ -96,8 +94,8 @@ def find_images(name: str) -> list[Path]:
         images, _ = layouts.collect_images(layouts.read_folder(path))
         paths = [Path(image.name) for image in images]
     else:
-        names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
-        paths = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]
+        names = [str(path), *glob(str(path))]  # noqa: PTH207 (of Path, whose pattern may not be absolute)
+        paths = list({Path(each) for each in names if Path(each).is_file()})
     if not paths:
         raise FileNotFoundError(f"{name}: expected an image file, a folder or a glob of some; check the name")
     return sorted(paths)
@@ -111,9 +109,7 @@ def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassNa
     if shards:
         names = read_classes(shards)
     else:
-        with suppress(
-            OSError, ValueError, KeyError, TypeError, IndexError
-        ):  # moved, or not a run's checkpoint
+        with suppress(Exception):  # the shards were moved, or it is not a run's checkpoint
             config = yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())
             names = read_classes(Path(config["data"]["shards"]))
     if len(names) == len(wnids) and trained.wnids in (None, [name.wnid for name in names]):
@@ -124,15 +120,12 @@ def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassNa
 
 
 def read_square(path: Path) -> "torch.Tensor":
-    """Read an image file as uint8 (H, W, C). Raises `UserError` with its path."""
+    """Read an image file as uint8 (H, W, C). Raises `ValueError`."""
     import torch
 
     from tools.packing.images import crop256, decode
 
-    try:
-        decoded = decode(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    decoded = decode(path.read_bytes())
     return torch.from_numpy(crop256(decoded.pixels, decoded.size))
 
 
@@ -156,18 +149,24 @@ def compute_probabilities(
 
 def main() -> None:
     """Read the command line and predict."""
-    parser = Parser(
-        prog="python tools/predict.py", description="Predict the most probable classes of image files."
-    )
+    about = "Predict the most probable classes of image files."
+    parser = Parser(prog="python tools/predict.py", description=about)
     run = "A run directory, a step-*.pt, a .safetensors or torchvision's .pth."
-    views = {"type": Literal["ten", "centre"], "help": "The mean of ten views, or the centre crop."}
-    shards = "Shards with the classes.json to use; by default the run's."
-    device = {"type": Literal["auto", "cpu", "cuda"], "help": "auto uses the first GPU, if any."}
+    views: dict[str, Any] = {
+        "type": Literal["ten", "centre"],
+        "help": "The mean of ten views, or the centre crop.",
+    }
+    device: dict[str, Any] = {
+        "type": Literal["auto", "cpu", "cuda"],
+        "help": "auto uses the first GPU, if any.",
+    }
     parser.add_argument("checkpoint", type=Path, help=run)
     parser.add_argument("images", nargs="+", help="Image files, folders or globs.")
     parser.add_argument("--views", default="ten", **views)
     parser.add_argument("--top", type=int, default=5, help="Classes to print per image.")
-    parser.add_argument("--shards", type=Path, default=None, help=shards)
+    parser.add_argument(
+        "--shards", type=Path, help="Shards with the classes.json to use; by default the run's."
+    )
     parser.add_argument("--device", default="auto", **device)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     args = parser.parse_args()

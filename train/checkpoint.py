@@ -74,8 +74,9 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the last one is written. Raises `OSError` where it could not be."""
-        if self._thread:
-            self._thread.join()
+        if self._thread is None:
+            return
+        self._thread.join()
         error, self._thread, self._error = self._error, None, None
         if error:
             raise error
@@ -228,6 +229,11 @@ class RunDirectory:
         """Raise `UserError` or `OSError` before anything is written where the directory is not a run's, another run
         writes to it, or its checkpoints are gone or cannot be written."""
         names = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
+        if {"lock", "checkpoints"} <= names:
+            raise UserError(
+                f"{self.path}: expected a run of this version, got one of 0.1; start a new run from its weights: "
+                f"--train.init_from {self.path}, and another --run.dir"
+            )
         if (self.path.exists() and not self.path.is_dir()) or (names and "run.lock" not in names):
             found = f" ({min(names)})" if names else ""
             raise UserError(

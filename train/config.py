@@ -248,7 +248,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     try:
         words = add_saved_config(split_pairs(sys.argv[1:] if arguments is None else arguments))
         for word in words:
-            check_renamed(word.removeprefix("--").partition("=")[0], "--" * word.startswith("--") or "?")
+            if word.startswith("--"):
+                check_renamed(word[2:].partition("=")[0], "command line")
         parsed = parser.instantiate(parser.parse_args(words))
         return Config(**{name: parsed[name] for name in Config.__dataclass_fields__})
     except (ValueError, FileNotFoundError) as error:

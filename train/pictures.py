@@ -102,7 +102,8 @@ def draw_charts(
             axes.axhline(np.log(classes), color="grey", linestyle=":", label="chance: ln(classes)")
         axes.set(title=title, xlabel="epoch", ylabel=CHARTS[title][0], xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
 
 
 def draw_kernels(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
@@ -146,7 +147,7 @@ def draw_augmentation(
     )
     batch_NHWC = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * settings.std * lighting.divisor
     loader.close()
-    figure.set_size_inches(10, 8.4)
+    figure.set_size_inches(10, 7.8)
     upper, lower = figure.subplots(2, height_ratios=[3, 2])
     levels = ", ".join(f"{stddev:.0f}" for stddev in basis.axis_stddev)
     title = f"one image at -3 to +3 deviations of lighting along each axis (in the data {levels} levels)"

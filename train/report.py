@@ -102,7 +102,7 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
     ]
     if trainer.best:
         error, step = trainer.best["top1_error"], trainer.best["step"]
-        facts.append(("best epoch", f"centre top-1 accuracy {100 - error:.1f} % at step {step:,.0f}"))
+        facts.append(("best epoch", f"centre top-1 {100 - error:.1f} %, at step {step:,.0f}"))
     return ReportData(
         run_dir=config.run.dir,
         accuracy=accuracy.rows(),

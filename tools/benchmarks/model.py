@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.machine import num_cores
@@ -48,8 +47,6 @@ def bench_model(
     """
     import torch
 
-    from model.alexnet import AlexNetConfig
-    from model.towers import bytes_per_image
     from train.device import pick_device, set_precision, tune_malloc
 
     device = pick_device("auto")
@@ -76,8 +73,6 @@ def bench_model(
     with train_pair(sizes[0], dtype, device) as steps:
         rates = compare(steps, sizes[0])
     common.report_rates(f"two towers, batch {sizes[0]}", rates, ONE_GPU, out, **context)
-    sent = sizes[0] * bytes_per_image(AlexNetConfig(), dtype.itemsize)
-    print(f"{judge_claim(rates)}\neach of the two sends {sent / 1e6:.1f} MB a step (docs/towers.md)")
 
 
 def make_training_steps(batch_size: int, dtype: "torch.dtype", device: "torch.device") -> dict[str, Step]:
@@ -219,13 +214,3 @@ def follow(messages: Any, *options: Any) -> None:
     with suppress(EOFError):
         while messages.recv_bytes():
             step()
-
-
-def judge_claim(rates: Rates) -> str:
-    """Report whether the paper's claim holds: in all turns, in none, or undecided."""
-    ratios = [two.per_s / one.per_s for two, one in zip(rates[TWO_DEVICES], rates[ONE_GPU], strict=True)]
-    holds = "holds" if min(ratios) > 1 else "does not hold" if max(ratios) < 1 else "is undecided"
-    speed = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast as"
-    return (
-        f"the two-GPU net trains {speed} the one-GPU net: the claim of less time (section 3.2) {holds} here"
-    )

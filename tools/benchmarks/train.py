@@ -162,28 +162,22 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """
     complete = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in complete if event.get("cat") == "user_annotation"]
-    (window,) = (event for event in marks if event["name"] == WINDOW)
-    first, length = float(window["ts"]), float(window["dur"])
-
-    def share(events: Iterable[dict[str, Any]]) -> float:
-        spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in events]
-        return 100 * compute_union_length(spans, first, first + length) / length
-
-    wait, step = (share(mark for mark in marks if mark["name"] == name) for name in (WAIT, STEP))
-    figures = {"ms_per_step": length / steps / 1e3, "host_wait_percent": wait, "host_step_percent": step}
-    figures["host_rest_percent"] = 100 - wait - step
     kernels = [event for event in complete if event.get("cat") == "kernel"]
     copies = [event for event in complete if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    streams = {event["args"]["stream"] for event in kernels if "at::native" in event["name"]}
+    parts = {"host_wait": [mark for mark in marks if mark["name"] == WAIT]}
+    parts["host_step"] = [mark for mark in marks if mark["name"] == STEP]
     if kernels or copies:
-        streams = {event["args"]["stream"] for event in kernels if "at::native" in event["name"]}
-        of_network = [event for event in kernels if event["args"]["stream"] in streams]
-        of_input = [event for event in kernels if event["args"]["stream"] not in streams]
-        figures["busy_percent"] = share(kernels + copies)
-        figures["network_kernels_percent"], figures["input_kernels_percent"] = (
-            share(of_network),
-            share(of_input),
-        )
-        figures["copies_percent"] = share(copies)
+        parts |= {"busy": kernels + copies, "copies": copies}
+        parts["network_kernels"] = [event for event in kernels if event["args"]["stream"] in streams]
+        parts["input_kernels"] = [event for event in kernels if event["args"]["stream"] not in streams]
+    (window,) = (mark for mark in marks if mark["name"] == WINDOW)
+    first, length = float(window["ts"]), float(window["dur"])
+    figures = {"ms_per_step": length / steps / 1e3}
+    for name, found in parts.items():
+        spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in found]
+        figures[f"{name}_percent"] = 100 * compute_union_length(spans, first, first + length) / length
+    if "busy" in parts:
         figures["idle_percent"] = 100 - figures["busy_percent"]
     return figures
 
