@@ -36,7 +36,7 @@ def overwrite(tar: Path, change: Callable[[bytes], bytes]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "problem"),
     [
         (lambda data: b"x" * len(data), "cannot be decoded"),
         (lambda data: data[: len(data) // 2], "cannot be decoded"),
@@ -45,10 +45,10 @@ def overwrite(tar: Path, change: Callable[[bytes], bytes]) -> str:
         (lambda data: jpeg(photo(np.random.default_rng(0), 64, 48), quality=30), "is 48x64, not 256x256"),
     ],
 )
-def test_a_corrupt_image_is_named(copy: Path, change: Callable[[bytes], bytes], told: str) -> None:
+def test_a_corrupt_image_is_named(copy: Path, change: Callable[[bytes], bytes], problem: str) -> None:
     """By key, offset and shard."""
     place = overwrite(copy / "train" / "train-000001.tar", change)
-    assert locate_corrupt_sample(open_shards(copy, "train")).startswith(f"{place} {told}")
+    assert locate_corrupt_sample(open_shards(copy, "train")).startswith(f"{place} {problem}")
 
 
 def test_the_image_that_dali_refuses_is_named(copy: Path) -> None:

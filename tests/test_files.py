@@ -75,7 +75,7 @@ def test_what_is_no_file_to_lock(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network disks have none: files are written all the same. Any other failure to lock is told."""
+    """Some network disks have none: files are written all the same. Any other failure to lock is raised."""
     codes = iter([errno.ENOLCK, errno.EIO])
 
     def flock(*_: object) -> None:

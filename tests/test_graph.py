@@ -128,7 +128,7 @@ def test_offsets_are_even() -> None:
 
 def test_shared_windows() -> None:
     """With 4 to a window, images 0 to 3, 4 to 7, ... have the window and flip that the first of them would have alone,
-    and noise of their own; a restored pipeline goes on alike."""
+    and their own noise; a restored pipeline continues alike."""
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None, seed=0, enable_checkpointing=True)
     def pipeline(share: int) -> tuple[object, ...]:

@@ -64,7 +64,7 @@ STRENGTH = 0.1
 
 
 class Visits(NamedTuple):
-    """What the outputs of the real graph tell about each image handed out; one row per visit, in order."""
+    """Measured off the real graph's outputs for each image handed out; one row per visit, in order."""
 
     shifts: np.ndarray
     """(visits, 3): by how many levels colours moved."""
@@ -77,7 +77,7 @@ class Visits(NamedTuple):
 
 @pytest.fixture
 def marked_shards(numbered_shards: Callable[..., ShardSet]) -> Callable[[int], ShardSet]:
-    """Make shards of one flat image with a dark bar down and another across: a window of it tells where it lies,
+    """Make shards of one flat image with a dark bar down and another across: a window of it shows where it lies,
     whether it is flipped, and how far its colours moved."""
     pixels = np.full((256, 256, 3), COLOUR, np.uint8)
     pixels[BAR], pixels[:, BAR] = 0, 0
@@ -130,7 +130,7 @@ def check_distribution(visits: Visits, basis: Eigenbasis, sigmas: np.ndarray) ->
 def test_twenty_thousand_draws(marked_shards: Callable[[int], ShardSet], plain_basis: Eigenbasis) -> None:
     """What the real graph does to colours is s V (axis_stddev * n), n ~ N(0, I): over 20,000 visits the covariance,
     whitened, is s^2 times the identity within .04 s^2, uncorrelated with window, flip and label. Every visit of an
-    image has a draw of its own."""
+    image has its own draw."""
     visits = visit(marked_shards(1000), plain_basis, Lighting(strength=STRENGTH), epochs=20)
     assert len(visits.labels) == 20_000
     check_distribution(visits, plain_basis, STRENGTH * np.sqrt(plain_basis.eigenvalues))
