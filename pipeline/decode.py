@@ -56,6 +56,9 @@ def decode_image(encoded: "DataNode", decoder: Decoder) -> "DataNode":
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # interpolated chroma, as libjpeg and Pillow have it
         hw_decoder_load=decoder.hw_load,
+        preallocate_width_hint=IMAGE_SIDE,  # else the JPEG engine allocates for each larger image
+        preallocate_height_hint=IMAGE_SIDE,
+        affine=False,  # its threads are not the only ones on the cores
     )
 
 

@@ -39,9 +39,8 @@ def run(config: Config) -> None:
     trainer = distributed.run_on_all_ranks(lambda: Trainer(config, device, distributed))
     build_or_resume(trainer, directory)
     log_summary(trainer, precision)
-    if trainer.fit(StopFlag(distributed, stop_signal)):
-        evaluate_and_report(trainer)
-    elif distributed.is_rank_zero:
+    finished = trainer.fit(StopFlag(distributed, stop_signal)) and evaluate_and_report(trainer)
+    if not finished and distributed.is_rank_zero:
         position = f"step {trainer.step} (epoch {trainer.epoch + 1})"
         log(f"stopped and saved at {position}; run the same command again to resume")
     trainer.close()
@@ -92,16 +91,19 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
     log(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
 
 
-def evaluate_and_report(trainer: "Trainer") -> None:
-    """Evaluate on all views; rank 0 prints and writes the report."""
+def evaluate_and_report(trainer: "Trainer") -> bool:
+    """Evaluate on all views; rank 0 prints and writes the report. Returns False when it was stopped."""
     from train.accuracy import EvalStats
     from train.report import write_report
 
     stats = EvalStats(trainer.config.model.outputs, trainer.device)
     accuracy = trainer.evaluate(all_views=True, stats=stats)
+    if accuracy is None:
+        return False
     model = trainer.gather_model()
-    if accuracy and trainer.distributed.is_rank_zero:
+    if trainer.distributed.is_rank_zero:
         write_report(trainer, model, accuracy, stats)
+    return True
 
 
 if __name__ == "__main__":
