@@ -43,7 +43,7 @@ class AlexNetConfig:
         }  # fmt: skip
         for name, allowed in choices.items():  # not all of them come through a command line
             if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} must be one of {[*allowed]}, not {getattr(self, name)}")
+                raise ValueError(f"model.{name}: expected one of {[*allowed]}, got {getattr(self, name)}")
         if any(c % self.num_towers or c < 0 for c in self.conv_channels) or not all(self.conv_channels[:2]):
             raise ValueError(
                 f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
