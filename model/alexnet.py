@@ -1,19 +1,21 @@
 """AlexNet with two towers (Krizhevsky, Sutskever, Hinton 2012), on one device.
 
-The two towers are groups: conv2, conv4 and conv5 see the maps of their own tower, conv3 and the fully connected layers
-see both. 60,965,224 parameters at 1,000 classes. Shapes, with C for channels-last memory throughout:
+The two towers are groups: conv2, conv4 and conv5 see the channels of their own tower, conv3 and the fully connected
+layers see both. 60,965,224 parameters at 1,000 classes. Memory is channels-last throughout.
 
     images            (N,   3, 224, 224)   RGB, 0..255 minus the mean
     conv1  11x11/4    (N,  96,  55,  55)   padded by 3 at right and bottom, as the 2012 program did; then pool -> 27
-    conv2  5x5        (N, 256,  27,  27)   on 48 maps each; then pool -> 13
-    conv3  3x3        (N, 384,  13,  13)   on all 256 maps
-    conv4  3x3        (N, 384,  13,  13)   on 192 maps each
-    conv5  3x3        (N, 256,  13,  13)   on 192 maps each; then pool -> 6
+    conv2  5x5        (N, 256,  27,  27)   on 48 channels each; then pool -> 13
+    conv3  3x3        (N, 384,  13,  13)   on all 256 channels
+    conv4  3x3        (N, 384,  13,  13)   on 192 channels each
+    conv5  3x3        (N, 256,  13,  13)   on 192 channels each; then pool -> 6
     fc6, fc7          (N, 4096)
     fc8               (N, classes)         raw logits
 
 Dropout multiplies by a 0/1 mask in training and by one half in evaluation, as in 2012. (torch's dropout doubles what it
 keeps: with N(0, 0.01) weights that is another network, which does not train at the 2012 rate.)
+
+Shape suffixes: N images, C channels, H and W height and width, K classes.
 """
 
 import math
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.lrn import local_response_norm, widen
+from model.lrn import local_response_norm, to_float32
 from model.settings import Activation, AlexNetConfig
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -36,33 +38,28 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class AlexNet(nn.Module):
-    """`model(images) -> logits`; (N, 3, 224, 224) in any floating dtype to (N, num_classes), at least float32.
+    """`model(images_NCHW) -> logits_NK`: (N, 3, 224, 224) in any floating dtype to (N, num_classes), at least float32.
 
     A state dict of torchvision's `alexnet` fits as it is.
     """
 
     def __init__(self, config: AlexNetConfig) -> None:
         super().__init__()
-        c1, c2, c3, c4, c5 = config.maps
-        towers, hidden = config.num_towers, config.hidden
+        c1, c2, c3, c4, c5 = config.conv_channels
+        towers, fc_dim = config.num_towers, config.fc_dim
         self.conv1 = nn.Conv2d(3, c1, 11, stride=4, padding=config.padding)
         self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=towers)
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1) if c3 else None
         self.conv4 = nn.Conv2d(c3 or c2, c4, 3, padding=1, groups=towers) if c4 else None
         self.conv5 = nn.Conv2d(c4 or c3 or c2, c5, 3, padding=1, groups=towers) if c5 else None
-        self.fc6 = nn.Linear((c5 or c4 or c3 or c2) * 6 * 6, hidden)
-        self.fc7 = nn.Linear(hidden, hidden)
-        self.fc8 = nn.Linear(hidden, config.outputs)
-        self.set_functions(config, towers)
+        self.fc6 = nn.Linear((c5 or c4 or c3 or c2) * 6 * 6, fc_dim)
+        self.fc7 = nn.Linear(fc_dim, fc_dim)
+        self.fc8 = nn.Linear(fc_dim, config.outputs)
+        self.config, self.towers, self.activation = config, towers, ACTIVATIONS[config.activation]
         if config.variant != "torchvision":
             self.init_weights()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_load_state_dict_pre_hook(rename_torchvision)
-
-    def set_functions(self, config: AlexNetConfig, towers: int) -> None:
-        """Set what has no parameters; `towers` are those on this device."""
-        self.config, self.towers = config, towers
-        self.activation = ACTIVATIONS[config.activation]
 
     def init_weights(self) -> None:
         """Weights from N(0, std), biases constant (section 5).
@@ -71,10 +68,10 @@ class AlexNet(nn.Module):
         conv1, conv2, fc6-8       .01                                            conv2, fc6, fc7: 1; else 0
         conv3, conv4, conv5       .01 in the paper, .03 in the 2012 program      conv4, conv5: 1; conv3: 0
 
-        A net with fewer maps sums fewer terms: std is divided by sqrt(maps of conv1 in a tower / 48) when its towers
-        are slimmer than the paper's, whose net for one GPU is one such tower.
+        A net with fewer channels sums fewer terms: std is divided by sqrt(channels of conv1 in a tower / 48) when its
+        towers are slimmer than the paper's, whose net for one GPU is one such tower.
         """
-        width = min(1.0, self.config.maps[0] / self.config.num_towers / 48)
+        width = min(1.0, self.config.conv_channels[0] / self.config.num_towers / 48)
         middle = 0.03 if self.config.variant == "original" else 0.01
         for name, layer in self.named_children():
             assert isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None
@@ -82,10 +79,10 @@ class AlexNet(nn.Module):
             nn.init.normal_(layer.weight, 0.0, std / math.sqrt(width))
             nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Raw logits."""
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Compute raw logits, (N, K)."""
         variant = self.config.variant
-        x = images.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
+        x = images_NCHW.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
         if variant != "torchvision":
             x = F.pad(x, (0, 3, 0, 3))  # (224 + 3 - 11) / 4 + 1 = 55
         x = self.conv1(x)
@@ -105,16 +102,17 @@ class AlexNet(nn.Module):
         else:
             x = self.drop(self.activation(self.fc6(x)))
             x = self.drop(self.activation(self.fc7(x)))
-        return widen(self.fc8(x))
+        return to_float32(self.fc8(x))
 
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Local response normalization across the maps of each tower."""
+    def normalize(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        """Normalize across the channels of each tower."""
         convention = self.config.normalization
-        return x if convention == "none" else local_response_norm(x, convention, self.towers)
+        return x_NCHW if convention == "none" else local_response_norm(x_NCHW, convention, self.towers)
 
-    def normalize_twice(self, x: torch.Tensor) -> torch.Tensor:
-        """Across maps, then within each: layer 2 of the 2012 program."""
-        return x if self.config.normalization == "none" else normalize_within_maps(self.normalize(x))
+    def normalize_twice(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        """Normalize across channels, then within each: layer 2 of the 2012 program."""
+        none = self.config.normalization == "none"
+        return x_NCHW if none else normalize_within_channels(self.normalize(x_NCHW))
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Max pooling; 55 -> 27 -> 13 -> 6 either way."""
@@ -135,19 +133,19 @@ TORCHVISION_NAMES = {
 
 
 def rename_torchvision(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
-    """Before a state dict is loaded: give torchvision's names ours."""
+    """Replace torchvision's names by ours before a state dict is loaded."""
     for theirs, ours in TORCHVISION_NAMES.items():
         for kind in ("weight", "bias"):
             if f"{theirs}.{kind}" in state:
                 state[f"{ours}.{kind}"] = state.pop(f"{theirs}.{kind}")
 
 
-def normalize_within_maps(x: torch.Tensor) -> torch.Tensor:
-    """The 2012 program's second normalization of layer 2: each unit by the mean square of its 5x5 surroundings in its
-    own map.
+def normalize_within_channels(x_NCHW: torch.Tensor) -> torch.Tensor:
+    """Divide each unit by the mean square of its 5x5 surroundings in its own channel: the 2012 program's second
+    normalization of layer 2.
 
-    Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the map counts as zero), power
-    0.75. In at least float32; the result has the dtype of `x`.
+    Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the image counts as zero),
+    power 0.75. In at least float32; the result has the dtype of the input.
     """
-    wide = widen(x)
-    return (wide * (1 + 1e-3 * F.avg_pool2d(wide * wide, 5, stride=1, padding=2)).pow(-0.75)).to(x.dtype)
+    x = to_float32(x_NCHW)
+    return (x * (1 + 1e-3 * F.avg_pool2d(x * x, 5, stride=1, padding=2)).pow(-0.75)).to(x_NCHW.dtype)

@@ -1,14 +1,16 @@
-"""Local response normalization across maps (Krizhevsky et al. 2012, section 3.3), forward and analytic backward.
+"""Local response normalization across channels (Krizhevsky et al. 2012, section 3.3), forward and analytic backward.
 
-    y_i = x_i / (k + a * sum of x_j^2 over the 5 maps j around i)^0.75,   k = 2
+    y_i = x_i / (k + a * sum of x_j^2 over the 5 channels j around i)^0.75,   k = 2
 
-Two conventions: `paper`, a = 1e-4 over the sum; `original`, the 2012 program, which divided alpha by the 5 maps: a =
-2e-5, the rule of `torch.nn.functional.local_response_norm`. Neighbours never cross from one tower into the other.
+Two conventions: `paper`, a = 1e-4 over the sum; `original`, the 2012 program, which divided alpha by the 5 channels,
+a = 2e-5: the rule of `torch.nn.functional.local_response_norm`. Neighbours never cross from one tower into the other.
 
-With d = k + a B(x^2), B the band sum (symmetric in the maps), the gradient is one more band sum:
+With d = k + a B(x^2), B the band sum (symmetric in the channels), the gradient is one more band sum:
     dx = g d^-0.75 - 1.5 a x B(g x d^-1.75)
 d^-0.75 is r * sqrt(r) with r = rsqrt(d): `pow` is slow. Half and bfloat16 are computed in float32. Memory may be
 channels-last: nothing is transposed.
+
+Shape suffixes: N images, C channels, H and W height and width.
 """
 
 from typing import Any, Literal
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 SIZE, K, ALPHA = 5, 2.0, 1e-4
-"""Section 3.3 of the paper: n = 5 maps, k = 2, alpha = 1e-4; beta = 0.75 is written out below."""
+"""Section 3.3 of the paper: n = 5 channels, k = 2, alpha = 1e-4; beta = 0.75 is written out below."""
 
 Convention = Literal["paper", "original"]
 
@@ -28,7 +30,7 @@ def local_response_norm(x_NCHW: torch.Tensor, convention: Convention, towers: in
     Args:
         x_NCHW: any floating dtype and memory format; C divides by `towers`.
         convention: "paper" (alpha times the sum of 5) or "original" (alpha / 5).
-        towers: number of groups of maps that do not see each other.
+        towers: number of groups of channels that do not see each other.
 
     Returns a tensor of the same shape, dtype and memory format.
     """
@@ -45,7 +47,7 @@ class LocalResponseNorm(torch.autograd.Function):
         """(N, C, H, W) -> the same."""
         ctx.save_for_backward(x_NCHW)
         ctx.alpha, ctx.towers = alpha, towers
-        x = widen(x_NCHW)
+        x = to_float32(x_NCHW)
         r = band_sum(x * x, towers, alpha, K).rsqrt_()
         return r.sqrt().mul_(r).mul_(x).to(x_NCHW.dtype)
 
@@ -53,20 +55,20 @@ class LocalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Gradient with respect to the input."""
         (x_NCHW,) = ctx.saved_tensors
-        x, g = widen(x_NCHW), widen(grads[0])
+        x, g = to_float32(x_NCHW), to_float32(grads[0])
         r = band_sum(x * x, ctx.towers, ctx.alpha, K).rsqrt_()
         scaled = r.sqrt().mul_(r).mul_(g)  # g d^-0.75
         band = band_sum(r.mul_(r).mul_(scaled).mul_(x), ctx.towers, 1.5 * ctx.alpha)
         return scaled.sub_(band.mul_(x)).to(x_NCHW.dtype), None, None
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
+def to_float32(x: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def band_sum(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float = 0.0) -> torch.Tensor:
-    """`offset + scale * sum over the 5 maps around each`, within each tower; a new tensor in the same memory format."""
+    """Compute `offset + scale * sum over the 5 channels around each`, within each tower, in the same memory format."""
     by_device = band_sum_of_slices if x_NCHW.is_cuda else band_sum_by_convolution
     return by_device(x_NCHW, towers, scale, offset)
 
@@ -74,8 +76,8 @@ def band_sum(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float = 0.
 def band_sum_by_convolution(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float) -> torch.Tensor:
     """One 1x1 convolution with a band matrix: what a CPU's library runs fastest."""
     channels = x_NCHW.shape[1] // towers
-    maps = torch.arange(channels, device=x_NCHW.device)
-    band = ((maps[:, None] - maps[None, :]).abs() <= SIZE // 2).to(x_NCHW.dtype) * scale
+    index = torch.arange(channels, device=x_NCHW.device)
+    band = ((index[:, None] - index[None, :]).abs() <= SIZE // 2).to(x_NCHW.dtype) * scale
     bias = torch.full((channels * towers,), offset, dtype=x_NCHW.dtype, device=x_NCHW.device)
     with torch.autocast("cpu", enabled=False):  # it would convolve in half precision
         return F.conv2d(x_NCHW, band.repeat(towers, 1)[:, :, None, None], bias, groups=towers)

@@ -11,19 +11,19 @@ Names = Literal["alexnet-dali", "torchvision"]
 
 @dataclass(frozen=True)
 class AlexNetConfig:
-    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that are
-    not take its values (see `PRESETS`)."""
+    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that
+    are not take its values (see `PRESETS`)."""
 
     variant: Literal["paper", "original", "torchvision"] = "paper"
     """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a
-    second normalization within maps in layer 2, alpha / 5, and N(0, .03) in conv3-5. torchvision: one tower without
+    second normalization within channels in layer 2, alpha / 5, and N(0, .03) in conv3-5. torchvision: one tower without
     normalization, padding of 2, dropout before fc6 and fc7 that doubles what it keeps, and torch's initialization,
     which wants images divided by a std of about 58 (Krizhevsky 2014, as torchvision has it)."""
     towers: Literal[1, 2] | None = None
-    """Groups of maps that meet only in conv3 and the fully connected layers; 1 lets every layer see every map."""
+    """Groups of channels that meet only in conv3 and the fully connected layers; 1: every layer sees all channels."""
     channels: tuple[int, int, int, int, int] | None = None
-    """Maps of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
-    hidden: int = 4096
+    """Channels of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
+    fc_dim: int = 4096
     """Units of fc6 and of fc7, counted over both towers."""
     num_classes: int | None = None
     """Outputs of fc8; a run takes the number of classes in its shards, else it is ImageNet's 1000."""
@@ -43,15 +43,15 @@ class AlexNetConfig:
         }  # fmt: skip
         for name, allowed in choices.items():  # not all of them come through a command line
             if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} must be one of {[*allowed]}, not {getattr(self, name)}")
-        if any(maps % self.num_towers or maps < 0 for maps in self.maps) or not all(self.maps[:2]):
+                raise ValueError(f"model.{name}: expected one of {[*allowed]}, got {getattr(self, name)}")
+        if any(c % self.num_towers or c < 0 for c in self.conv_channels) or not all(self.conv_channels[:2]):
             raise ValueError(
                 f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
-                f"not {self.maps}"
+                f"not {self.conv_channels}"
             )
-        if self.hidden < 1 or self.hidden % self.num_towers:
+        if self.fc_dim < 1 or self.fc_dim % self.num_towers:
             raise ValueError(
-                f"model.hidden must be positive and divide by {self.num_towers} towers, not {self.hidden}"
+                f"model.fc_dim must be positive and divide by {self.num_towers} towers, not {self.fc_dim}"
             )
         if self.outputs < 2:
             raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
@@ -61,16 +61,19 @@ class AlexNetConfig:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "AlexNetConfig":
         """From what `dataclasses.asdict` gave, by way of JSON or YAML. Raises `TypeError` for other fields."""
-        channels = content.get("channels")
-        return cls(**{**content, "channels": tuple(channels) if channels else None})
+        fields = {
+            "fc_dim" if name == "hidden" else name: value for name, value in content.items()
+        }  # as of 0.1
+        channels = fields.get("channels")
+        return cls(**{**fields, "channels": tuple(channels) if channels else None})
 
-    def spelled_out(self) -> "AlexNetConfig":
-        """The same with the variant's values where fields are silent."""
-        silent = {"channels": self.maps, "lrn": self.normalization, "num_classes": self.outputs}
+    def resolved(self) -> "AlexNetConfig":
+        """Fill fields that are not given with the variant's values."""
+        silent = {"channels": self.conv_channels, "lrn": self.normalization, "num_classes": self.outputs}
         return replace(self, towers=self.num_towers, **silent)  # type: ignore[arg-type]
 
     @property
-    def maps(self) -> tuple[int, int, int, int, int]:
+    def conv_channels(self) -> tuple[int, int, int, int, int]:
         """`channels`, or the variant's."""
         return PRESETS[self.variant].channels if self.channels is None else self.channels
 
@@ -96,7 +99,7 @@ class AlexNetConfig:
 
 
 class Preset(NamedTuple):
-    """What a variant stands for where a configuration is silent."""
+    """Values of a variant for fields that are not given."""
 
     towers: int
     channels: tuple[int, int, int, int, int]

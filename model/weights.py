@@ -5,25 +5,34 @@
     model.load_state_dict(weights.state)
 
 A safetensors file holds tensors under our names (`conv1.weight`, layer by layer as in `AlexNet`) or torchvision's
-(`features.0.weight`), in the single-device layout, and as metadata, besides the usual `format: pt`:
+(`features.0.weight`), in the single-device layout, and as metadata, with the usual `format: pt`:
 
     config    the `AlexNetConfig`, as JSON
-    input     what images are, as JSON: RGB on 0..255, less `mean` (three levels), divided by `std`
+    input     what images are, as JSON: RGB on 0..255, minus `mean` (three levels), divided by `std`
 """
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from model.alexnet import TORCHVISION_NAMES, AlexNet
 from model.settings import AlexNetConfig, Names
+
+OURS = {
+    f"{theirs}.{kind}": f"{layer}.{kind}"
+    for theirs, layer in TORCHVISION_NAMES.items()
+    for kind in ("weight", "bias")
+}
+"""torchvision's names of tensors, and ours."""
+TORCHVISION_INPUT = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+"""Input that torchvision's own weights expect: (.485, .456, .406) and (.229, .224, .225), times 255."""
 
 
 class Weights(NamedTuple):
@@ -33,9 +42,9 @@ class Weights(NamedTuple):
     state: dict[str, torch.Tensor]
     """Under our names, on the CPU."""
     mean: tuple[float, float, float]
-    """Levels of 0..255, RGB, that images are to be less."""
+    """Levels of 0..255, RGB, that are subtracted from images."""
     std: tuple[float, float, float]
-    """What they are to be divided by then."""
+    """Their divisors after that."""
 
     def for_std(self, std: float) -> dict[str, torch.Tensor]:
         """The state for images that are divided by `std` instead: conv1 makes up for it, exactly but for rounding."""
@@ -44,22 +53,17 @@ class Weights(NamedTuple):
         return self.state | {"conv1.weight": (conv1 * factors).to(conv1.dtype)}
 
 
-TORCHVISION_MEAN = (123.675, 116.28, 103.53)
-TORCHVISION_STD = (58.395, 57.12, 57.375)
-"""What torchvision's own weights expect: (.485, .456, .406) and (.229, .224, .225), times 255."""
-
-
 def weights_bytes(
     state: Mapping[str, torch.Tensor],
     config: AlexNetConfig,
     inputs: dict[str, Any],
     names: Names = "alexnet-dali",
 ) -> bytes:
-    """A safetensors file.
+    """Encode a safetensors file.
 
     Args:
         state: state dict of `AlexNet(config)`.
-        config: The network; written with what its variant presets spelled out.
+        config: The network; written with all values resolved.
         inputs: {"mean": [red, green, blue], "std": divisor}, on 0..255.
         names: Of tensors. "torchvision" is for `variant: torchvision` alone: nothing else fits its `alexnet`.
 
@@ -67,68 +71,56 @@ def weights_bytes(
     """
     check_tensors(state, config)
     if names == "torchvision":
-        sizes = {"channels": config.maps, "hidden": config.hidden, "num_classes": config.outputs}
-        theirs = AlexNetConfig("torchvision", dropout=config.dropout, **sizes)  # type: ignore[arg-type]
-        if config.spelled_out() != theirs.spelled_out() or not all(config.maps):
+        theirs = dataclasses.replace(
+            config, variant="torchvision", towers=None, lrn=None, activation="relu", pooling="overlapping"
+        )
+        if config.resolved() != theirs.resolved() or not all(config.conv_channels):
             raise ValueError(
                 "torchvision's alexnet is another network; only model.variant=torchvision has its names"
             )
-        renamed = {ours: name for name, ours in OURS.items()}
-        state = {renamed[name]: tensor for name, tensor in state.items()}
-    described = json.dumps(dataclasses.asdict(config.spelled_out()))
-    metadata = {"format": "pt", "config": described, "input": json.dumps(inputs)}
+        state = {name: state[ours] for name, ours in OURS.items()}
+    metadata = {
+        "format": "pt",
+        "config": json.dumps(dataclasses.asdict(config.resolved())),
+        "input": json.dumps(inputs),
+    }
     return save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, metadata)
 
 
 def read_weights(path: Path) -> Weights:
     """Read a .safetensors file, or a state dict that torch saved, onto the CPU, under our names.
 
-    Without a configuration in the file, it has to be torchvision's `alexnet`, whose sizes the tensors tell. Tensors may
-    have any floating dtype; a network that loads them keeps its own. Loading runs no code from the file. Raises
-    `FileNotFoundError`, or `ValueError` when it is damaged or of another network.
+    Without a configuration in the file, it has to be torchvision's `alexnet`, whose sizes are those of its tensors.
+    Tensors may have any floating dtype; a network that loads them keeps its own. Loading runs no code from the file.
+    Raises `FileNotFoundError`, or `ValueError` when it is damaged or of another network.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; give a .safetensors file, or torchvision's .pth")
+        raise FileNotFoundError(f"{path}: not a file; give a .safetensors file, or torchvision's .pth")
     try:
-        described, inputs = None, {"mean": TORCHVISION_MEAN, "std": TORCHVISION_STD}
+        metadata: dict[str, str] = {}
         if path.suffix == ".safetensors":
             state = load_file(path)
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-            described, inputs = metadata.get("config"), json.loads(metadata.get("input", json.dumps(inputs)))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        config = AlexNetConfig.from_json(json.loads(described)) if described else torchvision_config(state)
+        inputs = json.loads(metadata["input"]) if "input" in metadata else TORCHVISION_INPUT
+        if "config" in metadata:
+            config = AlexNetConfig.from_json(json.loads(metadata["config"]))
+        else:
+            config = torchvision_config(state)
         state = {OURS.get(name, name): tensor for name, tensor in state.items()}
         check_tensors(state, config)
-        return Weights(config, state, triple(inputs["mean"]), triple(inputs["std"]))
+        mean, std = (np.broadcast_to(np.array(inputs[name], np.float64), 3) for name in ("mean", "std"))
+        if not np.isfinite([mean, std]).all():
+            raise ValueError("mean and std of its images are not finite")
+        return Weights(config, state, tuple(mean.tolist()), tuple(std.tolist()))
     except Exception as error:  # files of all kinds get here; what is raised depends on where they are odd
-        reason = (
-            str(error).splitlines()[0]
-            if isinstance(error, ValueError | SafetensorError) and str(error)
-            else ""
-        )
+        reason = str(error).partition("\n")[0] if isinstance(error, ValueError | SafetensorError) else ""
         raise ValueError(
             f"{path} holds no weights of this network{reason and f' ({reason})'}; give a .safetensors file that "
             "tools/export_weights.py wrote, or torchvision's .pth"
         ) from None
-
-
-def triple(value: Any) -> tuple[float, float, float]:
-    """One number or three, as three. Raises `ValueError` for others than finite ones."""
-    red, green, blue = (float(each) for each in (value if isinstance(value, list | tuple) else [value] * 3))
-    if not all(map(math.isfinite, (red, green, blue))):
-        raise ValueError("what it says of images are no numbers")
-    return red, green, blue
-
-
-FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-OURS = {
-    f"{theirs}.{kind}": f"{layer}.{kind}"
-    for theirs, layer in TORCHVISION_NAMES.items()
-    for kind in ("weight", "bias")
-}
-"""torchvision's names of tensors, and ours."""
 
 
 def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> None:
@@ -136,28 +128,26 @@ def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> N
     try:
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in AlexNet(config).state_dict().items()}
-    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
-        raise ValueError(f"there is no such network ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, Mapping) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in state.values()
-    ):
-        raise ValueError("what stands for its weights are no tensors")
-    if {name: tensor.shape for name, tensor in state.items()} != expected:
-        raise ValueError("its tensors have other names or shapes than those of its network")
-    if any(
-        each.dtype not in FLOATING or each.is_meta or each.layout != torch.strided for each in state.values()
-    ):
-        raise ValueError("its tensors are no floating-point numbers")
+    except (RuntimeError, TypeError):
+        raise ValueError("its sizes are too large") from None
+    found = {
+        name: tensor.shape
+        for name, tensor in (state.items() if isinstance(state, Mapping) else ())
+        if isinstance(tensor, torch.Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+    }
+    if found != expected or len(state) != len(expected):
+        raise ValueError("its tensors have other names, shapes or types than those of its network")
 
 
 def torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
-    """The sizes of a state dict under torchvision's names. Raises `ValueError` for other names."""
+    """The configuration that fits a state dict under torchvision's names. Raises `ValueError` for other names."""
     if set(state) != set(OURS):
-        raise ValueError(
-            "it does not say which network it is of, and has not the names of torchvision's alexnet"
-        )
+        raise ValueError("it has no configuration, and not the names of torchvision's alexnet")
     sizes = {layer: len(state[f"{name}.weight"]) for name, layer in TORCHVISION_NAMES.items()}
     c1, c2, c3, c4, c5 = (sizes[f"conv{k}"] for k in range(1, 6))
     return AlexNetConfig(
-        variant="torchvision", channels=(c1, c2, c3, c4, c5), hidden=sizes["fc7"], num_classes=sizes["fc8"]
+        variant="torchvision", channels=(c1, c2, c3, c4, c5), fc_dim=sizes["fc7"], num_classes=sizes["fc8"]
     )

@@ -5,7 +5,7 @@ An image of any size is brought to the geometry of packed ones in one resampling
 on a CPU only what its pixels are made of is decoded.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nvidia.dali import fn, math, types
 
@@ -21,16 +21,12 @@ class Decoder(NamedTuple):
     where: str = "cpu"
     """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
     any_size: bool = False
-    """Whether images are of any size; else they are 256x256."""
-    fancy_upsampling: bool = True
-    """See `Augmentation`."""
+    """True if images are of any size; else they are 256x256."""
     hw_load: float = 0.65
     """See `Speed.hw_decoder_load`."""
-    cache_mb: int = 0
-    """GPU memory for decoded images, in MiB as DALI counts."""
 
 
-def crop_graph(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataNode | float") -> "DataNode":
+def decode_crop(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataNode | float") -> "DataNode":
     """Decode on the CPU the window of side x side at (x, y), from 0 to 1, of 256x256 images; uint8 HWC RGB.
 
     The window waits for a look at every header: over one that cannot be read, DALI's decoder (2.4, image_decoder.h,
@@ -48,27 +44,26 @@ def crop_graph(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataNo
     )
 
 
-def decode_graph(encoded: "DataNode", decoder: Decoder) -> "DataNode":
+def decode_image(encoded: "DataNode", decoder: Decoder) -> "DataNode":
     """Encoded images to uint8 HWC RGB, where they are decoded: on a CPU 256x256 ones, on a GPU any. EXIF orientation is
     ignored."""
     if decoder.where == "cpu":
-        return crop_graph(encoded, IMAGE_SIDE, 0.5, 0.5)
-    cache: dict[str, Any] = (
-        {"cache_size": decoder.cache_mb, "cache_type": "threshold"} if decoder.cache_mb else {}
-    )
+        return decode_crop(encoded, IMAGE_SIDE, 0.5, 0.5)
     return fn.decoders.image(
         encoded,
         device="mixed",
         output_type=types.RGB,
         adjust_orientation=False,
-        jpeg_fancy_upsampling=decoder.fancy_upsampling,
+        jpeg_fancy_upsampling=True,  # interpolated chroma, as libjpeg and Pillow have it
         hw_decoder_load=decoder.hw_load,
-        **cache,
+        preallocate_width_hint=IMAGE_SIDE,  # else the JPEG engine allocates for each larger image
+        preallocate_height_hint=IMAGE_SIDE,
+        affine=False,  # its threads are not the only ones on the cores
     )
 
 
-class Extent(NamedTuple):
-    """What a window is made of in one direction of the stored image, in its pixels; float32."""
+class Roi(NamedTuple):
+    """Region of the stored image that a window is made of, in one direction, in its pixels; float32."""
 
     start: "DataNode"
     end: "DataNode"
@@ -78,7 +73,7 @@ class Extent(NamedTuple):
     """Whole pixels that it is made of."""
 
 
-def resampled_graph(
+def decode_resize_crop(
     encoded: "DataNode",
     decoder: Decoder,
     side: int,
@@ -91,16 +86,16 @@ def resampled_graph(
     What `tools/make_shards.py pack` does, seen from its end: the window is traced back to the stored image, and only
     what its pixels are made of is decoded (on a CPU) and resampled, on the GPU if there is one.
     """
-    extents = trace_window(encoded, side, left, top)
+    rois = trace_window(encoded, side, left, top)
     if decoder.where == "cpu":
-        images, corner = decode_extents(encoded, extents), [each.first for each in extents]
+        images, corner = decode_rois(encoded, rois), [each.first for each in rois]
     else:
-        images, corner = decode_graph(encoded, decoder), [0.0, 0.0]
+        images, corner = decode_image(encoded, decoder), [0.0, 0.0]
     return fn.resize(
         images.gpu() if device == "gpu" else images,
         size=[side, side],
-        roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(extents, corner, strict=True))),
-        roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(extents, corner, strict=True))),
+        roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(rois, corner, strict=True))),
+        roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(rois, corner, strict=True))),
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
@@ -108,37 +103,37 @@ def resampled_graph(
 
 def trace_window(
     encoded: "DataNode", side: int, left: "DataNode | float", top: "DataNode | float"
-) -> tuple[Extent, Extent]:
-    """What a window of side x side at (left, top) of the central 256x256 is made of, from top to bottom and from left
-    to right."""
+) -> tuple[Roi, Roi]:
+    """Trace a window of side x side at (left, top) of the central 256x256 back to the stored image, vertically and
+    horizontally."""
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
     shorter = math.min(shape[0], shape[1])
-    return extent(shape[0], shorter, top, side), extent(shape[1], shorter, left, side)
+    return trace_side(shape[0], shorter, top, side), trace_side(shape[1], shorter, left, side)
 
 
-def decode_extents(encoded: "DataNode", extents: tuple[Extent, Extent]) -> "DataNode":
-    """Decode on the CPU what a window is made of, uint8 HWC RGB."""
+def decode_rois(encoded: "DataNode", rois: tuple[Roi, Roi]) -> "DataNode":
+    """Decode the regions on the CPU, uint8 HWC RGB."""
     return fn.decoders.image_slice(
         encoded,
         device="cpu",
         output_type=types.RGB,
         adjust_orientation=False,
-        start=fn.cast(fn.stack(*(each.first for each in extents)), dtype=types.INT32),
-        end=fn.cast(fn.stack(*(each.last for each in extents)), dtype=types.INT32),
+        start=fn.cast(fn.stack(*(each.first for each in rois)), dtype=types.INT32),
+        end=fn.cast(fn.stack(*(each.last for each in rois)), dtype=types.INT32),
         axes=[0, 1],
     )
 
 
-def extent(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Extent:
+def trace_side(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Roi:
     """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
     scaled = rounded_quotient(size * IMAGE_SIDE, shorter)
     pixels = fn.cast(size, dtype=types.FLOAT)  # whose thousandths float32 has to spare up to ten thousand
     scale = pixels / scaled
     start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
     end = start + side * scale
-    reach = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider where an image is reduced
-    return Extent(
-        start, end, math.max(math.floor(start - reach), 0.0), math.min(math.ceil(end + reach), pixels)
+    support = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider where an image is reduced
+    return Roi(
+        start, end, math.max(math.floor(start - support), 0.0), math.min(math.ceil(end + support), pixels)
     )
 
 

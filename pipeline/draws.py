@@ -1,4 +1,4 @@
-"""The random numbers behind augmentation: windows, flips and lighting, one independent stream for each."""
+"""Sample augmentation parameters: windows, flips and lighting, from an independent stream each."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,8 +18,8 @@ OFFSETS = IMAGE_SIDE - CROP_SIDE
 paper says 2,048)."""
 
 
-class Draws(NamedTuple):
-    """The random numbers behind a batch of training images, one row per image."""
+class AugmentParams(NamedTuple):
+    """Augmentation of a batch of training images, one row per image."""
 
     crop_x: "DataNode"
     """Left offset / 32, float32, one of k/32 for k in 0..32."""
@@ -27,8 +27,8 @@ class Draws(NamedTuple):
     """Top offset / 32, likewise."""
     mirror: "DataNode"
     """int32, 1 where the image is flipped."""
-    light: "DataNode | None"
-    """float32 (3,): standard normal, one per RGB axis. None: a graph without lighting."""
+    pca_noise: "DataNode"
+    """float32 (3,): standard normal, one per RGB axis."""
 
 
 def op_seed(seed: int, loader_rank: int, operator: str) -> int:
@@ -39,8 +39,8 @@ def op_seed(seed: int, loader_rank: int, operator: str) -> int:
     )
 
 
-def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:
-    """Random numbers for one batch.
+def sample_params(augmentation: Augmentation, seed: int, loader_rank: int) -> AugmentParams:
+    """Sample the parameters of one batch.
 
     Offsets come from a list: `uniform(range=(0, 1))` rounds, and the edges 0 and 32 would get half their share.
     """
@@ -50,7 +50,7 @@ def draw(augmentation: Augmentation, seed: int, loader_rank: int) -> Draws:
         fn.random.uniform(values=positions, seed=op_seed(seed, loader_rank, "crop_y")),
         fn.random.coin_flip(probability=augmentation.flip, seed=op_seed(seed, loader_rank, "mirror")),
     )
-    if augmentation.share_window > 1:  # the first one's of each group
-        first = [k - k % augmentation.share_window for k in range(Pipeline.current().max_batch_size)]
+    if augmentation.images_per_crop > 1:  # the first one's of each group
+        first = [k - k % augmentation.images_per_crop for k in range(Pipeline.current().max_batch_size)]
         views = tuple(fn.permute_batch(view, indices=first) for view in views)
-    return Draws(*views, fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")))
+    return AugmentParams(*views, fn.random.normal(shape=[3], seed=op_seed(seed, loader_rank, "light")))

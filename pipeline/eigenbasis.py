@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.shards import IMAGE_SIDE
 
@@ -126,7 +127,7 @@ class Eigenbasis:
 
     @staticmethod
     def load(path: Path, manifest_sha256: str, *, with_mean_image: bool = False) -> "Eigenbasis":
-        """Read `pca.json`, and if asked for `mean_image.npy` beside it.
+        """Read `pca.json`, and if asked for `mean_image.npy` next to it.
 
         Raises as `read_eigenbasis`, and `ValueError` for a mean image that is missing or of other images.
         """
@@ -135,7 +136,7 @@ class Eigenbasis:
             return basis
         image = read_mean_image(path.with_name("mean_image.npy"), basis.mean)
         if image is None:
-            raise ValueError(
+            raise UserError(
                 f"{path.with_name('mean_image.npy')} is missing, damaged or of other images; make it with "
                 f"tools/compute_pca.py {path.parent} --mean-image"
             )
@@ -146,7 +147,7 @@ class Eigenbasis:
         """From the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`."""
         found = [np.asarray(content[name]) for name in ("mean", "eigenvalues", "eigenvectors")]
         if not all(array.dtype.kind in "if" for array in found):  # "1" and true would do
-            raise ValueError(
+            raise UserError(
                 "mean, eigenvalues or eigenvectors are no numbers; run tools/compute_pca.py again"
             )
         mean, eigenvalues, eigenvectors = (array.astype(np.float64) for array in found)
@@ -154,7 +155,7 @@ class Eigenbasis:
         finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
         sound = shapes == [(3,), (3,), (3, 3)] and finite and (eigenvalues >= 0).all()
         if not sound or not np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-3):
-            raise ValueError(
+            raise UserError(
                 "mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again"
             )
         return Eigenbasis(mean, eigenvalues, eigenvectors)
@@ -175,25 +176,25 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
     manifest with this checksum.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; remove it")
+        raise UserError(f"{path} is a folder; remove it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
     content = read_json(path)
     advice = f"remove it and run tools/compute_pca.py {path.parent}"
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} is damaged or has another format version; {advice}")
+        raise UserError(f"{path} is damaged or has another format version; {advice}")
     if content.get("manifest_sha256") != manifest_sha256:
-        raise ValueError(f"{path} was made from other shards; {advice}")
+        raise UserError(f"{path} was made from other shards; {advice}")
     pixels = [content.get(name) for name in ("scale", "channel_order", "geometry")]
     if pixels != [255, "RGB", GEOMETRY]:
-        raise ValueError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
+        raise UserError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
     try:
         Eigenbasis.from_json(content)
         if type(content["num_images"]) is not int or not isinstance(content["decoder"], str):
-            raise ValueError("it does not say what it was made of")
+            raise UserError("it does not say what it was made of")
         np.asarray(content["axis_stddev"], np.float64)
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
+        raise UserError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
     return content
 
 

@@ -1,8 +1,8 @@
 """Files that are either whole or not there.
 
 Every file that another program may read while ours is being killed (shards, indexes, manifests, `pca.json`,
-checkpoints, pictures) is written beside its place, flushed to the disk and renamed. A reader sees the old file or the
-new one.
+checkpoints, pictures) is written under a temporary name, flushed to the disk and renamed. A reader sees the old file or
+the new one.
 """
 
 import errno
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pipeline.errors import UserError
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def check_writable(path: Path) -> None:
 
 
 def open_locked(path: Path, wait: bool) -> BinaryIO:
-    """Open or create `path` and lock it; a file that its owner renamed while we waited is let go. Raises `OSError`."""
+    """Open or create `path` and lock it; a file that its owner renamed while we waited is closed. Raises `OSError`."""
     while True:
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -98,11 +100,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `ValueError` that names the file when it is not JSON."""
+    """Read a JSON file. Raises `UserError` that names the file when it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # a number may be too long, an array too deep
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
 
 
 def sha256(content: bytes) -> str:

@@ -1,7 +1,7 @@
 """DALI graphs: pure functions from encoded bytes to tensors, and thin pipelines that add the reader.
 
-    reader -> decode -> 224x224 window -> flip -> relight and normalize        (train_graph)
-    reader -> decode the 256x256 image -> normalize                            (val_graph)
+    reader -> decode -> 224x224 window -> flip -> lighting and normalization    (train_graph)
+    reader -> decode the 256x256 image -> normalization                         (val_graph)
 
 On a CPU the graphs end before the flip: `normalize.py` does the rest faster there.
 
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.decode import Decoder, crop_graph, decode_graph, resampled_graph
-from pipeline.draws import CROP_SIDE, OFFSETS, Draws, draw, op_seed
+from pipeline.decode import Decoder, decode_crop, decode_image, decode_resize_crop
+from pipeline.draws import CROP_SIDE, OFFSETS, AugmentParams, op_seed, sample_params
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import relight_arguments
+from pipeline.lighting import lighting_arguments
 from pipeline.settings import Augmentation
 from pipeline.shards import IMAGE_SIDE, MAX_LABEL_DIGITS, ShardSet
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def train_graph(
     encoded: "DataNode",
-    draws: Draws,
+    params: AugmentParams,
     basis: Eigenbasis,
     augmentation: Augmentation,
     decoder: Decoder,
@@ -38,61 +38,65 @@ def train_graph(
 
     Args:
         encoded: the file's bytes, on the CPU.
-        draws: from `draw`.
+        params: from `sample_params`.
         basis: Mean and RGB axes.
         augmentation: What to do.
         decoder: How to decode.
         device: where images end up, "gpu" or "cpu".
 
     Returns on a GPU finished (224, 224, 3) HWC RGB windows, float16. On a CPU what `normalize` takes: uint8 windows,
-    int32 whether each is to be flipped, and its draw of lighting (see `Draws`).
+    int32 whether each is to be flipped, and its draw of lighting (see `AugmentParams`).
     """
     if device == "cpu":
-        light = () if draws.light is None else (draws.light,)
-        return window_graph(encoded, draws, decoder, device), draws.mirror, *light
-    window: dict[str, Any] = {"mirror": draws.mirror}
+        return window_graph(encoded, params, decoder, device), params.mirror, params.pca_noise
+    window: dict[str, Any] = {"mirror": params.mirror}
     if decoder.where == "cpu" or decoder.any_size:
-        images = window_graph(encoded, draws, decoder, device).gpu()
+        images = window_graph(encoded, params, decoder, device).gpu()
     else:
-        images = decode_graph(encoded, decoder)
-        window |= {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": draws.crop_x, "crop_pos_y": draws.crop_y}
-    return (normalize_graph(images, draws.light, basis, augmentation, **window),)
+        images = decode_image(encoded, decoder)
+        window |= {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": params.crop_x, "crop_pos_y": params.crop_y}
+    return (normalize_graph(images, params.pca_noise, basis, augmentation, **window),)
 
 
 def normalize_graph(
-    images: "DataNode", light: "DataNode | None", basis: Eigenbasis, augmentation: Augmentation, **window: Any
+    images: "DataNode",
+    pca_noise: "DataNode | None",
+    basis: Eigenbasis,
+    augmentation: Augmentation,
+    **window: Any,
 ) -> "DataNode":
-    """Relight (unless `light` is None) and normalize uint8 HWC RGB, and cut and flip as `window` says; to float16."""
-    mean, std = relight_arguments(light, basis, augmentation.lighting, augmentation.std)
+    """Apply lighting (unless `pca_noise` is None) and normalize uint8 HWC RGB, crop and flip as `window` says; to
+    float16."""
+    mean, std = lighting_arguments(pca_noise, basis, augmentation.lighting, augmentation.std)
     return fn.crop_mirror_normalize(
         images, mean=mean, std=[std] * 3, dtype=types.FLOAT16, output_layout="HWC", **window
     )
 
 
-def window_graph(encoded: "DataNode", draws: Draws, decoder: Decoder, device: str) -> "DataNode":
+def window_graph(encoded: "DataNode", params: AugmentParams, decoder: Decoder, device: str) -> "DataNode":
     """Encoded images to uint8 (224, 224, 3) windows, HWC RGB; 256x256 ones are decoded on a CPU and stay there."""
     if decoder.any_size:
-        return resampled_graph(
-            encoded, decoder, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS, device
+        return decode_resize_crop(
+            encoded, decoder, CROP_SIDE, params.crop_x * OFFSETS, params.crop_y * OFFSETS, device
         )
-    return crop_graph(encoded, CROP_SIDE, draws.crop_x, draws.crop_y)
+    return decode_crop(encoded, CROP_SIDE, params.crop_x, params.crop_y)
 
 
 def val_graph(
     encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
 ) -> "tuple[DataNode, ...]":
     """Encoded images to normalized 256x256 ones, HWC RGB float16, on a GPU; on a CPU to uint8 ones."""
-    images = square_graph(encoded, decoder, device)
+    images = decode_full(encoded, decoder, device)
     if device == "cpu":
         return (images,)
     return (normalize_graph(images.gpu(), None, basis, augmentation),)
 
 
-def square_graph(encoded: "DataNode", decoder: Decoder, device: str = "cpu") -> "DataNode":
+def decode_full(encoded: "DataNode", decoder: Decoder, device: str = "cpu") -> "DataNode":
     """Encoded images to uint8 (256, 256, 3) HWC RGB; 256x256 ones stay where they are decoded."""
     if decoder.any_size:
-        return resampled_graph(encoded, decoder, IMAGE_SIDE, 0.0, 0.0, device)
-    return decode_graph(encoded, decoder)
+        return decode_resize_crop(encoded, decoder, IMAGE_SIDE, 0.0, 0.0, device)
+    return decode_image(encoded, decoder)
 
 
 def read_graph(
@@ -102,23 +106,22 @@ def read_graph(
     shuffle_buffer: int = 1,
     rank: int = 0,
     num_ranks: int = 1,
-    read_ahead: int = 1,
-    sticky: bool = False,
+    reader_queue_depth: int = 1,
 ) -> "tuple[DataNode, DataNode]":
     """Read (encoded image, label): its file's bytes and uint8 (6,), ASCII digits and then zeros.
 
     In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
-    and samples are drawn from a buffer. With `sticky` each rank keeps its shards, in one order. `pad_last_batch` is
-    what makes epochs exact over several ranks: without it the tail of one epoch takes from the head of the next.
+    and samples are drawn from a buffer. `pad_last_batch` is what makes epochs exact over several ranks: without it the
+    tail of one epoch takes from the head of the next.
     Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and follow their files:
     DALI's default, a MiB at first for each member of each sample in the shuffle buffer, makes gigabytes.
     """
     shuffling: dict[str, Any] = {
         "random_shuffle": True,
         "initial_fill": min(shuffle_buffer, shards.num_samples),
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": op_seed(seed, 0, "shards"),
     }
-    if not sticky:
-        shuffling |= {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": op_seed(seed, 0, "shards")}
     outputs: Any = fn.readers.webdataset(
         paths=list(shards.tars),
         index_paths=list(shards.indexes),
@@ -130,8 +133,8 @@ def read_graph(
         pad_last_batch=True,
         dont_use_mmap=True,
         tensor_init_bytes=4096,
-        prefetch_queue_depth=read_ahead,
-        stick_to_shard=sticky or not training,
+        prefetch_queue_depth=reader_queue_depth,
+        stick_to_shard=not training,
         name="reader",
         **(shuffling if training else {}),
     )
@@ -150,17 +153,12 @@ def train_pipeline(
     num_ranks: int,
     decoder: Decoder,
     device: str,
-    read_ahead: int = 1,
-    lit: bool = True,
+    reader_queue_depth: int = 1,
 ) -> "tuple[DataNode, ...]":
-    """What `read_graph` gives for labels and `train_graph` for images; `lit=False` leaves lighting out, to measure what
-    it costs."""
-    encoded, digits = read_graph(
-        shards, True, data_seed, shuffle_buffer, rank, num_ranks, read_ahead, sticky=decoder.cache_mb > 0
-    )
-    draws = draw(augmentation, data_seed, rank)
-    draws = draws if lit else draws._replace(light=None)
-    return digits, *train_graph(encoded, draws, basis, augmentation, decoder, device)
+    """Combine `read_graph` for labels and `train_graph` for images."""
+    encoded, digits = read_graph(shards, True, data_seed, shuffle_buffer, rank, num_ranks, reader_queue_depth)
+    params = sample_params(augmentation, data_seed, rank)
+    return digits, *train_graph(encoded, params, basis, augmentation, decoder, device)
 
 
 @pipeline_def
@@ -172,10 +170,12 @@ def val_pipeline(
     num_ranks: int,
     decoder: Decoder,
     device: str,
-    read_ahead: int = 1,
+    reader_queue_depth: int = 1,
 ) -> "tuple[DataNode, ...]":
-    """What `read_graph` gives for labels and `val_graph` for images, in stored order."""
-    encoded, digits = read_graph(shards, False, rank=rank, num_ranks=num_ranks, read_ahead=read_ahead)
+    """Combine `read_graph` for labels and `val_graph` for images, in stored order."""
+    encoded, digits = read_graph(
+        shards, False, rank=rank, num_ranks=num_ranks, reader_queue_depth=reader_queue_depth
+    )
     return digits, *val_graph(encoded, basis, augmentation, decoder, device)
 
 
@@ -183,4 +183,4 @@ def val_pipeline(
 def decode_pipeline(shards: ShardSet, where: str) -> "DataNode":
     """Uint8 256x256 images in stored order."""
     encoded, _ = read_graph(shards, False)
-    return square_graph(encoded, Decoder(where, shards.any_size))
+    return decode_full(encoded, Decoder(where, shards.any_size))

@@ -1,8 +1,8 @@
 """Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy and as DALI operations side by
 side.
 
-One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and the program
-behind it differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
+One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and its program
+differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
 
 * `stddev`, what the 2012 program ran: x <- (x - mean + s V (axis_stddev * n)) / (1 + s), n ~ N(0, I);
 * `eigenvalue`, the paper's sentence as later code bases read it: x <- x - mean + 255 V (eigenvalues / 255^2 * a), a ~
@@ -33,18 +33,18 @@ class Lighting:
     ImageNet)."""
     strength: float = 0.1
     """Standard deviation of the draw on each axis, in units of the convention; 0 turns lighting off."""
-    until_epoch: int | None = None
+    off_epoch: int | None = None
     """First epoch, counted from 0, without lighting (the 2012 program turned it off at 67); None: never."""
 
     def __post_init__(self) -> None:
-        if self.until_epoch is not None and self.until_epoch < 0:
-            raise ValueError(f"lighting.until_epoch must not be negative, but is {self.until_epoch}")
+        if self.off_epoch is not None and self.off_epoch < 0:
+            raise ValueError(f"lighting.off_epoch must not be negative, but is {self.off_epoch}")
         if not (math.isfinite(self.strength) and 0 <= self.strength <= 10):
             raise ValueError(f"lighting.strength must lie in 0..10, not {self.strength}")
 
     def at_epoch(self, epoch: int) -> "Lighting":
-        """What holds in an epoch: strength 0 from `until_epoch` on."""
-        over = self.until_epoch is not None and epoch >= self.until_epoch
+        """Return the lighting of an epoch: strength 0 from `off_epoch` on."""
+        over = self.off_epoch is not None and epoch >= self.off_epoch
         return replace(self, strength=0.0) if over else self
 
     def shift_matrix(self, basis: Eigenbasis) -> np.ndarray:
@@ -54,47 +54,51 @@ class Lighting:
 
     @property
     def divisor(self) -> float:
-        """What relit images are divided by, so that the added noise does not raise their variance (2012 program)."""
+        """Divisor of shifted images, so that the added noise does not raise their variance (2012 program)."""
         return 1 + self.strength if self.convention == "stddev" else 1.0
 
 
-def relight(
-    images_NHWC: np.ndarray, draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+def apply_lighting(
+    images_NHWC: np.ndarray, noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0
 ) -> np.ndarray:
-    """Subtract the mean and relight, in float64.
+    """Subtract the mean and shift colours, in float64.
 
     Args:
         images_NHWC: RGB on 0..255, shape (N, height, width, 3).
-        draws_N3: standard normal draws, shape (N, 3).
+        noise_N3: standard normal draws, shape (N, 3).
         basis: Mean and axes.
         lighting: Convention and strength.
-        std: What pixels are divided by besides.
+        std: A further divisor of pixels.
     """
-    return (images_NHWC - moved_means(draws_N3, basis, lighting)[:, None, None, :]) / (std * lighting.divisor)
+    return (images_NHWC - shifted_means(noise_N3, basis, lighting)[:, None, None, :]) / (
+        std * lighting.divisor
+    )
 
 
-def moved_means(draws_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
-    """What each image loses: the mean minus its shift, float64, shape (N, 3)."""
-    return basis.mean - draws_N3 @ lighting.shift_matrix(basis).T
+def shifted_means(noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
+    """Compute what is subtracted from each image: the mean minus its shift, float64, shape (N, 3)."""
+    return basis.mean - noise_N3 @ lighting.shift_matrix(basis).T
 
 
-def relight_arguments(
-    draw: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
+def lighting_arguments(
+    pca_noise: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
 ) -> "tuple[DataNode, float]":
-    """The same as arguments of DALI's `crop_mirror_normalize`: `mean`, float32 (3,) per sample, and the constant `std`.
+    """Express it in arguments of DALI's `crop_mirror_normalize`: `mean`, float32 (3,) per sample, and constant `std`.
 
     Args:
-        draw: a standard normal draw per sample, float32, shape (3,), on the CPU; None: no lighting, one mean for all.
+        pca_noise: standard normal, float32, shape (3,) per sample, on the CPU; None: no lighting, one mean for all.
         basis: Mean and axes.
         lighting: Convention and strength.
-        std: What pixels are divided by besides.
+        std: A further divisor of pixels.
     """
     from nvidia.dali import fn, types
 
     mean = basis.mean.astype(np.float32)
-    if draw is None:
+    if pca_noise is None:
         return types.Constant(mean, device="cpu"), std
-    # mean - matrix @ draw, as one operation on a "point" rather than three: each costs a batch one per cent.
+    # mean - matrix @ noise, as one operation on a "point" rather than three: each costs a batch one per cent.
     matrix = -lighting.shift_matrix(basis).astype(np.float32)
-    moved = fn.coord_transform(fn.reshape(draw, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean.tolist())
+    moved = fn.coord_transform(
+        fn.reshape(pca_noise, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean.tolist()
+    )
     return fn.reshape(moved, shape=[3]), std * lighting.divisor

@@ -12,7 +12,7 @@ once.
 `rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A
 state taken after any batch continues with the next one, bit for bit.
 
-Over 250 lines, as handing out batches, the position in them and going on there cannot be understood apart.
+Over 250 lines, as batches, the position in them and resuming there cannot be understood apart.
 """
 
 import base64
@@ -27,10 +27,11 @@ from nvidia.dali import Pipeline
 from pipeline.decode import Decoder
 from pipeline.draws import CROP_SIDE, op_seed
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import UserError
 from pipeline.graph import train_pipeline, val_pipeline
-from pipeline.lighting import Lighting, moved_means
+from pipeline.lighting import Lighting, shifted_means
 from pipeline.machine import raise_open_files, resident_bytes
-from pipeline.normalize import BatchMemory, normalize
+from pipeline.normalize import BufferPool, normalize
 from pipeline.reader import check_index, check_memory, data_errors, parse_labels
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
@@ -71,17 +72,17 @@ class Loader:
         device: torch.device | str,
     ) -> None:
         if not 0 <= rank < num_ranks:
-            raise ValueError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
+            raise UserError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
         if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+            raise UserError(f"the batch size must be at least 1, not {batch_size}")
         if shards.num_samples < num_ranks:
-            raise ValueError(
+            raise UserError(
                 f"{shards.split} has {shards.num_samples} images for {num_ranks} processes; start fewer of them"
             )
-        if training and batch_size % config.augmentation.share_window:
-            raise ValueError(
+        if training and batch_size % config.augmentation.images_per_crop:
+            raise UserError(
                 f"the {batch_size} images that each process loads at a time do not divide by "
-                f"data.augmentation.share_window ({config.augmentation.share_window}); take a number that does"
+                f"data.augmentation.images_per_crop ({config.augmentation.images_per_crop}); take a number that does"
             )
         self._shards, self._basis, self._config, self._training = shards, basis, config, training
         self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
@@ -90,22 +91,17 @@ class Loader:
             config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
         )
         if self._decode == "gpu" and self.device.type != "cuda":
-            raise ValueError("data.decode=gpu needs a GPU; say data.decode=cpu")
-        if config.speed.decode_cache_gb and self._decode != "gpu":
-            raise ValueError(
-                "data.speed.decode_cache_gb is memory of a GPU that decodes; set it to 0, or data.decode=gpu"
-            )
+            raise UserError("data.decode=gpu needs a GPU; say data.decode=cpu")
         offset = mean_offset(basis, config.augmentation)
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
-        """What is to be subtracted from windows besides the mean colour, (3, 224, 224); None with `mean: channel`. In
+        """Subtracted from windows after the mean colour, (3, 224, 224); None with `mean: channel`. In
         training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
         self._opening_bytes = 0
-        self._cache_mb = round(1e9 * config.speed.decode_cache_gb / 2**20) if training else 0
-        self._memory = BatchMemory()
+        self._buffers = BufferPool()
         self._checkpoint: bytes | None = None
-        """DALI's state behind the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
+        """DALI's state after the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
         none."""
 
         # DALI cuts the list of N samples at rank * N // num_ranks.
@@ -122,7 +118,7 @@ class Loader:
         )
         """Training samples, over all ranks, that an epoch leaves out; each epoch leaves out others."""
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"{shards.num_samples} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; "
                 "take a smaller batch size"
             )
@@ -143,8 +139,8 @@ class Loader:
             if self._pipe and ended:  # the same graph with other constants, from the same state
                 self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
-            raise ValueError(
-                f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
+            raise UserError(
+                f"the loader is at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
             )
         while self.at_step < self.steps_per_epoch:
             images, labels = self._run()
@@ -156,7 +152,7 @@ class Loader:
             yield Batch(images.permute(0, 3, 1, 2), labels)
 
     def __iter__(self) -> Iterator[Batch]:
-        """What is left of the present epoch or, where that is finished, the next one."""
+        """Yield what is left of the present epoch or, where that is finished, the next one."""
         return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
 
     def open(self) -> int:
@@ -166,17 +162,6 @@ class Loader:
             with data_errors(self._shards):
                 self._pipe = self._build(None)
         return self._opening_bytes
-
-    @property
-    def cached_share(self) -> float | None:
-        """Hit rate of the decode cache after the first epoch: the share of this rank's images that fit into it, as it
-        evicts nothing. None for images of any size, whose bytes are not known before they are decoded."""
-        image_bytes = IMAGE_SIDE * IMAGE_SIDE * 3
-        return (
-            None
-            if self._shards.any_size
-            else min(1.0, self._cache_mb * 2**20 // image_bytes / self._num_samples)
-        )
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
@@ -196,10 +181,10 @@ class Loader:
             return images if offset_HWC is None else images.sub_(
                 offset_HWC / divisor
             ), labels  # DALI overwrites them
-        windows, *draws = outputs
-        mirrored, light = draws or (None, torch.zeros(len(windows), 3))
-        means = torch.from_numpy(moved_means(light.numpy(), self._basis, lighting)).float()
-        batch = self._memory.take(tuple(windows.shape))
+        windows, *params = outputs
+        mirrored, pca_noise = params or (None, torch.zeros(len(windows), 3))
+        means = torch.from_numpy(shifted_means(pca_noise.numpy(), self._basis, lighting)).float()
+        batch = self._buffers.acquire(tuple(windows.shape))
         normalize(windows, mirrored, means, divisor, offset_HWC, batch)
         return batch, labels
 
@@ -208,27 +193,23 @@ class Loader:
         return self._config.augmentation.lighting.at_epoch(self.at_epoch)
 
     def _build(self, checkpoint: bytes | None) -> Pipeline:
-        """Build the DALI pipeline, at its start or at a checkpoint of its own."""
+        """Build the DALI pipeline, at its start or at one of its checkpoints."""
         raise_open_files(len(self._shards.tars))
         check_memory(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
-        fancy = self._config.augmentation.jpeg_fancy_upsampling
         common = {
             "batch_size": self._batch_size,
             "num_threads": speed.num_threads,
-            "set_affinity": speed.affinity,
             "device_id": (self.device.index or 0) if on_gpu else None,
-            "prefetch_queue_depth": speed.prefetch,
-            "read_ahead": speed.read_ahead,
+            "prefetch_queue_depth": speed.prefetch_queue_depth,
+            "reader_queue_depth": speed.reader_queue_depth,
             "seed": self._seed % (2**31 - 1),
             "shards": self._shards,
             "basis": self._basis,
             "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
             "rank": self._rank,
             "num_ranks": self._num_ranks,
-            "decoder": Decoder(
-                self._decode, self._shards.any_size, fancy, speed.hw_decoder_load, self._cache_mb
-            ),
+            "decoder": Decoder(self._decode, self._shards.any_size, speed.hw_decoder_load),
             "device": "gpu" if on_gpu else "cpu",
         }
         if self._training:
@@ -244,18 +225,16 @@ class Loader:
 
     @property
     def _data_seed(self) -> int:
-        """Behind order and augmentation: the seed, or one derived from it where another world began in the midst."""
+        """Seed of order and augmentation; another one is derived where the number of ranks changed within a run."""
         if self._first_epoch == 0:
             return self._seed
         return op_seed(self._seed, self._first_epoch, "another world")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the sequence of batches; speed knobs, the strength and the end of lighting do not."""
+        """Settings and versions that decide the sequence of batches: not speed, nor strength and end of lighting."""
         augmentation = asdict(self._config.augmentation)
-        del augmentation["lighting"]["strength"], augmentation["lighting"]["until_epoch"]
-        if augmentation["share_window"] == 1:
-            del augmentation["share_window"]  # as states had it before there was a choice
+        del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
         return {
             "shards": self._shards.manifest_sha256,
             "seed": self._seed,
@@ -265,7 +244,6 @@ class Loader:
             "shuffle_buffer": self._config.shuffle_buffer,
             "augmentation": augmentation,
             "decode": self._decode,
-            "decode_cache": self._config.speed.decode_cache_gb > 0,
             "device": self.device.type,
             "dali": nvidia.dali.__version__,
             "graph": GRAPH_VERSION,
@@ -286,8 +264,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any], *, allow_world_change: bool = False) -> None:
         """Go to a position.
 
-        Raises `ValueError` that names the field when the state belongs to another sequence of batches. With
-        `allow_world_change` other ranks and another batch size are taken: the loader then stands at the edge of the
+        Raises `UserError` that names the field when the state belongs to another sequence of batches. With
+        `allow_world_change` other ranks and another batch size are taken: the loader is then at the edge of the
         state's epoch, the next one if that was finished, from where its order is a new one.
         """
         free = WORLD if allow_world_change else set()
@@ -300,7 +278,7 @@ class Loader:
                     if name in WORLD
                     else ""
                 )
-                raise ValueError(
+                raise UserError(
                     f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "
                     f"{mine[name]}{remedy}"
                 )
@@ -318,29 +296,52 @@ class Loader:
     def close(self) -> None:
         """Stop DALI's threads and free its memory; the position is kept only in a state."""
         self._pipe = self._checkpoint = None
-        self._memory = BatchMemory()
+        self._buffers = BufferPool()
         self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
 
 
 def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
-    """The centre of the mean image minus the mean colour, as far as pixels are divided, float64 (3, 224, 224) (2012
-    program: neither windowed nor flipped); None with `mean: channel`. Raises `ValueError` without a mean image."""
+    """Compute the centre of the mean image minus the mean colour, divided like pixels, float64 (3, 224, 224) (2012
+    program: neither windowed nor flipped); None with `mean: channel`. Raises `UserError` without a mean image."""
     if augmentation.mean == "channel":
         return None
     if basis.mean_image is None:
-        raise ValueError(
-            "augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image"
-        )
+        raise UserError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
     first = (IMAGE_SIDE - CROP_SIDE) // 2
     centre_HWC = basis.mean_image[first : first + CROP_SIDE, first : first + CROP_SIDE] - basis.mean
     return torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)
 
 
-def train_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
-    """A loader of shuffled, augmented windows; `place` holds batch_size, seed, rank, num_ranks and device."""
-    return Loader(shards, basis, config, training=True, **place)
+def train_loader(
+    shards: ShardSet,
+    basis: Eigenbasis,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    num_ranks: int,
+    device: torch.device | str,
+) -> Loader:
+    """Make a loader of shuffled, augmented windows; `rank` and `num_ranks` are those of loading."""
+    return Loader(
+        shards, basis, config, training=True, batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks,
+        device=device,
+    )  # fmt: skip
 
 
-def val_loader(shards: ShardSet, basis: Eigenbasis, config: DataConfig, **place: Any) -> Loader:
-    """A loader of whole 256x256 images in stored order; `place` holds batch_size, rank, num_ranks and device."""
-    return Loader(shards, basis, config, training=False, seed=0, **place)
+def val_loader(
+    shards: ShardSet,
+    basis: Eigenbasis,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    rank: int,
+    num_ranks: int,
+    device: torch.device | str,
+) -> Loader:
+    """Make a loader of whole 256x256 images in stored order; `rank` and `num_ranks` are those of loading."""
+    return Loader(
+        shards, basis, config, training=False, batch_size=batch_size, seed=0, rank=rank, num_ranks=num_ranks,
+        device=device,
+    )  # fmt: skip

@@ -1,11 +1,13 @@
-"""What the machine gives this process: cores, memory, open files, and how many others of ours are on it."""
+"""Resources of this process on the machine: cores, memory, open files, and how many others of ours are on it."""
 
 import os
 import resource
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 OTHER_FILES = 256
-"""Open files of a process besides its shards: libraries, pipes, logs."""
+"""Open files of a process other than its shards: libraries, pipes, logs."""
 
 
 def num_cores() -> int:
@@ -38,13 +40,13 @@ def available_bytes() -> int:
 
 
 def raise_open_files(num_shards: int) -> None:
-    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `ValueError`."""
+    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `UserError`."""
     needed = num_shards + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(
+        raise UserError(
             f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

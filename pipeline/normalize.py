@@ -1,4 +1,4 @@
-"""The last steps on a CPU: uint8 windows are mirrored, freed of their means and divided, as float32.
+"""CPU post-processing: flip uint8 crops, subtract the per-image mean, scale, write float32.
 
 DALI's `crop_mirror_normalize`, which does it on a GPU, takes 0.15 ms a window there. Here a row of interleaved pixels
 meets a row of repeated means, one window at a time while it is in the core's cache: 0.05 ms.
@@ -57,8 +57,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class BatchMemory:
-    """Memory for float32 batches that is used again as soon as nobody holds the batch: the page faults of fresh memory
+class BufferPool:
+    """Memory for float32 batches that is used again as soon as nobody holds the batch: the page faults of new memory
     cost more than everything that is done to a window."""
 
     KEPT = 3
@@ -67,7 +67,7 @@ class BatchMemory:
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
 
-    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def acquire(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Uninitialized float32 memory; it counts as held while any view of it is."""
         memory = next((each for each in self._free if each.shape == shape), None)
         if memory is None:

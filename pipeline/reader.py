@@ -1,5 +1,4 @@
-"""What stands around every DALI pipeline that reads shards: an index that fits, errors in one sentence. And the plain
-reader, which decodes each image once."""
+"""Checks and errors of every DALI pipeline that reads shards, and the plain reader, which decodes each image once."""
 
 import re
 from collections.abc import Iterator
@@ -9,13 +8,14 @@ from pathlib import Path
 import torch
 from nvidia.dali import Pipeline
 
-from pipeline.diagnose import find_damage
+from pipeline.diagnose import locate_corrupt_sample
+from pipeline.errors import DataError
 from pipeline.graph import decode_pipeline
 from pipeline.machine import available_bytes, processes_here, raise_open_files, share_of_cores
-from pipeline.shards import DataError, ShardSet
+from pipeline.shards import ShardSet
 
 INDEX_BYTES = 455
-"""Memory of DALI's index per sample, measured with 1.28 million samples: 707 MB with what the process holds besides."""
+"""Memory of DALI's index per sample, measured with 1.28 million samples: 707 MB with the rest of the process."""
 
 
 def decoded_batches(
@@ -71,7 +71,7 @@ def check_index(pipe: Pipeline, shards: ShardSet) -> None:
 
 @contextmanager
 def data_errors(shards: ShardSet) -> Iterator[None]:
-    """Turn what DALI raises into `DataError`: one sentence from its report, whose reason stands below the word
+    """Turn what DALI raises into `DataError`: one sentence from its report, whose reason follows the word
     "encountered", or from what we find ourselves by looking through the shards, as it does not name a damaged image."""
     try:
         yield
@@ -90,7 +90,9 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
         of_data = any(
             name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")
         )  # not, say, of a GPU's memory
-        reason = (find_damage(shards) if of_data else "") or (lines[0] if lines else report.splitlines()[0])
+        reason = (locate_corrupt_sample(shards) if of_data else "") or (
+            lines[0] if lines else report.splitlines()[0]
+        )
         place = Path(shards.tars[0]).parent
         raise DataError(
             f"reading {place} failed: {reason}; tools/make_shards.py verify {place.parent} lists all damage, copy or "

@@ -1,4 +1,4 @@
-"""What a user can set about the data."""
+"""Settings of the data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,52 +10,45 @@ from pipeline.machine import share_of_cores
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image between its file and the network."""
+    """Changes to a training image between its file and the network."""
 
     crop: Literal["random", "center"] = "random"
     """random: a 224x224 window at offsets drawn evenly from 0..32; center: always the middle one."""
     flip: float = 0.5
     """Probability of a horizontal flip. With 0, evaluation leaves the mirrored views out."""
-    share_window: int = 1
+    images_per_crop: int = 1
     """So many consecutive images of a batch get the same window and the same flip (the 2012 program: 32)."""
     lighting: Lighting = field(default_factory=Lighting)
     """Colour shifts along the principal RGB axes."""
     mean: Literal["channel", "image"] = "channel"
-    """What is subtracted: the mean colour, or the centre of the mean image (the paper, section 2), for which
+    """Subtracted from pixels: the mean colour, or the centre of the mean image (the paper, section 2), for which
     compute_pca --mean-image is needed."""
     std: float = 1.0
-    """What pixels are divided by after the mean is subtracted; the 2012 initialization is made for 1."""
-    jpeg_fancy_upsampling: bool = True
-    """Interpolate chroma as libjpeg and Pillow do. The CPU decoder always does; off is faster on a GPU."""
+    """Divisor of pixels after the mean is subtracted; the 2012 initialization is made for 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augmentation.flip is a probability, 0 to 1, not {self.flip}")
-        if self.share_window < 1:
-            raise ValueError(f"augmentation.share_window must be at least 1, not {self.share_window}")
+        if self.images_per_crop < 1:
+            raise ValueError(f"augmentation.images_per_crop must be at least 1, not {self.images_per_crop}")
         if not 0 < self.std < float("inf"):
             raise ValueError(f"augmentation.std must be positive, not {self.std}")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Knobs that change how fast batches come and never what is in them, but for `decode_cache_gb`, which fixes the
-    shards of each rank. `tools/tune_pipeline.py` finds the best ones for a machine."""
+    """Knobs that change how fast batches come and never what is in them. `tools/tune_pipeline.py` finds the best ones
+    for a machine."""
 
     threads: int | None = None
     """DALI's CPU threads; by default one more than the cores of this process (those of the machine are shared among
     the processes on it), so that none idles while a thread waits."""
-    affinity: bool = False
-    """Pin DALI's threads to cores."""
-    prefetch: int = 2
+    prefetch_queue_depth: int = 2
     """Batches that DALI prepares ahead."""
-    read_ahead: int = 1
+    reader_queue_depth: int = 1
     """Batches of encoded images read ahead of the decoder; a network disk wants 4 or more."""
     hw_decoder_load: float = 0.65
     """Share of the images that a GPU's own JPEG decoder takes (A100, H100 and later); its SMs decode the rest."""
-    decode_cache_gb: float = 0.0
-    """Keep so many GB (10^9 bytes) of decoded images in GPU memory, 197 kB each; needs decode gpu. Each rank then reads
-    the same shards in every epoch."""
 
     @property
     def num_threads(self) -> int:
@@ -63,15 +56,12 @@ class Speed:
         return self.threads or share_of_cores() + 1
 
     def __post_init__(self) -> None:
-        if (self.threads is not None and self.threads < 1) or self.prefetch < 1 or self.read_ahead < 1:
-            raise ValueError(
-                f"speed.threads ({self.threads}), speed.prefetch ({self.prefetch}) and speed.read_ahead "
-                f"({self.read_ahead}) must be at least 1"
-            )
+        for name in ("threads", "prefetch_queue_depth", "reader_queue_depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"speed.{name} must be at least 1, not {value}")
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"speed.hw_decoder_load is a share, 0 to 1, not {self.hw_decoder_load}")
-        if not 0 <= self.decode_cache_gb < float("inf"):
-            raise ValueError(f"speed.decode_cache_gb must not be negative, but is {self.decode_cache_gb}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class DataConfig:
     """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled
     besides."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """What happens to a training image."""
+    """Changes to a training image."""
     speed: Speed = field(default_factory=Speed)
     """How fast it happens."""
 

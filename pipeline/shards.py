@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, sha256
 
 FORMAT_VERSION = 1
@@ -26,10 +27,6 @@ MAX_LABEL_DIGITS = 6
 KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
 
 
-class DataError(RuntimeError):
-    """Data that was sound when it was packed fails while a program runs (exit code 3)."""
-
-
 @dataclass(frozen=True)
 class ClassName:
     """One class; its index is its position in `classes.json`."""
@@ -37,7 +34,7 @@ class ClassName:
     wnid: str
     """WordNet id, as in ILSVRC-2012 ("n01440764"), or a folder's name."""
     words: str
-    """What a person calls it ("tench, Tinca tinca")."""
+    """Its common names ("tench, Tinca tinca")."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class ShardSet:
 
     @property
     def any_size(self) -> bool:
-        """Whether images are of any size, and the pipeline has to bring them to 256x256 itself."""
+        """True if images are of any size, and the pipeline has to resize them to 256x256."""
         return self.store in ("original", "adopted")
 
 
@@ -100,7 +97,7 @@ def open_shards(shards: Path, split: str) -> ShardSet:
     manifest = read_json(path)
     check_manifest(manifest, path)
     if manifest["split"] != split:
-        raise ValueError(
+        raise UserError(
             f"{path} describes the {manifest['split']} split, not {split}; copy it again or pack again"
         )
     tars, indexes = [], []
@@ -113,14 +110,14 @@ def open_shards(shards: Path, split: str) -> ShardSet:
                     f"{file} is listed in {path} but missing; copy it again or pack again"
                 )
         if tar.stat().st_size != shard["bytes"]:
-            raise ValueError(
+            raise UserError(
                 f"{tar} has {tar.stat().st_size} bytes, {path} says {shard['bytes']}; copy it again or pack again"
             )
         tars.append(str(tar))
         indexes.append(str(index))
     classes = read_classes(Path(shards))
     if len(classes) != manifest["num_classes"]:
-        raise ValueError(
+        raise UserError(
             f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again"
         )
     options = manifest.get("options")
@@ -130,7 +127,7 @@ def open_shards(shards: Path, split: str) -> ShardSet:
 
 
 def check_manifest(manifest: Any, path: Path) -> None:
-    """Raise `ValueError` unless `manifest` has the form that this version reads."""
+    """Raise `UserError` unless `manifest` has the form that this version reads."""
     try:
         version, shards = manifest["format_version"], manifest["shards"]
         counts = [int(shard["samples"]) for shard in shards]
@@ -147,11 +144,11 @@ def check_manifest(manifest: Any, path: Path) -> None:
     except (KeyError, TypeError, ValueError, OverflowError):
         version, well_formed = FORMAT_VERSION, False
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has format version {version}, this program reads {FORMAT_VERSION}; pack again"
         )
     if not well_formed:
-        raise ValueError(f"{path} is damaged or not a shard manifest; pack again")
+        raise UserError(f"{path} is damaged or not a shard manifest; pack again")
 
 
 def read_classes(shards: Path) -> tuple[ClassName, ...]:
@@ -167,7 +164,7 @@ def read_classes(shards: Path) -> tuple[ClassName, ...]:
         in_order, classes = False, ()
     wnids = [name.wnid for name in classes]
     if not in_order or wnids != sorted(set(wnids)):
-        raise ValueError(f"{path} is damaged or not a class list in the order of the wnids; pack again")
+        raise UserError(f"{path} is damaged or not a class list in the order of the wnids; pack again")
     return classes
 
 
@@ -191,7 +188,7 @@ def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
 
 
 def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
-    """What `index_text` wrote. Raises `ValueError` when the file is no such index."""
+    """Parse what `index_text` wrote. Raises `UserError` when the file is not such an index."""
     try:
         header, *lines = path.read_bytes().decode().splitlines()
         rows = [line.split(" ") for line in lines]
@@ -207,5 +204,5 @@ def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
     except ValueError:
         header, samples = "", []
     if header.split() != ["v1.2", str(len(samples))]:
-        raise ValueError(f"{path} is damaged or not a DALI index of format v1.2; copy it again or pack again")
+        raise UserError(f"{path} is damaged or not a DALI index of format v1.2; copy it again or pack again")
     return samples

@@ -132,7 +132,7 @@ TRAIN = ("-m", "train.run")
 EPOCHS, BATCH = 3, 32
 STEPS = 539 // BATCH
 SHARED = (
-    "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --optimizer.lr 0.001 --run.log_every 2 "
+    "--model.channels [8,16,16,16,16] --model.fc_dim 64 --model.num_classes 10 --optimizer.lr 0.001 --run.log_every 2 "
     "--train.compile false --run.device cpu --train.batch_size 128 --train.epochs 1 --train.seed 5"
 )
 
@@ -140,10 +140,10 @@ SHARED = (
 def small_run(shards: Path, directory: Path, *more: str) -> list[str]:
     """A small network on `few`, STEPS steps an epoch: dropout, lighting, flip and shuffling are on."""
     small = (
-        "--model.channels [8,16,16,16,16] --model.hidden 64 --model.num_classes 10 --model.variant original"
+        "--model.channels [8,16,16,16,16] --model.fc_dim 64 --model.num_classes 10 --model.variant original"
     )
     small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
-    small += " --run.save_every 6 --run.keep 2 --run.keep_every 1"
+    small += " --run.save_minutes 0.002 --run.keep_last 2 --run.keep_every 1"
     small += " --run.device cpu"  # bitwise equality is promised there
     run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
     return [
@@ -177,7 +177,7 @@ def same_weights(one: dict[str, object], two: dict[str, object]) -> bool:
 
 def rows_without_times(directory: Path) -> list[dict[str, object]]:
     """The rows of a run, but for what a clock says."""
-    times = ("wait", "images_per_s", "step_ms", "next_ms", "save", "saving", "eval_s")
+    times = ("wait", "images_per_s", "step_ms", "data_time", "save", "saving", "eval_s")
     found = read_metrics(directory / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(times)} for row in found]
 
@@ -192,7 +192,7 @@ def shipped(name: str) -> Config:
 def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
     """A network with random weights as a .safetensors file that expects the demo's mean."""
     torch.manual_seed(3)
-    config = AlexNetConfig(**{"channels": (8, 16, 16, 16, 16), "hidden": 64, "num_classes": 10, **changes})  # type: ignore[arg-type]
+    config = AlexNetConfig(**{"channels": (8, 16, 16, 16, 16), "fc_dim": 64, "num_classes": 10, **changes})  # type: ignore[arg-type]
     model = AlexNet(config)
     inputs = {"mean": read_json(shards / "pca.json")["mean"], "std": 1.0}
     path.write_bytes(weights_bytes(model.state_dict(), config, inputs))
@@ -213,23 +213,6 @@ def loaders(
 def collect(loader: Loader, epochs: range) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Copies of every batch."""
     return [(batch.images.clone(), batch.labels.clone()) for epoch in epochs for batch in loader.epoch(epoch)]
-
-
-def torch_of(*gpus: tuple[str, int, list[int]], cuda: str | None = "12.6", **more: Any) -> dict[str, Any]:
-    """What the probe tells of a PyTorch that sees these GPUs."""
-    archs = ["sm_80", "sm_86", "sm_90", "compute_90"] if gpus else []
-    found = {
-        "version": "2.13.0",
-        "cuda": cuda,
-        "file": "/torch/__init__.py",
-        "distributed": True,
-        "cudnn": None,
-    }
-    return found | {"told": [], "gpus": list(gpus), "peers": [], "nccl": "2.27.3", "archs": archs} | more
-
-
-DALI: dict[str, Any] = {"version": "2.4.0", "cuda": 12986, "decodes": "gpu"}
-"""What the probe tells of a DALI that decodes on a GPU."""
 
 
 TORCHVISION = {

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
 from tools import ablate as program
-from tools.ablate import ANY_WIDTH, Run, ablate, run_training
+from tools.ablate import ANY_WIDTH, Run, ablate, train_run
 from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
+from train.cli import ABLATIONS
 from train.config import Config, flatten, parse_config
-from train.recipe import ABLATIONS
 
 CONFIGS = ROOT / "train" / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -42,7 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What each has to change in the paper's configuration, and nothing else. (The parameters of one-gpu and no-conv4 are
 counted in test_alexnet.)"""
-TINY = "--model.channels [8,16,16,16,16] --model.hidden 32 --train.epochs 1 --run.device cpu"
+TINY = "--model.channels [8,16,16,16,16] --model.fc_dim 32 --train.epochs 1 --run.device cpu"
 
 
 def over_paper(*more: str) -> Config:
@@ -59,17 +60,13 @@ def test_every_shipped_ablation_is_known_here() -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_shipped_ablations(name: str) -> None:
+def test_shipped_ablations_change_what_they_name(name: str) -> None:
     """Over the paper's configuration each changes what its name says, and its comments give its command."""
     path = ABLATIONS / f"{name}.yaml"
-    paper, ablated = (
-        flatten(config.to_json()) for config in (over_paper(), over_paper("--config", str(path)))
-    )
+    paper, ablated = (flatten(over_paper(*more).to_json()) for more in ((), ("--config", str(path))))
     assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
-    assert (
-        f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml"
-        in path.read_text()
-    )
+    command = f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml"
+    assert command in path.read_text()
 
 
 def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
@@ -81,18 +78,10 @@ def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]])
     return sorted(found, key=lambda row: int(row["step"]))
 
 
-def test_figures_of_a_run() -> None:
+def test_figures_are_those_of_the_rows() -> None:
     """The training error is the mean of the last epoch's rows, the validation error the last one, and the epoch of the
     first row at or below the error in question is counted in steps."""
-    train = [
-        (4, 0, 90.0),
-        (8, 0, 70.0),
-        (12, 1, 40.0),
-        (16, 1, 26.0),
-        (20, 1, 25.0),
-        (24, 2, 30.0),
-        (28, 2, 20.0),
-    ]
+    train = [(4, 0, 90.0), (12, 1, 40.0), (16, 1, 26.0), (20, 1, 25.0), (24, 2, 30.0), (28, 2, 20.0)]
     found = read_figures(rows(train, [(10, 1, 60.0), (20, 2, 33.0), (30, 3, 35.0)]), 7, 25)
     assert found == Figures(7, 25.0, (60.0, 33.0, 35.0), 2.0) and found.val_error == 35
     assert read_figures(rows(train, [(10, 1, 60.0)]), 7, 19.9).epochs_to_error is None
@@ -103,21 +92,21 @@ def run(seed: int, train_error: float, val_error: float, epochs: float | None = 
     return Figures(seed, train_error, (90.0, val_error), epochs)
 
 
-def test_the_best_rate() -> None:
+def test_best_rate_reaches_the_error_first() -> None:
     """Fewest epochs to the error where every seed came there; else the lowest training error; never a rate at which a
     seed diverged."""
     slow, fast = [run(1, 5, 9, 3.0), run(2, 5, 9, 5.0)], [run(1, 9, 9, 3.0), run(2, 9, 9, 4.0)]
     never, once = [run(1, 20, 9), run(2, 10, 9)], [run(1, 1, 9, 1.0), run(2, 28, 9)]
     assert pick_rate("a", {0.1: slow, 0.2: fast, 0.3: once}) == Entry("a", 0.2, tuple(fast))
-    assert (
-        pick_rate("a", {0.1: once, 0.2: never}).rate == 0.1
-        and pick_rate("a", {0.1: never, 0.2: once}).rate == 0.2
-    )
+    assert [pick_rate("a", {0.1: one, 0.2: two}).rate for one, two in ((once, never), (never, once))] == [
+        0.1,
+        0.2,
+    ]
     assert pick_rate("a", {0.1: slow, 0.2: [run(1, 0, 0, 1.0), None]}).rate == 0.1
     assert pick_rate("a", {0.1: [None, None]}) == Entry("a", None, ())
 
 
-def test_table_and_chart(tmp_path: Path) -> None:
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Differences are taken seed by seed, with their spread; the paper's stand next to them, also for an ablation that
     diverged."""
     first = Figures(1, 10.0, (30.0, 20.0), 1.5)
@@ -135,7 +124,7 @@ def test_table_and_chart(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_shows_nothing_says_so() -> None:
+def test_weak_comparisons_carry_a_warning() -> None:
     """A comparison warns above its table where seeds are too few to exclude chance, and where the base
     has not learned; another has no warning."""
     learned, not_yet = run(1, 9, 20, 3.0), run(1, 60, 70)
@@ -155,14 +144,15 @@ def test_what_shows_nothing_says_so() -> None:
         ({"rates": [0.1, 0.1]}, "--rates"),
         ({"rates": []}, "--rates"),
         ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
-        ({"settings": "--train.seed=4"}, "--settings: --train.seed"),
         ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),
         ({"settings": "--run.log_every 45"}, "--run.log_every 22"),
         ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn: expected a change"),
         ({"shards": Path("nowhere")}, "nowhere/train"),
     ],
 )
-def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], field: str) -> None:
+def test_wrong_options_write_nothing(
+    shards: Path, tmp_path: Path, options: dict[str, Any], field: str
+) -> None:
     """One sentence that names the field, before anything is written."""
     given = {
         "base": QUICKSTART,
@@ -171,7 +161,7 @@ def test_refusals(shards: Path, tmp_path: Path, options: dict[str, Any], field: 
         "ablations": ["no-lrn"],
         "seeds": (1,),
     }
-    with pytest.raises((ValueError, FileNotFoundError), match=field):
+    with pytest.raises((UserError, FileNotFoundError), match=field):
         ablate(**given | options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
@@ -183,20 +173,18 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     errors = {"base-seed1": 20.0, "base-seed2": 30.0, "no-lrn-seed1": 26.0, "no-lrn-seed2": 31.0}
     trained: list[str] = []
 
-    def train(run: Run) -> bool:
-        directory = run.directory
+    def train(run: Run) -> str:
+        directory = run.path()
         error = errors[directory.name]
         directory.mkdir(exist_ok=True)
         lines = [json.dumps(row) for row in rows([(20, 0, error - 10)], [(44, 1, error)])]
         (directory / "metrics.jsonl").write_text("\n".join(lines))
         trained.append(directory.name)
-        return True
+        return "trained"
 
-    monkeypatch.setattr(program, "run_training", train)
+    monkeypatch.setattr(program, "train_run", train)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of the tests stays
-    monkeypatch.setattr(
-        program, "draw_curves", lambda path, entries: path.write_text(str(len(entries)))
-    )  # it takes long
+    monkeypatch.setattr(program, "draw_curves", lambda path, _: path.touch())  # it takes long
 
     def compare(settings: str = "", seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
         trained.clear()
@@ -206,7 +194,9 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return compare
 
 
-def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_comparison_trains_only_what_is_lacking(
+    compared: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     """Every run is trained once, base first; the differences are those of the rows. The same command trains nothing and
     writes the same bytes, and what is lacking alone is trained; fewer epochs are refused."""
     first = compared()
@@ -216,29 +206,26 @@ def test_a_comparison(compared: Callable[..., dict[str, Any]], tmp_path: Path) -
     assert base["difference"] is None and ablated["difference"] == {"mean": 3.5, "min": 1, "max": 6}
     assert ablated["paper"] == "+1.4" and ablated["runs"][1]["val_errors"] == [31]
     before = {path: path.read_bytes() for path in tmp_path.glob("ablations.*")}
-    assert {path.name for path in before} == {"ablations.json", "ablations.md", "ablations.png"}
-    assert compared()["trained"] == [] and all(
-        path.read_bytes() == content for path, content in before.items()
-    )
+    assert {path.suffix for path in before} == {".json", ".md", ".png"}
+    assert compared()["trained"] == [] and all(path.read_bytes() == old for path, old in before.items())
     shutil.rmtree(tmp_path / "no-lrn-seed2")
-    assert compared()["trained"] == ["no-lrn-seed2"]
     (tmp_path / "base-seed2.json").unlink()
-    assert compared()["trained"] == ["base-seed2"]
+    assert compared()["trained"] == ["base-seed2", "no-lrn-seed2"]
     assert len(compared("--train.epochs 2", seeds=(1,))["trained"]) == 2
-    with pytest.raises(ValueError, match=r"base-seed1: .*train.epochs"):
+    with pytest.raises(UserError, match=r"base-seed1: .*train.epochs"):
         compared()
 
 
 def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Where a run that finished had other settings or other shards, nothing is written."""
     compared()
-    result = tmp_path / "no-lrn-seed2.json"
-    written, content = (tmp_path / "ablations.json").read_bytes(), read_json(result)
-    for settings, field in (("--optimizer.lr .004", "optimizer.lr"), ("--model.hidden 30", "model.hidden")):
-        with pytest.raises(ValueError, match=f"base-seed1: .*{field}.*give another OUT"):
+    written = (tmp_path / "ablations.json").read_bytes()
+    for settings, field in (("--optimizer.lr .004", "optimizer.lr"), ("--model.fc_dim 30", "model.fc_dim")):
+        with pytest.raises(UserError, match=f"base-seed1: .*{field}.*give another OUT"):
             compared(settings)
-    write_json(result, content | {"shards": "0"})
-    with pytest.raises(ValueError, match="no-lrn-seed2: trained on other shards"):
+    result = tmp_path / "no-lrn-seed2.json"
+    write_json(result, read_json(result) | {"shards": "0"})
+    with pytest.raises(UserError, match="no-lrn-seed2: trained on other shards"):
         compared()
     assert (tmp_path / "ablations.json").read_bytes() == written
 
@@ -246,14 +233,14 @@ def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], 
 @pytest.mark.parametrize(
     ("script", "outcome"),
     [
-        ("touch $DIR/report.html", True),
-        ("exit 4", False),
+        ("touch $DIR/report.html", "trained"),
+        ("exit 4", "diverged"),
         ("exit 3", "r: training failed with exit code 3; .*r.log"),
         ("exit 0", "r: unfinished"),
     ],
 )
-def test_how_a_run_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: bool | str
+def test_exit_code_and_files_decide_the_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, outcome: str
 ) -> None:
     """Exit code and files show how a run ended: it finished, diverged, failed, or was stopped before its report, of
     which an earlier one does not count."""
@@ -266,16 +253,16 @@ def test_how_a_run_ends(
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.html").touch()
     (tmp_path / "r.log").write_text("an earlier try\n")
-    if isinstance(outcome, bool):
-        assert run_training(run) == outcome
+    if outcome in ("trained", "diverged"):
+        assert train_run(run) == outcome
     else:
-        with pytest.raises(ValueError, match=outcome):
-            run_training(run)
+        with pytest.raises(UserError, match=outcome):
+            train_run(run)
     assert (tmp_path / "r.log").read_text() == "an earlier try\n"
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed(shards: Path, tmp_path: Path) -> None:
+def test_stopped_comparison_resumes_bitwise(shards: Path, tmp_path: Path) -> None:
     """Ctrl-C stops the run in progress, saved, with code 130; the same command resumes it, trains what is left, and
     leaves the bits of a comparison that was not stopped."""
     own = tmp_path / "one-gpu.yaml"

@@ -39,7 +39,7 @@ def decode_admitted(device: str, first: int, last: int) -> None:
     than two levels on average."""
     from nvidia.dali import fn, pipeline_def
 
-    from pipeline.decode import Decoder, decode_graph
+    from pipeline.decode import Decoder, decode_image
 
     settings = {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
 
@@ -47,7 +47,7 @@ def decode_admitted(device: str, first: int, last: int) -> None:
     def whole() -> object:
         encoded = fn.external_source(name="encoded")
         if device == "gpu":
-            return decode_graph(encoded, Decoder("gpu")).cpu()
+            return decode_image(encoded, Decoder("gpu")).cpu()
         return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)
 
     @pipeline_def(device_id=None, **settings)

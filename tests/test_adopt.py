@@ -16,11 +16,12 @@ import webdataset
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
 from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig
-from pipeline.shards import DataError, open_shards
+from pipeline.shards import open_shards
 from tests.helpers import Members, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.verify import verify

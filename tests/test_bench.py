@@ -7,13 +7,11 @@ import sys
 from functools import partial
 from pathlib import Path
 from time import process_time, sleep
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from tests.helpers import refuses, run_ok, run_python
-from tools import bench
 from tools.benchmarks import common, pack
 from tools.benchmarks.common import Rate
 from tools.make_demo import make_demo
@@ -27,11 +25,11 @@ def rows_of(path: Path) -> list[dict]:
     for row in rows:
         assert row["median"] > 0 and row["median_per_cpu_s"] > 0
         assert len(row["values"]) == len(row["values_per_cpu_s"])
-        assert row["versions"]["dali"] and row["cpu"] and row["command"] and "commit" in row
+        assert row["versions"]["torch"] and row["cpu"] and row["command"] and "commit" in row
     return rows
 
 
-def test_loader(few: Path, tmp_path: Path) -> None:
+def test_loader_has_a_row_for_each_contender(few: Path, tmp_path: Path) -> None:
     """A row for each contender, with ratios to libjpeg-turbo alone; the loader's rows with and without lighting."""
     text = run_ok("tools/bench.py", "loader", few, "--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
@@ -42,7 +40,7 @@ def test_loader(few: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pack(tmp_path: Path) -> None:
+def test_pack_contenders_pack_all_images_and_remove_them(tmp_path: Path) -> None:
     """Every contender packs all images, and removes what it wrote."""
     make_demo(tmp_path / "raw", photos=40)
     run_ok("tools/bench.py", "pack", tmp_path / "raw", "--repeats", "1", "--out", tmp_path / "rows.jsonl")
@@ -52,7 +50,7 @@ def test_pack(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "rows.jsonl"]
 
 
-def test_plain_packer(tmp_path: Path) -> None:
+def test_baseline_packs_every_image_at_256(tmp_path: Path) -> None:
     """The listing finds every image of both archives, each a file of its own; the baseline makes 256x256 JPEGs."""
     make_demo(tmp_path / "raw", photos=20)
     images = pack.list_images(tmp_path / "raw")
@@ -96,7 +94,7 @@ def test_counting_begins_after_the_warm_up() -> None:
     assert rate.per_s <= 5 / 0.01 and rate.per_s == pytest.approx(5 * counted / 0.4, rel=0.3)
 
 
-def test_turns_go_back_and_forth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_go_back_and_forth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other round is backwards, and the first one does not count; ratios are those of the same turn."""
     monkeypatch.setattr(common, "SETTLE_S", 0)
     order: list[str] = []
@@ -108,27 +106,13 @@ def test_turns_go_back_and_forth(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = common.interleave({name: partial(contender, name) for name in "abc"}, 2)
     assert "".join(order) == "cbaabccba"
     assert rates["a"] == [(4, 8), (9, 18)] and rates["c"] == [(6, 12), (7, 14)]
-    row = common.print_table("", rates, "a")[2]
+    common.report_rates("", rates, "a", tmp_path / "rows.jsonl", data="numbers")
+    row = rows_of(tmp_path / "rows.jsonl")[2]
     assert (row["contender"], row["values"], row["median_per_cpu_s"]) == ("c", [6, 7], 13)
-    assert row["ratio"] == pytest.approx((6 / 4 + 7 / 9) / 2)
+    assert row["ratio"] == pytest.approx((6 / 4 + 7 / 9) / 2) and row["data"] == "numbers"
 
 
-def test_wrong_options(few: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_named_before_measuring(few: Path, tmp_path: Path) -> None:
     """Each is named before anything is measured."""
     for option, value in (("--repeats", "0"), ("--threads", "-1"), ("--out", tmp_path / "rows.csv")):
         assert option in refuses("tools/bench.py", "loader", few, option, value)
-
-
-def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails does not stop the others, and is named."""
-    commands: list[list[str]] = []
-
-    def run(command: list[str], check: bool) -> SimpleNamespace:
-        commands.append(command[2:])
-        return SimpleNamespace(returncode=int(command[2] == "train"))
-
-    monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(ValueError, match=r"^train: failed"):
-        bench.bench_all(few, tmp_path / "raw", tmp_path / "out", Path("python"))
-    assert [command[0] for command in commands] == ["loader", "peers", "train", "model", "pack"]
-    assert commands[1][1:-1] == [str(few), "--ffcv-python", "python", "--out"]

@@ -1,64 +1,44 @@
-"""The benchmark of the network times what it says, and outlives the processes of its towers."""
+"""The benchmark of the network times what it says."""
 
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.errors import DataError
 from tests.helpers import TORCHVISION
 from tests.test_bench import rows_of
 from tools.benchmarks import model
-from tools.benchmarks.common import Rate
 
 
-def test_torchvisions_layers() -> None:
+def test_layers_are_torchvisions() -> None:
     """Shapes of weights in its published state dict, in its order."""
     with torch.device("meta"):
         shapes = [tuple(p.shape) for p in model.build_torchvision_alexnet().parameters() if p.ndim > 1]
     assert shapes == list(TORCHVISION.values())
 
 
-def test_the_claim_of_the_paper() -> None:
-    """It holds in all turns, in none, or is undecided."""
-    for words, rates in (("holds here", [22, 33]), ("does not hold", [10, 20]), ("undecided", [10, 60])):
-        two, one = ([Rate(number, 1.0) for number in numbers] for numbers in (rates, [20, 30]))
-        assert words in model.judge_claim({model.TWO_DEVICES: two, model.ONE_GPU: one})
-
-
 @pytest.mark.slow
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three tables with a row for each contender; what a pair of towers sends is docs/towers.md's formula."""
+def test_every_contender_has_a_row(tmp_path: Path) -> None:
+    """Two tables with a row for each contender."""
     model.bench_model([1], "float32", 0.05, 1, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
-    tables = [
-        "normalization of (N, 96, 55, 55), both ways, batch 1",
-        "training steps, batch 1",
-        "two towers, batch 1",
-    ]
+    tables = ["training steps, batch 1", "two towers, batch 1"]
     assert list(dict.fromkeys(row["table"] for row in rows)) == tables
     assert [row["contender"] for row in rows[-3:]] == [model.TWO_DEVICES, model.ONE_GPU, model.ONE_DEVICE]
-    megabytes = 4 * (256 * 13 * 13 + 9216 + 2 * 4096 + 500) / 1e6
-    assert f"each of the two sends {megabytes:.1f} MB a step" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--batch-sizes"):
         model.bench_model([0], "float32", 0.01, 1, None)
 
 
-def fail(rank: int, *_: object) -> None:
-    """A tower's process that is killed for want of memory, and one that waits for it."""
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
-
-
-def test_a_killed_tower_leaves_the_other_tables(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """When a process of the pair is killed, the benchmark ends with the other tables and the reason."""
-    monkeypatch.setattr(model, "run_tower", fail)
-    for contenders, name in (("make_lrn_steps", model.TORCH_LRN), ("make_training_steps", model.TORCHVISION)):
-        monkeypatch.setattr(model, contenders, lambda *_, name=name: {name: lambda: None})
-    model.bench_model([1], "float32", 0.01, 1, None)
-    assert "two towers: not measured: process 1 terminated with signal SIGKILL" in capsys.readouterr().out
+@pytest.mark.slow
+def test_a_lost_tower_ends_the_measurement() -> None:
+    """When the other process of the pair is killed, a step raises `DataError` instead of waiting for it."""
+    with (
+        pytest.raises(DataError, match="the other process"),
+        model.train_pair(1, torch.float32, torch.device("cpu")) as steps,
+    ):
+        steps[model.TWO_DEVICES]()
+        (other,) = model.multiprocessing.active_children()
+        other.kill()
+        for _ in range(3):
+            steps[model.TWO_DEVICES]()

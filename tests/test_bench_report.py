@@ -1,12 +1,13 @@
-"""A report about a machine has every part, whatever becomes of one."""
+"""A report has every part, whatever becomes of one."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.shards import DataError
+from pipeline.errors import DataError
 from tools.benchmarks import report
 
 PARTS = {
@@ -23,15 +24,30 @@ def results(out: Path) -> dict[str, str]:
     return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d+ \|$", page, re.MULTILINE))
 
 
-def test_one_that_fails_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path: Path) -> None:
     """The others are there with what they printed; an error names what failed, which running out of time is not."""
-    monkeypatch.setattr(report, "list_parts", lambda *_: PARTS)
     with pytest.raises(DataError, match=r"^broken: failed"):
-        report.write_report(tmp_path, minutes=0.03)
-    assert list(results(tmp_path)) == ["broken", "fine", "slow", "late"]
+        report.run_parts(PARTS, tmp_path, minutes=0.03)
+    assert list(results(tmp_path)) == list(PARTS)
     assert results(tmp_path)["fine"] == "ok" and results(tmp_path)["slow"].startswith("cut off")
     page = (tmp_path / "report.md").read_text()
     assert "ZeroDivisionError" in page and "\n42\n" in page and "\nbegun\n" in page
+
+
+def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every benchmark is a part with its data and its own file of rows."""
+    monkeypatch.setattr(sys, "executable", "echo")
+    report.bench_all(few, tmp_path / "raw", tmp_path / "out", Path("python"))
+    page = (tmp_path / "out" / "report.md").read_text()
+    names = ["loader", "peers", "train", "model", "pack"]
+    assert list(results(tmp_path / "out").items()) == [(f"bench {name}", "ok") for name in names]
+    assert [line.split()[3:-1] for line in re.findall(r"^\$ (python tools/bench.*)$", page, re.M)] == [
+        [str(few), "--out"],
+        [str(few), "--ffcv-python", "python", "--out"],
+        [str(few), "--out"],
+        ["--out"],
+        [str(tmp_path / "raw"), "--out"],
+    ]
 
 
 @pytest.mark.slow

@@ -1,26 +1,22 @@
 """Whether the network waits: the figures of `bench train` are what made-up intervals and traces give by hand."""
 
-import os
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import ROOT, run_ok
 from tests.test_bench import rows_of
-from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, read_timeline, watch_utilization
+from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, read_timeline
 
 
-def test_train(few: Path, tmp_path: Path) -> None:
-    """Loader, network and both have positive rates; efficiency is the median over turns; the host's time adds up."""
+def test_rates_efficiency_and_waits(few: Path, tmp_path: Path) -> None:
+    """Loader, network and both have positive rates; efficiency is the median over turns."""
     out, config = tmp_path / "rows.jsonl", ROOT / "train/configs/quickstart.yaml"
-    small = "--model.channels [8,16,16,16,16] --model.hidden 64 --train.compile false"
+    small = "--model.channels [8,16,16,16,16] --model.fc_dim 64 --train.compile false"
     turns = ["--seconds", "0.5", "--repeats", "2", "--out", out]
     text = run_ok("tools/bench.py", "train", few, "--recipe", config, "--settings", small, *turns)
     rows = rows_of(out)
@@ -31,7 +27,7 @@ def test_train(few: Path, tmp_path: Path) -> None:
     assert f"min(loader, network): {efficiency:.2f}" in text
     assert f"bottleneck: the {'loader' if rows[0]['median'] < rows[1]['median'] else 'network'}" in text
     assert 0 < rows[0]["wait_percent"] < 100
-    assert sum(rows[0][f"host_{part}_percent"] for part in ("wait", "step", "rest")) == pytest.approx(100)
+    assert 0 < rows[0]["host_wait_percent"] + rows[0]["host_step_percent"] <= 100
     assert ("busy_percent" in rows[0]) == (rows[0]["gpu"] is not None)
 
 
@@ -57,11 +53,11 @@ HOST = [
 ]
 
 
-def test_timeline() -> None:
+def test_timeline_is_that_by_hand() -> None:
     """By hand: 2 steps of 1 ms; kernels of torch's stream are the network's, whatever their name; those of others the
     input's; what overlaps counts once as busy."""
-    host = {"host_wait_percent": 20, "host_step_percent": 70, "host_rest_percent": 10}
-    assert read_timeline(HOST, 2) == (1.0, host)
+    host = {"ms_per_step": 1.0, "host_wait_percent": 20, "host_step_percent": 70}
+    assert read_timeline(HOST, 2) == host
     device = [
         event("kernel", "void at::native::vectorized_elementwise_kernel<4>", 1200, 100, 7),
         event("kernel", "sm90_xmma_fprop", 1300, 900, 7),
@@ -72,25 +68,6 @@ def test_timeline() -> None:
         event("gpu_user_annotation", WINDOW, 1000, 2000, 7),  # is no work
         event("cuda_runtime", "cudaLaunchKernel", 1000, 2000),
     ]
-    found = read_timeline(HOST + device, 2)[1]
+    found = read_timeline(HOST + device, 2)
     gpu = {"busy": 65, "network_kernels": 50, "input_kernels": 15, "copies": 5, "idle": 35}
     assert found == pytest.approx(host | {f"{name}_percent": share for name, share in gpu.items()})
-
-
-SMI = """#!/bin/sh
-[ "$1" = "--id=GPU-ab-12" ] && while :; do echo 97; echo "[N/A]"; sleep 0.05; done
-"""
-
-
-def test_utilization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-smi is asked about the right GPU while the block runs; without it, there is none."""
-    (tmp_path / "nvidia-smi").write_text(SMI)
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-12"))
-    with watch_utilization(torch.device("cuda", 1)) as percents:
-        pass
-    assert percents == []
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with watch_utilization(torch.device("cuda", 1)) as percents:
-        time.sleep(0.5)
-    assert len(percents) >= 2 and set(percents) == {97}

@@ -26,7 +26,7 @@ from tests.helpers import (
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EPOCHS, STEPS, KILLS = 12, 11, 30
-MORE = f"--run.log_every 1 --run.save_every 4 --train.epochs {EPOCHS} --run.deterministic true".split()
+MORE = f"--run.log_every 1 --run.save_minutes 0 --train.epochs {EPOCHS} --run.deterministic true".split()
 
 
 def start(shards: Path, directory: Path, *launcher: str) -> subprocess.Popen[str]:

@@ -1,185 +1,268 @@
-"""Checkpoints are whole, LATEST names the newest and BEST the best, old ones go, and damage is told with a remedy."""
+"""Checkpoints are whole or refused, LATEST and BEST name the right ones, old ones go; a run directory has one owner."""
 
+import errno
+import os
 import resource
+import signal
 import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from model.alexnet import AlexNet, AlexNetConfig
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import UserError
+from tests.helpers import shipped
 from train.checkpoint import (
     CheckpointWriter,
-    checkpoint_at_an_edge,
+    RunDirectory,
     find_checkpoint,
+    last_epoch_end,
     load_checkpoint,
     save_checkpoint,
 )
+from train.pretrained import init_from
 
 
-def content(step: int, **more: object) -> dict[str, object]:
+def content(step: int, **more: object) -> dict[str, Any]:
     """A small state."""
-    weights = {"w": torch.full((50,), float(step))}
-    return {"model": weights, "random": [{"cpu": torch.get_rng_state()}], **more}
+    return {"model": {"w": torch.full((50,), float(step))}, "best": None, **more}
 
 
 def names(run: Path) -> list[str]:
-    """What lies in a run's folder of checkpoints."""
+    """What lies in a run's directory of checkpoints."""
     return sorted(path.name.removesuffix(".pt") for path in (run / "checkpoints").iterdir())
 
 
 def test_save_find_load_keep(tmp_path: Path) -> None:
-    """Three are kept of five; what comes back is what was saved."""
+    """The newest three are kept of five; what comes back is what was saved; without LATEST the newest is found."""
     assert find_checkpoint(tmp_path) is None
     for step in (1, 2, 30, 400, 5000):
-        path = save_checkpoint(tmp_path, step, content(step), keep=3)
+        path = save_checkpoint(tmp_path, step, content(step), keep_last=3)
         assert find_checkpoint(tmp_path) == path
     assert names(tmp_path) == ["LATEST", "step-00000030", "step-00000400", "step-00005000"]
     loaded = load_checkpoint(path)
-    assert loaded["step"] == 5000 and set(loaded["model"]["w"].tolist()) == {5000}
-
-
-def test_best_and_chosen_ones_stay(tmp_path: Path) -> None:
-    """Of five with one to keep: the newest, the best, and those that are to stay; one of a future that somebody left
-    stays too."""
-    for step in range(1, 6):
-        best = {"step": min(step, 2), "top1_error": 1.0}
-        save_checkpoint(tmp_path, step, content(step, best=best), keep=1, keep_steps=[1])
-    assert names(tmp_path) == ["BEST", "LATEST", "step-00000001", "step-00000002", "step-00000005"]
-    assert (tmp_path / "checkpoints" / "BEST").read_text() == "step-00000002.pt\n"
-    best = {"step": 4, "top1_error": 0.5}  # whose file could not be written
-    save_checkpoint(tmp_path, 6, content(6, best=best), keep=1)
-    assert (tmp_path / "checkpoints" / "BEST").read_text() == "step-00000002.pt\n"
-    assert names(tmp_path)[2:] == ["step-00000002", "step-00000006"]
-    save_checkpoint(tmp_path, 3, content(3, best={"step": 2}), keep=1)
-    assert names(tmp_path)[2:] == ["step-00000002", "step-00000003", "step-00000006"]
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003.pt"
-
-
-def test_best_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It keeps no run from saving: said once, and written anew when there is a best one."""
-    writer = CheckpointWriter(tmp_path, keep=1)
-    best = tmp_path / "checkpoints" / "BEST"
-    best.parent.mkdir()
-    best.write_bytes(b"\xff\xfe")
-    for step in (1, 2):
-        writer.start(step, content(step), before=lambda: None)
-        assert writer.wait() is None
-    assert capsys.readouterr().out.count(f"{best} names no checkpoint") == 1
-    writer.start(3, content(3, best={"step": 3}), before=lambda: None)
-    assert writer.wait() is None and best.read_text() == "step-00000003.pt\n" and not capsys.readouterr().out
-
-
-def test_what_cannot_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An old checkpoint that cannot be removed is told of once; the new ones are saved, and other old ones go."""
-    writer = CheckpointWriter(tmp_path, keep=1)
-    for name in ("step-00000001.pt", "step-00000009.pt.tmp"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    for step in (2, 3, 4):
-        writer.start(step, content(step), before=lambda: None)
-        assert writer.wait() is None and writer.latest == find_checkpoint(tmp_path)
-    assert names(tmp_path) == ["LATEST", "step-00000001", "step-00000004", "step-00000009.pt.tmp"]
-    told = [Path(line.split()[2]).name for line in capsys.readouterr().out.splitlines()]
-    assert told == ["step-00000001.pt", "step-00000009.pt.tmp"]
-
-
-def test_any_flipped_byte(tmp_path: Path) -> None:
-    """Whichever bit flips, the checkpoint is refused, and the one before it is offered."""
-    before = save_checkpoint(tmp_path, 6, content(6), keep=3)
-    path = save_checkpoint(tmp_path, 7, content(7), keep=3)
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    checksum = range(len(whole) - 75, len(whole) - 60)
-    for place in [*rng.integers(0, len(whole), 150).tolist(), *checksum, len(whole) - 1]:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=rf"00000007.pt is damaged .* echo {before.name} > .*/LATEST resumes"
-        ):
-            load_checkpoint(path)
-
-
-def test_damage(tmp_path: Path) -> None:
-    """A checkpoint that was cut, of another version or without its file is refused; so is one that would run code."""
-    path = save_checkpoint(tmp_path, 7, content(7), keep=3)
-    whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:-1], b"", b"PK"):
-        path.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=r"is damaged or no checkpoint of this program; none before it is sound"
-        ):
-            load_checkpoint(path)
-    torch.save({"format_version": 1, "step": 1, "x": Path("/")}, path)
-    with pytest.raises(ValueError, match="is damaged"):
-        load_checkpoint(path)
-    torch.save({"format_version": 99, "step": 1}, path)
-    with pytest.raises(ValueError, match="format version 99"):
-        load_checkpoint(path)
-    torch.save({"format_version": 1, "step": 7, "x": 3}, path)  # of before there were checksums
-    assert load_checkpoint(path)["x"] == 3
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"step-00000007\.pt, which is missing"):
-        find_checkpoint(tmp_path)
-    path = save_checkpoint(tmp_path, 8, {}, keep=3)
+    assert loaded["step"] == 5000 and torch.equal(loaded["model"]["w"], torch.full((50,), 5000.0))
     path.with_name("LATEST").unlink()
     assert find_checkpoint(tmp_path) == path
 
 
-@pytest.mark.parametrize("named", [b"garbage", b"\xff\xfe", b"../../secret", b""])
-def test_latest_is_no_path(tmp_path: Path, named: bytes) -> None:
-    """LATEST holds the name of a checkpoint beside it and nothing else."""
-    path = save_checkpoint(tmp_path, 7, {}, keep=3)
-    path.with_name("LATEST").write_bytes(named)
-    with pytest.raises(FileNotFoundError, match=r"LATEST names [^ ,]"):
-        find_checkpoint(tmp_path)
-    path.with_name("LATEST").unlink()
-    path.with_name("LATEST").mkdir()
-    with pytest.raises(ValueError, match="LATEST is a folder"):
+def test_best_pinned_and_later_ones_stay(tmp_path: Path) -> None:
+    """With one to keep: the newest, the best, pinned ones, and those of a later step stay; a best one that could not be
+    written changes nothing, and what a kill left half-written goes."""
+    for step in range(1, 6):
+        best = {"step": min(step, 2), "top1_error": 1.0}
+        save_checkpoint(tmp_path, step, content(step, best=best), keep_last=1, pinned_steps=[1])
+    assert names(tmp_path) == ["BEST", "LATEST", "step-00000001", "step-00000002", "step-00000005"]
+    best_file = tmp_path / "checkpoints" / "BEST"
+    best_file.with_name("step-00000009.pt.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path, 6, content(6, best={"step": 4}), keep_last=1)
+    assert best_file.read_text() == "step-00000002.pt\n"
+    save_checkpoint(tmp_path, 3, content(3, best={"step": 2}), keep_last=1)
+    assert names(tmp_path)[2:] == ["step-00000002", "step-00000003", "step-00000006"]
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003.pt"
+    best_file.write_bytes(b"\xff\xfe")  # no run is kept from saving
+    (best_file.parent / "step-00000005.pt").mkdir()  # cannot be removed
+    save_checkpoint(tmp_path, 7, content(7, best={"step": 7}), keep_last=1)
+    assert best_file.read_text() == "step-00000007.pt\n"
+    assert names(tmp_path)[2:] == ["step-00000005", "step-00000007"]
+
+
+def test_any_flipped_byte(tmp_path: Path) -> None:
+    """Whichever byte flips, the checkpoint is refused and the one before is offered, or its content is the same."""
+    before = save_checkpoint(tmp_path, 6, content(6), keep_last=3)
+    path = save_checkpoint(tmp_path, 7, content(7), keep_last=3)
+    intact, refused = path.read_bytes(), 0
+    for place in range(len(intact)):
+        damaged = bytearray(intact)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except UserError as error:
+            assert f"echo {before.name} > {path.parent}/LATEST" in str(error)
+            refused += 1
+        else:
+            assert loaded["step"] == 7 and loaded["best"] is None, place
+            assert torch.equal(loaded["model"]["w"], torch.full((50,), 7.0)), place
+    assert refused > len(intact) / 2
+
+
+def test_other_damage(tmp_path: Path) -> None:
+    """A file that was cut, is empty, would run code, or is of another format is refused, and never a crash."""
+    path = save_checkpoint(tmp_path, 7, content(7), keep_last=3)
+    intact = path.read_bytes()
+    for damaged in (intact[: len(intact) // 2], intact[:-1], b"", b"PK"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged or not a checkpoint"):
+            load_checkpoint(path)
+    for state in (
+        {"format_version": 2, "step": 1, "x": Path("/")},
+        [2],
+        {"step": 1},
+        {"format_version": 99, "step": 1},
+    ):
+        torch.save(state, path)
+        with pytest.raises(UserError, match=r"step-00000007\.pt"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("named", [b"step-00000008.pt", b"garbage", b"\xff\xfe", b"../../secret", b"", None])
+def test_latest_that_names_no_checkpoint(tmp_path: Path, named: bytes | None) -> None:
+    """A missing one, another path, and a directory in its place are refused."""
+    latest = save_checkpoint(tmp_path, 7, content(7), keep_last=3).with_name("LATEST")
+    latest.unlink()
+    latest.mkdir() if named is None else latest.write_bytes(named)  # type: ignore[func-returns-value]
+    with pytest.raises(UserError, match="LATEST: expected a checkpoint's name"):
         find_checkpoint(tmp_path)
 
 
-def test_written_beside_the_caller(tmp_path: Path) -> None:
-    """`start` returns while the checkpoint is being written, `wait` when it is."""
-    writer, go_on = CheckpointWriter(tmp_path, keep=3), threading.Event()
-    writer.start(1, content(1), before=lambda: go_on.wait(20) and None)
+def test_a_checkpoint_of_version_01(tmp_path: Path) -> None:
+    """It is not resumed from, in a sentence with --train.init_from, which takes its weights and settings under their
+    old names; nor is its run directory."""
+    config = AlexNetConfig(channels=(8, 16, 16, 16, 16), fc_dim=64, num_classes=3)
+    model, basis = AlexNet(config), Eigenbasis(*(torch.ones(3).numpy(),) * 2, torch.eye(3).numpy())
+    saved = replace(shipped("paper"), model=config).to_json()
+    saved["model"]["hidden"] = saved["model"].pop("fc_dim")
+    augmentation = saved["data"]["augmentation"]
+    augmentation["share_window"] = augmentation.pop("images_per_crop")
+    augmentation |= {"jpeg_fancy_upsampling": True, "std": 2.0}
+    state = {
+        "config": saved,
+        "model": model.state_dict(),
+        "wnids": ["a", "b", "c"],
+        "eigenbasis": basis.to_json(),
+    }
+    path = save_checkpoint(tmp_path, 7, {**state, "format_version": 1}, keep_last=1)
+    with pytest.raises(UserError, match=f"--train.init_from {path}"):
+        load_checkpoint(path)
+    weights, _ = init_from(tmp_path, config, basis, 1.0, {})
+    assert torch.equal(weights["fc8.weight"], model.fc8.weight)
+    assert torch.equal(weights["conv1.weight"], model.conv1.weight / 2)  # for another std
+    (tmp_path / "lock").touch()
+    with pytest.raises(UserError, match=f"--train.init_from {tmp_path}"):
+        RunDirectory(tmp_path).claim()
+
+
+def test_written_on_a_thread(tmp_path: Path) -> None:
+    """`start` returns while the checkpoint is being written, `finish` when it is; a mistake of ours is raised there."""
+    writer, resume = CheckpointWriter(tmp_path, keep_last=3), threading.Event()
+    writer.start(1, content(1), before=lambda: resume.wait(20) and None)
     assert writer.busy and find_checkpoint(tmp_path) is None
-    threading.Timer(0.3, go_on.set).start()
-    assert writer.wait() is None and not writer.busy
+    resume.set()
+    writer.finish()
+    assert not writer.busy
     assert find_checkpoint(tmp_path) == writer.latest == tmp_path / "checkpoints" / "step-00000001.pt"
-
-
-def test_a_mistake_of_ours_is_not_swallowed(tmp_path: Path) -> None:
-    """What the thread raises besides errors of the disk comes out of `wait`."""
-    writer = CheckpointWriter(tmp_path, keep=3)
-    writer.start(1, {"model": lambda: None}, before=lambda: None)  # cannot be pickled
+    writer.start(2, {"model": lambda: None}, before=lambda: None)  # cannot be pickled
     with pytest.raises(Exception, match="lambda"):
-        writer.wait()
-    assert writer.wait() is None
+        writer.finish()
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 10_000, 100_000, 400_000])
-def test_full_disk(tmp_path: Path, limit: int) -> None:
-    """What cannot be written, because the disk is full at its beginning or in its midst, is told once; the checkpoint
-    before stays the latest, and nothing half-written lies there."""
-    writer = CheckpointWriter(tmp_path, keep=3)
+def test_full_disk(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that cannot be written, because the disk is full at its beginning or within it, raises `OSError` and
+    is logged once; the one before stays the latest, nothing half-written lies there; then saving works again."""
+    writer = CheckpointWriter(tmp_path, keep_last=3)
     writer.start(1, content(1), before=lambda: None)
-    assert writer.wait() is None
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer.finish()
+    large, limits = content(2, large=torch.rand(100_000)), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        writer.start(2, content(2, large=torch.rand(100_000)), before=lambda: None)
-        error = writer.wait()
+        for _ in range(2):
+            writer.start(2, large, before=lambda: None)
+            writer.log_save_error()
+        writer.start(2, large, before=lambda: None)
+        with pytest.raises(OSError) as raised:
+            writer.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error and error.strerror == "File too large" and str(error.filename).endswith("step-00000002.pt")
-    assert writer.wait() is None and names(tmp_path) == ["LATEST", "step-00000001"]
-    assert writer.latest == find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001.pt"
+    assert raised.value.errno in (errno.EFBIG, errno.ENOSPC)
+    assert str(raised.value.filename).endswith("step-00000002.pt")
+    assert names(tmp_path) == ["LATEST", "step-00000001"] and writer.latest == find_checkpoint(tmp_path)
+    assert capsys.readouterr().out.count(f"the last good checkpoint is {writer.latest}; free some space") == 1
+    writer.start(2, large, before=lambda: None)
+    writer.finish()
+    assert writer.latest == find_checkpoint(tmp_path) and "saving works again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ranks", [[], {}, None, 3, [3], [{}], [{"loader": None}], [{"loader": {}}]])
-def test_edges_in_what_others_wrote(tmp_path: Path, ranks: object) -> None:
-    """A sound file whose positions are of another form is no epoch's end."""
-    save_checkpoint(tmp_path, 1, content(1, ranks=[{"loader": {"ended": True}}]), keep=5)
-    save_checkpoint(tmp_path, 2, content(2, ranks=ranks), keep=5)
-    folder = tmp_path / "checkpoints"
-    assert checkpoint_at_an_edge(folder / "step-00000003.pt") == folder / "step-00000001.pt"
+def test_last_epoch_end(tmp_path: Path) -> None:
+    """The newest before a checkpoint that ends an epoch; an intact file of another form is none."""
+    path = save_checkpoint(tmp_path, 1, content(1, ranks=[{"loader": {"ended": True}}]), keep_last=99)
+    forms: list[object] = [[], {}, None, 3, [3], [{}], [{"loader": None}], [{"loader": {"ended": False}}]]
+    for step, ranks in enumerate(forms, start=2):
+        newest = save_checkpoint(tmp_path, step, content(step, ranks=ranks), keep_last=99)
+    assert last_epoch_end(newest) == path
+    with pytest.raises(UserError, match="none was written at an epoch's end"):
+        last_epoch_end(path)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """While a process holds a directory another one is refused, at the claim and, where it did not exist then, when it
+    is made; after kill -9 it is free. A claim alone makes nothing."""
+    path, config = tmp_path / "run", shipped("quickstart")
+    late = RunDirectory(path)
+    late.claim()
+    assert not path.exists()
+    child = os.fork()
+    if child == 0:
+        first = RunDirectory(path)
+        first.prepare(config)
+        time.sleep(60)
+        os._exit(0)
+    try:
+        while not (path / "checkpoints").exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        for refused in (RunDirectory(path).claim, lambda: late.prepare(config)):
+            with pytest.raises(UserError, match="another run is writing to"):
+                refused()
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    RunDirectory(path).claim()
+    late.prepare(config)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "checkpoints", "config.yaml"])
+def test_another_programs_directory(tmp_path: Path, name: str) -> None:
+    """Without a run's lock it is refused by name, and nothing is added; so is a file in its place."""
+    (tmp_path / name).write_text("data: 1\n")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=f"{path}: not a run directory"):
+            RunDirectory(path).claim()
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    """A place, checkpoints or a lock that cannot be written are an error that names them, before training."""
+    with pytest.raises(OSError, match="/proc/run"):
+        RunDirectory(Path("/proc/run")).prepare(shipped("quickstart"))
+    RunDirectory(tmp_path).prepare(shipped("quickstart"))
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to("/proc")
+    with pytest.raises(OSError, match="checkpoints"):
+        RunDirectory(tmp_path).claim()
+    (tmp_path / "run.lock").unlink()
+    os.mkfifo(tmp_path / "run.lock")
+    with pytest.raises(OSError, match=r"run\.lock"):
+        RunDirectory(tmp_path).claim()
+
+
+def test_lost_checkpoints(tmp_path: Path) -> None:
+    """Where a row names a saved step and there is no checkpoint, the run is refused; killed before its first one, it
+    starts again; other files next to a run's are no matter."""
+    RunDirectory(tmp_path).prepare(shipped("quickstart"))
+    metrics, row = tmp_path / "metrics.jsonl", '{"kind": "train", "step": 8, "epoch": 0}\n'
+    metrics.write_text(row)
+    (tmp_path / "train.log").touch()
+    RunDirectory(tmp_path).claim()
+    metrics.write_text(row + row.replace("}", ', "saved_step": 6}'))
+    with pytest.raises(UserError, match=f"expected the checkpoint of step 6, found none.* remove {metrics}"):
+        RunDirectory(tmp_path).claim()
+    (tmp_path / "checkpoints" / "step-00000006.pt").touch()
+    RunDirectory(tmp_path).claim()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from PIL import Image
 
@@ -21,16 +20,14 @@ from pipeline.files import read_json, write_json
 from pipeline.reader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
 from tests.helpers import ROOT, jpeg, photo, refuses, run_ok
-from tools.compute_pca import compute_pca
+from tools.compute_pca import compute_pca, sum_batches
 from tools.make_shards import pack
-from tools.moments import Sums, sum_batches, sum_images
 from tools.packing.adopt import adopt
 from tools.packing.images import crop256
 
 
-def test_file(few: Path, tmp_path: Path) -> None:
-    """Counts are exact, moments those of the pixels that Pillow decodes, bytes the same for another batch size and
-    thread count."""
+def test_sums_are_those_of_pillows_pixels(few: Path, tmp_path: Path) -> None:
+    """Counts are exact, moments those of the pixels that Pillow decodes, bytes the same for another thread count."""
     content = read_json(few / "pca.json")
     tars = [str(path) for path in sorted((few / "train").glob("*.tar"))]
     total, products, count = np.zeros(3), np.zeros((3, 3)), 0
@@ -40,7 +37,6 @@ def test_file(few: Path, tmp_path: Path) -> None:
     assert content["num_images"] == count and content["num_pixels"] == count * 256 * 256
     np.testing.assert_allclose(content["sum"], total, rtol=1e-4)  # decoders may differ by a level in a pixel
     np.testing.assert_allclose(content["sum_products"], products, rtol=1e-4)
-
     out = tmp_path / "new" / "pca.json"
     taskset = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable]
     subprocess.run([*taskset, "tools/compute_pca.py", few, "--out", out], cwd=ROOT, check=True)
@@ -49,23 +45,19 @@ def test_file(few: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_sums_of_batches(numbered_shards: Callable[..., ShardSet], batch_size: int) -> None:
+@pytest.mark.parametrize("threads", [1, 9])
+def test_sums_do_not_depend_on_batches_and_threads(
+    numbered_shards: Callable[..., ShardSet], batch_size: int, threads: int
+) -> None:
     """Whatever the batches and threads, their sums add up to those of all images, and of no other."""
     split = numbered_shards(20, 3)
     stored = np.concatenate([batch.numpy().copy() for batch in decoded_batches(split, 10)])
-    for threads in (1, 9):
-        total = sum(sum_batches(split, batch_size, threads, with_image=True), start=Sums())
-        assert total.moments == Moments.of(stored)
-        np.testing.assert_array_equal(total.image, stored.sum(0, dtype=np.int64))
+    sums = list(sum_batches(split, batch_size, threads, with_image=True))
+    assert sum((each.moments for each in sums), Moments()) == Moments.of(stored)
+    np.testing.assert_array_equal(sum(each.image for each in sums), stored.sum(0, dtype=np.int64))
 
 
-def test_sum_of_images() -> None:
-    """Equal to numpy's, for the brightest images too."""
-    images = np.random.default_rng(0).integers(250, 256, (300, 5, 4, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(sum_images(torch.from_numpy(images)).numpy(), images.sum(0, dtype=np.int64))
-
-
-def test_mean_image(few: Path, tmp_path: Path) -> None:
+def test_mean_image_is_that_of_the_decoded_images(few: Path, tmp_path: Path) -> None:
     """The mean of every pixel of the decoded training images, exact up to float32; pca.json stays the same, packing and
     verifying know both files."""
     copy = tmp_path / "shards"
@@ -90,30 +82,26 @@ def test_mean_image(few: Path, tmp_path: Path) -> None:
         (copy / "mean_image.npy").write_bytes(sound[:1000])
 
 
-def test_degenerate_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Grey images, one colour and a single image work, with a warning; a sound set has none."""
-    rng = np.random.default_rng(0)
-    grey = [np.repeat(photo(rng, 300, 300)[:, :, :1], 3, 2) for _ in range(3)]
-    for name, images, warning in (
-        ("grey", grey, "one axis of colour"),
-        ("flat", [np.full((300, 300, 3), 90, np.uint8)] * 2, "the same colour"),
-        ("one", [photo(rng, 300, 300)], "only one image"),
-        ("sound", [photo(rng, 300, 300) for _ in range(3)], ""),
-    ):
-        for number, image in enumerate(images):
-            path = tmp_path / name / "raw" / "train" / "a" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-        pack(tmp_path / name / "raw", tmp_path / name / "shards", workers=1)
-        capsys.readouterr()
-        compute_pca(tmp_path / name / "shards")
-        output = capsys.readouterr().out
-        assert warning in output and ("warning" in output) == bool(warning), name
-        content = read_json(tmp_path / name / "shards" / "pca.json")
-        assert np.isfinite(content["eigenvectors"]).all() and min(content["eigenvalues"]) >= 0
+@pytest.mark.parametrize(("kind", "count"), [("grey", 3), ("flat", 2), ("photo", 1)])
+def test_degenerate_images_get_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, count: int
+) -> None:
+    """Grey images and one colour work, with a warning; a photograph has none."""
+    rng, folder = np.random.default_rng(0), tmp_path / "raw" / "train" / "a"
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image = photo(rng, 300, 300)
+        image = np.repeat(image[:, :, :1], 3, 2) if kind == "grey" else image
+        Image.fromarray(np.full_like(image, 90) if kind == "flat" else image).save(folder / f"{number}.png")
+    pack(tmp_path / "raw", tmp_path / "shards", workers=1)
+    capsys.readouterr()
+    compute_pca(tmp_path / "shards")
+    assert ("warning" in capsys.readouterr().out) == (kind != "photo")
+    content = read_json(tmp_path / "shards" / "pca.json")
+    assert np.isfinite(content["eigenvectors"]).all() and min(content["eigenvalues"]) >= 0
 
 
-def test_wrong_input(few: Path, tmp_path: Path) -> None:
+def test_wrong_input_writes_nothing(few: Path, tmp_path: Path) -> None:
     """No shards, or a pca.json of other shards: one sentence, code 2, nothing written."""
     assert "manifest.json" in refuses("tools/compute_pca.py", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -125,7 +113,7 @@ def test_wrong_input(few: Path, tmp_path: Path) -> None:
     assert (copy / "pca.json").read_text() == other
 
 
-def test_images_of_other_sizes(tmp_path: Path) -> None:
+def test_images_of_other_sizes_count_as_packed(tmp_path: Path) -> None:
     """Adopted images that are not 256x256 count as what the packer would have made of them."""
     rng = np.random.default_rng(0)
     images = [photo(rng, *size) for size in ((224, 224), (256, 256), (300, 256), (375, 500))]
@@ -144,7 +132,7 @@ def test_images_of_other_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu(few: Path, tmp_path: Path) -> None:
+def test_gpu_agrees_with_cpu(few: Path, tmp_path: Path) -> None:
     """A GPU counts the same images, names its decoder, and its eigenvalues are those of the CPU within a per cent; its
     own runs agree to the byte."""
     paths = [tmp_path / name for name in ("one.json", "two.json")]

@@ -14,7 +14,7 @@ import pytest
 from jsonargparse import ArgumentParser, auto_cli, capture_parser
 from torch.distributed.run import get_args_parser
 
-import train.program
+import train.cli
 from tests.helpers import ROOT
 from tools import predict
 from train.config import parse_config
@@ -37,8 +37,8 @@ def parser_of(program: Path, monkeypatch: pytest.MonkeyPatch) -> ArgumentParser:
         made.append(capture_parser(lambda: auto_cli(functions, parser_class=parser_class)))
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.program, "exit_with", lambda main: main())
-        patched.setattr(train.program, "auto_cli", only_parser)
+        patched.setattr(train.cli, "run_main", lambda main: main())
+        patched.setattr(train.cli, "auto_cli", only_parser)
         runpy.run_path(str(program), run_name="__main__")
     return made[0]
 

@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,19 @@ import numpy as np
 import pytest
 
 from pipeline.shards import ShardSet, open_shards
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 from tools import doctor as program
 from tools.doctor import (
     Finding,
     check_cores,
     check_dali,
     check_disk,
-    check_driver,
     check_eigenbasis,
     check_gpus,
     check_split,
     measure_disk,
     probe,
-    read_cgroup,
+    read_limits,
     run_check,
 )
 
@@ -50,33 +49,23 @@ nvmlDeviceGetCudaComputeCapability = lambda handle: (9, 0)
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> dict[str, str]:
-    """An environment where neither PyTorch nor DALI imports."""
+def broken(tmp_path: Path) -> str:
+    """A PYTHONPATH with which neither PyTorch nor DALI imports."""
     for name in ("torch", "nvidia/dali"):
         (tmp_path / "stub" / name).mkdir(parents=True)
         (tmp_path / "stub" / name / "__init__.py").write_text(
             f"raise ImportError('lib{name[:5]}.so is not there')\n"
         )
     (tmp_path / "stub" / "nvidia" / "__init__.py").touch()
-    return {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}:{ROOT}"}
+    return f"{tmp_path / 'stub'}:{ROOT}"
 
 
-def run_doctor(*arguments: str | Path, environment: dict[str, str] | None = None, limit: str = ":") -> Any:
-    """Run the program as a user would, after a shell command such as `ulimit`."""
-    command = [
-        "bash",
-        "-c",
-        f'{limit}; exec "$0" "$@"',
-        sys.executable,
-        "tools/doctor.py",
-        *map(str, arguments),
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment
-    )
+def run_doctor(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user would."""
+    return run_python("tools/doctor.py", *arguments, env=os.environ | environment)
 
 
-def test_sound_machine(shards: Path) -> None:
+def test_sound_machine_has_no_problem(shards: Path) -> None:
     """With real libraries and sound shards there is no problem, exit code 0; --json has the documented keys."""
     done = run_doctor(shards, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -91,9 +80,9 @@ def test_sound_machine(shards: Path) -> None:
     assert found["torch"]["version"].split("+")[0] == installed("torch").split("+")[0]
 
 
-def test_neither_torch_nor_dali(broken: dict[str, str], shards: Path) -> None:
+def test_without_torch_and_dali_other_checks_run(broken: str, shards: Path) -> None:
     """Where nothing imports, both are problems, exit code 2, and every other check still runs."""
-    done = run_doctor(shards, environment=broken)
+    done = run_doctor(shards, PYTHONPATH=broken)
     assert done.returncode == 2 and not done.stderr
     lines = done.stdout.splitlines()
     for name, library in (("PyTorch", "libtorch"), ("DALI", "libnvidi")):
@@ -111,7 +100,7 @@ def test_neither_torch_nor_dali(broken: dict[str, str], shards: Path) -> None:
         ("0 / 0", "ZeroDiv"),
     ],
 )
-def test_library_that_crashes_or_hangs(
+def test_library_that_crashes_or_hangs_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
 ) -> None:
     """A library that kills its process, never returns or raises anything is a finding, soon."""
@@ -123,42 +112,38 @@ def test_library_that_crashes_or_hangs(
     assert program.check_torch(found).status == "problem"
 
 
-def test_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML's GPUs are described; without a driver nothing is wrong, with one that does not answer something is."""
+def test_nvml_gpus_are_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's GPUs are described."""
     (tmp_path / "pynvml.py").write_text(PYNVML)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = probe("driver")
-    assert found == {"probe": "driver", "version": "550.54.15", "cuda": "12.4", "gpus": [H100] * 8}
-    assert check_driver(found, is_loaded=True).status == "ok"
-    assert check_driver({"error": "Driver Not Loaded"}, is_loaded=False).status == "-"
-    assert check_driver({"error": "Driver Not Loaded"}, is_loaded=True).status == "warning"
+    assert probe("driver") == {"probe": "driver", "version": "550.54.15", "cuda": "12.4", "gpus": [H100] * 8}
+
+
+NO_NVML, NONE, EIGHT = {"error": "no NVML"}, {"gpus": []}, {"gpus": [H100] * 8}
 
 
 @pytest.mark.parametrize(
-    ("driver", "torch", "visible", "status"),
+    ("driver", "torch", "has_module", "visible", "status"),
     [
-        ({"error": "no NVML"}, TORCH | {"gpus": []}, None, "-"),
-        ({"error": "no NVML"}, TORCH, None, "ok"),
-        (DRIVER, TORCH, None, "ok"),
-        (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 2, "peers": 2}, "0,1", "ok"),
-        (DRIVER | {"gpus": [H100] * 8}, TORCH | {"gpus": [H100] * 8, "peers": 55}, None, "warning"),
-        (DRIVER, TORCH | {"gpus": []}, "", "-"),
-        (
-            DRIVER,
-            TORCH | {"gpus": [], "cuda_error": "the driver is too old (found version 11040)"},
-            None,
-            "problem",
-        ),
-        (DRIVER, TORCH | {"cuda": None, "gpus": []}, None, "problem"),
-        (DRIVER, TORCH | {"cuda_error": "no kernel image is available"}, None, "problem"),
-        (DRIVER, {"error": "ImportError"}, None, "-"),
+        (NO_NVML, TORCH | NONE, False, None, "-"),
+        (NO_NVML, TORCH | NONE, True, None, "warning"),
+        (NO_NVML, TORCH, True, None, "ok"),
+        (DRIVER, TORCH, True, None, "ok"),
+        (DRIVER | EIGHT, TORCH | {"gpus": [H100] * 2, "peers": 2}, True, "0,1", "ok"),
+        (DRIVER | EIGHT, TORCH | EIGHT | {"peers": 55}, True, None, "warning"),
+        (DRIVER, TORCH | NONE, True, "", "-"),
+        (DRIVER, TORCH | NONE | {"cuda_error": "the driver is too old"}, True, None, "problem"),
+        (DRIVER, TORCH | NONE | {"cuda": None}, True, None, "problem"),
+        (DRIVER, TORCH | {"cuda_error": "no kernel image is available"}, True, None, "problem"),
+        (DRIVER, {"error": "ImportError"}, True, None, "-"),
     ],
 )
-def test_gpu_that_cannot_be_used(
-    driver: Any, torch: dict[str, Any], visible: str | None, status: str
+def test_unused_gpu_is_a_problem_unless_hidden(
+    driver: Any, torch: dict[str, Any], has_module: bool, visible: str | None, status: str
 ) -> None:
-    """A GPU that is there and unused is a problem, unless it was hidden on purpose."""
-    found = check_gpus(driver, torch, visible)
+    """A GPU that is there and unused is a problem, unless it was hidden on purpose; a driver that does not answer is a
+    warning."""
+    found = check_gpus(driver, torch, has_module, visible)
     assert found.status == status and bool(found.remedy) == (status in ("warning", "problem"))
 
 
@@ -171,37 +156,29 @@ def test_dali_decodes_where_pytorch_trains() -> None:
     assert failed.status == "problem" and "no nvjpeg" in failed.value
 
 
-def test_limits_of_cgroups(tmp_path: Path) -> None:
+def test_smallest_cgroup_quota_counts(tmp_path: Path) -> None:
     """The limits of a process's cgroup and of those around it are read; the smallest quota below the cores is a warning
     that names the threads to set, odd texts are no quota."""
     (tmp_path / "job" / "step").mkdir(parents=True)
     (tmp_path / "job" / "cpu.max").write_text("400000 100000\n")
     (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
-    texts = read_cgroup("cpu.max", "0::/job/step\n", tmp_path)
-    assert texts == ["", "400000 100000\n", "max 100000\n"] and read_cgroup("cpu.max", "odd", tmp_path) == [
-        ""
-    ]
-    assert (
-        check_cores(8, 8, texts).status == "warning"
-        and "--data.speed.threads 5" in check_cores(8, 8, texts).remedy
-    )
-    assert check_cores(4, 8, texts).status == check_cores(8, 8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
+    (tmp_path / "membership").write_text("1:name=systemd:/x\n0::/job/step\n")
+    texts = read_limits("cpu.max", tmp_path / "membership", tmp_path)
+    assert texts == ["max 100000\n", "400000 100000\n", ""]
+    assert read_limits("cpu.max", tmp_path / "none", tmp_path) == [""]
+    found = check_cores(8, texts)
+    assert found.status == "warning" and "--data.speed.threads 5" in found.remedy
+    assert check_cores(4, texts).status == check_cores(8, ["", "x y", "100 0", "٣ ٣"]).status == "ok"
 
 
-def test_check_that_fails() -> None:
-    """It becomes a warning, an error of the user's a problem with its remedy."""
+def test_failed_check_is_a_finding(
+    numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path
+) -> None:
+    """An exception is a warning; shards that are missing, a file, half-written or cut, and an eigenbasis or mean image
+    of none or of other shards, are problems with a remedy each."""
     found = run_check(lambda: Finding("ok", str(1 // 0)))
     assert found.status == "warning" and "ZeroDivisionError" in found.value and found.remedy
-
-    def fail() -> Finding:
-        raise ValueError("x: expected 1, got 2; give 1")
-
-    assert run_check(fail) == Finding("problem", "x: expected 1, got 2", "give 1")
-
-
-def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
-    """Missing, a file, half-written, cut: a problem with a remedy each; sound ones are ok."""
-    numbered_shards(12, 3)
+    train = numbered_shards(12, 3)
     assert check_split(tmp_path, "train").status == "ok"
     file, half, cut = tmp_path / "file", tmp_path / "half", tmp_path / "cut"
     file.write_text("x")
@@ -211,41 +188,33 @@ def test_shards_that_do_not_open(numbered_shards: Callable[..., ShardSet], tmp_p
     with (cut / "train" / "train-000001.tar").open("r+b") as tar:
         tar.truncate(512)
     for place in (tmp_path / "none", file, half, cut):
-        found = run_check(lambda place=place: check_split(place, "train"))  # type: ignore[misc]
+        found = run_check(partial(check_split, place, "train"))
         assert found.status == "problem" and str(place) in found.value and found.remedy
-
-
-def test_eigenbasis(numbered_shards: Callable[..., ShardSet], shards: Path, tmp_path: Path) -> None:
-    """pca.json of no or of other shards, and a wrong mean image, are problems whose remedy is the command."""
-    train = numbered_shards(4, 1)
-
-    def check() -> Finding:
-        return run_check(lambda: check_eigenbasis(tmp_path, train))
-
+    check = partial(run_check, partial(check_eigenbasis, tmp_path, train))
     assert check().status == "problem" and "compute_pca" in check().remedy
     shutil.copy(shards / "pca.json", tmp_path)
     assert check().status == "problem"
-    assert check_eigenbasis(shards, open_shards(shards, "train")).status == "ok"
+    whole = open_shards(shards, "train")
+    assert check_eigenbasis(shards, whole).status == "ok"
     shutil.copytree(shards, tmp_path / "copy")
     np.save(tmp_path / "copy" / "mean_image.npy", np.zeros(3))
-    found = run_check(lambda: check_eigenbasis(tmp_path / "copy", open_shards(shards, "train")))
+    found = run_check(partial(check_eigenbasis, tmp_path / "copy", whole))
     assert found.status == "problem" and "mean_image.npy" in found.value
 
 
-def test_disk(numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_speed_is_compared_with_the_gpus(
+    numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images/s are bytes/s over the mean size of an image; many GPUs need more. Reading is bounded."""
     train = numbered_shards(40, 2)
-    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, max_s=0) == 0
+    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, seconds=0) == 0
     size = sum(Path(tar).stat().st_size for tar in train.tars) / 40
     monkeypatch.setattr(program, "measure_disk", lambda files: size * 25_000)
     assert "25,000 images/s" in check_disk(train, 1).value
     assert [check_disk(train, gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
-    df = subprocess.CompletedProcess([], 0, "Type Mounted on\nnfs4 /data\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: df)
-    assert check_disk(train, 1).status == "warning"
 
 
-def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package is a problem, one of another version a warning; what others require does not count."""
     lines = [
         "other 1 requires numpy, which is not installed.",

@@ -10,10 +10,10 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from scipy.stats import chisquare
 
-from pipeline.decode import Decoder, decode_graph
-from pipeline.draws import draw
+from pipeline.decode import Decoder, decode_image
+from pipeline.draws import sample_params
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import normalize_graph, square_graph, train_graph, val_graph
+from pipeline.graph import decode_full, normalize_graph, train_graph, val_graph
 from pipeline.lighting import Lighting
 from pipeline.reader import parse_labels
 from pipeline.settings import Augmentation
@@ -46,19 +46,19 @@ def feed(items: list[bytes]) -> Iterator[list[np.ndarray]]:
 @pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
 def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention: str) -> None:
     """Decoding within one level of Pillow, the window to the bit, and what a GPU does with it, here by the same
-    operations on a CPU, within float16's rounding; on the draws that the graph itself puts out."""
+    operations on a CPU, within float16's rounding; on the parameters that the graph itself puts out."""
     encoded = images_of_every_kind(72)
     augmentation = Augmentation(lighting=Lighting(convention, 0.1), std=1.0)  # type: ignore[arg-type]
 
     @pipeline_def(batch_size=len(encoded), num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        draws = draw(augmentation, 5, 0)
-        windows, mirror, light = train_graph(files, draws, plain_basis, augmentation, Decoder(), "cpu")
-        images = normalize_graph(windows, light, plain_basis, augmentation, mirror=mirror)
-        return windows, images, decode_graph(files, Decoder()), *draws
+        params = sample_params(augmentation, 5, 0)
+        windows, mirror, noise = train_graph(files, params, plain_basis, augmentation, Decoder(), "cpu")
+        images = normalize_graph(windows, noise, plain_basis, augmentation, mirror=mirror)
+        return windows, images, decode_image(files, Decoder()), *params
 
-    windows, images, decoded, crop_x, crop_y, mirror, light = (
+    windows, images, decoded, crop_x, crop_y, mirror, noise = (
         output.as_array() for output in pipeline().run()
     )
     assert windows.shape == (72, 224, 224, 3) and windows.dtype == np.uint8
@@ -70,47 +70,36 @@ def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention
         assert np.array_equal(windows[n], window)
         seen = window[:, ::-1].astype(float) if mirror[n] else window.astype(float)
         if convention == "stddev":
-            shift = 0.1 * plain_basis.eigenvectors @ (np.sqrt(plain_basis.eigenvalues) * light[n])
+            shift = 0.1 * plain_basis.eigenvectors @ (np.sqrt(plain_basis.eigenvalues) * noise[n])
             expected = (seen - plain_basis.mean + shift) / 1.1
         else:
-            shift = plain_basis.eigenvectors @ (plain_basis.eigenvalues / 255 * 0.1 * light[n])
+            shift = plain_basis.eigenvectors @ (plain_basis.eigenvalues / 255 * 0.1 * noise[n])
             expected = seen - plain_basis.mean + shift
         np.testing.assert_allclose(images[n], expected, rtol=2**-11, atol=1e-3)
     assert images.dtype == np.float16
     # The test would be empty if nothing varied.
-    assert len(np.unique(crop_x)) > 15 and 20 < mirror.sum() < 52 and np.abs(light).max() > 1.5
+    assert len(np.unique(crop_x)) > 15 and 20 < mirror.sum() < 52 and np.abs(noise).max() > 1.5
     assert np.abs(np.corrcoef([crop_x, crop_y, mirror])[np.triu_indices(3, 1)]).max() < 0.4
 
 
-def test_val_graph(plain_basis: Eigenbasis) -> None:
-    """Whole images, as they are decoded."""
-    encoded = images_of_every_kind(12)
-
-    @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
-    def pipeline() -> tuple[object, ...]:
-        files = fn.external_source(feed(encoded))
-        return *val_graph(files, plain_basis, Augmentation(), Decoder(), "cpu"), decode_graph(
-            files, Decoder()
-        )
-
-    images, decoded = (output.as_array() for output in pipeline().run())
-    assert np.array_equal(images, decoded) and images.shape == (12, 256, 256, 3)
-
-
-def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
-    """`crop: center` and `flip: 0` always give the middle window, unmirrored."""
+def test_whole_images_and_center_crops(plain_basis: Eigenbasis) -> None:
+    """Validation images are those that are decoded; `crop: center` and `flip: 0` give their
+    middle window, unmirrored."""
     augmentation = Augmentation(crop="center", flip=0, lighting=Lighting(strength=0))
     encoded = images_of_every_kind(12)
 
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
-        files = fn.external_source(feed(encoded))
-        windows, *_ = train_graph(
-            files, draw(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu"
+        files, params = fn.external_source(feed(encoded)), sample_params(augmentation, 5, 0)
+        windows, *_ = train_graph(files, params, plain_basis, augmentation, Decoder(), "cpu")
+        return (
+            windows,
+            *val_graph(files, plain_basis, augmentation, Decoder(), "cpu"),
+            decode_image(files, Decoder()),
         )
-        return windows, decode_graph(files, Decoder())
 
-    windows, decoded = (output.as_array() for output in pipeline().run())
+    windows, images, decoded = (output.as_array() for output in pipeline().run())
+    assert np.array_equal(images, decoded) and images.shape == (12, 256, 256, 3)
     assert np.array_equal(windows, decoded[:, 16:240, 16:240])
 
 
@@ -120,12 +109,12 @@ def offset_counts(positions: np.ndarray) -> np.ndarray:
 
 
 def test_offsets_are_even() -> None:
-    """Chi-squared over 30,000 draws in each direction, edges included; evenly drawn floats would fail it."""
+    """Chi-squared over 30,000 samples in each direction, edges included; evenly drawn floats would fail it."""
 
     @pipeline_def(batch_size=3000, num_threads=1, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
-        draws = draw(Augmentation(), 11, 0)
-        return draws.crop_x, draws.crop_y, fn.random.uniform(range=[0.0, 1.0], seed=11)
+        params = sample_params(Augmentation(), 11, 0)
+        return params.crop_x, params.crop_y, fn.random.uniform(range=[0.0, 1.0], seed=11)
 
     pipe = pipeline()
     runs = [[output.as_array() for output in pipe.run()] for _ in range(10)]
@@ -139,20 +128,20 @@ def test_offsets_are_even() -> None:
 
 def test_shared_windows() -> None:
     """With 4 to a window, images 0 to 3, 4 to 7, ... have the window and flip that the first of them would have alone,
-    and a light of their own; a restored pipeline goes on alike."""
+    and their own noise; a restored pipeline continues alike."""
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None, seed=0, enable_checkpointing=True)
     def pipeline(share: int) -> tuple[object, ...]:
-        return draw(Augmentation(share_window=share), 3, 0)
+        return sample_params(Augmentation(images_per_crop=share), 3, 0)
 
     alone, shared = pipeline(1), pipeline(4)
     for _ in range(20):
         state = shared.checkpoint()
-        *views, light = (output.as_array() for output in shared.run())
-        *firsts, same_light = (output.as_array() for output in alone.run())
+        *views, noise = (output.as_array() for output in shared.run())
+        *firsts, same_noise = (output.as_array() for output in alone.run())
         for view, first in zip(views, firsts, strict=True):
             np.testing.assert_array_equal(view, np.repeat(first[::4], 4))
-        np.testing.assert_array_equal(light, same_light)
+        np.testing.assert_array_equal(noise, same_noise)
     restored = pipeline(4, checkpoint=state)
     for output, view in zip(restored.run(), views, strict=False):
         np.testing.assert_array_equal(output.as_array(), view)
@@ -162,17 +151,17 @@ def test_shared_windows() -> None:
 def test_seeds(seeds: tuple[tuple[int, int], tuple[int, int]]) -> None:
     """Ranks and seeds draw differently; the same ones draw the same."""
 
-    def light(seed: int, rank: int) -> np.ndarray:
+    def noise(seed: int, rank: int) -> np.ndarray:
         @pipeline_def(batch_size=64, num_threads=1, device_id=None, seed=0)
         def pipeline() -> tuple[object, ...]:
-            return (draw(Augmentation(), seed, rank).light,)
+            return (sample_params(Augmentation(), seed, rank).pca_noise,)
 
         (output,) = pipeline().run()
         return output.as_array()
 
-    one, two = (light(*pair) for pair in seeds)
+    one, two = (noise(*pair) for pair in seeds)
     assert np.abs(one - two).min(1).max() > 0.1
-    np.testing.assert_array_equal(one, light(*seeds[0]))
+    np.testing.assert_array_equal(one, noise(*seeds[0]))
 
 
 def test_labels() -> None:
@@ -210,9 +199,9 @@ def test_images_of_any_size(plain_basis: Eigenbasis) -> None:
     @pipeline_def(batch_size=len(encoded), num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
         files = fn.external_source(feed(encoded))
-        draws = draw(augmentation, 5, 0)
-        windows, *_ = train_graph(files, draws, plain_basis, augmentation, decoder, "cpu")
-        return windows, square_graph(files, decoder), draws.crop_x, draws.crop_y
+        params = sample_params(augmentation, 5, 0)
+        windows, *_ = train_graph(files, params, plain_basis, augmentation, decoder, "cpu")
+        return windows, decode_full(files, decoder), params.crop_x, params.crop_y
 
     windows, squares, crop_x, crop_y = (output.as_array() for output in pipeline().run())
     for n, data in enumerate(encoded):

@@ -59,7 +59,7 @@ def test_validation_counts_every_sample_once(
 
 
 def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Before `until_epoch` batches are those of a loader whose lighting never ends, from it on those of one that has
+    """Before `off_epoch` batches are those of a loader whose lighting never ends, from it on those of one that has
     none, bit for bit, labels, windows and flips included; also when resumed before, at and after the edge."""
     shards = numbered_shards(60, 3)
 
@@ -80,10 +80,10 @@ def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbas
         pairs = zip(mine, theirs, strict=True)
         return all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in pairs)
 
-    ending = Lighting(strength=0.5, until_epoch=2)
-    lit, dark, both = epochs(Lighting(strength=0.5)), epochs(Lighting(strength=0.0)), epochs(ending)
-    assert [same(both[e], lit[e]) for e in range(4)] == [True, True, False, False]
-    assert [same(both[e], dark[e]) for e in range(4)] == [False, False, True, True]
+    ending = Lighting(strength=0.5, off_epoch=2)
+    with_noise, without, both = epochs(Lighting(strength=0.5)), epochs(Lighting(strength=0.0)), epochs(ending)
+    assert [same(both[e], with_noise[e]) for e in range(4)] == [True, True, False, False]
+    assert [same(both[e], without[e]) for e in range(4)] == [False, False, True, True]
 
     (loader,) = loaders(shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=ending))
     states = []
@@ -98,7 +98,7 @@ def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbas
 
 
 def test_images_belong_to_labels(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """Validation hands out the stored image minus the mean beside its own label, in channels-last memory, float32."""
+    """Validation hands out the stored image minus the mean with its own label, in channels-last memory, float32."""
     numbered_shards(20, 2)
     val = open_shards(tmp_path, "val")
     stored = np.concatenate(list(decoded_batches(val, 6)))
@@ -118,7 +118,7 @@ def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     image = np.random.default_rng(0).uniform(0, 255, (256, 256, 3)).astype(np.float32)
     basis = replace(plain_basis, mean_image=image)
     augmentations = [
-        Augmentation(mean=mean, std=2.0, lighting=Lighting(until_epoch=1)) for mean in ("channel", "image")
+        Augmentation(mean=mean, std=2.0, lighting=Lighting(off_epoch=1)) for mean in ("channel", "image")
     ]
     plain, imaged = (loaders(shards, basis, 1, training=True, augmentation=a)[0] for a in augmentations)
     removed = (image[16:240, 16:240] - basis.mean).transpose(2, 0, 1) / 2

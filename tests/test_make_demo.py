@@ -34,12 +34,11 @@ def test_same_seed_same_bytes(raw: Path, tmp_path: Path) -> None:
     archives = [path.name for path in sorted(raw.glob("ILSVRC*"))]
     assert len(archives) == 3
     assert all((raw / name).read_bytes() == (again / name).read_bytes() for name in archives)
-    rgb = make_demo.render_digit(make_demo.np.ones((8, 8)), make_demo.np.random.default_rng(1))
-    other = make_demo.render_digit(make_demo.np.ones((8, 8)), make_demo.np.random.default_rng(2))
-    assert rgb.size != other.size
+    one, two = (make_demo.render_digit(np.ones((8, 8)), np.random.default_rng(seed)) for seed in (1, 2))
+    assert one.size != two.size
 
 
-def test_layout_and_oddities(raw: Path) -> None:
+def test_archives_have_imagenets_layout_and_oddities(raw: Path) -> None:
     """A tar of class tars; grey, CMYK, progressive, EXIF-turned and PNG files; sides of 260 to 520; 80/20 by class."""
     kinds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -75,16 +74,12 @@ def test_label_orders_differ(raw: Path) -> None:
     leaves = [row for row in synsets if row["num_children"] == 0]
     assert len(synsets) > len(leaves) == 10
     by_id = [str(row["WNID"]) for row in sorted(leaves, key=lambda row: int(row["ILSVRC2012_ID"]))]
-    digits = [make_demo.DIGIT_TO_WNID[digit] for digit in range(10)]
-    orders = [by_id, sorted(by_id), digits]
-    assert all(a != b for a in orders for b in orders if a is not b)
-    assert all(
-        sum(a == b for a, b in zip(one, two, strict=True)) <= 2
-        for one, two in ((by_id, sorted(by_id)), (digits, sorted(digits)))
-    )
+    orders = [by_id, sorted(by_id), [make_demo.DIGIT_TO_WNID[digit] for digit in range(10)]]
+    for one, two in itertools.combinations(orders, 2):
+        assert sum(a == b for a, b in zip(one, two, strict=True)) <= 2
 
 
-def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(raw: Path, tmp_path: Path) -> None:
     """A second run has nothing to do; a folder with something else in it is refused and left alone."""
     assert "nothing to do" in run_ok("tools/make_demo.py", raw)
     (tmp_path / "thesis.tex").write_text("x")
@@ -92,20 +87,7 @@ def test_second_run_and_foreign_folder(raw: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def amplitude_slope(grey: np.ndarray) -> float:
-    """Exponent of the amplitude over frequency, .02 to .4 cycles a pixel, of the central square under a Hann window."""
-    side = min(grey.shape)
-    top, left = ((length - side) // 2 for length in grey.shape)
-    square = grey[top : top + side, left : left + side].astype(float)
-    window = np.hanning(side)
-    power = np.abs(np.fft.fft2((square - square.mean()) * window * window[:, None])) ** 2
-    frequency = np.hypot(np.fft.fftfreq(side), np.fft.fftfreq(side)[:, None])
-    edges = np.geomspace(0.02, 0.4, 12)
-    rings = [power[(frequency >= low) & (frequency < high)].mean() for low, high in itertools.pairwise(edges)]
-    return float(np.polyfit(np.log(edges[:-1] * edges[1:]) / 2, np.log(rings) / 2, 1)[0])
-
-
-def test_photos_counts_and_labels(photos: Path) -> None:
+def test_photos_have_the_labels_they_were_drawn_for(photos: Path) -> None:
     """80/20, ten classes, and the labels of the packer's reader are the classes that the images were drawn for."""
     data = read_archives(photos)
     train, val = list(data.splits["train"]), list(data.splits["val"])
@@ -116,20 +98,14 @@ def test_photos_counts_and_labels(photos: Path) -> None:
 
 
 def test_photos_are_like_photographs(photos: Path) -> None:
-    """Bytes a pixel, sizes, spectra and colours are those of photographs; white noise is different."""
+    """Bytes a pixel, sizes and colours are those of photographs."""
     files = [image.read() for split in read_archives(photos).splits.values() for image in split]
     images = [Image.open(io.BytesIO(file)) for file in files]
-    pixels = sum(image.width * image.height for image in images)
-    assert 0.35 < sum(map(len, files)) / pixels < 0.75
+    assert 0.35 < sum(map(len, files)) / sum(image.width * image.height for image in images) < 0.75
     assert (
-        sum(max(image.size) == 500 for image in images) > 16
-        and min(min(image.size) for image in images) >= 96
+        sum(max(image.size) == 500 for image in images) > 16 and min(min(each.size) for each in images) >= 96
     )
     assert [image.format for image in images].count("PNG") == 1
-    slopes = [amplitude_slope(np.asarray(image.convert("L"))) for image in images if min(image.size) > 200]
-    assert np.percentile(slopes, 10) > -1.5 and np.percentile(slopes, 90) < -0.7
-    white = np.random.default_rng(0).normal(size=(300, 400))
-    assert amplitude_slope(white) == pytest.approx(0, abs=0.1)
     samples = np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3)[::97] for image in images])
     variances, axes = np.linalg.eigh(np.cov(samples.T))
     assert np.sqrt(variances[::-1]) == pytest.approx(AXIS_STDS, rel=0.35)
@@ -147,7 +123,5 @@ def test_photos_same_seed_same_bytes(photos: Path, tmp_path: Path) -> None:
     assert "nothing to do" in run_ok("tools/make_demo.py", photos, "--photos", "40")
     for other in ((), ("--photos", "41"), ("--photos", "40", "--seed", "1")):
         assert "got other files" in refuses("tools/make_demo.py", photos, *other)
-    assert "--photos: expected at least 20" in refuses(
-        "tools/make_demo.py", tmp_path / "few", "--photos", "19"
-    )
+    assert "--photos: expected" in refuses("tools/make_demo.py", tmp_path / "few", "--photos", "19")
     assert not (tmp_path / "few").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.normalize import BatchMemory, normalize
+from pipeline.normalize import BufferPool, normalize
 
 
 @pytest.mark.parametrize("with_offset", [False, True])
@@ -35,17 +35,17 @@ def test_normalize_is_the_formula(divisor: float, with_offset: bool) -> None:
 
 def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
     """Batches that are kept, also through a view of them, stay as they are; released ones are taken again."""
-    memory = BatchMemory()
-    first = memory.take((4, 5))
+    memory = BufferPool()
+    first = memory.acquire((4, 5))
     first[:] = 1
     view, place = first[1:, 2], first.data_ptr()
-    second = memory.take((4, 5))
+    second = memory.acquire((4, 5))
     second[:] = 2
     del first
     gc.collect()
-    third = memory.take((4, 5))
+    third = memory.acquire((4, 5))
     third[:] = 3
     assert (view == 1).all() and third.data_ptr() != place
     del view
-    assert memory.take((4, 5)).data_ptr() == place
-    assert memory.take((2, 10)).shape == (2, 10)
+    assert memory.acquire((4, 5)).data_ptr() == place
+    assert memory.acquire((2, 10)).shape == (2, 10)

@@ -53,7 +53,7 @@ def test_an_archive_that_changes_while_it_is_packed(small: Path, tmp_path: Path)
 import sys
 from pathlib import Path
 import tools.make_shards as make_shards
-from train.program import exit_with
+from train.cli import run_main
 raw, shards = map(Path, sys.argv[1:])
 real = make_shards.claim_output
 def claim(*arguments):
@@ -61,7 +61,7 @@ def claim(*arguments):
     (raw / "n00000022.tar").write_bytes((raw / "n00000022.tar").read_bytes()[:20000])
 make_shards.claim_output = claim
 if __name__ == "__main__":
-    exit_with(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
+    run_main(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
 """
     done = run_python("-c", program, raw, tmp_path / "shards")
     assert done.returncode == 3 and "n00000022.tar: ends inside" in done.stderr

@@ -16,7 +16,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
 from train.accuracy import probabilities
-from train.trained import read_trained
+from train.pretrained import read_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def predicted(weights: Path, *arguments: str | Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("views", ["ten", "centre"])
-def test_what_evaluation_makes_of_them(weights: Path, few: Path, tmp_path: Path, views: str) -> None:
+def test_probabilities_are_evaluations(weights: Path, few: Path, tmp_path: Path, views: str) -> None:
     """On the images of a validation split the probabilities are evaluation's."""
     tars = [str(path) for path in sorted((few / "val").glob("*.tar"))]
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         (tmp_path / f"{sample['__key__']}.jpg").write_bytes(sample["jpg"])
     rows = predicted(weights, tmp_path, "--views", views, "--top", "10")
-    trained, val = read_trained(weights), open_shards(few, "val")
+    trained, val = read_pretrained(weights), open_shards(few, "val")
     model = AlexNet(trained.config)
     model.load_state_dict(trained.state)
     config = DataConfig(few, decode="cpu", augmentation=trained.augmentation)
@@ -56,7 +56,7 @@ def test_what_evaluation_makes_of_them(weights: Path, few: Path, tmp_path: Path,
         assert torch.allclose(got, chances, atol=1e-6)
 
 
-def test_files_and_folders(
+def test_files_and_folders_give_each_image_once(
     weights: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gives its images once, in order, whatever format they are in; classes have the names of the shards."""
@@ -80,8 +80,8 @@ def test_files_and_folders(
     assert "class " in text and len(text.splitlines()) == 2
 
 
-def test_a_bad_one_among_good_ones(weights: Path, tmp_path: Path) -> None:
-    """The images of a glob that can be decoded are predicted; the exit code and a sentence tell of the other."""
+def test_one_bad_image_leaves_the_others(weights: Path, tmp_path: Path) -> None:
+    """The images of a glob that can be decoded are predicted; exit code 2 and a sentence name the other."""
     for k in range(3):
         (tmp_path / f"{k}.jpg").write_bytes(jpeg(photo(np.random.default_rng(k)))[: 100 if k == 1 else None])
     done = run_here("tools/predict.py", weights, f"{tmp_path}/*.jpg", "--device", "cpu", "--json")
@@ -90,7 +90,7 @@ def test_a_bad_one_among_good_ones(weights: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.jpg", "empty", "bad.jpg"])
-def test_not_an_image(weights: Path, tmp_path: Path, name: str) -> None:
+def test_what_is_no_image_is_named(weights: Path, tmp_path: Path, name: str) -> None:
     """A sentence that names it."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jpg").write_bytes(jpeg(photo(np.random.default_rng(0)))[:100])

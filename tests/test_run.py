@@ -1,4 +1,4 @@
-"""The main job: stopped in the middle of an epoch and continued, it gives the very same weights."""
+"""The main job: stopped within an epoch and resumed, a run gives the very same weights; what it cannot do, it says."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,9 @@ import torch
 from safetensors import safe_open
 
 from model.weights import read_weights
-from pipeline.files import read_json, write_json
+from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.shards import read_index
 from tests.helpers import (
     EPOCHS,
     ROOT,
@@ -26,7 +27,9 @@ from tests.helpers import (
     look_at,
     rows_of,
     rows_without_times,
+    run_here,
     run_ok,
+    run_python,
     same_weights,
     small_run,
     start_python,
@@ -101,15 +104,6 @@ def test_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_log_on_a_full_disk(few: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Where nothing of what it tells can be written, a run trains to its end."""
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, *TRAIN, *small_run(few, tmp_path)]
-        assert subprocess.run(command, cwd=ROOT, stdout=full, stderr=full, check=False).returncode == 0
-    assert same_weights(final(tmp_path), final(undisturbed)) and (tmp_path / "report.html").exists()
-
-
-@pytest.mark.slow
 def test_another_seed_gives_other_weights(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     """So equality above is no accident."""
     run_ok(*TRAIN, *small_run(few, tmp_path, "--train.seed", "6", "--train.epochs", "1"))
@@ -120,13 +114,13 @@ def test_another_seed_gives_other_weights(few: Path, undisturbed: Path, tmp_path
 def test_what_a_finished_run_leaves(few: Path, undisturbed: Path) -> None:
     """Configuration, metrics, events, checkpoints, pictures and the page; it learned."""
     names = {path.name for path in undisturbed.iterdir()}
-    pictures = {"curves.png", "kernels.png", "augmentation.png", "predictions.png"}
+    pictures = {"curves.png", "kernels.png", "augmentation.png"}
     assert names == {
         "config.yaml",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
-        "lock",
+        "run.lock",
         "report.html",
         *pictures,
     }
@@ -177,30 +171,26 @@ def test_resumed_by_its_folder_alone(few: Path, undisturbed: Path, tmp_path: Pat
     saved = (tmp_path / "config.yaml").read_text()
     assert f"shards: {ROOT / relative}" in saved and "num_classes: 10" in saved
     assert "accuracy" in run_ok(*TRAIN, f"--run.dir={tmp_path}")
-    for more in (["--optimizer.steps", "[]"], ["--optimizer.steps", "[1, 2]"], ["--train.epochs", "1"]):
-        wrong = more != ["--optimizer.steps", "[1, 2]"]
-        if wrong:
-            assert " run is in epoch " in train_refuses("--run.dir", str(tmp_path), *more)
-        else:
-            longer = run_ok(*TRAIN, "--run.dir", str(tmp_path), *more, "--train.epochs", "3")
-            assert "resuming from" in longer and final(tmp_path)["step"] == 3 * STEPS
+    for name, value in (("optimizer.steps", "[]"), ("train.epochs", "1")):
+        assert f"{name}: " in train_refuses("--run.dir", str(tmp_path), f"--{name}", value)
+    more = ["--optimizer.steps", "[1, 2]", "--train.epochs", "3"]
+    assert "resuming from" in run_ok(*TRAIN, "--run.dir", str(tmp_path), *more)
+    assert final(tmp_path)["step"] == 3 * STEPS
     rates = {row["epoch"]: row["lr"] for row in rows_of(tmp_path) if row["kind"] == "train"}
     assert rates == {0: 0.005, 1: pytest.approx(0.0005), 2: pytest.approx(0.00005)}
 
 
 def test_a_line_for_each_row_without_a_terminal(few: Path, tmp_path: Path) -> None:
-    """In a log stand epoch, step, loss, rate, images a second and waiting, as often as rows of metrics."""
-    told = run_ok(*TRAIN, *small_run(few, tmp_path, "--train.epochs", "1"))
-    number = r"([\d.,]+)"
-    lines = re.findall(
-        rf"^epoch (\d+) step (\d+) loss {number} lr {number} {number} images/s wait {number} %$", told, re.M
-    )
+    """A log has epoch, step, loss, rate, images a second and wait of every train row."""
+    out = run_ok(*TRAIN, *small_run(few, tmp_path, "--train.epochs", "1"))
+    pattern = r"^epoch 1 step (\S+) loss (\S+) lr (\S+) (\S+) images/s wait (\S+) %$"
+    lines = [[float(each.replace(",", "")) for each in found] for found in re.findall(pattern, out, re.M)]
     rows = [row for row in rows_of(tmp_path) if row["kind"] == "train"]
-    assert [(int(epoch), int(step)) for epoch, step, *_ in lines] == [(1, row["step"]) for row in rows]
-    for (_, _, loss, lr, speed, wait), row in zip(lines, rows, strict=True):
-        assert float(loss) == pytest.approx(row["loss"], abs=1e-3) and float(lr) == pytest.approx(row["lr"])
-        assert float(speed.replace(",", "")) == pytest.approx(row["images_per_s"], abs=1)
-        assert float(wait) == pytest.approx(row["wait_percent"], abs=0.1)
+    assert len(lines) == len(rows) == STEPS // 4
+    for (step, loss, lr, speed, wait), row in zip(lines, rows, strict=True):
+        assert (step, lr) == (row["step"], row["lr"]) and loss == pytest.approx(row["loss"], abs=1e-3)
+        assert speed == pytest.approx(row["images_per_s"], abs=1)
+        assert wait == pytest.approx(row["wait_percent"], abs=0.1)
 
 
 def test_all_that_is_wrong_is_told_at_once(few: Path, tmp_path: Path) -> None:
@@ -217,7 +207,9 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
     assert f"step {EPOCHS * STEPS} of" in run_ok("tools/export_weights.py", undisturbed, out)
     config, state, *_ = read_weights(out)
     assert (
-        config.maps == (8, 16, 16, 16, 16) and config.num_classes == 10 and config.normalization == "original"
+        config.conv_channels == (8, 16, 16, 16, 16)
+        and config.num_classes == 10
+        and config.normalization == "original"
     )
     saved = final(undisturbed)["model"]
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]
@@ -228,57 +220,50 @@ def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
         }
     (tmp_path / "folder.safetensors").mkdir()
     for name in ("out.pth", "folder.safetensors"):
-        with pytest.raises(ValueError, match=r"a name that ends in .safetensors"):
+        with pytest.raises(UserError, match=re.escape(name)):
             export_weights(undisturbed, tmp_path / name)
-    with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
+    with pytest.raises(UserError, match=r"model.variant"):
         export_weights(undisturbed, tmp_path / "names.safetensors", "torchvision")
-    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=re.escape(str(out))):
         export_weights(out, tmp_path / "again.safetensors")
     content = final(undisturbed)
     del content["eigenbasis"]
     torch.save(content, tmp_path / "folder.safetensors" / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt: not a checkpoint of a training run"):
+    with pytest.raises(UserError, match=r"x\.pt"):
         export_weights(tmp_path / "folder.safetensors" / "x.pt", tmp_path / "again.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {out.name, "folder.safetensors"}
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "named"),
     [
-        (["--optimizer.lr", "0.1"], "started with optimizer.lr = 0.005"),
+        (["--optimizer.lr", "0.1"], "optimizer.lr: expected 0.005"),
         (["--train.epochs", "2"], "train.epochs: expected at least 3"),
-        (["--model.num_classes", "11"], "holds 10 classes"),
-        (["--data.shards", "nowhere"], "nowhere/train holds no manifest.json"),
+        (["--model.num_classes", "11"], "has 10 classes"),
+        (["--data.shards", "nowhere"], "nowhere/train"),
     ],
 )
-def test_refusals(few: Path, undisturbed: Path, more: list[str], message: str) -> None:
-    """Another configuration than the run's is refused in one sentence, and the run is left as it was."""
+def test_another_configuration_is_refused(few: Path, undisturbed: Path, more: list[str], named: str) -> None:
+    """In one sentence with the field, and the run is left as it was."""
     before = (undisturbed / "config.yaml").read_bytes()
-    assert message in train_refuses(*small_run(few, undisturbed, *more))
+    assert named in train_refuses(*small_run(few, undisturbed, *more))
     assert (undisturbed / "config.yaml").read_bytes() == before
 
 
 def test_lost_checkpoints(few: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """A run whose checkpoints are gone is not begun anew over its rows."""
+    """A run whose checkpoints are gone does not start again over its rows."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("step-*", "LATEST", "BEST"))
-    assert f"tells of {EPOCHS * STEPS} steps, but" in train_refuses(*small_run(few, run))
+    assert f"{run}/checkpoints" in train_refuses(*small_run(few, run))
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("optimizer", "lacks optimizer"),
-        ("model", "weights that are not finite"),
-        ("fc8.bias", "is of another network: its tensors have other names or shapes"),
-        ("wnids", "was trained on other classes than"),
-        ("ranks", "is of 2 processes, not 1; start that many, or say --resume.allow_world_change true"),
-    ],
+    "part", ["optimizer", "model", "fc8.bias", "wnids", "ranks", "eigenbasis", "format_version"]
 )
-def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str, message: str) -> None:
-    """One that lacks something, whose weights are no numbers, or of another model, other classes or more processes:
-    refused in a sentence before anything is written."""
+def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str) -> None:
+    """One that lacks something, has NaN weights, or is of another model, other classes, more processes, another
+    pca.json or another format is refused before anything is written."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     path = find_checkpoint(run)
@@ -292,22 +277,91 @@ def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str
         content[part][0] = "n00000000"
     elif part == "ranks":
         content[part] *= 2
+    elif part == "eigenbasis":
+        content[part]["mean"] = [0.0, 0.0, 0.0]
+    elif part == "format_version":
+        content[part] = 1
     else:
         del content[part]
     torch.save(content, path)
     before = (run / "metrics.jsonl").read_bytes()
-    assert message in train_refuses(*small_run(few, run))
+    message = train_refuses(*small_run(few, run))
+    assert str(path) in message and ("--train.init_from" in message) == (part == "format_version")
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_eigenbasis_is_refused(few: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """A run does not go on under other statistics than it began with."""
+def test_foreign_directory_and_missing_basis(few: Path, tmp_path: Path) -> None:
+    """A directory that is not a run's, and shards without pca.json, are refused; nothing is written."""
+    for name, text in (("novel.txt", "x"), ("config.yaml", "theme: mine\n")):
+        foreign = tmp_path / name.partition(".")[0]
+        foreign.mkdir()
+        (foreign / name).write_text(text)
+        assert str(foreign) in train_refuses(*small_run(few, foreign))
+        assert [path.read_text() for path in foreign.iterdir()] == [text]
+    bare = tmp_path / "bare"
+    bare.mkdir()
     for name in ("train", "val", "classes.json"):
-        (tmp_path / name).symlink_to(few / name)
-    content = read_json(few / "pca.json")
-    write_json(tmp_path / "pca.json", {**content, "mean": [0.0, 0.0, 0.0]})
-    told = train_refuses(*small_run(tmp_path, undisturbed))
-    assert "another" in told and "pca.json" in told
+        (bare / name).symlink_to(few / name)
+    assert "compute_pca" in train_refuses(*small_run(bare, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_disk_full_at_the_end(few: Path, tmp_path: Path) -> None:
+    """Where the last checkpoint cannot be written, that is an error with code 2; an earlier one stays the latest."""
+    process = start_python(*TRAIN, *small_run(few, tmp_path), stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path)[-1:] and rows_of(tmp_path)[-1]["step"] >= 8, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "free some space" in output, output
+    assert load_checkpoint(find_checkpoint(tmp_path) or tmp_path)["step"] > 0
+
+
+def test_divergence(few: Path, tmp_path: Path) -> None:
+    """A rate that is far too high, after an epoch of a good one, ends with code 4, says between which steps and which
+    checkpoint is the last good one; no weights that are not finite are saved."""
+    jump = ["--optimizer.schedule", "manual", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]"]
+    done = run_here(*TRAIN, *small_run(few, tmp_path, *jump, "--run.save_minutes", "9"))
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+    path = find_checkpoint(tmp_path)
+    assert path == tmp_path / "checkpoints" / f"step-{STEPS:08d}.pt" and str(path) in done.stderr
+    first, last = (int(step) for step in re.findall(r"in steps (\d+) to (\d+)", done.stderr)[0])
+    assert STEPS < first <= last <= first + 3
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["model"].values())
+
+
+def test_damaged_data(few: Path, tmp_path: Path) -> None:
+    """An image that was damaged after packing stops the run with code 3 and its name, saved where it was."""
+    copy, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(few, copy)
+    tar = copy / "train" / "train-000001.tar"
+    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[100]
+    intact = tar.read_bytes()
+    tar.write_bytes(intact[:offset] + b"x" * size + intact[offset + size :])
+    # The order of the shards alone is shuffled, so that the damage is not read at once.
+    done = run_python(*TRAIN, *small_run(copy, run, "--data.shuffle_buffer", "1"))
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert f"{name} at offset {offset} of {tar}" in done.stderr
+    assert 0 < final(run)["step"] < STEPS  # type: ignore[operator]
+
+
+def test_damaged_validation_data(few: Path, tmp_path: Path) -> None:
+    """A damaged validation image costs nothing of the epoch before: it is saved, and resuming begins with the
+    evaluation."""
+    copy, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(few, copy)
+    tar = copy / "val" / "val-000000.tar"
+    [(_, offset, size, name), _] = read_index(tar.with_suffix(".idx"))[7]
+    intact = tar.read_bytes()
+    # Cut short: over other damage DALI 2.4's decoder was seen to crash, in one try of ten.
+    tar.write_bytes(intact[: offset + size // 2] + bytes(size - size // 2) + intact[offset + size :])
+    done = run_python(*TRAIN, *small_run(copy, run, "--train.epochs", "1"))
+    assert done.returncode == 3 and name in done.stderr
+    assert final(run)["step"] == STEPS and final(run)["epoch"] == 0
+    tar.write_bytes(intact)
+    assert f"step {STEPS})" in run_ok(*TRAIN, *small_run(copy, run, "--train.epochs", "1"))
+    assert [row["kind"] for row in rows_of(run)] == ["train"] * (STEPS // 4) + ["eval"]
 
 
 @pytest.mark.gpu

@@ -10,8 +10,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from pipeline.errors import DataError
 from pipeline.files import read_json
-from pipeline.shards import DataError
 from tests.helpers import run_here, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.verify import stats

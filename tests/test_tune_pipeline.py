@@ -1,60 +1,59 @@
 """The search finds the best knobs of a machine that is made up; the program writes what a run's parser takes."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.settings import Speed
-from pipeline.shards import DataError
+from pipeline.errors import DataError
 from tests.helpers import ROOT, refuses, run_ok
-from tools.tune_pipeline import FAILED, Knobs, Trial, Waits, format_table, list_axes, pick_best, search
+from tools.tune_pipeline import (
+    Settings,
+    Trial,
+    default_settings,
+    format_table,
+    list_axes,
+    pick_best,
+    search,
+    to_config,
+)
 from train.config import parse_config
 
 
-def waits(p99_ms: float, mean_ms: float = 1.0) -> Waits:
-    """Figures of which the search looks at two."""
-    return Waits(1000 / mean_ms, mean_ms, p99_ms, mean_ms, 200)
-
-
-def distance_to(best: Knobs) -> Callable[[Knobs], Waits]:
-    """A machine whose wait grows with every knob that is off."""
-
-    def measure(knobs: Knobs) -> Waits:
-        off: float = abs(knobs.threads - best.threads) + abs(knobs.prefetch - best.prefetch)
-        off += abs(knobs.read_ahead - best.read_ahead) + 8 * abs(knobs.hw_decoder_load - best.hw_decoder_load)
-        return waits(p99_ms=5 + 5 * (off + 20 * (knobs.decode != best.decode)))
-
-    return measure
-
-
 @pytest.mark.parametrize("threads", [1, 8, 16, 24])
-@pytest.mark.parametrize(("prefetch", "read_ahead", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
+@pytest.mark.parametrize(("ready", "read", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_finds_the_optimum(threads: int, prefetch: int, read_ahead: int, load: float, on_gpu: bool) -> None:
-    """Where knobs do not act on each other, the best of their values are found, each candidate measured once before
+def test_finds_the_optimum(threads: int, ready: int, read: int, load: float, on_gpu: bool) -> None:
+    """Where settings do not act on each other, the best of their values are found, each candidate measured once before
     the last two, and never more of them than announced."""
-    optimum = Knobs(threads, prefetch, read_ahead, load if on_gpu else Speed.hw_decoder_load)
-    axes, default = list_axes(16, on_gpu), Knobs(16)
-    trials, best = search(default, axes, distance_to(optimum))
-    assert best.knobs == optimum
+    default, axes = default_settings(16), list_axes(16, on_gpu)
+    optimum = default | {"threads": threads, "prefetch_queue_depth": ready, "reader_queue_depth": read}
+    optimum |= {"hw_decoder_load": load} if on_gpu else {}
+
+    def measure(settings: Settings) -> Trial:
+        numbers = [name for name in settings if name != "decode"]
+        off = sum(abs(settings[name] - optimum[name]) for name in numbers)
+        return Trial(settings, 5 + 5 * (off + 20 * (settings["decode"] != optimum["decode"])), 1.0)
+
+    trials, best = search(default, axes, measure)
+    assert best.settings == optimum
     assert len(trials) <= 3 + sum(map(len, axes))
     again = 0 if optimum == default else 2
-    tried = [trial.knobs for trial in trials[: len(trials) - again]]
-    assert tried[0] == default and len(set(tried)) == len(tried)
-    assert [trial.knobs for trial in trials[len(tried) :]] == [default, optimum][:again]
+    tried = [trial.settings for trial in trials[: len(trials) - again]]
+    assert tried[0] == default and all(one not in tried[:k] for k, one in enumerate(tried))
+    assert [trial.settings for trial in trials[len(tried) :]] == [default, optimum][:again]
 
 
 def test_decoding_on_the_cpu_gets_every_core() -> None:
     """Where the CPU decodes best, it is found though few threads are best for decoding on the GPU."""
 
-    def measure(knobs: Knobs) -> Waits:
-        return waits(p99_ms=(40 + knobs.threads) if knobs.decode == "auto" else 160 / knobs.threads)
+    def measure(settings: Settings) -> Trial:
+        threads = settings["threads"]
+        return Trial(settings, (40 + threads) if settings["decode"] == "auto" else 160 / threads, 1.0)
 
-    _, best = search(Knobs(16), list_axes(16, on_gpu=True), measure)
-    assert (best.knobs.threads, best.knobs.decode) == (17, "cpu")
-    assert best.knobs.to_settings()["data"]["decode"] == "cpu"
+    _, best = search(default_settings(16), list_axes(16, on_gpu=True), measure)
+    found = to_config(best.settings)["data"]
+    assert (found["speed"]["threads"], found["decode"]) == (17, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -69,53 +68,55 @@ def test_decoding_on_the_cpu_gets_every_core() -> None:
         ([(10.0, 5.0), (10.0, 4.5), (10.0, 4.5)], 1),
     ],
 )
-def test_order(figures: list[tuple[float, float]], winner: int) -> None:
+def test_p99_decides_before_the_mean(figures: list[tuple[float, float]], winner: int) -> None:
     """The 99th percentile first, the mean among equals, the earlier among equals of both."""
-    trials = [Trial(Knobs(number), waits(*pair)) for number, pair in enumerate(figures, start=1)]
-    assert pick_best([Trial(Knobs(9), FAILED, "out of memory"), *trials]) is trials[winner]
+    trials = [Trial({}, *pair) for pair in figures]
+    assert pick_best([Trial({}, error="out of memory"), *trials]) is trials[winner]
 
 
-def test_luck_is_not_taken() -> None:
+def test_one_lucky_measurement_does_not_win() -> None:
     """A candidate that was good once only gives way to the defaults."""
     lucky = iter([1.0])
 
-    def measure(knobs: Knobs) -> Waits:
-        return waits(next(lucky, 30.0) if knobs.prefetch == 8 else 20.0)
+    def measure(settings: Settings) -> Trial:
+        return Trial(settings, next(lucky, 30.0) if settings["prefetch_queue_depth"] == 8 else 20.0, 1.0)
 
-    trials, best = search(Knobs(4), [[{"prefetch": 4}, {"prefetch": 8}]], measure)
-    assert best.knobs == Knobs(4) and len(trials) == 5
+    trials, best = search(
+        default_settings(4), [[{"prefetch_queue_depth": 4}, {"prefetch_queue_depth": 8}]], measure
+    )
+    assert best.settings == default_settings(4) and len(trials) == 5
 
 
-def test_failures() -> None:
+def test_failed_settings_are_listed_and_not_chosen() -> None:
     """What fails is listed with its reason and never chosen; a first candidate that fails does not end the search; a
     mistake of ours does, and so do only failures."""
 
-    def measure(knobs: Knobs) -> Waits:
-        if knobs.prefetch == 8:
+    def measure(settings: Settings) -> Trial:
+        if settings["prefetch_queue_depth"] == 8:
             raise DataError("out of memory\nfor 8 batches")
-        if knobs.threads == 4:
+        if settings["threads"] == 4:
             raise MemoryError
-        return waits(100 / knobs.prefetch)
+        return Trial(settings, 100 / settings["prefetch_queue_depth"], 1.0)
 
-    trials, best = search(Knobs(4), list_axes(4, on_gpu=False), measure)
-    assert best.knobs.prefetch == 4 and best.knobs.threads < 4
-    assert {trial.error for trial in trials if trial.waits == FAILED} == {"out of memory", "MemoryError"}
+    trials, best = search(default_settings(4), list_axes(4, on_gpu=False), measure)
+    assert best.settings["prefetch_queue_depth"] == 4 and best.settings["threads"] < 4
+    assert {trial.error for trial in trials if trial.error} == {"out of memory", "MemoryError"}
     assert "| out of memory\n" in format_table(trials)
 
-    def fail(knobs: Knobs) -> Waits:
-        raise DataError(f"{knobs.prefetch} batches are gone")
+    def fail(settings: Settings) -> Trial:
+        raise DataError(f"{settings['prefetch_queue_depth']} batches are gone")
 
     with pytest.raises(DataError, match="2 batches are gone"):
-        search(Knobs(4), list_axes(4, on_gpu=False), fail)
+        search(default_settings(4), list_axes(4, on_gpu=False), fail)
 
-    def mistake(knobs: Knobs) -> Waits:
-        raise KeyError(knobs)
+    def mistake(settings: Settings) -> Trial:
+        raise KeyError(settings)
 
     with pytest.raises(KeyError):
-        search(Knobs(4), list_axes(4, on_gpu=False), mistake)
+        search(default_settings(4), list_axes(4, on_gpu=False), mistake)
 
 
-def test_program(few: Path, tmp_path: Path) -> None:
+def test_written_settings_are_taken_by_a_run(few: Path, tmp_path: Path) -> None:
     """A real run writes settings that a run takes after its own configuration, whose other values stay, and where they
     come from; it writes over its own file."""
     out = tmp_path / "new" / "speed.yaml"
@@ -138,6 +139,6 @@ def test_program(few: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seconds", "0"), ("--out", "README.md")])
-def test_mistakes(tmp_path: Path, option: str, value: str) -> None:
+def test_wrong_options_are_named(tmp_path: Path, option: str, value: str) -> None:
     """One sentence that names the option, exit code 2, before anything is opened."""
     assert option in refuses("tools/tune_pipeline.py", tmp_path, option, value)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.files import read_json, sha256, write_json
-from pipeline.shards import DataError, read_index
+from pipeline.shards import read_index
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of
 from tools.packing.verify import MAX_PROBLEMS, find_image_fault, verify
 

@@ -14,8 +14,8 @@ from model.alexnet import AlexNet, AlexNetConfig
 from model.weights import OURS, Weights, read_weights, weights_bytes
 from tests.helpers import TORCHVISION
 
-SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), hidden=32, num_classes=7, dropout=0.25)
-TORCHVISIONS = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=10)
+SLIM = AlexNetConfig(variant="original", channels=(8, 16, 24, 0, 16), fc_dim=32, num_classes=7, dropout=0.25)
+TORCHVISIONS = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=10)
 INPUTS = {"mean": [120.5, 115.0, 100.0], "std": 1.0}
 
 
@@ -41,7 +41,11 @@ def test_there_and_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensors[name], tensor.numpy())
     (tmp_path / "x.safetensors").write_bytes(data)
     config, state, mean, std = read_weights(tmp_path / "x.safetensors")
-    assert (config.maps, config.normalization, config.dropout) == (SLIM.maps, "original", 0.25)
+    assert (config.conv_channels, config.normalization, config.dropout) == (
+        SLIM.conv_channels,
+        "original",
+        0.25,
+    )
     assert mean == tuple(INPUTS["mean"]) and std == (1, 1, 1)  # type: ignore[arg-type]
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -58,7 +62,7 @@ def test_torchvisions_names(tmp_path: Path) -> None:
         state[f"{name}.weight"], state[f"{name}.bias"] = torch.randn(shape), torch.randn(shape[0])
     torch.save(state, tmp_path / "alexnet.pth")
     config, ours, mean, std = read_weights(tmp_path / "alexnet.pth")
-    assert (config.variant, config.maps, config.hidden, config.num_classes) == (
+    assert (config.variant, config.conv_channels, config.fc_dim, config.num_classes) == (
         "torchvision",
         (8, 24, 48, 32, 32),
         512,
@@ -75,13 +79,15 @@ def test_torchvisions_names(tmp_path: Path) -> None:
     assert mean == (123.675, 116.28, 103.53) and std == (58.395, 57.12, 57.375)
     again, same, mean, std = read_weights(tmp_path / "x.safetensors")
     assert mean == tuple(INPUTS["mean"]) and std == (1, 1, 1)  # type: ignore[arg-type]
-    assert again.maps == config.maps and all(torch.equal(ours[name], same[name]) for name in ours)
+    assert again.conv_channels == config.conv_channels and all(
+        torch.equal(ours[name], same[name]) for name in ours
+    )
 
 
 def test_another_std(tmp_path: Path) -> None:
     """Logits of images / 255, less a mean and divided by a std per channel, are those of images on 0..255 less the
     mean with the std moved into conv1."""
-    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3)
+    config = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=3)
     model = AlexNet(config).double().eval()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = Weights(config, state, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -102,19 +108,20 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only model.variant=torchvision"):
         weights_bytes(AlexNet(SLIM).state_dict(), SLIM, INPUTS, "torchvision")
     path = tmp_path / "x.safetensors"
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="not a file"):
         read_weights(path)
     odd = AlexNet(SLIM).state_dict()
     described = json.dumps(
-        {"variant": "original", "channels": [8, 16, 24, 0, 16], "hidden": 32, "num_classes": 7}
+        {"variant": "original", "channels": [8, 16, 24, 0, 16], "fc_dim": 32, "num_classes": 7}
     )
 
     def with_config(text: str, input: str | None = None, **tensors: torch.Tensor) -> bytes:
         metadata = {"config": text} | ({"input": input} if input else {})
         return save({name: tensor.contiguous() for name, tensor in (odd | tensors).items()}, metadata)
 
-    path.write_bytes(with_config(described))
-    assert read_weights(path)[0].hidden == 32
+    for name in ("fc_dim", "hidden"):  # hidden: as version 0.1 wrote it
+        path.write_bytes(with_config(described.replace("fc_dim", name)))
+        assert read_weights(path)[0].fc_dim == 32
     for content in (
         data[:-5],
         b"",
@@ -127,8 +134,8 @@ def test_refusals(tmp_path: Path) -> None:
         with_config(described.replace("32", "32.0")),
         with_config(described.replace("32", str(2**62))),
         with_config(described.replace("8, ", "")),
-        with_config(described.replace('"hidden"', '"lrn": "foo", "hidden"')),
-        with_config(described.replace('"hidden"', '"colour": 3, "hidden"')),
+        with_config(described.replace('"fc_dim"', '"lrn": "foo", "fc_dim"')),
+        with_config(described.replace('"fc_dim"', '"colour": 3, "fc_dim"')),
         with_config(described, input="null"),
         with_config(described, input=json.dumps({"mean": [1, 2], "std": 1})),
         with_config(described, input=json.dumps({"mean": [1, 2, "x"], "std": 1})),
@@ -148,7 +155,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_only_torchvisions_network_has_its_names() -> None:
     """Another activation, pooling, normalization or a second tower would load there and be something else."""
-    plain = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), hidden=16, num_classes=3, dropout=0.2)
+    plain = AlexNetConfig("torchvision", channels=(8, 8, 8, 8, 8), fc_dim=16, num_classes=3, dropout=0.2)
     assert weights_bytes(AlexNet(plain).state_dict(), plain, INPUTS, "torchvision")
     for change in (
         {"activation": "tanh"},
@@ -168,7 +175,7 @@ def test_tensors_that_are_none(tmp_path: Path) -> None:
     state = {theirs: AlexNet(TORCHVISIONS).state_dict()[ours] for theirs, ours in OURS.items()}
     path, name = tmp_path / "x.pth", "classifier.6.weight"
     torch.save(state, path)
-    assert read_weights(path).config.hidden == TORCHVISIONS.hidden
+    assert read_weights(path).config.fc_dim == TORCHVISIONS.fc_dim
     sound = state[name]
     for odd in (
         sound.to_sparse(),

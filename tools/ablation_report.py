@@ -50,15 +50,10 @@ class Entry:
     runs: tuple[Figures, ...]
     """One per seed, in the same order; empty if training diverged at every rate."""
 
-    @property
-    def epochs_to_error(self) -> float | None:
-        """Return the mean over the seeds; None if one of them never reached the error."""
-        reached = [run.epochs_to_error for run in self.runs if run.epochs_to_error is not None]
-        return fmean(reached) if self.runs and len(reached) == len(self.runs) else None
-
-    def mean(self, name: str) -> float:
-        """Average a figure over the seeds."""
-        return fmean(getattr(run, name) for run in self.runs)
+    def mean(self, name: str) -> float | None:
+        """Average a figure over the seeds; None if training diverged, or one of them has none."""
+        values = [getattr(run, name) for run in self.runs]
+        return fmean(values) if values and None not in values else None
 
     def differences(self, base: "Entry") -> list[float]:
         """Subtract the base's validation error, seed by seed; empty if training diverged, and for the base."""
@@ -71,36 +66,47 @@ def read_figures(rows: list[dict[str, Any]], seed: int, error: float) -> Figures
     """Read the figures of a finished run from the rows of its metrics.jsonl; `error`: target training error,
     percent."""
     train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-    steps_per_epoch = val[0]["step"] / val[0]["epoch"]
-    return Figures(
-        seed=seed,
-        train_error=fmean(row["top1_error"] for row in train if row["epoch"] == train[-1]["epoch"]),
-        val_errors=tuple(row["centre_top1_error"] for row in val),
-        epochs_to_error=next(
-            (row["step"] / steps_per_epoch for row in train if row["top1_error"] <= error), None
-        ),
-    )
+    train_error = fmean(row["top1_error"] for row in train if row["epoch"] == train[-1]["epoch"])
+    reached = next((row["step"] for row in train if row["top1_error"] <= error), None)
+    epochs = None if reached is None else reached * val[0]["epoch"] / val[0]["step"]
+    return Figures(seed, train_error, tuple(row["centre_top1_error"] for row in val), epochs)
 
 
 def pick_rate(name: str, by_rate: dict[float | None, list[Figures | None]]) -> Entry:
     """Pick the rate with the fewest epochs to the target training error, or, if no rate reached it with every seed, the
     lowest training error; never a rate at which a seed diverged (None)."""
-    entries = [
-        Entry(name, rate, tuple(filter(None, runs))) for rate, runs in by_rate.items() if None not in runs
-    ]
 
     def rank(entry: Entry) -> tuple[float, float]:
-        epochs = entry.epochs_to_error
-        return (float("inf") if epochs is None else epochs, entry.mean("train_error"))
+        epochs, train_error = entry.mean("epochs_to_error"), entry.mean("train_error")
+        return float("inf") if epochs is None else epochs, train_error or 0.0
 
-    return min(entries, key=rank, default=Entry(name, None, ()))
+    runs = {rate: [run for run in runs if run] for rate, runs in by_rate.items() if None not in runs}
+    return min(
+        (Entry(name, rate, tuple(runs[rate])) for rate in runs), key=rank, default=Entry(name, None, ())
+    )
 
 
 def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
     """Format the table and notes on how to read it. The first entry is the base."""
+    base = entries[0]
     head = ["", "rate", "training error", "validation error", "gap", f"epochs to {error:g} %"]
-    rows = [[*head, "difference", "the paper's"], *(format_cells(entry, entries[0]) for entry in entries)]
-    seeds = ", ".join(str(run.seed) for run in entries[0].runs)
+    rows = [[*head, "difference", "the paper's"], *(format_cells(entry, base) for entry in entries)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    warnings = []
+    if len(base.runs) < FEW_SEEDS:
+        few = (
+            f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: one network differs as much"
+        )
+        warnings.append(f"{few} between seeds. Give more `--seeds`.**")
+    if base.mean("epochs_to_error") is None:
+        short = f"**This comparison shows nothing: the base did not reach {error:g} % training error."
+        warnings.append(
+            f'{short} Train longer (`--settings "--train.epochs N"`), or give another `--error`.**'
+        )
+    seeds = ", ".join(str(run.seed) for run in base.runs)
     notes = (
         f"Top-1 errors in %, means over the seeds {seeds}. Rate: of `--rates` the one with the fewest epochs "
         f"to {error:g} % training error, or with the lowest training error if no rate reached it with every "
@@ -109,62 +115,36 @@ def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
         "of metrics.jsonl had that training error, - if a seed never did. Difference: points of validation "
         "error above the base's with the same seed, mean (min to max). The paper's is for ImageNet."
     )
-    weaknesses = list_weaknesses(entries[0], error)
-    return "\n\n".join(["# Ablations", *weaknesses, align_columns(rows), notes]) + "\n"
-
-
-def list_weaknesses(base: Entry, error: float) -> list[str]:
-    """List reasons why the differences are not significant: too few seeds, too few epochs."""
-    few = (
-        f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: one network differs as much "
-        "between seeds. Give more `--seeds`.**"
-    )
-    short = (
-        "**This comparison shows nothing: the base did not reach "
-        f'{error:g} % training error. Train longer (`--settings "--train.epochs N"`), or give another '
-        "`--error`.**"
-    )
-    return [few] * (len(base.runs) < FEW_SEEDS) + [short] * (base.epochs_to_error is None)
+    return "\n\n".join(["# Ablations", *warnings, table, notes]) + "\n"
 
 
 def format_cells(entry: Entry, base: Entry) -> list[str]:
     """Format a row of the table."""
-    paper, epochs, differences = PAPER.get(entry.name, ""), entry.epochs_to_error, entry.differences(base)
-    rate = "" if entry.rate is None else f"{entry.rate:g}"
-    if not entry.runs:
-        return [entry.name, rate, "diverged", "", "", "-", "", paper]
+    rate, paper = "" if entry.rate is None else f"{entry.rate:g}", PAPER.get(entry.name, "")
     train_error, val_error = entry.mean("train_error"), entry.mean("val_error")
+    if train_error is None or val_error is None:
+        return [entry.name, rate, "diverged", "", "", "-", "", paper]
     errors = [f"{train_error:.1f}", f"{val_error:.1f}", f"{val_error - train_error:+.1f}"]
+    epochs, differences = entry.mean("epochs_to_error"), entry.differences(base)
     difference = f"{fmean(differences):+.1f}" if differences else ""
     if len(differences) > 1:
         difference += f" ({min(differences):+.1f} to {max(differences):+.1f})"
     return [entry.name, rate, *errors, "-" if epochs is None else f"{epochs:.1f}", difference, paper]
 
 
-def align_columns(rows: list[list[str]]) -> str:
-    """Format a Markdown table with aligned columns."""
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
-
-
 def to_json(entry: Entry, base: Entry) -> dict[str, Any]:
     """Return an entry in plain values."""
-    differences = entry.differences(base)
-    spread = (
-        {"mean": fmean(differences), "min": min(differences), "max": max(differences)}
-        if differences
-        else None
-    )
-    means = {name: entry.mean(name) if entry.runs else None for name in ("train_error", "val_error")}
-    more = {"epochs_to_error": entry.epochs_to_error, "difference": spread, "paper": PAPER.get(entry.name)}
-    return {"diverged": not entry.runs, **means, **more, **asdict(entry)}
+    means = {name: entry.mean(name) for name in ("train_error", "val_error", "epochs_to_error")}
+    spread = None
+    if differences := entry.differences(base):
+        spread = {"mean": fmean(differences), "min": min(differences), "max": max(differences)}
+    more = {"diverged": not entry.runs, "difference": spread, "paper": PAPER.get(entry.name)}
+    return means | more | asdict(entry)
 
 
 def draw_curves(path: Path, entries: list[Entry]) -> None:
     """Plot validation errors over epochs: a line per run, a colour per entry."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
     with saved_figure(path) as figure:
         figure.set_size_inches(9, 6)

@@ -17,11 +17,9 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,21 +37,17 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from pipeline.shards import ShardSet, open_shards
-from train.program import WRONG_INPUT, Parser, exit_with
+from train.cli import WRONG_INPUT, Parser, run_main
 
 TIMEOUT_S = 120.0
 """Limit of a probe: importing PyTorch or DALI reads gigabytes, perhaps from a slow disk."""
 INSTALL = "run make install"
 BUILDS = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
-NETWORK = re.compile(
-    r"nfs\d?|cifs|smb3?|smbfs|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|virtiofs|wekafs|orangefs|pvfs2|panfs"
-    r"|fuse\..+"
-)
-"""Network file systems, and FUSE's, most of which are."""
-READ_BYTES, READ_S, CHUNK = 256 * 2**20, 2.0, 4 * 2**20
-"""Bytes and seconds of reading to measure the disk, and bytes per read."""
+READ_S, CHUNK = 2.0, 4 * 2**20
+"""Seconds of reading to measure the disk, and bytes per read."""
 GPU_IMAGES_PER_S, CPU_IMAGES_PER_S = 10_000, 500
 """A slower disk gets a warning: about the speed of training on a GPU (docs/storage.md), and on a CPU."""
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Finding(NamedTuple):
@@ -73,19 +67,18 @@ def doctor(shards: Path | None, as_json: bool) -> None:
     """Run all checks, print the findings, and exit with code 2 if there is a problem."""
     with ThreadPoolExecutor() as pool:
         driver, torch, dali = pool.map(probe, ("driver", "torch", "dali"))
-    gpus = len(torch.get("gpus") or ())
-    train = None
+    gpus, train = len(torch.get("gpus") or ()), None
     if shards:
         with suppress(OSError, ValueError):  # check_split reports it
             train = open_shards(shards, "train")
+    has_module, visible = Path("/proc/driver/nvidia").exists(), os.environ.get("CUDA_VISIBLE_DEVICES")
     checks: dict[str, Callable[[], Finding]] = {
-        "driver": lambda: check_driver(driver, Path("/proc/driver/nvidia/version").exists()),
-        "GPUs": lambda: check_gpus(driver, torch, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        "GPUs": lambda: check_gpus(driver, torch, has_module, visible),
         "packages": check_packages,
         "PyTorch": lambda: check_torch(torch),
         "DALI": lambda: check_dali(dali, gpus > 0),
         "C++ compiler": check_compiler,
-        "cores": lambda: check_cores(num_cores(), os.cpu_count(), read_cgroup("cpu.max")),
+        "cores": lambda: check_cores(num_cores(), read_limits("cpu.max")),
         "memory": lambda: check_memory(train),
         "/dev/shm": lambda: check_shared_memory(gpus),
     }
@@ -93,55 +86,55 @@ def doctor(shards: Path | None, as_json: bool) -> None:
         checks |= {f"{split} shards": partial(check_split, shards, split) for split in ("train", "val")}
     if shards and train:
         checks["eigenbasis"] = partial(check_eigenbasis, shards, train)
-        checks["disk"] = lambda: check_disk(train, gpus)
+        checks["disk"] = partial(check_disk, train, gpus)
     findings = {name: run_check(check) for name, check in checks.items()}
     if as_json:
         rows = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
         content = {"findings": rows, "system": platform.platform(), "python": platform.python_version()}
         print(json.dumps(content | {"driver": driver, "torch": torch, "dali": dali}, indent=1))
     else:
-        print(format_table(findings))
-        if not shards:
-            print("to check shards as well: python tools/doctor.py SHARDS")
+        for name, finding in findings.items():
+            print(f"{finding.status:<9}{name:<14}{' '.join(finding.value.split())[:400]}")
+            if finding.remedy:
+                print(f"{'':<23}-> {finding.remedy}")
+        counts = Counter(finding.status for finding in findings.values())
+        print(f"problems: {counts['problem']}, warnings: {counts['warning']}")
     sys.stdout.flush()
     if any(finding.status == "problem" for finding in findings.values()):
         sys.exit(WRONG_INPUT)
 
 
-def check_driver(driver: ProbeResult, is_loaded: bool) -> Finding:
-    """Check that NVML works; `is_loaded`: whether the kernel module is loaded."""
-    if "error" not in driver:
-        return Finding("ok", f"{driver['version']}, CUDA up to {driver['cuda']}")
-    if not is_loaded:
-        return Finding("-", "none")
-    remedy = (
-        "in a container, add the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
-    )
-    return Finding("warning", f"NVML fails: {driver['error']}", remedy)
+def check_gpus(driver: ProbeResult, torch: ProbeResult, has_module: bool, visible: str | None) -> Finding:
+    """Check that NVML works and PyTorch runs on the GPUs, and that these have peer access.
 
-
-def check_gpus(driver: ProbeResult, torch: ProbeResult, visible: str | None) -> Finding:
-    """Check that PyTorch runs on the GPUs, and that they have peer access; `visible`: CUDA_VISIBLE_DEVICES."""
-    gpus, usable = driver.get("gpus") or torch.get("gpus") or [], torch.get("gpus") or []
+    Args:
+        driver: What NVML says.
+        torch: What PyTorch says.
+        has_module: Whether the kernel module is loaded.
+        visible: CUDA_VISIBLE_DEVICES.
+    """
+    usable = torch.get("gpus") or []
+    gpus = usable or driver.get("gpus") or []
+    if not gpus and has_module:
+        remedy = "in a container, add the driver's `utility` libraries; else see dmesg, reload the driver or reboot"
+        return Finding("warning", f"NVML fails: {driver.get('error', 'it lists no GPU')}", remedy)
     if not gpus:
         return Finding("-", "none: trains on the CPU")
-    text = "; ".join(f"{count} x {gpu}" for gpu, count in Counter(usable or gpus).items())
-    if "error" in torch:
+    text = "; ".join(f"{count} x {gpu}" for gpu, count in Counter(gpus).items())
+    text += f"; driver {driver['version']}, CUDA up to {driver['cuda']}" if "version" in driver else ""
+    if "error" in torch:  # check_torch reports it
         return Finding("-", text)
-    if torch["cuda"] is None:
-        return Finding("problem", f"{text}; this PyTorch is built without CUDA", BUILDS)
     if not usable and visible in ("", "-1"):
         return Finding("-", f"{text}; hidden by CUDA_VISIBLE_DEVICES: trains on the CPU")
     if not usable or "cuda_error" in torch:
-        reason = torch.get("cuda_error", "no reason given")
-        why = f"; PyTorch for CUDA {torch['cuda']} cannot use them: {reason}"
-        return Finding("problem", text + why, f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
-    hidden, peers, pairs = len(gpus) - len(usable), torch["peers"], len(usable) * (len(usable) - 1)
-    text += f"; {hidden} more are hidden from this process" if hidden > 0 else ""
+        reason = torch.get("cuda_error", "no reason given" if torch["cuda"] else "it is built without CUDA")
+        value = f"{text}; this PyTorch cannot use them: {reason}"
+        return Finding("problem", value, f"see CUDA_VISIBLE_DEVICES and dmesg; or {BUILDS}")
+    peers, pairs = torch["peers"], len(usable) * (len(usable) - 1)
     if peers < pairs:
-        text += f"; {peers} of {pairs} ordered pairs have peer access, the others copy through the host"
+        value = f"{text}; {peers} of {pairs} ordered pairs have peer access, the others copy through the host"
         remedy = "some GPUs lack it; else disable IOMMU or ACS. If NCCL hangs, set NCCL_P2P_DISABLE=1"
-        return Finding("warning", text, remedy)
+        return Finding("warning", value, remedy)
     return Finding("ok", text)
 
 
@@ -159,8 +152,8 @@ def check_torch(torch: ProbeResult) -> Finding:
     """Check that PyTorch imports."""
     if "error" in torch:
         return Finding("problem", f"does not import: {torch['error']}", INSTALL)
-    cuda = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
-    return Finding("ok", f"{torch['version']}, {cuda}")
+    cuda = f"for CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
+    return Finding("ok", f"{torch['version']}, built {cuda}")
 
 
 def check_dali(dali: ProbeResult, has_gpu: bool) -> Finding:
@@ -185,15 +178,13 @@ def check_compiler() -> Finding:
     return Finding("warning", missing, f"apt-get install {'python3-dev' if compiler else 'g++'}")
 
 
-def read_cgroup(name: str, membership: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> list[str]:
+def read_limits(name: str, membership: Path = Path("/proc/self/cgroup"), root: Path = CGROUP) -> list[str]:
     """Read a limit of this process's cgroup (version 2) and of its parents, which apply as well.
 
     In a container the path in /proc/self/cgroup, "0::/a/b", may be the host's; the container's limits are at the root.
     """
-    text = read_text(Path("/proc/self/cgroup")) if membership is None else membership
-    path = next((line[3:].strip("/") for line in text.splitlines() if line.startswith("0::")), "")
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    return [read_text(root.joinpath(*parts[:depth], name)) for depth in range(len(parts) + 1)]
+    own = Path(read_text(membership).rpartition("0::/")[2].partition("\n")[0])
+    return [read_text(root / folder / name) for folder in (own, *own.parents)]
 
 
 def read_text(path: Path) -> str:
@@ -204,12 +195,12 @@ def read_text(path: Path) -> str:
         return ""
 
 
-def check_cores(usable: int, machine: int | None, quotas: list[str]) -> Finding:
+def check_cores(usable: int, quotas: list[str]) -> Finding:
     """Check that the cgroup quotas (cpu.max: "QUOTA PERIOD" in microseconds) allow all cores that DALI uses."""
-    numbers = [re.fullmatch(r"(\d+) (\d+)\s*", text, re.ASCII) for text in quotas]
-    quota = min((int(found[1]) / int(found[2]) for found in numbers if found and int(found[2])), default=None)
-    text = f"{usable} of {machine}"
-    if quota is None or quota >= usable:
+    found = [re.fullmatch(r"(\d+) ([1-9]\d*)\s*", text, re.ASCII) for text in quotas]
+    quota = min((int(match[1]) / int(match[2]) for match in found if match), default=usable)
+    text = f"{usable} of {os.cpu_count()}"
+    if quota >= usable:
         return Finding("ok", text)
     remedy = f"set --data.speed.threads {max(1, round(quota)) + 1}, or get more cores"
     return Finding("warning", f"{text}, but a cgroup allows the time of {quota:.3g}", remedy)
@@ -218,12 +209,10 @@ def check_cores(usable: int, machine: int | None, quotas: list[str]) -> Finding:
 def check_memory(train: ShardSet | None) -> Finding:
     """Check that a training process (1 GB for the quickstart) and the training shards fit in memory."""
     info = dict(re.findall(r"^(\w+):\s+(\d+) kB$", read_text(Path("/proc/meminfo")), re.MULTILINE))
-    limits = [int(text) for text in read_cgroup("memory.max") if text.strip().isdecimal()]
+    limits = [int(text) for text in read_limits("memory.max") if text.strip().isdecimal()]
     free, total = (min([1024 * int(info[name]), *limits]) for name in ("MemAvailable", "MemTotal"))
-    size = sum_shard_bytes(train) if train else 0
-    text = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}" + f", training shards {size / 1e9:.2f} GB" * (
-        size > 0
-    )
+    text, size = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f}", sum_shard_bytes(train) if train else 0
+    text += f", training shards {size / 1e9:.2f} GB" if size else ""
     if free < 2e9:
         return Finding("warning", text, "stop other programs, or get more memory")
     if size > 0.9 * free:
@@ -244,8 +233,8 @@ def check_split(shards: Path, split: str) -> Finding:
     """Check that a split opens, and that the limit of open files allows all of its shards."""
     opened = open_shards(shards, split)
     raise_open_files(len(opened.tars))
-    text = f"{opened.num_samples:,} images in {len(opened.tars)} shards, {len(opened.classes)} classes"
-    return Finding("ok", text)
+    size = f"{opened.num_samples:,} images in {len(opened.tars)} shards"
+    return Finding("ok", f"{size}, {len(opened.classes)} classes")
 
 
 def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:
@@ -258,36 +247,25 @@ def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:
 
 
 def check_disk(train: ShardSet, gpus: int) -> Finding:
-    """Check that the shards' disk is local and fast enough."""
-    shards = Path(train.tars[0]).resolve()  # adopted shards are links
-    df = subprocess.run(["df", "--output=fstype,target", shards], capture_output=True, text=True, check=True)
-    kind, mount = df.stdout.splitlines()[1].split(maxsplit=1)
+    """Check that the shards' disk is fast enough."""
     bytes_per_s = measure_disk(train.tars)
     images_per_s = bytes_per_s * train.num_samples / max(sum_shard_bytes(train), 1)
-    text = f"{kind} at {mount}, {bytes_per_s / 1e6:,.0f} MB/s, {images_per_s:,.0f} images/s from one reader"
+    text = f"{bytes_per_s / 1e6:,.0f} MB/s, {images_per_s:,.0f} images/s from one reader"
     needed = GPU_IMAGES_PER_S * gpus or CPU_IMAGES_PER_S
     if images_per_s < needed:
-        return Finding(
-            "warning", f"{text}; expected at least {needed:,}", "use a faster disk (docs/storage.md)"
-        )
-    if NETWORK.fullmatch(kind):
-        return Finding(
-            "warning", f"{text}, over a network", "copy the shards to a local disk (docs/storage.md)"
-        )
+        remedy = "use a faster, local disk (docs/storage.md)"
+        return Finding("warning", f"{text}; expected at least {needed:,}", remedy)
     return Finding("ok", text)
 
 
-def measure_disk(files: Sequence[str], max_bytes: int = READ_BYTES, max_s: float = READ_S) -> float:
-    """Read the beginnings of up to eight evenly spaced files, dropped from the page cache if possible. Returns bytes
-    per second."""
+def measure_disk(files: Sequence[str], seconds: float = READ_S) -> float:
+    """Read up to eight evenly spaced files, dropped from the page cache if possible. Returns bytes per second."""
     chosen = files[:: -(-len(files) // 8)]
     total, start = 0, perf_counter()
     for number, name in enumerate(chosen, start=1):
         with Path(name).open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while total < max_bytes * number / len(chosen) and perf_counter() - start < max_s:
-                if not (chunk := file.read(CHUNK)):
-                    break
+            while perf_counter() - start < seconds * number / len(chosen) and (chunk := file.read(CHUNK)):
                 total += len(chunk)
     return total / max(perf_counter() - start, 1e-9)
 
@@ -315,32 +293,18 @@ def probe(name: str, timeout_s: float = TIMEOUT_S) -> ProbeResult:
     """Run tools/doctor_probe.py; `error` is why a library cannot be used. A process that hangs is killed, but not
     waited for: in a driver call it may never end."""
     command = [sys.executable, str(Path(__file__).with_name("doctor_probe.py")), name]
-    with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as any grandchild
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return {"error": f"no answer within {timeout_s:.0f} s"}
-        finally:
-            if process.poll() is None:  # also after Ctrl-C
-                os.killpg(process.pid, signal.SIGKILL)
-        output.seek(0)
-        *_, last = ["", *output.read().decode(errors="replace").strip().splitlines()]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, text=True, **pipes)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return {"error": f"no answer within {timeout_s:.0f} s"}
+    last = output.rstrip().rpartition("\n")[2]
     if last.startswith('{"probe"'):
         return dict(json.loads(last))
+    code = process.returncode
     return {"error": f"ended by signal {-code}" if code < 0 else f"exit code {code}: {last}"}
-
-
-def format_table(findings: dict[str, Finding]) -> str:
-    """Format a line per finding, its remedy below, and the numbers of problems and warnings."""
-    lines = []
-    for name, finding in findings.items():
-        lines.append(f"{finding.status:<9}{name:<14}{' '.join(finding.value.split())[:400]}")
-        lines += [f"{'':<23}-> {finding.remedy}"] if finding.remedy else []
-    counts = Counter(finding.status for finding in findings.values())
-    return "\n".join([*lines, f"problems: {counts['problem']}, warnings: {counts['warning']}"])
 
 
 def main() -> None:
@@ -350,7 +314,7 @@ def main() -> None:
     parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     options = parser.parse_args()
-    exit_with(lambda: doctor(options.shards, options.json))
+    run_main(lambda: doctor(options.shards, options.json))
 
 
 if __name__ == "__main__":

@@ -13,21 +13,23 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 def probe_driver() -> dict[str, Any]:
     """Return the driver's version, the newest CUDA that it supports, and its GPUs by `describe_gpu`."""
     import pynvml
 
     pynvml.nvmlInit()
-    cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-    gpus = []
+    cuda, gpus = pynvml.nvmlSystemGetCudaDriverVersion_v2(), []
     for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
-        name, size = pynvml.nvmlDeviceGetName(handle), 0
+        size = 0
         with suppress(pynvml.NVMLError):  # a GPU that shares the host's memory
             size = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-        gpus.append(describe_gpu(name, size, pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
-    version = f"{cuda // 1000}.{cuda % 1000 // 10}"
-    return {"version": pynvml.nvmlSystemGetDriverVersion(), "cuda": version, "gpus": gpus}
+        capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        gpus.append(describe_gpu(pynvml.nvmlDeviceGetName(handle), size, capability))
+    version = pynvml.nvmlSystemGetDriverVersion()
+    return {"version": version, "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}", "gpus": gpus}
 
 
 def describe_gpu(name: str, size: int, capability: tuple[int, int]) -> str:
@@ -71,25 +73,21 @@ def probe_dali() -> dict[str, Any]:
     import nvidia.dali as dali
 
     backend: Any = dali.backend  # compiled: without types
-    cuda, nvimgcodec = backend.__cuda_version__ // 1000, backend.GetNvimgcodecVersion()
-    info: dict[str, Any] = {
-        "version": dali.__version__,
-        "cuda": cuda,
-        "decodes": None,
-        "nvimgcodec": nvimgcodec,
-    }
+    info: dict[str, Any] = {"version": dali.__version__, "cuda": backend.__cuda_version__ // 1000}
+    info |= {"nvimgcodec": backend.GetNvimgcodecVersion(), "decodes": None}
     has_gpu = False
     with suppress(RuntimeError):  # no driver
         has_gpu = backend.GetCUDADeviceCount() > 0
     try:
-        info["decodes"] = decode_jpeg(has_gpu)
+        decode_jpeg(has_gpu)
+        info["decodes"] = "gpu" if has_gpu else "cpu"
     except Exception as error:
         info["decode_error"] = f"{type(error).__name__}: {error}"
     return info
 
 
-def decode_jpeg(on_gpu: bool) -> str:
-    """Decode an image of one colour. Returns "gpu" or "cpu"; raises when the colour is wrong."""
+def decode_jpeg(on_gpu: bool) -> None:
+    """Decode an image of one colour. Raises `UserError` when the colour is wrong."""
     import numpy as np
     from nvidia.dali import Pipeline, fn
     from PIL import Image
@@ -105,8 +103,7 @@ def decode_jpeg(on_gpu: bool) -> str:
     (images,) = pipe.run()
     pixels_HWC = np.asarray((images.as_cpu() if on_gpu else images).at(0)).astype(int)
     if pixels_HWC.shape != (64, 64, 3) or np.abs(pixels_HWC - (200, 100, 50)).max() > 4:
-        raise ValueError("expected (200, 100, 50), got another colour")
-    return "gpu" if on_gpu else "cpu"
+        raise UserError("expected (200, 100, 50), got another colour")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ The file's metadata has the network's configuration and the input's normalizatio
 from pathlib import Path
 
 from model.settings import AlexNetConfig, Names
+from pipeline.errors import UserError
 from pipeline.files import write_bytes
-from train.program import run_program
+from train.cli import run_program
 
 
 def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -> None:
@@ -21,7 +22,7 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
         names: Names of the tensors: ours, or torchvision's, for `model.variant: torchvision` only.
     """
     if out.suffix != ".safetensors" or out.is_dir():
-        raise ValueError(f"{out}: expected a file to write; give a name that ends in .safetensors")
+        raise UserError(f"{out}: expected a file to write; give a name that ends in .safetensors")
     from model.weights import weights_bytes
     from train.checkpoint import checkpoint_path, load_checkpoint
 
@@ -33,11 +34,11 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
         inputs = {"mean": content["eigenbasis"]["mean"], "std": std}
         step, has_mean_image = content["step"], content.get("mean_image") is not None
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError(f"{path}: not a checkpoint of a training run; give one of RUN/checkpoints") from None
+        raise UserError(f"{path}: not a checkpoint of a training run; give one of RUN/checkpoints") from None
     try:
         data = weights_bytes(state, config, inputs, names)
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be exported: {error}; give another checkpoint") from None
+        raise UserError(f"{path}: cannot be exported: {error}; give another checkpoint") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, data)
     print(f"{out}: step {step} of {path.parent.parent}, {len(data) / 1e6:.1f} MB")

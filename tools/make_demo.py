@@ -31,10 +31,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.files import atomic_writer, read_json, write_json
 from pipeline.machine import num_cores
 from tools.photos import encode, make_photo
-from train.program import run_program
+from train.cli import run_program
 
 Member = tuple[str, bytes]
 """Name and content of a file in a tar."""
@@ -61,9 +62,9 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
         photos: Number of photograph-like images (110 kB on average) to write instead of the digits, to measure speed.
     """
     if seed < 0:
-        raise ValueError(f"--seed: expected at least 0, got {seed}; leave it out for 2012")
+        raise UserError(f"--seed: expected at least 0, got {seed}; leave it out for 2012")
     if photos is not None and photos < MIN_PHOTOS:
-        raise ValueError(f"--photos: expected at least {MIN_PHOTOS}, got {photos}; write more")
+        raise UserError(f"--photos: expected at least {MIN_PHOTOS}, got {photos}; write more")
     stamp = {"format_version": 1, "seed": seed} | ({"photos": photos} if photos else {})
     is_complete = all((raw / name).is_file() for name in (*ARCHIVES, STAMP))
     if is_complete and read_json(raw / STAMP) == stamp:
@@ -72,7 +73,7 @@ def make_demo(raw: Path, seed: int = 2012, photos: int | None = None) -> None:
     # An interrupted run leaves archives without a stamp, or temporary files.
     names = {path.name.removesuffix(".tmp") for path in raw.iterdir()} if raw.is_dir() else set()
     if (raw.exists() and not raw.is_dir()) or is_complete or names - {*ARCHIVES, STAMP}:
-        raise ValueError(f"{raw}: expected a new or empty folder, got other files; give another")
+        raise UserError(f"{raw}: expected a new or empty folder, got other files; give another")
     raw.mkdir(parents=True, exist_ok=True)
     if photos:
         write_photos(raw, photos, seed)
@@ -135,29 +136,27 @@ def render_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
 def write_photos(raw: Path, count: int, seed: int) -> None:
     """Write the archives of `count` photograph-like images, a class at a time; every fifth is for validation."""
     val = [number for number in range(count) if (number // len(WORDS) + number) % 5 == 0]
-    train: dict[str, list[int]] = {wnid: [] for wnid in DIGIT_TO_WNID.values()}
-    for number in sorted(set(range(count)) - set(val)):
-        train[DIGIT_TO_WNID[number % len(WORDS)]].append(number)
-    numbers = [
-        number for _, each in sorted(train.items()) for number in each
-    ] + val  # in the order of writing
     make = functools.partial(make_photo, seed=seed)
     ignore_interrupt = functools.partial(
         signal.signal, signal.SIGINT, signal.SIG_IGN
     )  # the parent ends the pool
-    with ProcessPoolExecutor(num_cores(), initializer=ignore_interrupt) as pool:
-        photos = iter(tqdm(pool.map(make, numbers, chunksize=16), "photos", count, unit="img", disable=None))
+    with (
+        ProcessPoolExecutor(num_cores(), initializer=ignore_interrupt) as pool,
+        tqdm(total=count, desc="photos", unit="img", disable=None) as progress,
+    ):
 
-        def take(names: list[str]) -> Iterator[Member]:
-            for name in names:
-                yield name, next(photos)
+        def render(names: list[str], numbers: list[int]) -> Iterator[Member]:
+            for member in zip(names, pool.map(make, numbers, chunksize=16), strict=True):
+                progress.update()
+                yield member
 
-        write_archives(
-            raw,
-            {wnid: take([f"{wnid}_{n}.JPEG" for n in each]) for wnid, each in train.items()},
-            take([f"ILSVRC2012_val_{n:08d}.JPEG" for n in range(1, len(val) + 1)]),
-            [DIGIT_TO_ID[number % len(WORDS)] for number in val],
-        )
+        train: dict[str, Iterator[Member]] = {}
+        for digit, wnid in DIGIT_TO_WNID.items():
+            numbers = [number for number in range(digit, count, len(WORDS)) if number not in val]
+            train[wnid] = render([f"{wnid}_{number}.JPEG" for number in numbers], numbers)
+        names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(val) + 1)]
+        ground_truth = [DIGIT_TO_ID[number % len(WORDS)] for number in val]
+        write_archives(raw, train, render(names, val), ground_truth)
 
 
 def write_archives(
@@ -201,22 +200,16 @@ def make_devkit(train_counts: dict[str, int], ground_truth: list[int]) -> bytes:
     for digit, wnid in DIGIT_TO_WNID.items():
         words = (f"{WORDS[digit]}, {digit}", f"the digit {digit}")
         rows.append((DIGIT_TO_ID[digit], wnid, *words, 0, [], 0, train_counts[wnid]))
-    leaves = [row[0] for row in rows]
-    root = ("n90000001", "digit, figure", "one of the ten numerals", len(leaves), leaves, 1, 0)
-    rows.append((len(rows) + 1, *root))
-    synsets = np.zeros((len(rows), 1), dtype=[(name, object) for name in fields])
-    for position, row in enumerate(sorted(rows, key=lambda row: row[0])):
-        synsets[position, 0] = row
+    leaves, root = [row[0] for row in rows], ("n90000001", "digit, figure", "one of the ten numerals")
+    rows.append((len(rows) + 1, *root, len(leaves), leaves, 1, 0))
+    synsets = np.array(sorted(rows, key=lambda row: row[0]), dtype=[(name, object) for name in fields])
     mat = io.BytesIO()
-    savemat(mat, {"synsets": synsets})
+    savemat(mat, {"synsets": synsets[:, None]})
     # savemat writes the time into the first 116 bytes, free text; equal seeds must give equal bytes.
     content = b"MATLAB 5.0 MAT-file, demo devkit".ljust(116) + mat.getvalue()[116:]
-    labels = "".join(f"{number}\n" for number in ground_truth).encode()
-    folder = "ILSVRC2012_devkit_t12/data"
-    out = io.BytesIO()
-    write_tar(
-        out, [(f"{folder}/meta.mat", content), (f"{folder}/ILSVRC2012_validation_ground_truth.txt", labels)]
-    )
+    labels, out = "".join(f"{number}\n" for number in ground_truth).encode(), io.BytesIO()
+    files = {"meta.mat": content, "ILSVRC2012_validation_ground_truth.txt": labels}
+    write_tar(out, [(f"ILSVRC2012_devkit_t12/data/{name}", file) for name, file in files.items()])
     return out.getvalue()
 
 

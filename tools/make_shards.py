@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
         f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/make_shards.py\n"
     )
     sys.exit(2)
+from pipeline.errors import UserError
 from tools.packing.adopt import adopt
 from tools.packing.layouts import open_raw, split_off_validation, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
@@ -38,7 +39,7 @@ from tools.packing.writer import (
     write_manifest,
     write_shard,
 )
-from train.program import one_line, run_program
+from train.cli import run_program, sanitize_message
 
 SLOW_READS_PER_S = 500
 """Images per second that one core packs; slower random reads keep it waiting."""
@@ -105,7 +106,7 @@ def pack(
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]
     if data.sequential and task.world > 1:
-        raise ValueError(f"--part: expected one part for parquet files, got {task.world}; leave it out")
+        raise UserError(f"--part: expected one part for parquet files, got {task.world}; leave it out")
     if not data.sequential:
         warn_if_slow(raw, data, workers)
     claim_output(shards, classes_json(data.classes), plans)
@@ -135,16 +136,16 @@ def pack(
 
 
 def print_layout(raw: Path, shards: Path, data: RawImageNet) -> None:
-    """Print the layout. Raises `ValueError` when the output would lie among the images."""
+    """Print the layout. Raises `UserError` when the output would lie among the images."""
     if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
-        raise ValueError(
+        raise UserError(
             f"{shards}: expected a folder outside of {raw}, whose folders are classes; give another"
         )
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
     if others := data.ignored:
         reason = "without an image extension or outside of class folders"
-        print(one_line(f"ignored {len(others)} files {reason}, such as {others[0]}"))
+        print(sanitize_message(f"ignored {len(others)} files {reason}, such as {others[0]}"))
     if len(data.classes) == 1:
         print(
             f"warning: only one class, {data.classes[0].wnid!r}, from which nothing can be learned; check RAW"

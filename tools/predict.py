@@ -3,7 +3,7 @@
     python tools/predict.py RUN_OR_WEIGHTS IMAGE [IMAGE ...]
 
 An image is resized and cropped to 256x256 as in packing (`tools/packing/images.py`), the mean is subtracted, and the
-views of `train/evaluate.py` are cropped.
+views of `train/accuracy.py` are cropped.
 
 Shapes: N images, H = W = 256, C = 3 channels (RGB), K classes.
 """
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from pipeline.errors import UserError
 from pipeline.shards import ClassName, read_classes
-from train.program import Parser, exit_with
+from train.cli import Parser, run_main
 
 if TYPE_CHECKING:
     import torch
 
-    from train.trained import Trained
+    from train.pretrained import Pretrained
 
 BATCH_SIZE = 32
 
@@ -36,21 +37,21 @@ def predict(
     top: int,
     shards: Path | None,
     device: Literal["auto", "cpu", "cuda"],
-    as_json: bool,
+    json_output: bool,
 ) -> None:
     """Print the `top` most probable classes of each image; arguments as on the command line.
 
-    Raises `ValueError` at the end if some images are undecodable."""
+    Raises `UserError` at the end if some images are undecodable."""
     if top < 1:
-        raise ValueError(f"--top: expected at least 1, got {top}; leave it out for 5")
+        raise UserError(f"--top: expected at least 1, got {top}; leave it out for 5")
     paths = [path for name in images for path in find_images(name)]
     import torch  # takes seconds; errors in the arguments come first
 
     from model.alexnet import AlexNet
     from train.device import pick_device
-    from train.trained import read_trained
+    from train.pretrained import read_pretrained
 
-    trained, target = read_trained(checkpoint), pick_device(device)
+    trained, target = read_pretrained(checkpoint), pick_device(device)
     names = find_class_names(trained, shards)
     model = AlexNet(trained.config)
     model.load_state_dict(trained.state)
@@ -58,32 +59,30 @@ def predict(
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
     for start in range(0, len(paths), BATCH_SIZE):
-        batch, squares = [], []
-        for path in paths[start : start + BATCH_SIZE]:
+        squares: dict[int, torch.Tensor] = {}
+        for number, path in enumerate(paths[start : start + BATCH_SIZE], start):
             try:
-                squares.append(read_square(path))
-                batch.append(path)
+                squares[number] = read_square(path)
             except ValueError as error:
-                errors.append(str(error))
-        if not batch:
-            continue
-        images_NHWC = torch.stack(squares)
-        best = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
-        for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            pairs = zip(indices, values, strict=True)
-            classes = [{"index": k, **asdict(names[k]), "probability": value} for k, value in pairs]
-            rows.append({"image": str(path), "classes": classes})
-    if as_json:
+                errors.append(f"{path}: {error}")
+        if squares:
+            images_NHWC = torch.stack([*squares.values()])
+            best = compute_probabilities(model, trained, images_NHWC, views).topk(min(top, len(names)))
+            for number, values, indices in zip(
+                squares, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
+                pairs = zip(indices, values, strict=True)
+                classes = [{"index": k, **asdict(names[k]), "probability": value} for k, value in pairs]
+                rows.append({"image": str(paths[number]), "classes": classes})
+    if json_output:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
-    for row in rows if not as_json else ():
-        lines = [
-            f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip()
-            for each in row["classes"]
-        ]
-        print("\n".join([row["image"], *lines]))
+    for row in rows if not json_output else ():
+        print(row["image"])
+        for each in row["classes"]:
+            print(f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip())
     if errors:
         more = f" (and {len(errors) - 1} more images)" if len(errors) > 1 else ""
-        raise ValueError(f"{errors[0]}{more}; the others were predicted")
+        raise UserError(f"{errors[0]}{more}; the others were predicted")
 
 
 def find_images(name: str) -> list[Path]:
@@ -95,48 +94,43 @@ def find_images(name: str) -> list[Path]:
         images, _ = layouts.collect_images(layouts.read_folder(path))
         paths = [Path(image.name) for image in images]
     else:
-        names = glob(str(path))  # noqa: PTH207 (of Path, whose pattern may not be absolute)
-        paths = [path] if path.is_file() else [Path(each) for each in names if Path(each).is_file()]
+        names = [str(path), *glob(str(path))]  # noqa: PTH207 (of Path, whose pattern may not be absolute)
+        paths = list({Path(each) for each in names if Path(each).is_file()})
     if not paths:
         raise FileNotFoundError(f"{name}: expected an image file, a folder or a glob of some; check the name")
     return sorted(paths)
 
 
-def find_class_names(trained: "Trained", shards: Path | None) -> list[ClassName]:
+def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassName]:
     """Read the class names from `shards`, else from the run's shards if they still exist, else use wnids or numbers.
-    Raises `ValueError` for shards of other classes."""
+    Raises `UserError` for shards of other classes."""
     wnids = trained.wnids or [f"class {k}" for k in range(trained.config.outputs)]
     names: Sequence[ClassName] = ()
     if shards:
         names = read_classes(shards)
     else:
-        with suppress(
-            OSError, ValueError, KeyError, TypeError, IndexError
-        ):  # moved, or not a run's checkpoint
+        with suppress(Exception):  # the shards were moved, or it is not a run's checkpoint
             config = yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())
             names = read_classes(Path(config["data"]["shards"]))
     if len(names) == len(wnids) and trained.wnids in (None, [name.wnid for name in names]):
         return list(names)
     if shards:
-        raise ValueError(f"{shards}/classes.json: expected the classes of {trained.path}; leave it out")
+        raise UserError(f"{shards}/classes.json: expected the classes of {trained.path}; leave it out")
     return [ClassName(wnid, "") for wnid in wnids]
 
 
 def read_square(path: Path) -> "torch.Tensor":
-    """Read an image file as uint8 (H, W, C). Raises `ValueError` with its path."""
+    """Read an image file as uint8 (H, W, C). Raises `UserError`."""
     import torch
 
     from tools.packing.images import crop256, decode
 
-    try:
-        decoded = decode(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    decoded = decode(path.read_bytes())
     return torch.from_numpy(crop256(decoded.pixels, decoded.size))
 
 
 def compute_probabilities(
-    model: "torch.nn.Module", trained: "Trained", images_NHWC: "torch.Tensor", views: str
+    model: "torch.nn.Module", trained: "Pretrained", images_NHWC: "torch.Tensor", views: str
 ) -> "torch.Tensor":
     """Compute class probabilities (N, K) of uint8 images (N, H, W, C)."""
     import torch
@@ -155,23 +149,29 @@ def compute_probabilities(
 
 def main() -> None:
     """Read the command line and predict."""
-    parser = Parser(
-        prog="python tools/predict.py", description="Predict the most probable classes of image files."
-    )
+    about = "Predict the most probable classes of image files."
+    parser = Parser(prog="python tools/predict.py", description=about)
     run = "A run directory, a step-*.pt, a .safetensors or torchvision's .pth."
-    views = {"type": Literal["ten", "centre"], "help": "The mean of ten views, or the centre crop."}
-    shards = "Shards with the classes.json to use; by default the run's."
-    device = {"type": Literal["auto", "cpu", "cuda"], "help": "auto uses the first GPU, if any."}
+    views: dict[str, Any] = {
+        "type": Literal["ten", "centre"],
+        "help": "The mean of ten views, or the centre crop.",
+    }
+    device: dict[str, Any] = {
+        "type": Literal["auto", "cpu", "cuda"],
+        "help": "auto uses the first GPU, if any.",
+    }
     parser.add_argument("checkpoint", type=Path, help=run)
     parser.add_argument("images", nargs="+", help="Image files, folders or globs.")
     parser.add_argument("--views", default="ten", **views)
     parser.add_argument("--top", type=int, default=5, help="Classes to print per image.")
-    parser.add_argument("--shards", type=Path, default=None, help=shards)
+    parser.add_argument(
+        "--shards", type=Path, help="Shards with the classes.json to use; by default the run's."
+    )
     parser.add_argument("--device", default="auto", **device)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     args = parser.parse_args()
     options = (args.views, args.top, args.shards, args.device, args.json)
-    exit_with(lambda: predict(args.checkpoint, args.images, *options))
+    run_main(lambda: predict(args.checkpoint, args.images, *options))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
+from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import DataError, ShardSet, open_shards
-from train.program import run_program
+from pipeline.shards import ShardSet, open_shards
+from train.cli import run_program
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
@@ -36,7 +37,7 @@ IMAGENET = {
 }
 """ILSVRC-2012's training images, shorter side 256, central 256x256, on 0..255 (cuda-convnet2, make-data/input_meta),
 with our signs: the largest component of a column is positive."""
-REACH = 3
+MAX_SHIFT = 3
 """Standard deviations by which pca.png shifts the mean colour."""
 
 
@@ -44,6 +45,7 @@ class View(NamedTuple):
     """One image from the training graph."""
 
     key: str
+    """The stored file's name up to its first dot, without folders."""
     label: int
     jpeg: bytes
     """The stored file."""
@@ -74,28 +76,31 @@ def preview(
         convention: Convention of lighting.
     """
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
+        raise UserError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
     train = open_shards(shards, "train")
     content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
     basis, augmentation = Eigenbasis.from_json(content), Augmentation(lighting=Lighting(convention, strength))
     sheet, axes = ((out or shards) / name for name in ("preview.png", "pca.png"))
     check_writable(sheet)
-
     training = render_views(train, basis, augmentation, seed)
     colourful = max(training, key=lambda view: np.ptp(view.stored.mean((0, 1))))
     repeated = render_views(train, basis, augmentation, seed, colourful)
-    draw_sheet(sheet, train, repeated, training, augmentation.lighting, seed)
+    lighting = f"lighting of strength {strength:g}, convention {convention}"
+    upper = f"{colourful.key}, as it is stored, and {COUNT} times as training may show it: {lighting}"
+    lower = f"The first {len(training)} of {train.num_samples:,} training images, seed {seed}"
+    stored = colourful._replace(pixels=colourful.stored)
+    cells = [(stored, "stored")] + [
+        (view, f"{view.left} right, {view.top} down{', flipped' * view.mirrored}") for view in repeated
+    ]
+    firsts = [(view, f"{read_class_word(view, train)}\n{view.key[-CAPTION:]}") for view in training]
+    draw_sheet(sheet, {upper: cells, lower: firsts})
     print(f"{format_eigenbasis(content)}\n")
     draw_eigenbasis(axes, content)
     print(f"pictures: {sheet}, {axes}")
 
 
 def render_views(
-    shards: ShardSet,
-    basis: Eigenbasis,
-    augmentation: Augmentation,
-    seed: int,
-    repeat: View | None = None,
+    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int, repeat: View | None = None
 ) -> list[View]:
     """Run one batch through the training graph on the CPU.
 
@@ -111,9 +116,9 @@ def render_views(
     from nvidia.dali import Pipeline, fn  # takes seconds; errors in the input come first
 
     from pipeline.decode import Decoder
-    from pipeline.draws import OFFSETS, draw
-    from pipeline.graph import read_graph, square_graph, train_graph
-    from pipeline.lighting import moved_means
+    from pipeline.draws import OFFSETS, sample_params
+    from pipeline.graph import decode_full, read_graph, train_graph
+    from pipeline.lighting import shifted_means
     from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
@@ -131,13 +136,12 @@ def render_views(
         else:
             encoded, digits = read_graph(shards, True, seed, DataConfig(Path()).shuffle_buffer, 0, 1)
         # Another rank's random numbers for the repeated image, so that the halves of the sheet differ.
-        draws = draw(augmentation, seed, 1 if repeat else 0)
-        crops, mirrored, light = train_graph(encoded, draws, basis, augmentation, decoder, "cpu")
-        source = [] if repeat else [fn.get_property(encoded, key="source_info")]
-        squares = square_graph(encoded, decoder)
-        pipe.set_outputs(
-            crops, light, squares, encoded, digits, draws.crop_x, draws.crop_y, mirrored, *source
-        )
+        params = sample_params(augmentation, seed, 1 if repeat else 0)
+        crops, mirrored, noise = train_graph(encoded, params, basis, augmentation, decoder, "cpu")
+        source = feed(repeat.key.encode()) if repeat else fn.get_property(encoded, key="source_info")
+        squares = decode_full(encoded, decoder)
+        places = (params.crop_x, params.crop_y, mirrored)
+        pipe.set_outputs(source, digits, encoded, squares, crops, noise, *places)
     with data_errors(shards):
         pipe.build()
         if not repeat:
@@ -146,50 +150,29 @@ def render_views(
 
     views = []
     for n in range(count):
-        crop, light, square, jpeg, digits, x, y, mirror, *name = (
-            np.array(output.at(n)) for output in outputs
-        )
-        mean = moved_means(light[None], basis, augmentation.lighting)[0]
+        source, digits, jpeg, square, crop, noise, x, y, mirror = (np.array(each.at(n)) for each in outputs)
+        name = source.tobytes().decode().rpartition(":")[2]  # of TAR:OFFSET:NAME
+        mean = shifted_means(noise[None], basis, augmentation.lighting)[0]
         pixels = to_pixels((crop[:, ::-1] if mirror else crop) - mean, basis.mean)
-        key = repeat.key if repeat else parse_key(name[0].tobytes().decode(), shards)
-        label = int(digits.tobytes().strip(b"\0"))
         left, top = (round(float(offset) * OFFSETS) for offset in (x, y))
+        key, label = name.rpartition("/")[2].partition(".")[0], int(digits.tobytes().strip(b"\0"))
         views.append(View(key, label, jpeg.tobytes(), square, pixels, left, top, bool(mirror)))
     return views
 
 
-def parse_key(source: str, shards: ShardSet) -> str:
-    """Parse the key from DALI's `TAR:OFFSET:NAME`, whose parts may hold colons: the name up to the first dot of its
-    base name, as in the webdataset library."""
-    tar = next(tar for tar in shards.tars if source.startswith(f"{tar}:"))
-    name = source[len(tar) + 1 :].partition(":")[2]
-    base = name.rpartition("/")[2]
-    return name[: len(name) - len(base)] + base.partition(".")[0]
+def draw_sheet(path: Path, halves: dict[str, list[tuple[View, str]]]) -> None:
+    """Write preview.png: views with their captions, by the heading of each half."""
+    from train.pictures import saved_figure
 
-
-def draw_sheet(
-    path: Path, shards: ShardSet, repeated: list[View], training: list[View], lighting: Lighting, seed: int
-) -> None:
-    """Write preview.png: above, a stored image and its augmentations; below, the first training images."""
-    from train.charts import saved_figure
-
-    one, crops = repeated[0], f"lighting of strength {lighting.strength:g}, convention {lighting.convention}"
-    upper_title = f"{one.key}, as it is stored, and {len(repeated)} times as training may show it: {crops}"
-    lower_title = f"The first {len(training)} of {shards.num_samples:,} training images, seed {seed}"
-    offsets = [f"{view.left} right, {view.top} down{', flipped' * view.mirrored}" for view in repeated]
-    names = [f"{read_class_word(view, shards)[:CAPTION]}\n{view.key[-CAPTION:]}" for view in training]
-    cells = [(one.stored, f"{read_class_word(one, shards)[:CAPTION]}, stored")]
-    cells += [(view.pixels, offset) for view, offset in zip(repeated, offsets, strict=True)]
-    firsts = [(view.pixels, name) for view, name in zip(training, names, strict=True)]
     with saved_figure(path) as figure:
         figure.set_size_inches(18, 15)  # at 120 dots per inch a crop has about its own size
-        halves: Any = figure.subfigures(2)
-        for half, heading, images in zip(halves, (upper_title, lower_title), (cells, firsts), strict=True):
+        subfigures: Any = figure.subfigures(len(halves))
+        for half, (heading, cells) in zip(subfigures, halves.items(), strict=True):
             half.suptitle(heading)
             for number, axes in enumerate(half.subplots(ROWS, COLUMNS).flat):
                 axes.axis("off")
-                for pixels_HWC, caption in images[number : number + 1]:
-                    axes.imshow(pixels_HWC)
+                for view, caption in cells[number : number + 1]:
+                    axes.imshow(view.pixels)
                     axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
 
 
@@ -200,7 +183,7 @@ def read_class_word(view: View, shards: ShardSet) -> str:
             f"{view.key}: expected a label below {len(shards.classes)}, the classes, got {view.label}; "
             f"tools/make_shards.py verify {Path(shards.tars[0]).parent.parent} lists all damage"
         )
-    return shards.classes[view.label].words.split(",")[0]
+    return shards.classes[view.label].words.split(",")[0][:CAPTION]
 
 
 def format_eigenbasis(content: dict[str, Any]) -> str:
@@ -209,31 +192,24 @@ def format_eigenbasis(content: dict[str, Any]) -> str:
     vectors, reference = basis.eigenvectors, published["eigenvectors"]
     stddev, known = basis.axis_stddev, published["axis_stddev"]
     angles = np.degrees(np.arccos(np.clip(np.abs((vectors * reference).sum(0)), 0, 1)))
-
-    def format_pairs(values: np.ndarray, imagenet: np.ndarray, digits: int = 2) -> list[str]:
-        return [f"{a:.{digits}f} ({b:.{digits}f})" for a, b in zip(values, imagenet, strict=True)]
-
-    rows = [
-        ["channels", "red", "green", "blue"],
-        ["mean", *format_pairs(basis.mean, published["mean"])],
-        [
-            "standard deviation",
-            *format_pairs(np.sqrt(vectors**2 @ stddev**2), np.sqrt(reference**2 @ known**2)),
-        ],
-        ["axes", "first", "second", "third"],
-        ["standard deviation", *format_pairs(stddev, known)],
-        [
-            "share of the variance, %",
-            *format_pairs(compute_variance_shares(stddev), compute_variance_shares(known)),
-        ],
-        *(
-            [name, *format_pairs(vectors[k], reference[k], 4)]
-            for k, name in enumerate(("red", "green", "blue"))
-        ),
-        ["angle to ImageNet's, degrees", *(f"{angle:.1f}" for angle in angles)],
-    ]
-    table = "\n".join(f"{name:<29}" + "".join(f"{cell:>21}" for cell in cells) for name, *cells in rows)
-    return f"{content['num_images']} images, levels of 0..255 (ImageNet's in brackets)\n{table}"
+    channel_stddev = np.sqrt(vectors**2 @ stddev**2), np.sqrt(reference**2 @ known**2)
+    pairs = {
+        "mean": (basis.mean, published["mean"]),
+        "standard deviation of channels": channel_stddev,
+        "standard deviation of axes": (stddev, known),
+        "share of the variance, %": (compute_variance_shares(stddev), compute_variance_shares(known)),
+        "red of axes": (vectors[0], reference[0]),
+        "green of axes": (vectors[1], reference[1]),
+        "blue of axes": (vectors[2], reference[2]),
+        "angle of axes, degrees": (angles, np.zeros(3)),
+    }
+    about = "ImageNet's in brackets; columns are red, green, blue, or axes 1, 2, 3"
+    lines = [f"{content['num_images']} images, levels of 0..255 ({about})"]
+    for name, (values, imagenet) in pairs.items():
+        digits = 4 if name.startswith(("red", "green", "blue")) else 2
+        cells = (f"{a:.{digits}f} ({b:.{digits}f})" for a, b in zip(values, imagenet, strict=True))
+        lines.append(f"{name:<31}" + "".join(f"{cell:>21}" for cell in cells))
+    return "\n".join(lines)
 
 
 def compute_variance_shares(stddev: np.ndarray) -> np.ndarray:
@@ -243,9 +219,9 @@ def compute_variance_shares(stddev: np.ndarray) -> np.ndarray:
 
 def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
     """Write pca.png: ramps of the mean colour shifted along each axis."""
-    from train.charts import saved_figure
+    from train.pictures import saved_figure
 
-    basis, steps = Eigenbasis.from_json(content), np.linspace(-REACH, REACH, 601)[:, None]
+    basis, steps = Eigenbasis.from_json(content), np.linspace(-MAX_SHIFT, MAX_SHIFT, 601)[:, None]
     with saved_figure(path) as figure:
         figure.set_size_inches(10, 5)
         figure.suptitle(
@@ -254,12 +230,10 @@ def draw_eigenbasis(path: Path, content: dict[str, Any]) -> None:
         for axis, ramp in enumerate(figure.subplots(3)):
             stddev, share = basis.axis_stddev[axis], compute_variance_shares(basis.axis_stddev)[axis]
             colours = np.rint((basis.mean + steps * stddev * basis.eigenvectors[:, axis]).clip(0, 255))
-            ramp.imshow(colours.astype(np.uint8)[None], aspect="auto", extent=(-REACH, REACH, 0, 1))
+            ramp.imshow(colours.astype(np.uint8)[None], aspect="auto", extent=(-MAX_SHIFT, MAX_SHIFT, 0, 1))
             ramp.set_yticks([])
-            title = (
-                f"axis {axis + 1}: standard deviations of {stddev:.1f} levels, {share:.1f} % of the variance"
-            )
-            ramp.set_title(title, fontsize=9)
+            about = f"standard deviations of {stddev:.1f} levels, {share:.1f} % of the variance"
+            ramp.set_title(f"axis {axis + 1}: {about}", fontsize=9)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     python tools/tune_pipeline.py SHARDS --out FILE.yaml
     python -m train.run --config BASE.yaml --config FILE.yaml --data.shards SHARDS --run.dir DIR
 
-A coordinate search from the defaults: one knob after the other, a few values each, on top of the best so far; the last
-two rows measure the defaults and the best again, and decide. The training loader runs with a consumer that sleeps
+A coordinate search from the defaults: one setting after the other, a few values each, on top of the best so far; the
+last two rows measure the defaults and the best again, and decide. The training loader runs with a consumer that sleeps
 `--step-ms` per batch in place of the network. The criterion is the wait for a batch: the 99th percentile first, as one
 late batch delays every GPU of a run, then the mean. Each measurement has its own seed, so that none profits from shards
 that another has read into memory.
 
-The p99 of fewer than a hundred batches is about the longest wait: use a larger `--seconds`. Knobs that change the
-content of a batch (the shuffle buffer, the decode cache) are not searched.
+The p99 of fewer than a hundred batches is about the longest wait: use a larger `--seconds`. Settings that change the
+content of a batch (the shuffle buffer) are not searched.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter, sleep
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
+from pipeline.errors import DataError, UserError
 from pipeline.files import write_bytes
 from pipeline.machine import num_cores
 from pipeline.settings import DataConfig, Speed
-from pipeline.shards import DataError, open_shards
-from train.program import run_program
+from pipeline.shards import open_shards
+from train.cli import run_program
 
 if TYPE_CHECKING:
     from pipeline.loader import Loader
@@ -50,46 +51,22 @@ WARM_UP, MIN_BATCHES = 3, 3
 IN_FLIGHT = 3
 """Batches that training holds on a GPU: the current one and those of queued steps."""
 
-
-@dataclass(frozen=True)
-class Knobs:
-    """A candidate; see `pipeline.settings.Speed` and `DataConfig.decode`."""
-
-    threads: int
-    prefetch: int = Speed.prefetch
-    read_ahead: int = Speed.read_ahead
-    hw_decoder_load: float = Speed.hw_decoder_load
-    decode: Literal["auto", "cpu"] = "auto"
-
-    def to_settings(self) -> dict[str, Any]:
-        """Return the keys of a run's configuration, without `decode: auto`: a run that began with `auto` may resume
-        with other speed settings, but not with another `decode`."""
-        knobs = asdict(self)
-        decode = knobs.pop("decode")
-        return {"data": ({} if decode == "auto" else {"decode": decode}) | {"speed": knobs}}
-
-
-class Waits(NamedTuple):
-    """Throughput of a candidate, and its consumer's waits for a batch."""
-
-    images_per_s: float
-    p50_ms: float
-    p99_ms: float
-    mean_ms: float
-    batches: int
-    """Measured batches; with fewer than a hundred the 99th percentile is about the longest wait."""
-
-
-FAILED = Waits(0.0, math.inf, math.inf, math.inf, 0)
+Settings = dict[str, Any]
+"""A candidate: the fields of `pipeline.settings.Speed`, and `decode` of `DataConfig`."""
 
 
 class Trial(NamedTuple):
-    """One row of the table."""
+    """A measured candidate: throughput, and its consumer's waits for a batch."""
 
-    knobs: Knobs
-    waits: Waits
+    settings: Settings
+    p99_ms: float = math.inf
+    mean_ms: float = math.inf
+    p50_ms: float = math.inf
+    images_per_s: float = 0.0
+    batches: int = 0
+    """Measured ones; with fewer than a hundred the 99th percentile is about the longest wait."""
     error: str = ""
-    """Reason why the waits are `FAILED`."""
+    """Reason of a failure."""
 
 
 def tune_pipeline(
@@ -110,59 +87,73 @@ def tune_pipeline(
     """
     if batch_size < 1 or not 0 < seconds < math.inf or not 0 <= step_ms < math.inf:
         got = f"{batch_size}, {seconds:g}, {step_ms:g}"
-        raise ValueError(f"--batch-size, --seconds, --step-ms: expected >= 1, > 0 and >= 0, got {got}")
+        raise UserError(f"--batch-size, --seconds, --step-ms: expected >= 1, > 0 and >= 0, got {got}")
     if out and out.exists() and (out.is_dir() or not out.read_bytes().startswith(FIRST_LINE.encode())):
-        raise ValueError(
-            f"--out {out}: expected a new file or one written by this program; give another name"
-        )
+        raise UserError(f"--out {out}: expected a new file or one written by this program; give another name")
     from pipeline.eigenbasis import Eigenbasis
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     device, train = pick_device("auto"), open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     on_gpu, seeds = device.type == "cuda", itertools.count()
     axes, in_flight = list_axes(num_cores(), on_gpu), IN_FLIGHT if on_gpu else 1
     max_trials = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again
+    machine = f"{num_cores()} cores, {device.type}"
+    images = f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}"
     print(
-        f"{train.num_samples} images in {len(train.tars)} shards, batch {batch_size}, {num_cores()} cores, "
-        f"on {device.type}: at most {max_trials} measurements of {seconds:g} s, plus start-up",
-        flush=True,
+        f"{images}, {machine}: at most {max_trials} measurements of {seconds:g} s, plus start-up", flush=True
     )
     with tqdm(desc="measuring", total=max_trials, unit="candidate", disable=None, leave=False) as progress:
 
-        def measure(knobs: Knobs) -> Waits:
+        def measure(settings: Settings) -> Trial:
             progress.update()
             gc.collect()  # a failed loader still holds GPU memory
-            data = knobs.to_settings()["data"]
+            data = to_config(settings)["data"]
             config = DataConfig(shards, **data | {"speed": Speed(**data["speed"])})
-            options = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
+            options: dict[str, Any] = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
             loader = train_loader(train, basis, config, batch_size=batch_size, **options)
             with contextlib.closing(loader):
-                warm_up = WARM_UP + knobs.prefetch + knobs.read_ahead
-                return measure_waits(loader, warm_up, batch_size, step_ms, seconds, in_flight)
+                warm_up = WARM_UP + config.speed.prefetch_queue_depth + config.speed.reader_queue_depth
+                waits_ms, total_s = measure_waits(loader, warm_up, step_ms, seconds, in_flight)
+            p99_ms, p50_ms = np.percentile(waits_ms, [99, 50]).tolist()
+            batches = len(waits_ms)
+            return Trial(settings, p99_ms, fmean(waits_ms), p50_ms, batches * batch_size / total_s, batches)
 
-        trials, best = search(Knobs(Speed().num_threads), axes, measure)
+        trials, best = search(default_settings(Speed().num_threads), axes, measure)
     print(format_table(trials))
-    if best.knobs == trials[0].knobs:
+    if best.settings == trials[0].settings:
         print("nothing was faster than the defaults")
-    settings = yaml.safe_dump(best.knobs.to_settings(), sort_keys=False)
+    content = yaml.safe_dump(to_config(best.settings), sort_keys=False)
     if out:
-        machine = f"{platform.node()}, {num_cores()} cores, {device.type}; manifest {train.manifest_sha256}"
-        origin = f"{FIRST_LINE}\n#   {shlex.join(sys.argv)}\n#   {machine}\n"
+        origin = f"{shlex.join(sys.argv)}\n#   {platform.node()}, {machine}; manifest {train.manifest_sha256}"
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(out, f"{origin}{settings}".encode())
-    print(f"{settings}\npass {out or 'these settings in a file'} as a second --config to train.run")
+        write_bytes(out, f"{FIRST_LINE}\n#   {origin}\n{content}".encode())
+    print(f"{content}\npass {out or 'these settings in a file'} as a second --config to train.run")
 
 
-def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
-    """List the changes to try, per knob."""
+def default_settings(threads: int) -> Settings:
+    """Return the candidate of the defaults."""
+    names = ("prefetch_queue_depth", "reader_queue_depth", "hw_decoder_load")
+    return {"threads": threads, **{name: getattr(Speed, name) for name in names}, "decode": "auto"}
+
+
+def to_config(settings: Settings) -> dict[str, Any]:
+    """Return the keys of a run's configuration, without `decode: auto`: a run that began with `auto` may resume with
+    other speed settings, but not with another `decode`."""
+    speed = {name: value for name, value in settings.items() if name != "decode"}
+    decode = {} if settings["decode"] == "auto" else {"decode": settings["decode"]}
+    return {"data": decode | {"speed": speed}}
+
+
+def list_axes(cores: int, on_gpu: bool) -> list[list[Settings]]:
+    """List the changes to try, per setting."""
     threads = sorted({1, max(cores // 2, 1), cores, cores * 3 // 2} - {Speed().num_threads})
-    axes: list[list[dict[str, Any]]] = [
+    axes: list[list[Settings]] = [
         [{"threads": number} for number in threads],
-        [{"prefetch": batches} for batches in (1, 4, 8)],
-        [{"read_ahead": batches} for batches in (2, 4)],
+        [{"prefetch_queue_depth": batches} for batches in (1, 4, 8)],
+        [{"reader_queue_depth": batches} for batches in (2, 4)],
     ]
     if on_gpu:
         axes.append([{"hw_decoder_load": share} for share in (0.0, 0.3, 0.5, 0.8, 1.0)])
@@ -172,7 +163,7 @@ def list_axes(cores: int, on_gpu: bool) -> list[list[dict[str, Any]]]:
 
 
 def search(
-    default: Knobs, axes: Sequence[Sequence[dict[str, Any]]], measure: Callable[[Knobs], Waits]
+    default: Settings, axes: Sequence[Sequence[Settings]], measure: Callable[[Settings], Trial]
 ) -> tuple[list[Trial], Trial]:
     """Search coordinate by coordinate.
 
@@ -181,7 +172,7 @@ def search(
 
     Args:
         default: The first candidate.
-        axes: Changes per knob to try on the best candidate so far; on `default` as long as none succeeded.
+        axes: Changes to try on the best candidate so far; on `default` as long as none succeeded.
         measure: Measures a candidate; after a `RuntimeError` (from DALI or PyTorch, such as out of memory) or
             `MemoryError` the search continues.
 
@@ -189,25 +180,24 @@ def search(
     """
     trials: list[Trial] = []
 
-    def attempt(knobs: Knobs) -> None:
+    def attempt(settings: Settings) -> None:
         try:
-            trials.append(Trial(knobs, measure(knobs)))
+            trials.append(measure(settings))
         except (RuntimeError, MemoryError) as error:
-            trials.append(Trial(knobs, FAILED, (str(error) or type(error).__name__).splitlines()[0]))
+            trials.append(Trial(settings, error=(str(error) or type(error).__name__).splitlines()[0]))
 
     attempt(default)
     for axis in axes:
-        base = pick_best(trials).knobs
-        for change in axis:
-            knobs = replace(base, **change)
-            if all(trial.knobs != knobs for trial in trials):
-                attempt(knobs)
+        base = pick_best(trials).settings
+        for settings in (base | change for change in axis):
+            if all(trial.settings != settings for trial in trials):
+                attempt(settings)
     best = pick_best(trials)
-    if best.waits == FAILED:
+    if best.error:
         raise DataError(f"all settings failed; with the defaults: {trials[0].error}")
     if best is not trials[0]:
         attempt(default)
-        attempt(best.knobs)
+        attempt(best.settings)
         best = pick_best(trials[-2:])
     return trials, best
 
@@ -215,19 +205,19 @@ def search(
 def pick_best(trials: Sequence[Trial]) -> Trial:
     """Pick the first trial, as it is nearest to the defaults, of those with about the lowest mean, of those with about
     the lowest 99th percentile."""
-    p99_ms = min(trial.waits.p99_ms for trial in trials)
+    p99_ms = min(trial.p99_ms for trial in trials)
     p99_ms = max(p99_ms * (1 + SAME_P99), p99_ms + SAME_P99_MS)
-    candidates = [trial for trial in trials if trial.waits.p99_ms <= p99_ms]
-    mean_ms = min(trial.waits.mean_ms for trial in candidates)
+    candidates = [trial for trial in trials if trial.p99_ms <= p99_ms]
+    mean_ms = min(trial.mean_ms for trial in candidates)
     mean_ms = max(mean_ms * (1 + SAME_MEAN), mean_ms + SAME_MEAN_MS)
-    return next(trial for trial in candidates if trial.waits.mean_ms <= mean_ms)
+    return next(trial for trial in candidates if trial.mean_ms <= mean_ms)
 
 
 def measure_waits(
-    loader: "Loader", warm_up: int, batch_size: int, step_ms: float, seconds: float, in_flight: int
-) -> Waits:
+    loader: "Loader", warm_up: int, step_ms: float, seconds: float, in_flight: int
+) -> tuple[list[float], float]:
     """Load batches for about `seconds`, after `warm_up` of them, with a consumer that sleeps `step_ms` per batch and
-    holds `in_flight` of them.
+    holds `in_flight` of them. Returns milliseconds waited for each, and seconds in all.
 
     Raises `DataError` (a `RuntimeError`) when DALI fails.
     """
@@ -240,19 +230,19 @@ def measure_waits(
         current.append(next(batches))  # synchronous: the loader waits for the device
         waits_ms.append(1e3 * (perf_counter() - request))
         sleep(step_ms / 1e3)
-    images_per_s = len(waits_ms) * batch_size / (perf_counter() - start)
-    p50_ms, p99_ms = np.percentile(waits_ms, [50, 99])
-    return Waits(images_per_s, float(p50_ms), float(p99_ms), float(np.mean(waits_ms)), len(waits_ms))
+    return waits_ms, perf_counter() - start
 
 
 def format_table(trials: Sequence[Trial]) -> str:
     """Format a row per trial."""
-    names = list(asdict(trials[0].knobs))
+    names = list(trials[0].settings)
     lines = ["  ".join([*names, "| images/s", "    p50", "    p99", "   mean ms waited", "batches"])]
-    for trial in trials:
-        row = "  ".join(f"{value!s:>{len(name)}}" for name, value in asdict(trial.knobs).items())
-        figures = "{:8.0f}  {:7.2f}  {:7.2f}  {:7.2f}           {:7}".format(*trial.waits)
-        lines.append(f"{row}  | {trial.error or figures}")
+    for each in trials:
+        row = "  ".join(f"{each.settings[name]!s:>{len(name)}}" for name in names)
+        waits = f"{each.p50_ms:7.2f}  {each.p99_ms:7.2f}  {each.mean_ms:7.2f}"
+        lines.append(
+            f"{row}  | {each.error or f'{each.images_per_s:8.0f}  {waits}           {each.batches:7}'}"
+        )
     return "\n".join(lines)
 
 

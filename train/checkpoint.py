@@ -1,43 +1,48 @@
-"""Checkpoints: everything that a run needs to go on, and an evaluation to start, in one file.
+"""Checkpoints and the run directory: all that a run needs to resume, in one file.
 
+    RUN/run.lock                        marks a run directory; held by the run that writes to it
     RUN/checkpoints/step-00000440.pt    written whole or not at all
-    RUN/checkpoints/LATEST              the name of the newest whole one
-    RUN/checkpoints/BEST                the name of the one with the lowest validation error
+    RUN/checkpoints/LATEST              name of the newest one
+    RUN/checkpoints/BEST                name of the one with the lowest validation error
 
 Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code. A
-file is a zip archive as `torch.save` writes it, whose comment is the SHA-256 of all bytes before it.
+file is a zip archive of `torch.save`, whose members carry a CRC each.
 """
 
 import re
+import zipfile
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Thread
-from typing import IO, Any, cast
+from typing import Any, BinaryIO
 
 import torch
-from tqdm import tqdm
+import yaml
 
-from pipeline.files import atomic_writer, write_bytes
-from train.signed import SignedWriter, is_sound
+from pipeline.errors import UserError
+from pipeline.files import atomic_writer, open_locked, write_bytes
+from train.cli import REMEDIES, log
+from train.config import Config
+from train.metrics import read_metrics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 was version 0.1's; its weights can be read, see train/pretrained.py."""
 NAME = r"step-\d{8}\.pt"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time, on a thread of its own.
+    """Writes one checkpoint at a time on a thread. One that cannot be written, because a disk is full, does not end a
+    run: the one before stays the latest."""
 
-    A checkpoint that cannot be written, because a disk is full, does not end a run: the one before stays the latest.
-    """
-
-    def __init__(self, run_dir: Path, keep: int, latest: Path | None = None) -> None:
-        self._run_dir, self._keep = run_dir, keep
-        self._told: set[str] = set()
+    def __init__(self, run_dir: Path, keep_last: int, latest: Path | None = None) -> None:
+        self._run_dir, self._keep_last = run_dir, keep_last
         self._thread: Thread | None = None
         self._error: Exception | None = None
+        self._logged_error: OSError | None = None
         self.latest = latest
-        """The newest one that is whole."""
+        """The newest whole one."""
 
     @property
     def busy(self) -> bool:
@@ -45,170 +50,224 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def start(
-        self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int] = ()
+        self,
+        step: int,
+        content: dict[str, Any],
+        before: Callable[[], None],
+        pinned_steps: Collection[int] = (),
     ) -> None:
-        """Write `content`, none of whose tensors may change any more; `before` is called first. All but the newest ones
-        and those of the steps in `keep` are removed then. The one before is written: `wait` has told."""
-        assert not self.busy
-        self._thread = Thread(target=self._write, args=(step, content, before, keep), name="checkpoint")
+        """Write `content`, whose tensors may not change any more, after calling `before`. Waits for the one before."""
+        self.log_save_error()
+        self._thread = Thread(
+            target=self._write, args=(step, content, before, pinned_steps), name="checkpoint"
+        )
         self._thread.start()
 
     def _write(
-        self, step: int, content: dict[str, Any], before: Callable[[], None], keep: Collection[int]
+        self, step: int, content: dict[str, Any], before: Callable[[], None], pinned_steps: Collection[int]
     ) -> None:
         try:
             before()
-            self.latest = save_checkpoint(self._run_dir, step, content, self._keep, keep, self._tell_once)
-        except Exception as error:  # of a thread nobody would hear
+            self.latest = save_checkpoint(self._run_dir, step, content, self._keep_last, pinned_steps)
+        except Exception as error:  # raised by `finish`
             self._error = error
 
-    def _tell_once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
-            tqdm.write(line)
-
-    def wait(self) -> OSError | None:
-        """Wait for the one that is being written. Returns what kept it from being written, once; raises what is a
-        mistake of ours."""
-        if self._thread:
-            self._thread.join()
+    def finish(self) -> None:
+        """Wait until the last one is written. Raises `OSError` where it could not be."""
+        if self._thread is None:
+            return
+        self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        if error is None or isinstance(error, OSError):
-            return error
-        raise error
+        if error:
+            raise error
+        if self._logged_error:
+            log(f"saving works again: {self.latest}")
+            self._logged_error = None
+
+    def log_save_error(self) -> None:
+        """Wait likewise, and log an error of the disk, unless the one before was the same."""
+        try:
+            self.finish()
+        except OSError as error:
+            if self._logged_error is None or error.errno != self._logged_error.errno:
+                log(
+                    f"could not save: {error.filename}: {error.strerror}; the last good checkpoint is "
+                    f"{self.latest or 'none'}; {REMEDIES.get(error.errno or 0, 'check the disk')}"
+                )
+                self._logged_error = error
 
 
 def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    content: dict[str, Any],
-    keep: int,
-    keep_steps: Collection[int] = (),
-    tell: Callable[[str], object] = tqdm.write,
+    run_dir: Path, step: int, content: dict[str, Any], keep_last: int, pinned_steps: Collection[int] = ()
 ) -> Path:
-    """Write a checkpoint, point LATEST to it, and BEST if it is (`content["best"]` tells). Of those up to this step
-    all but the newest `keep` and those of `keep_steps` are removed; one of a later step, from where somebody went back,
-    stays until it is written anew. Returns its path. Raises `OSError`; then the one before stays the latest. What
-    cannot be removed is told of.
+    """Write a checkpoint, point LATEST to it, and BEST to `content["best"]["step"]`. Returns its path.
+
+    Of those up to this step all but the newest `keep_last`, the best and `pinned_steps` are removed; one of a later
+    step, from before a resume, stays until it is written again. Raises `OSError`; the one before is the latest then.
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
-    path, latest, best = checkpoint_name(directory, step), directory / "LATEST", directory / "BEST"
+    path, best = checkpoint_name(directory, step), directory / "BEST"
     with atomic_writer(path) as file:
-        signed = SignedWriter(file)
-        try:
-            torch.save({"format_version": FORMAT_VERSION, "step": step, **content}, cast(IO[bytes], signed))
-        except RuntimeError as error:
-            raise signed.error or error from None
-        signed.sign()
-    write_bytes(latest, f"{path.name}\n".encode())
+        write_archive(file, {"format_version": FORMAT_VERSION, "step": step, **content})
+    write_bytes(directory / "LATEST", f"{path.name}\n".encode())
     if content.get("best") and (best_path := checkpoint_name(directory, content["best"]["step"])).exists():
         write_bytes(best, f"{best_path.name}\n".encode())  # its own writing may have failed
-    kept = {checkpoint_name(directory, number) for number in keep_steps}
+    pinned = {checkpoint_name(directory, number) for number in pinned_steps}
     if best.is_file():
-        kept.add(directory / (name := named_by(best)))
-        if not re.fullmatch(NAME, name):
-            tell(f"{best} names no checkpoint: none is kept as the best one until the run finds a better one")
-    old = sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep]
-    abandoned = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
-    for each in (*(each for each in old if each not in kept), *abandoned):
-        try:
+        pinned.add(directory / read_pointer(best))
+    old = sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep_last]
+    killed = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
+    for each in (*(each for each in old if each not in pinned), *killed):
+        with suppress(OSError):
             each.unlink()
-        except OSError as error:
-            tell(f"cannot remove {each} ({error.strerror}); going on")
     return path
 
 
-def named_by(pointer: Path) -> str:
+def write_archive(file: BinaryIO, content: dict[str, Any]) -> None:
+    """`torch.save`, but raising the `OSError` of a full disk, which torch hides by an error of its own."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+
+
+def read_pointer(pointer: Path) -> str:
     """What LATEST or BEST says."""
     return pointer.read_bytes().decode(errors="replace").strip()
 
 
 def checkpoint_name(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Path of the checkpoint of a step."""
     return directory / f"step-{step:08d}.pt"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that its name tells."""
-    return int(checkpoint.stem.removeprefix("step-"))
-
-
-def find_checkpoint(place: Path) -> Path | None:
+def find_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None.
 
-    Raises `FileNotFoundError` when LATEST names none, `ValueError` when it is no file.
+    Raises `UserError` when LATEST names none or is not a file.
     """
-    latest = place / "checkpoints" / "LATEST"
-    if latest.is_dir():
-        raise ValueError(
-            f"{latest} is a folder; remove it, or write the name of a step-*.pt into a file of that name"
-        )
-    if not latest.is_file():
-        found = sorted(
-            latest.parent.glob("step-*.pt")
-        )  # whole, each of them: a kill came before LATEST was written
-        return found[-1] if found else None
-    name = named_by(latest)
+    latest = run_dir / "checkpoints" / "LATEST"
+    if not latest.exists():  # a kill may have come before it was written
+        return max(latest.parent.glob("step-*.pt"), default=None)
+    name = read_pointer(latest) if latest.is_file() else "a directory"
     if not re.fullmatch(NAME, name) or not (path := latest.with_name(name)).is_file():
-        raise FileNotFoundError(
-            f"{latest} names {name or 'nothing'}, which is missing; write the name of another step-*.pt into LATEST"
+        raise UserError(
+            f"{latest}: expected a checkpoint's name, got {name!r}; write that of a step-*.pt into it"
         )
     return path
 
 
-def checkpoint_at_an_edge(newest: Path) -> Path:
-    """The last checkpoint before `newest` that was written at the end of an epoch. Raises `ValueError` when none is
-    kept."""
+def last_epoch_end(newest: Path) -> Path:
+    """The last checkpoint before `newest` that was written at the end of an epoch. Raises `UserError`."""
     for path in sorted(newest.parent.glob("step-*.pt"), reverse=True):
-        content = read_content(path) if path < newest else None
+        content = read_archive(path) if path < newest else None
         with suppress(KeyError, TypeError, IndexError):  # another program's
             if content and content["ranks"][0]["loader"]["ended"]:
                 return path
-    raise ValueError(
-        f"{newest.parent} keeps none of an epoch's end, from where another number of processes could go on; let "
-        "the run reach one as it is, or with a larger --run.keep"
+    raise UserError(
+        f"{newest.parent}: none was written at an epoch's end, from where another number of processes could resume; "
+        "let the run reach one as it is, or with a larger --run.keep_last"
     )
 
 
-def checkpoint_path(place: Path) -> Path:
-    """A checkpoint as users name it: the file, or a run directory, whose newest one is taken."""
-    return (find_checkpoint(place) or place) if place.is_dir() else place
+def checkpoint_path(path: Path) -> Path:
+    """A checkpoint as users name it: the file, or a run directory, whose newest one it is."""
+    return (find_checkpoint(path) or path) if path.is_dir() else path
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `ValueError` when it is none or is damaged; the
-    sentence offers the one before it."""
+def load_checkpoint(path: Path, formats: Collection[int] = (FORMAT_VERSION,)) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises `FileNotFoundError` or `UserError` when it is none, damaged or of another
+    format."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is no file; give a checkpoint (RUN/checkpoints/step-*.pt) or a run directory"
+            f"{path}: expected a checkpoint (RUN/checkpoints/step-*.pt) or a run directory"
         )
-    content = read_content(path)
+    content = read_archive(path)
     if content is None:
-        remedy = "give a sound step-*.pt"
-        if re.fullmatch(NAME, path.name):
-            older = (each for each in sorted(path.parent.glob("step-*.pt"), reverse=True) if each < path)
-            sound = next((each for each in older if read_content(each)), None)
-            remedy = "none before it is sound: put one back from a copy, or begin anew in another directory"
-            if sound:
-                remedy = (
-                    f"the one before it is sound: echo {sound.name} > {path.parent}/LATEST resumes from there"
-                )
-        raise ValueError(f"{path} is damaged or no checkpoint of this program; {remedy}")
-    if content["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {content['format_version']}, this program reads {FORMAT_VERSION}"
+        older = (each for each in sorted(path.parent.glob("step-*.pt"), reverse=True) if each < path)
+        intact = next((each for each in older if re.fullmatch(NAME, path.name) and read_archive(each)), None)
+        remedy = "give an intact step-*.pt, or start again in another directory"
+        if intact:
+            remedy = f"the one before is intact: echo {intact.name} > {path.parent}/LATEST resumes from there"
+        raise UserError(f"{path} is damaged or not a checkpoint of this program; {remedy}")
+    if content["format_version"] not in formats:
+        remedy = "give another --run.dir"
+        if content["format_version"] == 1:
+            remedy = f"start a new run from its weights: --train.init_from {path}, and another --run.dir"
+        raise UserError(
+            f"{path}: expected checkpoint format {FORMAT_VERSION}, got {content['format_version']}; {remedy}"
         )
     return content
 
 
-def read_content(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds; None where it is damaged or none."""
+def read_archive(path: Path) -> dict[str, Any] | None:
+    """Content of a checkpoint; None where it is damaged or not one."""
     try:
         with path.open("rb") as file:
-            if not is_sound(file):
-                return None
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    return None
+            file.seek(0)
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return content if {"format_version", "step"} <= content.keys() else None
     except Exception:  # what is raised for damage depends on where it is
         return None
+
+
+class RunDirectory:
+    """Claims a directory for this run; held by rank 0 from its start to its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: BinaryIO | None = None
+
+    def claim(self) -> None:
+        """Raise `UserError` or `OSError` before anything is written where the directory is not a run's, another run
+        writes to it, or its checkpoints are gone or cannot be written."""
+        names = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
+        if {"lock", "checkpoints"} <= names:
+            raise UserError(
+                f"{self.path}: expected a run of this version, got one of 0.1; start a new run from its weights: "
+                f"--train.init_from {self.path}, and another --run.dir"
+            )
+        if (self.path.exists() and not self.path.is_dir()) or (names and "run.lock" not in names):
+            found = f" ({min(names)})" if names else ""
+            raise UserError(
+                f"{self.path}: not a run directory{found}; give a --run.dir that is new, empty or a run's"
+            )
+        if not names:
+            return
+        self._hold()
+        checkpoints, metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        if checkpoints.is_dir():
+            with TemporaryFile(dir=checkpoints):  # so that it can be written
+                pass
+        saved = [row for row in read_metrics(metrics) if "saved_step" in row]
+        if saved and find_checkpoint(self.path) is None:
+            raise UserError(
+                f"{checkpoints}: expected the checkpoint of step {saved[-1]['saved_step']}, found none; put it back, "
+                f"give another --run.dir, or remove {metrics} to start again"
+            )
+
+    def _hold(self) -> None:
+        """Take the lock, which ends with this process."""
+        if self._lock is None:
+            try:
+                self._lock = open_locked(self.path / "run.lock", wait=False)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is writing to {self.path}; wait until it has ended, or give another --run.dir"
+                ) from None
+
+    def prepare(self, config: Config) -> None:
+        """Make the directory and write the resolved configuration. Raises `UserError` or `OSError`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        content = config.to_json()
+        content["data"]["shards"] = str(config.data.shards.absolute())  # a resume may start elsewhere
+        write_bytes(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+        (self.path / "checkpoints").mkdir(exist_ok=True)

@@ -1,10 +1,11 @@
-"""What a run is: one dataclass per part, each beside the code that reads it, put together here.
+"""Settings of a run: one dataclass per section, from a YAML file and the command line. Without torch, for speed.
 
     python -m train.run --config train/configs/NAME.yaml [--section.key value ...]     # or --config NAME
 
 Values come from the file, then from the command line; unknown keys and bad values are refused in one sentence.
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,88 @@ from typing import Any, Literal
 from jsonargparse import set_parsing_settings
 
 from model.settings import AlexNetConfig
+from pipeline.errors import UserError
 from pipeline.settings import DataConfig
-from train.program import Parser, told_once
-from train.recipe import find_recipe
-from train.schedule import LAYERS, OptimizerConfig
+from train.cli import Parser, check_renamed, find_recipe
+
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+@dataclass(frozen=True)
+class RateChange:
+    """One change of a learning rate by hand."""
+
+    epoch: int
+    """Epoch, counted from 0, at whose start it is made."""
+    lr: float
+    """The rate from there on; 0 freezes, velocity included."""
+    of: str = "weights"
+    """weights, biases, or one layer, whose weights then have a rate of their own."""
+
+    def __post_init__(self) -> None:
+        if self.epoch < 1 or not 0 <= self.lr < math.inf:
+            raise ValueError(
+                f"optimizer.changes: expected an epoch from 1 on and a rate from 0 on, got {self}"
+            )
+        if self.of not in ("weights", "biases", *LAYERS):
+            raise ValueError(f"optimizer.changes: expected weights, biases or one of {LAYERS}, got {self.of}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Update rule (section 5 of the paper) and learning rate schedule."""
+
+    lr: float = 0.01
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    """Factor on the velocity."""
+    weight_decay: float = 5e-4
+    """Weight decay, multiplied by the rate."""
+    bias_lr: float | None = None
+    """Learning rate of biases at the start (2012 program: .02); by default `lr`. It falls with that of the weights;
+    under `manual` it stays, but for changes of its own."""
+    bias_weight_decay: float | None = None
+    """Weight decay of biases (2012 program: 0); by default `weight_decay`, as in the paper's text."""
+    schedule: Literal["plateau", "steps", "manual", "cosine"] = "plateau"
+    """plateau: divide the rate by 10 when the validation error stalls; steps: at the epochs in `steps`; manual: set it
+    as `changes` says; cosine: let it fall to 0 at the last epoch's end along half a cosine."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0 over so many epochs; large batches want it."""
+    patience: int = 5
+    """plateau: epochs without a better centre-crop top-1 error before the rate falls."""
+    min_delta: float = 0.1
+    """plateau: by how much an error must be lower, in percentage points, to count as better."""
+    max_drops: int = 3
+    """plateau: how often the rate falls; the next plateau ends the training (the paper: three times)."""
+    steps: tuple[int, ...] = ()
+    """steps: epochs, counted from 0, at whose start the rate is divided by 10."""
+    changes: tuple[RateChange, ...] = ()
+    """manual: what is set when, such as {epoch: 67, of: conv1, lr: 0.00001}."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "bias_lr", "bias_weight_decay", "warmup_epochs", "min_delta"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.{name}: expected a finite number from 0 on, got {value}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum: expected 0 to 1, 1 excluded, got {self.momentum}")
+        if self.patience < 1 or self.max_drops < 0:
+            raise ValueError(
+                f"optimizer.patience: expected at least 1, got {self.patience}; optimizer.max_drops: at least 0, got "
+                f"{self.max_drops}"
+            )
+        if list(self.steps) != sorted(set(self.steps)) or any(epoch < 1 for epoch in self.steps):
+            raise ValueError(f"optimizer.steps: expected rising epochs from 1 on, got {self.steps}")
+        if len({(change.epoch, change.of) for change in self.changes}) < len(self.changes):
+            raise ValueError(
+                "optimizer.changes sets one rate twice at the same epoch; leave one of the two out"
+            )
+        for name, schedule in (("steps", "steps"), ("changes", "manual")):
+            if getattr(self, name) and self.schedule != schedule:
+                raise ValueError(
+                    f"optimizer.{name} needs optimizer.schedule {schedule}, got {self.schedule}; set that, or "
+                    f"optimizer.{name} []"
+                )
 
 
 @dataclass(frozen=True)
@@ -28,26 +107,25 @@ class TrainConfig:
     epochs: int
     """Passes over the training images, at most (the paper: roughly 90)."""
     seed: int
-    """Seed of weights, dropout, shuffling, windows, flips and lighting."""
+    """Seed of weights, dropout, shuffling, crops, flips and lighting."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """bf16: convolutions and matrix products in bfloat16, weights in float32; fp16: in float16, with a scaled loss."""
-    accumulate: int = 1
-    """Forward and backward passes per update: each sees so much smaller a batch, and memory need hold no more."""
+    """bf16: convolutions and matrix products in bfloat16, weights in float32; fp16: in float16, with loss scaling."""
+    grad_accum_steps: int = 1
+    """Forward and backward passes per update, each over that fraction of the batch, for less memory."""
     compile: bool = True
-    """Compile the local response normalization (on a GPU: the whole network and the update) with torch.compile."""
-    weights: Path | None = None
-    """Start from these weights: a checkpoint, a .safetensors file or torchvision's .pth; of another number of classes
+    """Compile with torch.compile: on a GPU the whole network and the update, on a CPU the response normalization."""
+    init_from: Path | None = None
+    """Start from these weights: a checkpoint, a .safetensors file or torchvision's .pth; with another number of classes
     all but fc8."""
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise ValueError(f"train.accumulate must be at least 1, not {self.accumulate}")
-        if self.batch_size < 1 or self.epochs < 1:
+        if min(self.grad_accum_steps, self.batch_size, self.epochs) < 1:
             raise ValueError(
-                f"train.batch_size ({self.batch_size}) and train.epochs ({self.epochs}) must be at least 1"
+                f"train.batch_size ({self.batch_size}), train.epochs ({self.epochs}) and train.grad_accum_steps "
+                f"({self.grad_accum_steps}) must be at least 1"
             )
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"train.seed must lie in 0..2^63-1, not {self.seed}")
+            raise ValueError(f"train.seed: expected 0..2^63-1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -57,35 +135,41 @@ class RunConfig:
     dir: Path
     """Run directory; a run that was stopped resumes from it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the first GPU if there is one."""
+    """auto: a GPU if there is one."""
     deterministic: bool = False
     """Only operations that give the same bits every time on a GPU, too (a CPU's always do); slower there."""
-    log_every: int = 50
+    log_every: int = 250
     """Steps between rows in metrics.jsonl."""
-    save_every: int = 1000
-    """Steps between checkpoints, which are also written at the end of each epoch."""
-    keep: int = 3
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, which are also written at the end of each epoch."""
+    keep_last: int = 3
     """Newest checkpoints to keep; the best one, by centre top-1 error, stays, too."""
     keep_every: int = 0
     """Keep the checkpoint at the end of every so many epochs for good; 0: of none."""
+    profile_steps: int = 0
+    """Record this many steps, from the tenth of the process on, as a Chrome trace in the run directory; 0: none."""
 
     def __post_init__(self) -> None:
-        if min(self.log_every, self.save_every, self.keep) < 1:
-            raise ValueError("run.log_every, run.save_every and run.keep must be at least 1")
-        if self.keep_every < 0:
-            raise ValueError(f"run.keep_every must not be negative, but is {self.keep_every}")
+        if min(self.log_every, self.keep_last) < 1:
+            raise ValueError(
+                f"run.log_every ({self.log_every}) and run.keep_last ({self.keep_last}) must be at least 1"
+            )
+        if not min(self.keep_every, self.profile_steps, self.save_minutes) >= 0 or math.isnan(
+            self.save_minutes
+        ):
+            raise ValueError(
+                f"run.keep_every ({self.keep_every}), run.profile_steps ({self.profile_steps}) and run.save_minutes "
+                f"({self.save_minutes}) must not be negative"
+            )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a run is spread over the processes of a torchrun."""
 
-    placement: Literal["single", "towers"] = "single"
-    """single: the whole network in every process, gradients are averaged. towers: one tower in each of two neighbouring
-    processes, gradients are averaged over such pairs; docs/towers.md tells when that pays."""
-    share_images: bool = True
-    """towers: each process of a pair decodes half of their images and sends them to the other; false: both decode
-    all of them."""
+    mode: Literal["replicas", "towers"] = "replicas"
+    """replicas: the whole network in every process, gradients are averaged. towers: one tower in each of two
+    neighbouring processes, gradients are averaged over such pairs; docs/towers.md says when that pays."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +177,8 @@ class ResumeConfig:
     """How a run resumes."""
 
     allow_world_change: bool = False
-    """Resume under another number of processes or another placement, from the end of an epoch: of the last one that a
-    kept checkpoint has. Order and augmentation are other ones from there."""
+    """Resume with another number of processes or another mode, from the end of an epoch: of the last one that a kept
+    checkpoint has. Order and augmentation are different from there on."""
 
 
 @dataclass(frozen=True)
@@ -119,30 +203,38 @@ class Config:
     def __post_init__(self) -> None:
         if self.optimizer.warmup_epochs >= self.train.epochs:
             raise ValueError(
-                f"optimizer.warmup_epochs ({self.optimizer.warmup_epochs:g}) must be less than train.epochs "
-                f"({self.train.epochs}); give --optimizer.warmup_epochs {self.train.epochs - 1} or less, or more epochs"
+                f"optimizer.warmup_epochs: expected less than train.epochs, got {self.optimizer.warmup_epochs:g} and "
+                f"{self.train.epochs}; take {self.train.epochs - 1} or less, or more epochs"
             )
         for change in self.optimizer.changes:
-            if change.of in LAYERS[:5] and not self.model.maps[LAYERS.index(change.of)]:
+            if change.of in LAYERS[:5] and not self.model.conv_channels[LAYERS.index(change.of)]:
                 raise ValueError(
                     f"optimizer.changes sets a rate of {change.of}, which model.channels leaves out"
                 )
 
     def with_classes(self, classes: int) -> "Config":
-        """The same for shards of so many classes, unless `model.num_classes` says how many there have to be."""
+        """The same for shards of so many classes, unless `model.num_classes` is set."""
         known = self.model.num_classes is not None
         return self if known else replace(self, model=replace(self.model, num_classes=classes))
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
-        return plain(asdict(self))
+        return to_plain(asdict(self))
+
+
+def to_plain(value: Any) -> Any:
+    """Paths to text and tuples to lists, at every depth."""
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     """Read a configuration from the command line (`sys.argv` by default).
 
-    Leaves the process with code 2 and one sentence when an option is unknown or of the wrong type; raises `ValueError`
-    when a value is out of range.
+    Exits with code 2 and one sentence when an option is unknown or its value is wrong.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
@@ -150,116 +242,83 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         usage="%(prog)s --config FILE --data.shards DIR --run.dir DIR [--section.key VALUE ...]\n"
         "       %(prog)s --run.dir DIR    (resume)",
     )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with any of the options below; paper, fast and others are there by name.",
-    )
+    config_help = "YAML file with any of the options below; paper, fast and others are found by name."
+    parser.add_argument("--config", action="config", help=config_help)
     parser.add_class_arguments(Config)
-    with told_once():
+    try:
         words = add_saved_config(split_pairs(sys.argv[1:] if arguments is None else arguments))
-        parsed = parser.instantiate(parser.parse_args(with_recipes(words)))
-        return Config(
-            parsed.data,
-            parsed.train,
-            parsed.run,
-            parsed.model,
-            parsed.optimizer,
-            parsed.parallel,
-            parsed.resume,
-        )
+        for word in words:
+            if word.startswith("--"):
+                check_renamed(word[2:].partition("=")[0], "command line")
+        parsed = parser.instantiate(parser.parse_args(words))
+        return Config(**{name: parsed[name] for name in Config.__dataclass_fields__})
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
 
 
 def split_pairs(arguments: list[str]) -> list[str]:
-    """`--config=FILE` and `--run.dir=DIR` as two words, as all others may stay."""
+    """The words of a command line, with `--config=FILE` and `--run.dir=DIR` as two and recipes' names as paths."""
     pairs = ("--config=", "--run.dir=")
-    return [word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])]
+    words = [
+        word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])
+    ]
+    before = ["", *words]
+    return [str(find_recipe(word)) if before[k] == "--config" else word for k, word in enumerate(words)]
 
 
-SECTIONS = (b"data:", b"\ntrain:", b"\nrun:", b"\nmodel:", b"\noptimizer:")
-"""What the configuration of a run of ours has in it."""
 REQUIRED = {"--data.shards", "--train.batch_size", "--train.epochs", "--train.seed"}
 """Options without a default, but for `--run.dir`."""
 
 
-def is_run_config(path: Path) -> bool:
-    """Whether a file is the config.yaml of a run."""
-    return path.is_file() and all(section in path.read_bytes() for section in SECTIONS)
-
-
 def add_saved_config(words: list[str]) -> list[str]:
-    """The same, with the configuration that a run was started with where `--run.dir` names its directory and the rest
-    is no configuration of its own: what else is given comes on top. Raises `ValueError` where a directory alone is
-    given and holds no run."""
-    named = {word.partition("=")[0] for word in words}
-    if "--config" in named or "--run.dir" not in words[:-1] or named >= REQUIRED:
+    """The same; where `--run.dir` names an earlier run and no configuration is given, with the one it was started with.
+
+    Raises `UserError` where a directory alone is given and holds no run.
+    """
+    given = {word.partition("=")[0] for word in words}
+    if "--config" in given or "--run.dir" not in words[:-1] or given >= REQUIRED:
         return words
     directory = Path(words[words.index("--run.dir") + 1])
-    if is_run_config(directory / "config.yaml"):
-        return ["--config", str(directory / "config.yaml"), *words]
-    if "--data.shards" not in named:
-        raise ValueError(
-            f"{directory} holds no run to resume (no config.yaml); give an earlier run's --run.dir, or --config FILE "
-            "and --data.shards SHARDS"
+    saved = directory / "config.yaml"
+    if saved.is_file():
+        return ["--config", str(saved), *words]
+    if "--data.shards" not in given:
+        raise UserError(
+            f"{directory}: expected a run to resume, found no config.yaml; give an earlier run's --run.dir, or "
+            "--config FILE and --data.shards SHARDS"
         )
     return words
 
 
-def with_recipes(words: list[str]) -> list[str]:
-    """The same, with paths in place of bare names of recipes."""
-    pairs = zip(["", *words], words, strict=False)
-    return [str(find_recipe(word)) if before == "--config" else word for before, word in pairs]
-
-
-def plain(value: Any) -> Any:
-    """Paths to text and tuples to lists, all the way down."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> None:
-    """Refuse to continue a run under another configuration.
+    """Raise `UserError` where a configuration, as JSON, does not continue the run of another.
 
-    What may differ: where it writes, how often it logs, speed knobs, where the (same) shards lie; what a schedule says
-    of epochs to come, after the `begun` ones, as it was set by hand in 2012; with `resume.allow_world_change` also how
-    it is spread over processes.
-    Raises `ValueError` that names the first other field.
+    What may differ: where it writes and how often, speed settings, where the (same) shards lie; what a schedule says of
+    epochs to come, after the `begun` ones; with `resume.allow_world_change` how it is spread over processes.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
-        spread = name.startswith("parallel.") or name == "train.accumulate"
-        moves = name.startswith("resume.") or (spread and after["resume.allow_world_change"])
-        free = (
-            moves
-            or (name.startswith(("run.", "data.speed.")) and name != "run.device")
-            or name == "data.shards"
-        )
-        # A cosine is laid out over all epochs.
-        ahead = name == "train.epochs" and after[name] >= begun and after["optimizer.schedule"] != "cosine"
+        old, new = before.get(name), after.get(name)
+        spread = name.startswith("parallel.") or name == "train.grad_accum_steps"
+        free = name.startswith(("run.", "data.speed.", "resume.")) and name != "run.device"
+        free |= name == "data.shards" or (spread and after["resume.allow_world_change"])
+        if free or old == new:
+            continue
         if name in ("optimizer.steps", "optimizer.changes"):
-            ahead = changes_before(before.get(name), begun) == changes_before(after.get(name), begun)
-        if before.get(name) != after.get(name) and not (free or ahead):
-            if name in ("optimizer.steps", "optimizer.changes"):
-                kept = changes_before(before.get(name), begun)
-                raise ValueError(
-                    f"this run is in epoch {begun}: {name} may change from then on, but has to keep "
-                    f"{kept or 'nothing'} before; give that and what is to come"
-                )
-            if name == "train.epochs":
-                cosine = after["optimizer.schedule"] == "cosine"
-                wanted = (
-                    f"{before[name]}, over which the cosine is laid out" if cosine else f"at least {begun}"
-                )
-                raise ValueError(
-                    f"train.epochs: expected {wanted}, got {after[name]}; the run is in epoch {begun}"
-                )
-            raise ValueError(
-                f"this run was started with {name} = {before.get(name)}, not {after.get(name)}; "
-                "continue it with the same value or give another --run.dir"
+            fixed = changes_before(old, begun)
+            if fixed == changes_before(new, begun):
+                continue
+            raise UserError(
+                f"{name}: the run is in epoch {begun}, expected {fixed or 'nothing'} before that; give it and what is "
+                "to come"
             )
+        if name == "train.epochs" and after["optimizer.schedule"] != "cosine":
+            if new is not None and new >= begun:
+                continue
+            raise UserError(f"train.epochs: expected at least {begun}, where the run is, got {new}")
+        raise UserError(
+            f"{name}: expected {old}, with which this run was started, got {new}; take that, or another --run.dir"
+        )
 
 
 def changes_before(changes: Any, begun: int) -> list[Any]:

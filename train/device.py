@@ -1,4 +1,4 @@
-"""How a process uses its device: which one, how memory is kept, what is compiled, what has to repeat to the bit."""
+"""The device of a process: which GPU, precision, what is compiled, and advice about GPUs that are not used well."""
 
 import ctypes
 import os
@@ -9,52 +9,58 @@ from typing import cast
 import torch
 
 from model.alexnet import AlexNet
-from model.parallel import TowerAlexNet
+from model.towers import COMPILE_OPTIONS, TowerAlexNet
+from pipeline.errors import UserError
 from pipeline.machine import num_cores
+from train.cli import log
 from train.launch import local_rank
 
 
 def pick_device(name: str) -> torch.device:
-    """The device behind "auto", "cpu" or "cuda", the n-th GPU for the n-th process of a machine.
+    """The device for "auto", "cpu" or "cuda": the n-th GPU for the n-th process of a machine, made current.
 
-    Raises `ValueError` when a GPU is asked for and there is none.
+    Raises `UserError` when a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device cuda: {why_no_gpu()}; see docs/install.md, or take device cpu")
-    place = local_rank(os.environ)
-    if name != "cpu" and place >= torch.cuda.device_count() > 0:
-        raise ValueError(
-            f"this machine has {torch.cuda.device_count()} GPUs and more processes than that; start one for each"
+        raise UserError(f"device cuda: {why_no_gpu()}; see docs/install.md, or take device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = local_rank(os.environ)
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"expected at most {torch.cuda.device_count()} processes, one for each GPU of this machine, got more; "
+            "start fewer"
         )
-    return torch.device("cuda", place) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
-def gpu_advice(device: torch.device, world: int, images: int) -> list[str]:
-    """What to tell of GPUs that are there and are not used, or not well.
+SMALL_BATCH = 64
+"""Images a GPU at a time, below which the host's 2.4 ms of launches a step bind (docs/tuning.md)."""
+
+
+def gpu_advice(device: torch.device, world_size: int, images: int) -> str:
+    """A line about GPUs that are there and are not used, or not well; empty if there is nothing to say.
 
     Args:
-        device: What the run computes on.
-        world: Number of its processes.
-        images: Of an update, in each process.
+        device: Of this run.
+        world_size: Number of its processes.
+        images: Of a forward pass, in each process.
     """
     found = torch.cuda.device_count()
     if device.type == "cpu" and has_nvidia_gpu() and not torch.cuda.is_available():
-        return [
-            f"warning: TRAINING ON THE CPU, though this machine has an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
-        ]
-    if device.type == "cuda" and world == 1 and found > 1:
-        start = f"torchrun --standalone --nproc-per-node {found} -m train.run"
-        return [f"note: this run uses 1 of {found} GPUs; {start} and the same options use all"]
-    if device.type == "cuda" and images < MANY_IMAGES:
-        return [
-            f"note: {images} images a GPU at a time are few: the GPU computes faster than the host launches kernels; "
-            f"take {MANY_IMAGES} or more (--train.batch_size, or fewer processes)"
-        ]
-    return []
-
-
-MANY_IMAGES = 64
-"""At a time on a GPU, below which the host's 2.4 ms of launches a step bind (docs/tuning.md)."""
+        return (
+            f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
+        )
+    if device.type == "cuda" and world_size == 1 and found > 1:
+        command = f"torchrun --standalone --nproc-per-node {found} -m train.run"
+        return f"note: this run uses 1 of {found} GPUs; {command} with the same options uses all"
+    if device.type == "cuda" and images < SMALL_BATCH:
+        return (
+            f"note: {images} images a GPU at a time are few: kernels run faster than the host launches them; take "
+            f"{SMALL_BATCH} or more (--train.batch_size, or fewer processes)"
+        )
+    return ""
 
 
 def why_no_gpu() -> str:
@@ -70,32 +76,31 @@ def why_no_gpu() -> str:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the kernel, or that of Windows under WSL, knows of an NVIDIA GPU, whatever PyTorch thinks."""
-    places = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
-    return any(Path(place).exists() for place in places)
+    """Whether the kernel, or that of Windows under WSL, knows of an NVIDIA GPU, whatever PyTorch sees."""
+    paths = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
+    return any(Path(path).exists() for path in paths)
 
 
-def set_arithmetic(deterministic: bool) -> str:
-    """Let a GPU multiply float32 in TF32 and choose the fastest convolutions, or, `deterministic`, only such as give
-    the same bits every time. Returns what it did, for people. Raises `ValueError` where the environment forbids it."""
+def set_precision(deterministic: bool) -> str:
+    """Let a GPU multiply float32 in TF32 and choose the fastest convolutions, or, `deterministic`, only operations that
+    repeat bit for bit. Returns a description. Raises `UserError` where the environment forbids it."""
     torch.set_float32_matmul_precision("high")  # a CPU computes in float32 all the same
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        # cuBLAS reads this when it starts; the value is one of the two that its documentation calls reproducible.
+        # cuBLAS reads this when it starts; the values are those that its documentation calls reproducible.
         if os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") not in (":4096:8", ":16:8"):
-            raise ValueError("run.deterministic needs CUBLAS_WORKSPACE_CONFIG=:4096:8; set that, or unset it")
+            raise UserError("run.deterministic needs CUBLAS_WORKSPACE_CONFIG=:4096:8; set that, or unset it")
         torch.use_deterministic_algorithms(True)
-    return "float32 products in TF32" + (", only operations that repeat to the bit" if deterministic else "")
+    return "float32 products in TF32" + (", only operations that repeat bit for bit" if deterministic else "")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, for as long as the process lives.
+def tune_malloc() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones.
 
-    By itself it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart
-    trains 1.45 times as fast with this. Threads share two arenas for each core, not eight: every arena keeps the
-    most that it ever held, and DALI's batches come from now this thread, now that. With one a core, uint8 windows
-    came a tenth slower.
+    By default it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart
+    trains 1.45 times as fast with this. Threads share two arenas a core instead of eight, as every arena keeps the most
+    that it ever held; with one a core, uint8 windows were a tenth slower.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # glibc's alone
@@ -105,17 +110,17 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take no more
 
 
-def compiled(model: AlexNet, device: torch.device) -> torch.nn.Module:
-    """What of the network pays to compile: all of it on a GPU; on a CPU, or where it is one tower of two, the
-    normalization, which is its slow layer. Where compiling cannot work the network stays as it is."""
+def compile_model(model: AlexNet, device: torch.device) -> torch.nn.Module:
+    """Compile what pays: on a GPU the whole model; on a CPU the response normalization, its slow layer. Where compiling
+    cannot work the model is returned as it is."""
     if not can_compile(device):
         language = "C" if device.type == "cuda" else "C++"
-        print(f"not compiling: no {language} compiler, or PyTorch lies in a folder with a space in its name")
+        log(f"not compiling: no {language} compiler, or a space in PyTorch's path")
         return model
     if device.type == "cuda":
         keep_pooling_kernel()
-        if not isinstance(model, TowerAlexNet):
-            return cast(torch.nn.Module, torch.compile(model, dynamic=False))
+        options = COMPILE_OPTIONS if isinstance(model, TowerAlexNet) else None
+        return cast(torch.nn.Module, torch.compile(model, dynamic=False, options=options))
     torch._dynamo.config.suppress_errors = True  # without Python's headers: warn, and run uncompiled
     model.normalize = torch.compile(model.normalize, dynamic=False)  # type: ignore[method-assign]
     return model

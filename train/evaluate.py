@@ -1,24 +1,22 @@
-"""Evaluation: centre crop and ten views (Krizhevsky et al. 2012, section 4.1).
+"""Evaluate a network: centre crop and ten views (Krizhevsky et al. 2012, section 4.1).
 
-    python -m train.evaluate CHECKPOINT SHARDS
-
-Ten views are the four corner windows, the central one, and their mirrors; the softmax outputs are averaged. A network
-that was trained without flips gets the five unmirrored windows.
+python -m train.evaluate CHECKPOINT SHARDS
 """
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from pipeline.errors import UserError
 from pipeline.files import check_writable, write_bytes
 from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
+from train.cli import run_program
 from train.config import ParallelConfig
 from train.launch import find_launch
-from train.program import run_program, told_once
 
 if TYPE_CHECKING:
-    from train.trained import Trained
+    from train.pretrained import Pretrained
 
 
 def evaluate_checkpoint(
@@ -31,99 +29,100 @@ def evaluate_checkpoint(
 ) -> None:
     """Evaluate a network on a validation split: centre crop and ten views, top-1 and top-5.
 
-    Under torchrun or srun each process looks at a share.
+    Under torchrun or srun each process evaluates a part.
 
     Args:
-        checkpoint: A step-*.pt, a run directory, whose newest one is taken, a .safetensors file or torchvision's .pth.
-        shards: Folder that holds val/ and classes.json.
+        checkpoint: A step-*.pt, a run directory (its newest one), a .safetensors file or torchvision's .pth.
+        shards: Directory with val/ and classes.json.
         batch_size: Images at a time, in each process.
-        device: auto takes the first GPU if there is one.
-        per_class: CSV file to write, a row for each class: errors over all views, and what it is mistaken for.
-        confusion: PNG file to write: how often each class is taken for each other one.
+        device: auto takes a GPU if there is one.
+        per_class: CSV file to write, a row for each class: errors over all views, and the most frequent confusion.
+        confusion: PNG file to write: the confusion matrix.
     """
-    with told_once():
-        check_arguments(batch_size, per_class, confusion)
+    check_arguments(batch_size, per_class, confusion)
     import torch  # takes seconds, which neither --help nor a wrong argument waits for
 
     from model.alexnet import AlexNet
     from pipeline.loader import val_loader
-    from train.accuracy import evaluate
-    from train.device import keep_freed_memory, pick_device
-    from train.findings import Findings
-    from train.placement import Placement, lost_processes_told
-    from train.trained import read_trained
+    from train.accuracy import EvalStats, evaluate
+    from train.device import pick_device, tune_malloc
+    from train.distributed import Distributed
+    from train.pretrained import read_pretrained
 
-    keep_freed_memory()
+    tune_malloc()
     find_launch(os.environ, torch.cuda.device_count())
-    place = pick_device(device)
-    with lost_processes_told():
-        placement = Placement(ParallelConfig(), place)
-        trained = placement.together(lambda: read_trained(checkpoint))
-        val = placement.together(lambda: open_for(trained, shards))
-        placement.first_does(lambda: prepare_outputs(len(val.classes), per_class, confusion))
-        config = DataConfig(
-            shards,
-            decode=cast(Literal["auto"], trained.decode) if place.type == "cuda" else "cpu",
-            augmentation=trained.augmentation,
+    distributed = Distributed(ParallelConfig())
+    on = distributed.run_on_all_ranks(lambda: pick_device(device))
+    trained = distributed.run_on_all_ranks(lambda: read_pretrained(checkpoint))
+    val = distributed.run_on_all_ranks(lambda: open_val(trained, shards))
+    distributed.run_on_rank_zero(lambda: check_outputs(len(val.classes), per_class, confusion))
+    decode = cast(Literal["auto"], trained.decode) if on.type == "cuda" else "cpu"
+    config = DataConfig(shards, decode=decode, augmentation=trained.augmentation)
+    loader = distributed.run_on_all_ranks(
+        lambda: val_loader(
+            val,
+            trained.basis,
+            config,
+            batch_size=batch_size,
+            rank=distributed.rank,
+            num_ranks=distributed.world_size,
+            device=on,
         )
-        where = {"rank": placement.rank, "num_ranks": placement.world, "device": place}
-        loader = placement.together(
-            lambda: val_loader(val, trained.basis, config, batch_size=batch_size, **where)
-        )
-        model = AlexNet(trained.config)
-        model.load_state_dict(trained.state)
-        findings = Findings(len(val.classes), place)
-        mirrored = trained.augmentation.flip > 0
-        accuracy = evaluate(model.to(place), loader, mirrored, total=placement.total, watch=findings.see)
-        assert accuracy is not None
-        findings.collect(placement.total, placement.gather)
-        loader.close()
-    if placement.is_first:
+    )
+    model = AlexNet(trained.config).to(on)
+    model.load_state_dict(trained.state)
+    stats = EvalStats(len(val.classes), on)
+    accuracy = evaluate(model, loader, distributed, mirrored=trained.augmentation.flip > 0, stats=stats)
+    assert accuracy is not None, "nothing interrupts it"
+    loader.close()
+    if distributed.is_rank_zero:
         print(f"{trained.path}: {accuracy.samples} images")
         for name, value in accuracy.rows():
             print(f"{name}: {value}")
         if per_class:
-            write_bytes(per_class, findings.csv(val.classes))
+            write_bytes(per_class, stats.csv(val.classes))
         if confusion:
-            from train.charts import draw_confusion, saved_figure  # matplotlib takes its time
+            from train.pictures import draw_confusion, saved_figure  # matplotlib takes its time
 
             with saved_figure(confusion) as figure:
-                draw_confusion(figure, findings, val.classes)
-    placement.leave()
+                draw_confusion(figure, stats, val.classes)
+    distributed.shutdown()
 
 
 def check_arguments(batch_size: int, per_class: Path | None, confusion: Path | None) -> None:
-    """Raise `ValueError` for what is wrong whatever the data."""
+    """Raise `UserError` for arguments that are wrong whatever the data."""
     if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, not {batch_size}")
+        raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
     for path, suffix in ((per_class, ".csv"), (confusion, ".png")):
         if path and (path.suffix != suffix or path.is_dir()):
-            raise ValueError(f"{path} is to be a {suffix} file; give a file's name that ends so")
+            raise UserError(f"{path}: expected the name of a {suffix} file")
 
 
-def prepare_outputs(classes: int, per_class: Path | None, confusion: Path | None) -> None:
-    """Find out before the work whether all can be written after it. Raises `ValueError` or `OSError`."""
-    from train.findings import CONFUSION_LIMIT
+def check_outputs(classes: int, per_class: Path | None, confusion: Path | None) -> None:
+    """Raise `UserError` or `OSError`, before the work, for outputs that cannot be written after it."""
+    from train.accuracy import CONFUSION_LIMIT
 
     if confusion and classes > CONFUSION_LIMIT:
-        raise ValueError(f"{classes} classes are too many for a picture; leave --confusion out")
+        raise UserError(
+            f"--confusion: expected at most {CONFUSION_LIMIT} classes, got {classes}; leave it out"
+        )
     for path in (per_class, confusion):
         if path:
             check_writable(path)
 
 
-def open_for(trained: "Trained", shards: Path) -> ShardSet:
-    """The validation split, whose classes are to be the network's."""
+def open_val(trained: "Pretrained", shards: Path) -> ShardSet:
+    """The validation split. Raises `UserError` unless its classes are the network's."""
     val = open_shards(shards, "val")
     names = [name.wnid for name in val.classes]
     if trained.wnids is not None and names != trained.wnids:
-        raise ValueError(
+        raise UserError(
             f"{trained.path} was trained on other classes than {shards}/classes.json lists; give the shards it was "
             "trained on"
         )
     if len(names) != trained.config.outputs:
-        raise ValueError(
-            f"{trained.path} tells {trained.config.outputs} classes apart, {shards} has {len(names)}"
+        raise UserError(
+            f"{trained.path} has {trained.config.outputs} outputs, {shards} has {len(names)} classes"
         )
     return val
 

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
+from pipeline.errors import UserError
+
 PORTS = range(20000, 32768)
 """Ports to meet at: above those of known services, below those that Linux hands out to outgoing connections."""
 STEPS_APART = 61
@@ -33,7 +35,7 @@ class Task(NamedTuple):
 def find_task(environment: Mapping[str, str]) -> Task:
     """This process's place among those of a torchrun or of a step of Slurm; (0, 1) where it was started alone.
 
-    Raises `ValueError` that names the variable when one is missing or no such number.
+    Raises `UserError` that names the variable when one is missing or no such number.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         names = "RANK", "WORLD_SIZE"
@@ -44,12 +46,12 @@ def find_task(environment: Mapping[str, str]) -> Task:
     world = read_number(environment, names[1])
     rank = 0 if world == 1 and names[0] not in environment else read_number(environment, names[0])
     if rank >= world:
-        raise ValueError(f"{names[0]} is {rank}, but {names[1]} says that there are {world} processes")
+        raise UserError(f"{names[0]} is {rank}, but {names[1]} says that there are {world} processes")
     return Task(rank, world, "/".join(names))
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
-    """Its number among those of its machine; 0 where it was started alone. Raises `ValueError`."""
+    """Its number among those of its machine; 0 where it was started alone. Raises `UserError`."""
     name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
     return read_number(environment, name) if environment.get(name) else 0
 
@@ -82,36 +84,36 @@ def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
 
 
 def check_meeting_point(environment: Mapping[str, str]) -> None:
-    """Raise `ValueError` unless the variables say where processes meet."""
+    """Raise `UserError` unless the variables say where processes meet."""
     if not environment.get("MASTER_ADDR"):
-        raise ValueError(
+        raise UserError(
             "there are other processes, but MASTER_ADDR is not set; start all of them by torchrun or srun"
         )
     if not 0 < read_number(environment, "MASTER_PORT") < 2**16:
-        raise ValueError(f"MASTER_PORT has to lie in 1..65535, but is {environment['MASTER_PORT']}")
+        raise UserError(f"MASTER_PORT has to lie in 1..65535, but is {environment['MASTER_PORT']}")
 
 
 def first_host(nodes: str) -> str:
     """The first of a step's machines, where task 0 runs: `node03` of `node[03-05,09]`.
 
-    Raises `ValueError` when it cannot be told.
+    Raises `UserError` when it cannot be told.
     """
     first = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+(?=,|$)", nodes)
     host = re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[0]) if first else ""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host):
-        raise ValueError(
+        raise UserError(
             f"SLURM_STEP_NODELIST is {nodes!r}, whose first machine cannot be told; set MASTER_ADDR to its name"
         )
     return host
 
 
 def read_number(environment: Mapping[str, str], name: str) -> int:
-    """A variable that holds a number from 0. Raises `ValueError` when it does not, or is missing."""
+    """A variable that holds a number from 0. Raises `UserError` when it does not, or is missing."""
     value = environment.get(name)
     if value is None:
-        raise ValueError(
+        raise UserError(
             f"a launcher started this process, but {name} is not set; start it by srun or torchrun again"
         )
     if not (value.isascii() and value.isdigit()):
-        raise ValueError(f"{name} has to be a number from 0, but is {value!r}")
+        raise UserError(f"{name} has to be a number from 0, but is {value!r}")
     return int(value)

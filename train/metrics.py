@@ -1,39 +1,176 @@
-"""What a run tells while it goes: rows in metrics.jsonl, and TensorBoard curves."""
+"""Metrics of a run: per-step timing, loss and accuracy; rows in metrics.jsonl and TensorBoard; two warnings.
+
+`metrics.jsonl` holds one JSON object a line with `kind` ("train" or "eval"), `step` and `epoch`.
+"""
 
 import json
+import math
 import os
-import socket
-import time
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
-from tqdm import tqdm
+import numpy as np
+import torch
 
 from pipeline.files import write_bytes
+from train.cli import log
+from train.distributed import Distributed
+
+
+class StepTiming(NamedTuple):
+    """When a step happened: CUDA events on a GPU, else seconds."""
+
+    last_end: Any
+    """End of the step before; None after a gap."""
+    start: Any
+    end: Any
+    data_time_ms: float
+    """The host's time in the loader."""
+    saving: bool
+    """Whether a checkpoint was being written meanwhile."""
+
+
+class StepMeter:
+    """Per-step timing, loss and accuracy, kept on the device until a log step. Holds the host to two steps ahead of the
+    device, so that memory is bounded."""
+
+    MAX_STEPS_IN_FLIGHT = 2
+
+    def __init__(self, device: torch.device, distributed: Distributed) -> None:
+        self._distributed = distributed
+        self._on_gpu = device.type == "cuda"
+        self._loss = torch.zeros((), device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._steps = 0
+        self._in_flight: deque[tuple[Any, Any]] = deque()
+        self._timings: list[StepTiming] = []
+        self._start: Any = None
+        self._last_end: Any = None
+        self._host_end: float | None = None
+        self._data_time_ms = 0.0
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return perf_counter()
+        event = torch.cuda.Event(
+            enable_timing=True, blocking=True
+        )  # waiting for it leaves the core to the loader
+        event.record()
+        return event
+
+    def start_step(self) -> None:
+        """Call when the batch is there."""
+        self._data_time_ms = 0.0 if self._host_end is None else (perf_counter() - self._host_end) * 1e3
+        self._start = self._now()
+
+    def end_step(
+        self, loss: torch.Tensor, correct: torch.Tensor, batch: Any = None, saving: bool = False
+    ) -> None:
+        """Call after the update (on a GPU: when it is queued).
+
+        Args:
+            loss: mean loss, a scalar on the device.
+            correct: number of correct predictions, likewise.
+            batch: held until the GPU is done with it, as its buffer is DALI's.
+            saving: whether a checkpoint is being written meanwhile.
+        """
+        self._loss += loss
+        self._correct += correct
+        self._steps += 1
+        end = self._now()
+        self._timings.append(StepTiming(self._last_end, self._start, end, self._data_time_ms, saving))
+        self._last_end = end
+        self._in_flight.append((end, batch))
+        if len(self._in_flight) > self.MAX_STEPS_IN_FLIGHT:
+            oldest, _ = self._in_flight.popleft()
+            if self._on_gpu:
+                oldest.synchronize()
+        self._host_end = perf_counter()
+
+    def mark_gap(self) -> None:
+        """Leave the time until the next step (evaluation, saving) out of the next step's."""
+        self._last_end = self._host_end = None
+
+    def loss_sum(self) -> float:
+        """Sum of the losses so far, averaged over replicas; not finite as soon as one was not. A collective;
+        synchronizes."""
+        return self._distributed.all_reduce_sum(self._loss).item() / self._distributed.num_replicas
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        """Values of a row (errors and wait_percent in percent, times in ms), and start the next one.
+
+        `saving_step_ms_p50` is there only where a checkpoint was being written.
+        """
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        follow = [each for each in self._timings if each.last_end is not None]
+        waits = np.array([self._ms(each.last_end, each.start) for each in follow] or [0.0])
+        # Steps after a gap have no wait; after a resume not all steps of a row were timed.
+        steps = np.array([self._ms(each.last_end or each.start, each.end) for each in self._timings] or [0.0])
+        saving = np.array([each.saving for each in self._timings] or [False])
+        total_ms = waits.sum() + sum(self._ms(each.start, each.end) for each in self._timings)
+        correct = self._distributed.all_reduce_sum(self._correct).item()
+        values = {
+            "loss": self.loss_sum() / self._steps,
+            "top1_error": 100 - 100 * correct / (self._steps * batch_size),
+            "images_per_s": len(self._timings) * batch_size / total_ms * 1e3,
+            "step_ms_p50": float(np.percentile(steps, 50)),
+            "wait_ms_p50": float(np.percentile(waits, 50)),
+            "wait_ms_p99": float(np.percentile(waits, 99)),
+            "wait_percent": float(waits.sum() / total_ms * 100),
+            "data_time_ms_p50": float(np.percentile([each.data_time_ms for each in follow] or [0.0], 50)),
+        }
+        if saving.any():
+            values["saving_step_ms_p50"] = float(np.percentile(steps[saving], 50))
+        self._timings.clear()
+        self._loss.zero_()
+        self._correct.zero_()
+        self._steps = 0
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loss and accuracy since the last row, so that a resumed run writes the rows of an uninterrupted one."""
+        loss, correct = self._loss.clone().cpu(), self._correct.clone().cpu()
+        return {"loss": loss, "correct": correct, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state`."""
+        self._loss.copy_(state["loss"])
+        self._correct.copy_(state["correct"])
+        self._steps = state["steps"]
+
+    def _ms(self, first: Any, second: Any) -> float:
+        """Milliseconds between two instants."""
+        return float(first.elapsed_time(second)) if self._on_gpu else (second - first) * 1e3
 
 
 class MetricsLog:
-    """`RUN/metrics.jsonl`, one JSON object a line with `kind` ("train" or "eval") and `step`, and TensorBoard events.
+    """`RUN/metrics.jsonl` and TensorBoard events.
 
-    A full disk does not end a run: rows are kept in memory then, and written in their order as soon as they can be.
+    A full disk does not end a run: rows are kept in memory and written in their order as soon as they can be.
     """
 
     def __init__(self, run_dir: Path, step: int, epoch: int) -> None:
-        """Go on after `step` updates and `epoch` finished epochs: rows of a future that was lost are cut."""
+        """Resume after `step` updates and `epoch` finished epochs; rows after those are cut."""
+        from torch.utils.tensorboard import SummaryWriter
+
         self.path = run_dir / "metrics.jsonl"
         rows = [
             row
             for row in read_metrics(self.path)
             if row["step"] <= step and (row["kind"] != "eval" or row["epoch"] <= epoch)
         ]
-        kept = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        write_bytes(self.path, kept)
-        self._size = len(kept)
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        write_bytes(self.path, content)
+        self._size = len(content)
         self._file = self.path.open("r+b", buffering=0)
         self._pending: list[bytes] = []
-        self._one_at_a_time = Lock()  # rows come from the training thread, `sync` from that of checkpoints
-        self._curves: Curves | None = Curves(run_dir / "tensorboard", step)
+        self._lock = Lock()  # rows come from the training thread, `sync` from that of checkpoints
+        self._curves: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Append one row."""
@@ -41,28 +178,25 @@ class MetricsLog:
             name: float(f"{value:.6g}") if isinstance(value, float) else value
             for name, value in values.items()
         }
-        with self._one_at_a_time:
-            first_trouble = not self._pending
+        with self._lock:
+            first_error = not self._pending
             self._pending.append((json.dumps({"kind": kind, "step": step, **rounded}) + "\n").encode())
             try:
                 self._append()
             except OSError as error:
-                if first_trouble:
-                    tqdm.write(
-                        f"cannot write {self.path} ({error.strerror}); going on, its rows are kept in memory"
-                    )
+                if first_error:
+                    log(f"cannot write {self.path} ({error.strerror}); its rows are kept in memory meanwhile")
         try:
-            if self._curves:
-                self._curves.write(kind, step, values)
-        except OSError as error:  # what was written of the row ends the file for TensorBoard
-            tqdm.write(f"no more TensorBoard curves: {error.strerror}")
+            for name, value in values.items() if self._curves else ():
+                self._curves.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:  # of the writer's thread
+            log(f"no more TensorBoard curves: {error.strerror}")
             self._curves = None
 
     def sync(self) -> None:
-        """Bring the rows to the disk itself: none is to be older than a checkpoint and missing. Raises `OSError` that
-        names the file."""
+        """Flush rows to disk, so that none before a checkpoint can be lost. Raises `OSError` that names the file."""
         try:
-            with self._one_at_a_time:
+            with self._lock:
                 self._append()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -71,53 +205,24 @@ class MetricsLog:
     def _append(self) -> None:
         """Write what is not written yet. Raises `OSError`."""
         while self._pending:
-            os.ftruncate(self._file.fileno(), self._size)  # half a row, of a try that failed
-            os.lseek(self._file.fileno(), self._size, os.SEEK_SET)
-            row = self._pending[0]
-            written = 0
-            while written < len(row):
-                written += os.write(self._file.fileno(), row[written:])
-            self._size += len(row)
+            os.ftruncate(self._file.fileno(), self._size)  # half a row of a try that failed
+            row, written = self._pending[0], 0
+            while written < len(row):  # where a part fits, the next write raises
+                written += os.pwrite(self._file.fileno(), row[written:], self._size + written)
+            self._size += written
             del self._pending[0]
 
     def close(self) -> None:
         """Close both. Raises `OSError` when rows would be lost."""
         with self._file:
             self.sync()
-
-
-class Curves:
-    """A TensorBoard events file. Rows are few: they are written at once, on the calling thread, as the thread of
-    torch's SummaryWriter tells of a full disk by a traceback of its own.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        """Go on after `step` updates: TensorBoard leaves out what older files tell of later ones. Raises `OSError`."""
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # a quarter of a second
-
-        folder.mkdir(exist_ok=True)
-        self._path = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._append(file_version="brain.Event:2")  # what TensorBoard's reader asks of a file's first record
-        self._append(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Append one row. Raises `OSError`."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
-        self._append(step=step, summary=Summary(value=points))
-
-    def _append(self, **event: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        with self._path.open("ab") as file:
-            RecordWriter(file).write(Event(wall_time=time.time(), **event).SerializeToString())
+        if self._curves:
+            with suppress(OSError):  # of the writer's thread
+                self._curves.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without lines that a kill cut off or a disk damaged; empty where there is no
-    file."""
+    """Rows of a metrics.jsonl, without lines that a kill cut off or a disk damaged; none where there is no file."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -128,3 +233,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             numbers = [row.get("step"), row.get("epoch")]
             rows += [row] if all(type(number) is int for number in numbers) else []
     return rows
+
+
+class Warnings:
+    """Prints, once an epoch, that the run is input-bound, and once, that the loss does not fall."""
+
+    WINDOW = 500
+    """Steps over which the wait for input is averaged."""
+    HIGH_WAIT = 20.0
+    """Percent of the time."""
+    PATIENCE = 3000
+    """Steps after which a loss of ln(classes) is not the usual slow start any more: with N(0, .01) weights the first
+    thousand or two show next to nothing."""
+
+    def __init__(self, classes: int) -> None:
+        self._chance_loss, self._epoch, self._stalled = math.log(classes), -1, False
+        self._steps, self._waited = 0, 0.0
+
+    def check(self, step: int, epoch: int, steps: int, values: dict[str, float]) -> None:
+        """Check a row over `steps` steps."""
+        self._steps, self._waited = self._steps + steps, self._waited + steps * values["wait_percent"]
+        if self._steps >= self.WINDOW:
+            percent = self._waited / self._steps
+            if percent > self.HIGH_WAIT and epoch != self._epoch:
+                self._epoch = epoch
+                log(f"input-bound: waited {percent:.0f} % of {self._steps} steps; see tools/tune_pipeline.py")
+            self._steps, self._waited = 0, 0.0
+        if step >= self.PATIENCE and not self._stalled and abs(values["loss"] / self._chance_loss - 1) < 0.01:
+            self._stalled = True
+            log(
+                f"the loss is still that of guessing, {self._chance_loss:.2f}, after {step} steps; check "
+                "data.augmentation.std (1 for 2012's weights), optimizer.lr, model.variant, and that train/ and val/ "
+                "number classes alike (tools/make_shards.py stats)"
+            )

@@ -1,129 +1,184 @@
-"""The paper's update rule, with loss scaling for half precision.
+"""The paper's update rule, its learning rate schedules, and loss scaling for float16.
 
-    v <- momentum * v - weight_decay * rate * w - rate * gradient;   w <- w + v            (section 5)
+    v <- momentum * v - weight_decay * lr * w - lr * gradient;   w <- w + v            (section 5)
 
-The velocity holds the rate that each gradient came with. `torch.optim.SGD` keeps the rate outside of its buffer: the
-two agree only while the rate is constant. A rate of 0 freezes the weights, velocity included, as it did in the 2012
-program.
+The velocity holds the rate that each gradient came with; `torch.optim.SGD` keeps the rate outside of its buffer, and
+the two agree only while the rate is constant. A rate of 0 freezes weights and velocity, as in the 2012 program.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from train.schedule import OptimizerConfig, is_bias
+from train.config import OptimizerConfig
 
 Tensors = list[torch.Tensor]
 
 
-class PaperSGD:
-    """The update rule over named parameters. Rates are an argument of every step, not state."""
+class AlexNetSGD(torch.optim.Optimizer):
+    """The update rule. Parameter groups, by `name`: "weights", "biases", and each layer with a rate of its own."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        self._named = dict(parameters)
-        self._velocity = {name: torch.zeros_like(parameter) for name, parameter in self._named.items()}
-        self._momentum = config.momentum
-        on_biases = config.weight_decay if config.bias_weight_decay is None else config.bias_weight_decay
-        self._decay = {name: on_biases if is_bias(name) else config.weight_decay for name in self._named}
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        layers = {change.of for change in config.changes}
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in named_parameters:
+            layer = name.split(".")[0]
+            is_bias = name.endswith("bias")
+            key = "biases" if is_bias else layer if layer in layers else "weights"
+            decay = config.bias_weight_decay if is_bias else None
+            group = {"name": key, "params": [], "lr": 0.0, "momentum": config.momentum}
+            group["weight_decay"] = config.weight_decay if decay is None else decay
+            groups.setdefault(key, group)["params"].append((name, parameter))
+        super().__init__(list(groups.values()), {})
+        for parameter in self.named_parameters.values():
+            self.state[parameter]["velocity"] = torch.zeros_like(parameter)
         self._update: Callable[..., None] = update
 
     def compile(self) -> None:
-        """Fuse the passes over the weights from the next step on.
-
-        Rates are tensors there: torch.compile makes another graph for every Python number that it meets, gives up
-        after eight, and a rate changes at every step.
-        """
-        fused = torch.compile(update_at_tensor_rate, dynamic=False)
+        """Fuse the passes over the weights from the next step on."""
+        fused = torch.compile(update_at_tensor_lr, dynamic=False)
 
         def update_fused(
-            weights: Tensors,
-            gradients: Tensors,
-            velocity: Tensors,
-            rate: float,
-            momentum: float,
-            decay: float,
+            weights: Tensors, gradients: Tensors, velocity: Tensors, lr: float, momentum: float, decay: float
         ) -> None:
-            rate_tensor = torch.tensor(rate, dtype=torch.float64)
-            fused(weights, gradients, velocity, rate_tensor, rate_tensor * decay, momentum)
+            lr_tensor = torch.tensor(lr, dtype=torch.float64)
+            fused(weights, gradients, velocity, lr_tensor, lr_tensor * decay, momentum)
 
         self._update = update_fused
 
     @property
-    def gradients(self) -> list[torch.Tensor]:
-        """Of every parameter, after `backward`."""
-        found = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
-        assert len(found) == len(self._named), "gradients are asked for after backward()"
-        return found
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All of them by name."""
+        pairs = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
+        return {name: parameter for group in pairs for name, parameter in group}
+
+    @property
+    def gradients(self) -> Tensors:
+        """Of all parameters; each has one after `backward`."""
+        return [parameter.grad for parameter in self.named_parameters.values() if parameter.grad is not None]
+
+    @property
+    def velocities(self) -> dict[str, torch.Tensor]:
+        """By parameter name."""
+        return {name: self.state[each]["velocity"] for name, each in self.named_parameters.items()}
+
+    def load_velocities(self, velocities: dict[str, torch.Tensor]) -> None:
+        """Copy them from a checkpoint."""
+        for name, velocity in self.velocities.items():
+            velocity.copy_(velocities[name])
 
     @torch.no_grad()
-    def step(self, rates: Mapping[str, float], overflow: torch.Tensor | None = None) -> None:
-        """Update every parameter from its `.grad`, at the rate under its name, and clear it; where `overflow`, a bool
-        on the device, is true, change nothing."""
-        groups = defaultdict(list)
-        for name in self._named:
-            groups[rates[name], self._decay[name]].append(name)
-        gradients = dict(zip(self._named, self.gradients, strict=True))
-        for (rate, decay), names in groups.items():
-            if rate > 0:
-                weights, velocity = (
-                    [self._named[name] for name in names],
-                    [self._velocity[name] for name in names],
-                )
-                before = [tensor.clone() for tensor in (*weights, *velocity)] if overflow is not None else []
+    def step(self, skip: torch.Tensor | None = None) -> None:  # type: ignore[override]
+        """Update all parameters and clear their gradients; where `skip`, a bool on the device, is true, change
+        nothing."""
+        for group in self.param_groups:
+            if group["lr"] > 0:
+                weights, gradients = group["params"], [parameter.grad for parameter in group["params"]]
+                velocity = [self.state[parameter]["velocity"] for parameter in weights]
+                before = [tensor.clone() for tensor in (*weights, *velocity)] if skip is not None else []
                 self._update(
-                    weights,
-                    [gradients[name] for name in names],
-                    velocity,
-                    rate,
-                    self._momentum,
-                    decay,
+                    weights, gradients, velocity, group["lr"], group["momentum"], group["weight_decay"]
                 )
                 for tensor, old in zip((*weights, *velocity), before, strict=False):
-                    tensor.copy_(torch.where(overflow, old, tensor))  # type: ignore[arg-type]
-        for parameter in self._named.values():
-            parameter.grad = None
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Velocities by parameter name."""
-        return dict(self._velocity)
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Set the velocities."""
-        for name, velocity in self._velocity.items():
-            velocity.copy_(state[name])
+                    tensor.copy_(torch.where(skip, old, tensor))  # type: ignore[arg-type]
+        self.zero_grad(set_to_none=True)
 
 
 def update(
-    weights: Tensors, gradients: Tensors, velocity: Tensors, rate: float, momentum: float, decay: float
+    weights: Tensors, gradients: Tensors, velocity: Tensors, lr: float, momentum: float, decay: float
 ) -> None:
     """One step of the rule, in place."""
     torch._foreach_mul_(velocity, momentum)
-    torch._foreach_add_(velocity, weights, alpha=-decay * rate)
-    torch._foreach_add_(velocity, gradients, alpha=-rate)
+    torch._foreach_add_(velocity, weights, alpha=-decay * lr)
+    torch._foreach_add_(velocity, gradients, alpha=-lr)
     torch._foreach_add_(weights, velocity)
 
 
-def update_at_tensor_rate(
+def update_at_tensor_lr(
     weights: Tensors,
     gradients: Tensors,
     velocity: Tensors,
-    rate: torch.Tensor,
-    decay_rate: torch.Tensor,
+    lr: torch.Tensor,
+    decay_lr: torch.Tensor,
     momentum: float,
 ) -> None:
-    """`update` with the rate, and its product with the weight decay, as 0-dim tensors."""
+    """`update` for torch.compile, with the rate, and its product with the weight decay, as 0-dim tensors: Python
+    numbers would be compiled anew at each value, and after eight of them no more."""
     torch._foreach_mul_(velocity, momentum)
-    torch._foreach_sub_(velocity, torch._foreach_mul(weights, decay_rate))
-    torch._foreach_sub_(velocity, torch._foreach_mul(gradients, rate))
+    torch._foreach_sub_(velocity, torch._foreach_mul(weights, decay_lr))
+    torch._foreach_sub_(velocity, torch._foreach_mul(gradients, lr))
     torch._foreach_add_(weights, velocity)
 
 
+class LRSchedule:
+    """Learning rates from the configuration, the position, and the validation errors of the epochs before.
+
+    torch's schedulers do not fit: `ReduceLROnPlateau` neither ends a run nor shares its groups with a warm-up.
+    """
+
+    def __init__(self, config: OptimizerConfig, epochs: int) -> None:
+        """`epochs`: of the whole run, at whose end a cosine arrives at 0."""
+        self._config, self._epochs = config, epochs
+        self._epoch, self._drops, self._stale, self._best = 0, 0, 0, math.inf
+
+    def lr(self, group: str = "weights", progress: float = 0.5) -> float:
+        """Rate of a parameter group; `progress` is the fraction of the epoch at the middle of the step."""
+        config, passed = self._config, self._epoch + progress
+        factor = min(1.0, passed / config.warmup_epochs) if config.warmup_epochs else 1.0
+        if config.schedule == "cosine" and passed > config.warmup_epochs:
+            fraction = (passed - config.warmup_epochs) / (self._epochs - config.warmup_epochs)
+            factor *= (1 + math.cos(math.pi * fraction)) / 2
+        drops = sum(self._epoch >= epoch for epoch in config.steps)
+        if config.schedule == "plateau":
+            drops = min(self._drops, config.max_drops)
+        return self._base_lr(group) * factor / 10**drops
+
+    def _base_lr(self, group: str) -> float:
+        """Before warm-up and drops: what was set last, for a layer of its own or for its kind."""
+        config = self._config
+        past = sorted(
+            (each for each in config.changes if each.epoch <= self._epoch), key=lambda each: each.epoch
+        )
+        own = [each.lr for each in past if each.of == group]
+        if group == "biases":
+            return own[-1] if own else config.lr if config.bias_lr is None else config.bias_lr
+        return [config.lr, *(each.lr for each in past if each.of == "weights"), *own][-1]
+
+    def set_lrs(self, optimizer: AlexNetSGD, progress: float) -> None:
+        """Set the rates of a step in all parameter groups."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(group["name"], progress)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the error stalled once more after the last drop."""
+        return self._config.schedule == "plateau" and self._drops > self._config.max_drops
+
+    def end_epoch(self, top1_error: float) -> None:
+        """Count an epoch and its centre-crop top-1 error, in percent."""
+        self._epoch += 1
+        improved = top1_error <= self._best - self._config.min_delta
+        self._best, self._stale = (top1_error, 0) if improved else (self._best, self._stale + 1)
+        if self._stale >= self._config.patience:
+            self._drops, self._stale = self._drops + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"epoch": self._epoch, "drops": self._drops, "stale": self._stale, "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state`."""
+        self._epoch, self._drops, self._stale, self._best = (
+            state[k] for k in ("epoch", "drops", "stale", "best")
+        )
+
+
 class LossScale:
-    """A factor on the loss that keeps float16 gradients from vanishing: halved, and the step left out, where one
-    overflows; doubled after 2,000 good steps (Micikevicius et al. 2018; the figures are those of `torch.amp`).
+    """Factor on the loss that keeps float16 gradients from underflow: halved, and the step skipped, when one overflows;
+    doubled after 2,000 good steps (Micikevicius et al. 2018; the figures are those of `torch.amp`).
 
     Unlike `torch.amp.GradScaler.step` it never waits for the device.
     """
@@ -137,14 +192,14 @@ class LossScale:
         self._good = torch.zeros((), dtype=torch.int64, device=device)
 
     def unscale(
-        self, gradients: list[torch.Tensor], any_process: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Any:
-        """Divide gradients by the factor, in place, and adapt it. Returns whether they overflowed (in any process, as
-        `any_process` tells of a bool tensor); None where nothing is scaled."""
+        self, gradients: Tensors, any_rank: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Divide gradients by the factor, in place, and adapt it. Returns whether they overflowed, a bool tensor that
+        `any_rank` combines over ranks; None where nothing is scaled."""
         if not self.enabled:
             return None
         torch._foreach_div_(gradients, self.factor)
-        overflow = any_process(~torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        overflow = any_rank(~torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         grown = self._good + 1 >= self.GOOD_STEPS
         self.factor = torch.where(overflow, self.factor / 2, torch.where(grown, self.factor * 2, self.factor))
         self._good = torch.where(overflow | grown, 0, self._good + 1)
@@ -155,5 +210,5 @@ class LossScale:
         return {"factor": self.factor, "good": self._good}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         self.factor, self._good = state["factor"].to(self.factor.device), state["good"].to(self._good.device)

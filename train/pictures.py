@@ -1,169 +1,197 @@
-"""Pictures of a finished run: curves, first-layer kernels, augmented images, predictions. PNG files in the run
-directory."""
+"""Draw a finished run with matplotlib: charts of its metrics, kernels of conv1, augmented images, confused classes.
 
-from collections.abc import Sequence
+Pictures are PNG files: in an SVG class names would be markup. matplotlib takes a third of a second to import, which the
+start of a run does not wait for, so functions import it.
+
+Shape suffixes: N images, C kernels, H height, W width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from model.alexnet import AlexNet
 from pipeline.draws import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight
+from pipeline.files import atomic_writer
+from pipeline.lighting import apply_lighting
 from pipeline.loader import train_loader
 from pipeline.reader import decoded_batches
-from pipeline.settings import Speed
-from train.accuracy import MIDDLE
-from train.charts import draw_curves, saved_figure, short_names
-from train.directory import PICTURES
-from train.findings import Example, Findings
-from train.metrics import read_metrics
-from train.state import TrainState
+from pipeline.settings import DataConfig, Speed
+from pipeline.shards import ClassName, ShardSet
+from train.accuracy import MIDDLE, EvalStats
 
-if TYPE_CHECKING:  # it takes a third of a second, and every start of a run would wait for it
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LEARNING = ("Loss", "Error")
+CHARTS = {
+    "Loss": ("cross-entropy", {"training, with dropout": ("train", "loss")}),
+    "Error": (
+        "top-1 error, %",
+        {"training, with dropout": ("train", "top1_error"), "validation": ("eval", "centre_top1_error")},
+    ),
+    "Throughput": ("images/s", {"training speed": ("train", "images_per_s")}),
+    "Input": ("% of the time", {"waiting for input": ("train", "wait_percent")}),
+    "Steps": ("ms", {"step": ("train", "step_ms_p50"), "step while saving": ("train", "saving_step_ms_p50")}),
+    "Evaluation": ("s", {"evaluation time": ("eval", "eval_s")}),
+    "Memory": ("GB", {"GPU memory, at most": ("train", "gpu_memory_gb")}),
+}
+"""Title: (unit, {label of a line: (kind of row, name of the value)})."""
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+NAMED_CLASSES = 40
+"""Classes up to which a picture of confusions has room for their names."""
 
-def draw_pictures(state: TrainState, network: AlexNet, findings: Findings) -> list[Path]:
-    """Draw every picture; returns their paths."""
-    paths = [state.config.run.dir / name for name in PICTURES]
-    curves, kernels, augmentation, predictions = paths
-    rows = read_metrics(state.config.run.dir / "metrics.jsonl")
-    with saved_figure(curves) as figure:
-        draw_curves(figure, rows, state.train_loader.steps_per_epoch, state.config.model.outputs)
-    with saved_figure(kernels) as figure:
-        draw_kernels(figure, network)
-    with saved_figure(augmentation) as figure:
-        draw_augmentation(figure, state)
-    with saved_figure(predictions) as figure:
-        draw_predictions(figure, state, findings)
-    return paths
+
+@contextmanager
+def png_figure(file: BinaryIO) -> "Iterator[Figure]":
+    """Open a figure that is written to `file` when the block ends; dollar signs in it do not start formulas."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(5.2, 3), layout="constrained")
+        yield figure
+        figure.savefig(file, format="png", dpi=120)
 
 
-def draw_kernels(figure: "Figure", network: AlexNet) -> None:
-    """The kernels of conv1 as in the paper's figure 3, one block per tower, on one colour scale."""
-    kernels = network.conv1.weight.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-    blocks = np.split(kernels, network.config.num_towers)
-    columns = 16 if len(blocks[0]) % 16 == 0 else 12
-    reach = np.abs(kernels).max()
-    sheets = [tile((block / reach + 1) / 2, columns) for block in blocks]
+@contextmanager
+def saved_figure(path: Path) -> "Iterator[Figure]":
+    """Open a figure that is written to `path` when the block ends."""
+    with atomic_writer(path) as file, png_figure(file) as figure:
+        yield figure
+
+
+def draw_png(draw: Callable[..., None], *arguments: Any) -> bytes:
+    """Call `draw` with a new figure and more arguments; return the figure as a PNG file."""
+    file = BytesIO()
+    with png_figure(file) as figure:
+        draw(figure, *arguments)
+    return file.getvalue()
+
+
+def read_lines(rows: list[dict[str, Any]], title: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Collect steps and values of each line of a chart. Leave out lines without values, and what a damaged disk has
+    made a text or a number too large to draw."""
+    lines = {}
+    for label, (kind, name) in CHARTS[title][1].items():
+        points = [(row["step"], row.get(name)) for row in rows if row["kind"] == kind]
+        numbers = [p for p in points if all(isinstance(x, int | float) and abs(x) <= FLOAT32_MAX for x in p)]
+        if numbers:
+            steps, values = np.array(numbers, float).T
+            lines[label] = steps, values
+    return lines
+
+
+def draw_charts(
+    figure: "Figure", titles: Sequence[str], rows: list[dict[str, Any]], steps_per_epoch: int, classes: int
+) -> None:
+    """Draw some of `CHARTS` over epochs, from left to right."""
+    figure.set_size_inches(5.2 * len(titles), 3)
+    panels: Any = figure.subplots(1, len(titles), squeeze=False)
+    for axes, title in zip(panels.flat, titles, strict=True):
+        for label, (steps, values) in read_lines(rows, title).items():
+            style = "o-" if len(values) < 25 else "-"
+            axes.plot(steps / steps_per_epoch, values, style, markersize=4, label=label)
+        if title == "Loss":
+            axes.axhline(np.log(classes), color="grey", linestyle=":", label="chance: ln(classes)")
+        axes.set(title=title, xlabel="epoch", ylabel=CHARTS[title][0], xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+
+
+def draw_kernels(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
+    """Draw conv1's kernels, (C, 3, H, W) per tower, as in the paper's figure 3: in blocks, on one scale of colours."""
+    scaled = [to_pixels(127.5 * each / np.abs(towers).max(), 127.5).transpose(0, 2, 3, 1) for each in towers]
+    sheets = [tile(each, 12 if len(each) % 16 else 16) for each in scaled]
     figure.set_size_inches(8, 0.6 + sum(8 * sheet.shape[0] / sheet.shape[1] + 0.3 for sheet in sheets))
-    figure.suptitle(f"conv1: {len(kernels)} kernels of 11x11x3 (noise at the start of training)")
-    for number, (axes, sheet) in enumerate(
-        zip(np.atleast_1d(figure.subplots(len(sheets), 1)), sheets, strict=True)
-    ):
-        axes.imshow(sheet, interpolation="nearest")
-        axes.set_title(f"tower {number}", fontsize=9)
-        axes.axis("off")
+    figure.suptitle("kernels of conv1 (noise at the start of training)")
+    panels: Any = figure.subplots(len(sheets), squeeze=False)
+    for number, (axes, sheet) in enumerate(zip(panels.flat, sheets, strict=True)):
+        show_image(axes, sheet, f"tower {number}")
 
 
-def draw_augmentation(figure: "Figure", state: TrainState) -> None:
-    """One image moved along each RGB axis, and a batch as the network gets it from the real pipeline."""
-    augmentation, basis = state.config.data.augmentation, state.basis
-    images_NHWC = next(decoded_batches(state.train_shards, 16)).numpy()
-    (image_HWC,) = most_colourful(images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE], 1)
-    amounts = range(-3, 4)
-    rows = [moved_along(image_HWC, axis, amounts, basis, augmentation.lighting) for axis in range(3)]
+def draw_saturations(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
+    """Draw the saturations (0..1) of each tower's kernels in ascending order, and their means."""
+    axes = figure.subplots()
+    for number, values in enumerate(towers):
+        axes.plot(np.sort(values), "o", markersize=4, color=f"C{number}", label=f"tower {number}")
+        mean = values.mean()
+        axes.axhline(mean, color=f"C{number}", linewidth=0.8, label=f"mean {mean:.2f}")
+    axes.axhline(2 / 3, color="grey", linestyle=":", label="noise")
+    axes.set(title="Saturation of kernels", xlabel="rank", ylabel="0 grey, 1 colour", ylim=(0, 1))
+    axes.legend(fontsize=8)
+
+
+def draw_augmentation(
+    figure: "Figure", shards: ShardSet, basis: Eigenbasis, config: DataConfig, seed: int
+) -> None:
+    """Draw one image shifted along each RGB axis, and a batch as the training pipeline makes it."""
+    settings = replace(config.augmentation, mean="channel", images_per_crop=1)
+    lighting = settings.lighting
+    images_NHWC = next(decoded_batches(shards, 16)).numpy()
+    crops_NHWC = images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
+    most_colourful = np.ptp(crops_NHWC.mean((1, 2)), axis=1).argmax()
+    draws_N3 = np.kron(np.eye(3), np.arange(-3, 4)[:, None])
+    shifted_NHWC = apply_lighting(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
+    config = replace(config, decode="cpu", speed=Speed(), augmentation=settings)
+    count = min(14, shards.num_samples)
     loader = train_loader(
-        state.train_shards,
-        basis,
-        replace(
-            state.config.data,
-            decode="cpu",
-            speed=Speed(),
-            augmentation=replace(augmentation, mean="channel", share_window=1),
-        ),
-        batch_size=min(14, state.train_shards.num_samples),
-        seed=state.config.train.seed,
-        rank=0,
-        num_ranks=1,
-        device="cpu",
+        shards, basis, config, batch_size=count, seed=seed, rank=0, num_ranks=1, device="cpu"
     )
-    batch = (
-        next(iter(loader)).images.permute(0, 2, 3, 1).numpy()
-        * augmentation.std
-        * augmentation.lighting.divisor
-    )
+    batch_NHWC = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * settings.std * lighting.divisor
     loader.close()
-
-    figure.set_size_inches(10, 8.4)
-    titles = [f"axis {axis + 1} ({basis.axis_stddev[axis]:.0f} levels in the data)" for axis in range(3)]
-    panels = figure.subplots(4, 1, height_ratios=[1, 1, 1, 2])
-    for axes, images, title in zip(panels[:3], rows, titles, strict=True):
-        axes.imshow(tile(images, len(amounts)))
-        axes.set_title(
-            f"one image moved by {amounts[0]} to +{amounts[-1]} standard deviations of lighting along {title}",
-            fontsize=9,
-        )
-        axes.axis("off")
-    panels[3].imshow(tile(to_pixels(batch, basis.mean), 7))
-    panels[3].set_title("training images from the pipeline: window, flip, lighting", fontsize=9)
-    panels[3].axis("off")
+    figure.set_size_inches(10, 7.8)
+    upper, lower = figure.subplots(2, height_ratios=[3, 2])
+    levels = ", ".join(f"{stddev:.0f}" for stddev in basis.axis_stddev)
+    title = f"one image at -3 to +3 deviations of lighting along each axis (in the data {levels} levels)"
+    show_image(upper, tile(to_pixels(shifted_NHWC, basis.mean), 7), title)
+    title = "training images from the pipeline: window, flip, lighting"
+    show_image(lower, tile(to_pixels(batch_NHWC, basis.mean), 7), title)
 
 
-def draw_predictions(figure: "Figure", state: TrainState, findings: Findings) -> None:
-    """Ten validation images with their five most probable classes over all views: the surest mistakes, and what was
-    right but close."""
-    wrong, right = findings.mistakes, findings.close_calls
-    shown = (wrong[: max(5, 10 - len(right))] + right)[:10]
-    names = short_names(state.val_shards.classes)
-    figure.set_size_inches(12, 7)
-    panels = figure.subplots(4, 5, height_ratios=[2, 1, 2, 1])
-    for axes in panels.flat:
-        axes.axis("off")
-    for place, example in enumerate(shown):
-        row, column = place // 5 * 2, place % 5
-        picture, bars = panels[row, column], panels[row + 1, column]
-        picture.imshow(example_pixels(example, state))
-        picture.set_title(names[example.label], color="black" if example.correct else "firebrick")
-        bars.axis("on")
-        bars.barh(
-            [names[index] for index in example.guesses[::-1]],
-            example.probabilities[::-1],
-            color=["seagreen" if index == example.label else "grey" for index in example.guesses[::-1]],
-        )
-        bars.set_xlim(0, 1)
-        bars.tick_params(labelsize=8)
-    figure.suptitle("validation images: the surest mistakes (red), then what was right but close")
+def draw_confusion(figure: "Figure", stats: EvalStats, classes: Sequence[ClassName]) -> None:
+    """Draw how often images of each class (rows) are taken for each class (columns), as percentages of the row."""
+    counts = stats.confusion[: len(classes)].cpu().numpy()
+    percentages = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    named = len(classes) <= NAMED_CLASSES
+    side = np.clip(0.3 * len(classes) + 3, 4, 9) if named else 8
+    figure.set_size_inches(side + 1, side)
+    axes = figure.subplots()
+    image = axes.imshow(percentages, cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, label="% of the images of the true class")
+    axes.set(xlabel="taken for", ylabel="true class", title=f"{counts.sum()} validation images, all views")
+    if named:
+        names = [each.words.split(",")[0][:24] for each in classes]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in np.argwhere(counts):
+            colour = "white" if percentages[row, column] > 50 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
 
 
-def example_pixels(example: Example, state: TrainState) -> np.ndarray:
-    """An image that was looked at as uint8 (256, 256, 3) RGB."""
-    image_HWC = example.image.permute(1, 2, 0).float().numpy()
-    return to_pixels(image_HWC * state.config.data.augmentation.std, state.basis.mean)
-
-
-def most_colourful(images_NHWC: np.ndarray, count: int) -> np.ndarray:
-    """The `count` images whose mean colour is farthest from grey."""
-    return images_NHWC[np.ptp(images_NHWC.mean((1, 2)), axis=1).argsort()[::-1][:count]]
-
-
-def moved_along(
-    image_HWC: np.ndarray, axis: int, amounts: Sequence[int], basis: Eigenbasis, lighting: Lighting
-) -> np.ndarray:
-    """An image as lighting moves it along one axis, uint8 (len(amounts), height, width, 3); amounts are draws."""
-    draws_N3 = np.zeros((len(amounts), 3))
-    draws_N3[:, axis] = amounts
-    return to_pixels(relight(image_HWC[None], draws_N3, basis, lighting) * lighting.divisor, basis.mean)
-
-
-def to_pixels(images_HWC: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Mean-free RGB on the 0..255 scale to uint8."""
+def to_pixels(images_HWC: np.ndarray, mean: np.ndarray | float) -> np.ndarray:
+    """Convert mean-free RGB on the 0..255 scale to uint8."""
     return np.rint(np.clip(images_HWC + mean, 0, 255)).astype(np.uint8)
 
 
 def tile(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
-    """Images side by side, `columns` in a row, with a light border; missing ones stay blank."""
-    count, height, width, _ = images_NHWC.shape
-    blank = 255 if images_NHWC.dtype == np.uint8 else 1
-    rows = -(-count // columns)
-    border = max(1, height // 32)
-    sheet = np.full(
-        (rows * (height + border) - border, columns * (width + border) - border, 3), blank, images_NHWC.dtype
-    )
-    for number, image in enumerate(images_NHWC):
-        top, left = number // columns * (height + border), number % columns * (width + border)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
+    """Join uint8 images to one, `columns` in a row, with white between them and in place of missing ones."""
+    border = max(1, images_NHWC.shape[1] // 32)
+    margins = (0, -len(images_NHWC) % columns), (0, border), (0, border), (0, 0)
+    padded = np.pad(images_NHWC, margins, constant_values=255)
+    _, height, width, _ = padded.shape
+    return padded.reshape(-1, columns, height, width, 3).swapaxes(1, 2).reshape(-1, columns * width, 3)
+
+
+def show_image(axes: "Axes", image_HWC: np.ndarray, title: str) -> None:
+    """Show an image without axes."""
+    axes.imshow(image_HWC)
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")

@@ -7,122 +7,104 @@ evaluated again. Under torchrun or srun it is one run of all processes.
 """
 
 import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from train.cli import log, run_main
 from train.config import Config, parse_config
-from train.launch import find_launch
-from train.program import exit_with, outlive_full_disk, told_once
 
 # torch and DALI take seconds to import, which neither --help nor a wrong option waits for: functions do it.
 if TYPE_CHECKING:
-    from train.directory import RunDirectory
-    from train.state import TrainState
-    from train.stop import StopVote
+    from train.checkpoint import RunDirectory
+    from train.trainer import Trainer
 
 
 def run(config: Config) -> None:
-    """Meet the other processes, train, evaluate, draw, report."""
+    """Join the other processes, train, evaluate, report."""
     import torch
 
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
-    from train.directory import RunDirectory
-    from train.placement import Placement, lost_processes_told
-    from train.state import TrainState
-    from train.stop import StopSignal, StopVote
+    from train.checkpoint import RunDirectory
+    from train.device import pick_device, set_precision, tune_malloc
+    from train.distributed import Distributed, StopFlag, StopSignal
+    from train.launch import find_launch
+    from train.trainer import Trainer
 
-    keep_freed_memory()
-    requested = StopSignal()
+    tune_malloc()
+    stop_signal = StopSignal()
     find_launch(os.environ, torch.cuda.device_count())
-    arithmetic = set_arithmetic(config.run.deterministic)
-    device = pick_device(config.run.device)
-    with lost_processes_told():
-        with told_once():
-            placement = Placement(config.parallel, device)
-        directory = RunDirectory(config.run.dir)
-        placement.first_does(directory.claim)
-        state = placement.together(lambda: TrainState(config, device, placement))
-        set_out(state, directory)
-        describe(state, arithmetic)
-        train(state, StopVote(placement, requested))
-    placement.leave()
+    distributed = Distributed(config.parallel)
+    device = distributed.run_on_all_ranks(lambda: pick_device(config.run.device))
+    precision = distributed.run_on_all_ranks(lambda: set_precision(config.run.deterministic))
+    directory = RunDirectory(config.run.dir)
+    distributed.run_on_rank_zero(directory.claim)
+    trainer = distributed.run_on_all_ranks(lambda: Trainer(config, device, distributed))
+    build_or_resume(trainer, directory)
+    log_summary(trainer, precision)
+    finished = trainer.fit(StopFlag(distributed, stop_signal)) and evaluate_and_report(trainer)
+    if not finished and distributed.is_rank_zero:
+        position = f"step {trainer.step} (epoch {trainer.epoch + 1})"
+        log(f"stopped and saved at {position}; run the same command again to resume")
+    trainer.close()
+    distributed.shutdown()
 
 
-def set_out(state: "TrainState", directory: "RunDirectory") -> None:
-    """Build the network and go to where the run stands, or to the weights that it starts from."""
-    from train.agreement import facts
+def build_or_resume(trainer: "Trainer", directory: "RunDirectory") -> None:
+    """Build the model; resume where the run is, or start from other weights."""
     from train.checkpoint import find_checkpoint
 
-    config, placement = state.config, state.placement
-    checkpoint = placement.together(lambda: find_checkpoint(config.run.dir))
-    placement.agree(facts(state, checkpoint))
-    state.build()
-    told = ""
+    config, distributed = trainer.config, trainer.distributed
+    checkpoint = distributed.run_on_all_ranks(lambda: find_checkpoint(config.run.dir))
+    distributed.assert_same_on_all_ranks(trainer.run_signature(checkpoint))
+    distributed.run_on_all_ranks(trainer.build)
+    message = ""
     if checkpoint:
-        path = placement.together(lambda: state.restore(checkpoint))
-        told = f"resuming from {path} (epoch {state.epoch + 1}, step {state.step})"
-    elif config.train.weights:
-        told = state.start_from(config.train.weights)
-    placement.first_does(lambda: directory.prepare(config))
-    if told and placement.is_first:
-        print(told)
+        path = distributed.run_on_all_ranks(lambda: trainer.load_checkpoint(checkpoint))
+        message = f"resuming from {path} (epoch {trainer.epoch + 1}, step {trainer.step})"
+    elif config.train.init_from:
+        message = trainer.init_from(config.train.init_from)
+    distributed.run_on_rank_zero(lambda: directory.prepare(config))
+    if message and distributed.is_rank_zero:
+        log(message)
 
 
-def train(state: "TrainState", stop: "StopVote") -> None:
-    """Train to the end or until stopped, evaluate; the first process tells and writes."""
-    from train.findings import Findings
-    from train.loop import Trainer
-    from train.metrics import MetricsLog
-    from train.pictures import draw_pictures
-    from train.report import report
-
-    log = MetricsLog(state.config.run.dir, state.step, state.epoch) if state.placement.is_first else None
-    trainer, findings = Trainer(state, log, stop), Findings(state.config.model.outputs, state.device)
-    finished = trainer.fit()
-    accuracy = trainer.evaluate(all_views=True, findings=findings) if finished else None
-    if accuracy:
-        network = state.learner.gather_network()
-        if state.placement.is_first:
-            report(state, network, accuracy, findings, draw_pictures(state, network, findings))
-    elif state.placement.is_first:
-        print(
-            f"stopped and saved at step {state.step} (epoch {state.epoch + 1}); run the same command again to resume"
-        )
-    trainer.close()
-
-
-def describe(state: "TrainState", arithmetic: str) -> None:
-    """Open the shards; in the first process, say what is about to happen."""
+def log_summary(trainer: "Trainer", precision: str) -> None:
+    """Open the shards; on rank 0, log what is about to happen."""
     from train.device import gpu_advice
 
-    loader, placement = state.train_loader, state.placement
-    opening_bytes = placement.together(loader.open)
-    if not placement.is_first:
+    loader, distributed, train = trainer.train_loader, trainer.distributed, trainer.config.train
+    opening_bytes = distributed.run_on_all_ranks(loader.open)
+    if not distributed.is_rank_zero:
         return
-    everywhere = "" if placement.world == 1 else f" in each of {placement.world} processes"
-    parameters = sum(parameter.numel() for parameter in state.learner.model.parameters())
-    print(
-        f"{state.train_shards.num_samples} training and {state.val_shards.num_samples} validation images, "
-        f"{len(state.train_shards.classes)} classes; {parameters:,} parameters on {state.device}{everywhere}"
+    processes = "" if distributed.world_size == 1 else f" in each of {distributed.world_size} processes"
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    log(
+        f"{trainer.train_shards.num_samples} training and {trainer.val_shards.num_samples} validation images, "
+        f"{len(trainer.train_shards.classes)} classes; {parameters:,} parameters on {trainer.device}{processes}"
     )
-    if state.device.type == "cuda":
-        print(arithmetic)
-    images = state.config.train.batch_size // placement.num_replicas // state.config.train.accumulate
-    for line in gpu_advice(state.device, placement.world, images) if state.config.run.device != "cpu" else ():
-        print(line)
-    left_over = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
-    print(f"{loader.steps_per_epoch} steps an epoch ({left_over})")
-    print(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
-    if loader.cached_share:
-        print(
-            f"the decode cache holds {loader.cached_share:.0%} of this process's images: its hits after one epoch"
-        )
+    if trainer.device.type == "cuda":
+        log(precision)
+    images = train.batch_size // distributed.num_replicas // train.grad_accum_steps
+    advice = gpu_advice(trainer.device, distributed.world_size, images)
+    if advice and trainer.config.run.device != "cpu":
+        log(advice)
+    dropped = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
+    log(f"{loader.steps_per_epoch} steps an epoch ({dropped})")
+    log(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
 
 
-def main() -> NoReturn:
-    """The command line."""
-    outlive_full_disk()
-    exit_with(lambda: run(parse_config()))
+def evaluate_and_report(trainer: "Trainer") -> bool:
+    """Evaluate on all views; rank 0 prints and writes the report. Returns False when it was stopped."""
+    from train.accuracy import EvalStats
+    from train.report import write_report
+
+    stats = EvalStats(trainer.config.model.outputs, trainer.device)
+    accuracy = trainer.evaluate(all_views=True, stats=stats)
+    if accuracy is None:
+        return False
+    model = trainer.gather_model()
+    if trainer.distributed.is_rank_zero:
+        write_report(trainer, model, accuracy, stats)
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    run_main(lambda: run(parse_config()))

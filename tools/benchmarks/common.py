@@ -19,15 +19,16 @@ import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
 from pipeline.machine import num_cores
-from pipeline.shards import DataError, ShardSet
+from pipeline.shards import ShardSet
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ STEPS_ON_A_GPU = 20
 """Steps between two synchronizations, so that the host runs ahead of the GPU."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SETTLE_S = 3.0
+PACKAGES = ("torch", "nvidia-dali-cuda120", "simplejpeg", "numpy", "pillow", "webdataset", "spdl")
+"""Those whose versions a row has, where they are installed."""
 
 
 class Rate(NamedTuple):
@@ -92,8 +95,6 @@ def measure(
     A quarter of that time is a warm-up that uses up prefetched batches; then `begin` is called.
     """
     on_gpu = device is not None and device.type == "cuda"
-    if on_gpu:
-        import torch
 
     def run(seconds: float) -> int:
         steps, end = 0, perf_counter() + seconds
@@ -102,6 +103,8 @@ def measure(
                 step()
                 steps += 1
             if on_gpu:
+                import torch
+
                 torch.cuda.synchronize(device)
         return steps * images
 
@@ -128,8 +131,9 @@ def settle() -> None:
         sleep(0.05)
 
 
-def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]]:
-    """Print medians, ranges and ratios to the reference, turn by turn. Returns them as rows, one per contender."""
+def report_rates(title: str, rates: Rates, reference: str, out: Path | None, **context: Any) -> None:
+    """Print medians, ranges and ratios to the reference, turn by turn, and append them to `out`: a line of JSON per
+    contender, with `context` and the environment to repeat the measurement."""
     width, rows = max(40, len(title), *map(len, rates)), []
     print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
     for name, values in rates.items():
@@ -142,16 +146,19 @@ def print_table(title: str, rates: Rates, reference: str) -> list[dict[str, Any]
         row: dict[str, Any] = {"contender": name, "table": title, "unit": "images/s", "reference": reference}
         row |= {"ratio": ratio, "median": numbers[0], "median_per_cpu_s": median(per_cpu_s)}
         rows.append(row | {"values": per_s, "values_per_cpu_s": per_cpu_s})
-    return rows
+    if out:
+        environment = describe_environment()
+        with out.open("a") as file:
+            file.writelines(json.dumps(row | environment | context) + "\n" for row in rows)
 
 
 def check_options(out: Path | None, **numbers: float | None) -> None:
-    """Raise `ValueError` or `OSError` for a number that is not positive, or an `out` that cannot be written."""
+    """Raise `UserError` or `OSError` for a number that is not positive, or an `out` that cannot be written."""
     for name, value in numbers.items():
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
     if out and out.suffix != ".jsonl":
-        raise ValueError(f"--out: expected a file of JSON lines, NAME.jsonl, got {out}")
+        raise UserError(f"--out: expected a file of JSON lines, NAME.jsonl, got {out}")
     if out:
         check_writable(out)
 
@@ -182,17 +189,7 @@ def select_first_shards(shards: ShardSet, images: int) -> ShardSet:
     return shards.only([k for k in range(len(shards.tars)) if starts[k] < images])
 
 
-def append_rows(
-    out: Path | None, subcommand: str, rows: list[dict[str, Any]], data: str, **settings: Any
-) -> None:
-    """Append rows to `out` as lines of JSON, with data, settings and environment to repeat the measurement."""
-    if out:
-        context = describe_environment(subcommand) | {"data": data} | settings
-        with out.open("a") as file:
-            file.writelines(json.dumps(row | context) + "\n" for row in rows)
-
-
-def describe_environment(subcommand: str) -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Collect commit ("-dirty" with uncommitted changes), command, hardware and versions."""
     import torch
 
@@ -200,11 +197,9 @@ def describe_environment(subcommand: str) -> dict[str, Any]:
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     module = Path("/proc/driver/nvidia/version")
     driver = re.search(r"Module\s.*?(\d+\.[\d.]+)", module.read_text()) if module.exists() else None
-    names = {"dali": "nvidia-dali-cuda120"} | {
-        name: name for name in ("torch", "simplejpeg", "numpy", "pillow")
-    }
+    versions = {each.name.lower(): each.version for each in distributions() if each.name.lower() in PACKAGES}
     return {
-        "benchmark": subcommand,
+        "benchmark": next(iter(sys.argv[1:]), ""),
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
         "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
         "cpu": cpu[1] if cpu else platform.processor(),
@@ -212,5 +207,5 @@ def describe_environment(subcommand: str) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "driver": driver[1] if driver else None,
-        "versions": {"python": platform.python_version()} | {name: version(names[name]) for name in names},
+        "versions": {"python": platform.python_version()} | versions,
     }

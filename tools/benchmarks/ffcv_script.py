@@ -2,9 +2,9 @@
 
     FFCV_PYTHON tools/benchmarks/ffcv_script.py SETTINGS.json
 
-writes the JPEGs, byte for byte, in FFCV's format, and FFCV's version to stdout; then loads a batch for each line on
-stdin and answers with a line. If the settings have `show`, it first saves the batch as an .npz of images and labels. It
-does not import this project.
+writes the JPEGs, byte for byte, in FFCV's format; then loads a batch at once and for each line on stdin, and answers
+with a line each. If the settings have `show`, it first saves the batch as an .npz of images and labels. It does not
+import this project.
 """
 
 import io
@@ -15,7 +15,6 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -91,35 +90,27 @@ def load_batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, An
     """Yield augmented batches forever. At this scale and ratio the random resized crop is a random 224x224 crop without
     resizing."""
     side, count = 224, len(settings["files"])
-    scale = ((side / 256) ** 2, (side / 256) ** 2)
-    decoder = RandomResizedCropRGBImageDecoder((side, side), scale=scale, ratio=(1.0, 1.0))
+    crop: dict[str, Any] = {"scale": ((side / 256) ** 2, (side / 256) ** 2), "ratio": (1.0, 1.0)}
+    decode = [RandomResizedCropRGBImageDecoder((side, side), **crop), RandomHorizontalFlip()]
     normalize = ShiftAndNormalize(settings["mean"], settings["matrix"], settings["divisor"])
+    images = [*decode, normalize, ToTensor(), ToTorchImage(channels_last=True)]
+    pipelines = {"image": images, "label": [IntDecoder(), ToTensor(), Squeeze()]}
     repeats = 1 if settings["show"] else -(-EPOCH // count)
-    loader = Loader(
-        beton,
-        batch_size=settings["batch_size"],
-        num_workers=settings["workers"],
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=True,
-        indices=np.tile(np.arange(count, dtype=np.uint64), repeats),
-        pipelines={
-            "image": [
-                decoder,
-                RandomHorizontalFlip(),
-                normalize,
-                ToTensor(),
-                ToTorchImage(channels_last=True),
-            ],
-            "label": [IntDecoder(), ToTensor(), Squeeze()],
-        },
-    )
+    numbers = np.tile(np.arange(count, dtype=np.uint64), repeats)
+    order: dict[str, Any] = {
+        "order": OrderOption.RANDOM,
+        "indices": numbers,
+        "os_cache": True,
+        "drop_last": True,
+    }
+    batch_size, workers = settings["batch_size"], settings["workers"]
+    loader = Loader(beton, batch_size=batch_size, num_workers=workers, pipelines=pipelines, **order)
     while True:
         yield from loader
 
 
 def main() -> None:
-    """Answer the lines on standard input."""
+    """Answer the lines on standard input, after the first batch."""
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keep what libraries print out of the answers
@@ -127,15 +118,13 @@ def main() -> None:
     settings = json.loads(path.read_text())
     beton = path.with_suffix(".beton")
     write_beton(settings["files"], beton)
-    endless = load_batches(settings, str(beton))
-    print(version("ffcv"), file=answers)
-    for _ in sys.stdin:
-        images, labels = next(endless)
+    for images, labels in load_batches(settings, str(beton)):
         if settings["show"]:
-            np.savez(
-                path.with_suffix(".npz"), images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy()
-            )
+            images_NHWC = images.permute(0, 2, 3, 1).numpy()
+            np.savez(path.with_suffix(".npz"), images=images_NHWC, labels=labels.numpy())
         print("done", file=answers)
+        if not sys.stdin.readline():
+            break
     os._exit(0)  # FFCV's threads are still running
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +18,11 @@ from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks import common
 
-if TYPE_CHECKING:
-    from nvidia.dali import Pipeline
-
 LIMIT, WINDOWS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 pixels, as for a GPU (DALI, cpu)"
 LOADER, NO_LIGHTING = "loader: finished batches", "loader: the same without lighting (strength 0)"
 EIGENBASIS = "compute_pca: decode and sum, exact"
 MAX_JPEGS, MAX_SUMMED, CHUNK = 2000, 20_000, 16
 """Enough to exceed a core's cache, and for a pass of some seconds; images per task of a thread."""
-SUM_BATCH = 64
 
 
 def bench_loader(
@@ -52,10 +48,10 @@ def bench_loader(
     import torch
 
     from pipeline.loader import train_loader
-    from train.device import keep_freed_memory, pick_device
+    from train.device import pick_device, tune_malloc
 
     common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
@@ -63,18 +59,19 @@ def bench_loader(
     raise_open_files(4 * len(train.tars))
     settings = DataConfig(shards, speed=speed)
     no_lighting = replace(settings, augmentation=Augmentation(lighting=Lighting(strength=0)))
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "seed": 0,
-        "rank": 0,
-        "num_ranks": 1,
-        "device": device,
-    }
-    loaders = [train_loader(train, basis, config, **options) for config in (settings, no_lighting)]
-    batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
-    windows = decode_windows(train, batch_size, speed.num_threads)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "rank": 0, "num_ranks": 1}
+    loaders = [
+        train_loader(train, basis, config, **options, device=where)
+        for config, where in ((settings, device), (no_lighting, device), (settings, "cpu"))
+    ]
+    batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders[:2])
+    next(iter(loaders[2]))
+    windows: Any = loaders[2]._pipe  # DALI's part of the loader, which ends with uint8 crops on a CPU
     jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
-    check_work(jpegs, windows, next(batches).images)
+    images, (_, crops, *_) = next(batches).images, windows.run()
+    assert images.shape == (batch_size, 3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
+    assert crops.as_tensor().shape() == [batch_size, 224, 224, 3], "DALI: wrong batch"
+    check_pixels(jpegs[:32])
     with ThreadPoolExecutor(cores) as pool:  # simplejpeg releases the GIL
 
         def decode_all() -> None:
@@ -93,64 +90,31 @@ def bench_loader(
     data = common.describe_shards(train)
     print(f"{data}; batch {batch_size}, finished on {device.type}")
     print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
-    rows = common.print_table("training images", rates, LIMIT)
-    context: dict[str, Any] = {
-        "shards": train.manifest_sha256,
-        "batch_size": batch_size,
-        "device": device.type,
-    }
-    common.append_rows(out, "loader", rows, data, threads=speed.num_threads, **context)
+    context: dict[str, Any] = {"data": data, "shards": train.manifest_sha256, "device": device.type}
+    context |= {"batch_size": batch_size, "threads": speed.num_threads}
+    common.report_rates("training images", rates, LIMIT, out, **context)
 
 
-def check_work(jpegs: list[bytes], windows: "Pipeline", images: Any) -> None:
-    """Assert that contenders decode Pillow's pixels and yield full batches. `bench peers` checks the loader's
-    pixels."""
-    import simplejpeg
+def check_pixels(jpegs: list[bytes]) -> None:
+    """Assert that simplejpeg decodes Pillow's pixels. `bench peers` checks the loader's."""
     from PIL import Image
 
-    for jpeg in jpegs[:32]:
+    for jpeg, pixels in zip(jpegs, decode(jpegs), strict=True):
         expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), np.int16)
-        assert np.abs(simplejpeg.decode_jpeg(jpeg, "RGB") - expected).max() <= 1, (
-            "libjpeg-turbo: wrong pixels"
-        )
-    pixels, _ = windows.run()
-    assert len(pixels) == len(images) and np.asarray(pixels[0]).dtype == np.uint8, "DALI: wrong batch"
-    assert images.shape[1:] == (3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
+        assert np.abs(pixels - expected).max() <= 1, "libjpeg-turbo: wrong pixels"
 
 
-def decode_windows(shards: ShardSet, batch_size: int, threads: int) -> "Pipeline":
-    """Build the host's part of a pipeline with a GPU: decode training windows, or the pixels that they are resampled
-    from, and read labels."""
-    from nvidia.dali import pipeline_def
-
-    from pipeline.decode import Decoder, decode_extents, trace_window
-    from pipeline.draws import CROP_SIDE, OFFSETS, draw
-    from pipeline.graph import read_graph, window_graph
-
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, seed=0)
-    def graph() -> Any:
-        encoded, digits = read_graph(shards, True, shuffle_buffer=1024)
-        draws = draw(Augmentation(), 0, 0)
-        if not shards.any_size:
-            return window_graph(encoded, draws, Decoder(), "cpu"), digits
-        extents = trace_window(encoded, CROP_SIDE, draws.crop_x * OFFSETS, draws.crop_y * OFFSETS)
-        return decode_extents(encoded, extents), digits
-
-    return graph()
-
-
-def decode(jpegs: list[bytes]) -> None:
+def decode(jpegs: list[bytes]) -> list[np.ndarray]:
     """Decode whole images to uint8 RGB."""
     import simplejpeg
 
-    for jpeg in jpegs:
-        simplejpeg.decode_jpeg(jpeg, "RGB")
+    return [simplejpeg.decode_jpeg(jpeg, "RGB") for jpeg in jpegs]
 
 
 def measure_sums(train: ShardSet, threads: int) -> common.Rate:
     """Measure one pass of compute_pca's sums on the CPU, without the first batch, at which DALI starts."""
-    from tools.moments import sum_batches
+    from tools.compute_pca import BATCH_SIZE, sum_batches
 
-    sums = sum_batches(train, SUM_BATCH, threads)
+    sums = sum_batches(train, BATCH_SIZE, threads)
     next(sums)
     return common.measure_job(lambda: sum(each.moments.num_images for each in sums))

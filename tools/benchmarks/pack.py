@@ -1,38 +1,36 @@
 """Benchmark packing: make_shards, a plain pool with Pillow, and the codec that bounds both.
 
 Every contender except `CODEC` packs all images of RAW, both splits, into a temporary folder. Its time is the whole job:
-starting processes, reading, packing, writing. make_shards is timed by its own clock, which excludes the start of Python
-and the listing of RAW, as the others' do; its CPU time includes both. The page cache is not dropped: what fits into
-memory is read from there.
+starting processes, reading, packing, writing, and for make_shards listing RAW. The page cache is not dropped: what fits
+into memory is read from there.
 """
 
+import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import random
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from pipeline.machine import num_cores
 from tools.benchmarks import common
+from tools.make_shards import pack
 from tools.packing.layouts import read_archives
 from tools.packing.listing import RawImage
 
 BASELINE, CODEC = "Pool + Pillow + ShardWriter", "decode + encode alone (simplejpeg)"
-CROP256, ORIGINAL = "make_shards --store crop256", "make_shards --store original"
 SAMPLES_PER_SHARD, QUALITY = 1000, 90
 MAX_IN_MEMORY = 2000
 """Images that `CODEC` works on, kept in memory."""
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def bench_pack(
@@ -57,24 +55,29 @@ def bench_pack(
     workers = workers or num_cores()
     with tempfile.TemporaryDirectory(prefix="bench-pack-", dir=scratch or raw.resolve().parent) as folder:
 
-        def measure(work: Callable[[list[RawImage], Path, int], common.Rate]) -> common.Rate:
+        def measure(work: Callable[..., int], *arguments: Any) -> common.Rate:
             with tempfile.TemporaryDirectory(dir=folder) as target:
                 os.sync()  # flush the writes of the previous contender
-                return work(images, Path(target), workers)
+                return common.measure_job(lambda: work(Path(target), workers, *arguments))
 
-        contenders: dict[str, Callable[[], common.Rate]] = {
-            BASELINE: partial(measure, pack_plainly),
-            CROP256: partial(measure, partial(run_make_shards, raw, "crop256")),
+        def run_make_shards(target: Path, workers: int, store: Literal["crop256", "original"]) -> int:
+            with contextlib.redirect_stdout(io.StringIO()):
+                pack(raw, target, store, SAMPLES_PER_SHARD, workers)
+            return len(images)
+
+        contenders = {
+            BASELINE: partial(measure, pack_plainly, images),
+            "make_shards --store crop256": partial(measure, run_make_shards, "crop256"),
             CODEC: partial(measure_codec, images[:MAX_IN_MEMORY], workers),
-            ORIGINAL: partial(measure, partial(run_make_shards, raw, "original")),
+            "make_shards --store original": partial(measure, run_make_shards, "original"),
         }
         rates = common.interleave(contenders, repeats)
     num_bytes = sum(image.size for image in images)
     generated = "generated " if (raw / "demo.json").exists() else ""  # by make_demo
     data = f"{len(images)} {generated}images of {num_bytes / len(images) / 1e3:.0f} kB"
     print(f"{data}; {workers} workers, {repeats} repeats")
-    rows = common.print_table("packed", rates, BASELINE)
-    common.append_rows(out, "pack", rows, data, images=len(images), bytes=num_bytes, workers=workers)
+    context = {"data": data, "images": len(images), "bytes": num_bytes, "workers": workers}
+    common.report_rates("packed", rates, BASELINE, out, **context)
 
 
 def list_images(raw: Path) -> list[RawImage]:
@@ -82,40 +85,18 @@ def list_images(raw: Path) -> list[RawImage]:
     return [image for listing in read_archives(raw).splits.values() for image in listing]
 
 
-def run_make_shards(raw: Path, store: str, images: list[RawImage], shards: Path, workers: int) -> common.Rate:
-    """Measure one run of make_shards, by its own clock. Raises `ValueError` with its message when it fails."""
-    command = [sys.executable, str(common.ROOT / "tools" / "make_shards.py"), "pack", str(raw), str(shards)]
-    command += ["--store", store, "--workers", str(workers), "--samples-per-shard", str(SAMPLES_PER_SHARD)]
-    outputs: list[str] = []
-
-    def run() -> int:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        outputs.extend((done.stdout, done.stderr))
-        return len(images)
-
-    rate = common.measure_job(run)
-    found = re.search(r"^packed (\d+) images in .*\((\d+) images/s", outputs[0], re.MULTILINE)
-    if not found:
-        raise ValueError(f"{raw}: make_shards failed: {(outputs[1] or outputs[0]).strip()}")
-    assert int(found[1]) == len(images), "make_shards: not every image is packed"
-    return rate._replace(per_s=float(found[2]))
-
-
-def pack_plainly(images: list[RawImage], target: Path, workers: int) -> common.Rate:
+def pack_plainly(target: Path, workers: int, images: list[RawImage]) -> int:
     """Pack with a process pool that crops images, and a parent that writes them."""
     import webdataset
 
-    def pack() -> int:
-        with (
-            ProcessPoolExecutor(workers, SPAWN) as pool,
-            webdataset.ShardWriter(str(target / "%06d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0) as writer,
-        ):
-            jpegs = pool.map(crop_with_pillow, images, chunksize=16)
-            for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
-                writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})
-        return len(images)
-
-    return common.measure_job(pack)
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        webdataset.ShardWriter(str(target / "%06d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0) as writer,
+    ):
+        jpegs = pool.map(crop_with_pillow, images, chunksize=16)
+        for number, (image, jpeg) in enumerate(zip(images, jpegs, strict=True)):
+            writer.write({"__key__": f"{number:08d}", "jpg": jpeg, "cls": image.label})
+    return len(images)
 
 
 def crop_with_pillow(image: RawImage) -> bytes:
@@ -136,17 +117,15 @@ def measure_codec(images: list[RawImage], workers: int) -> common.Rate:
     not decode to RGB (CMYK, PNG) are skipped."""
     import simplejpeg
 
-    squares = [np.asarray(Image.open(io.BytesIO(crop_with_pillow(image)))) for image in images[:32]]
-    jpegs = [image.read() for image in images]
-
-    def transcode(number: int) -> bool:
+    def transcode(jpeg: bytes, square: np.ndarray) -> bool:
         try:
-            simplejpeg.decode_jpeg(jpegs[number], "RGB")
+            simplejpeg.decode_jpeg(jpeg, "RGB")
         except ValueError:
             return False
-        square = squares[number % len(squares)]
         simplejpeg.encode_jpeg(square, quality=QUALITY, colorspace="RGB", colorsubsampling="420")
         return True
 
+    jpegs = [image.read() for image in images]
+    squares = [np.asarray(Image.open(io.BytesIO(crop_with_pillow(image)))) for image in images[:32]]
     with ThreadPoolExecutor(workers) as pool:  # simplejpeg releases the GIL
-        return common.measure_job(lambda: sum(pool.map(transcode, range(len(jpegs)))))
+        return common.measure_job(lambda: sum(pool.map(transcode, jpegs, itertools.cycle(squares))))

@@ -4,25 +4,24 @@ A contender is an infinite generator of batches that stops its processes and thr
 imported where they are used: any of them may be missing.
 """
 
-import functools
 import itertools
 import json
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from pipeline.draws import CROP_SIDE, OFFSETS
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, relight_arguments
+from pipeline.lighting import Lighting, lighting_arguments
 from pipeline.loader import train_loader
 from pipeline.settings import DataConfig, Speed
 from pipeline.shards import ShardSet
@@ -46,23 +45,33 @@ class PeerData:
     """Temporary folder."""
     ffcv_python: Path | None
     """The interpreter of FFCV's environment."""
-    versions: dict[str, str]
-    """Of the libraries; each contender adds its own."""
     show: bool = False
     """Whether batches are checked: a contender in another process then returns them."""
 
 
-def augment(pixels_HWC: np.ndarray, basis: Eigenbasis, rng: np.random.Generator, out_HWC: np.ndarray) -> None:
-    """Crop, flip, shift and normalize in numpy, for contenders without such operations."""
-    left, top = rng.integers(OFFSETS + 1, size=2)
-    window = pixels_HWC[top : top + CROP_SIDE, left : left + CROP_SIDE]
-    if rng.random() < 0.5:
-        window = window[:, ::-1]
-    lighting = Lighting()
-    mean = basis.mean - lighting.shift_matrix(basis) @ rng.standard_normal(3)
+def make_batch(samples: list[tuple[np.ndarray, int]], basis: Eigenbasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crop, flip, shift and normalize in numpy, for contenders without such operations.
+
+    Args:
+        samples: Decoded images (256, 256, 3) and class indexes.
+        basis: Mean and RGB axes.
+    """
+    rng, lighting = np.random.default_rng(), Lighting()
+    images_NHWC = np.empty((len(samples), CROP_SIDE, CROP_SIDE, 3), np.float32)
     rows = (CROP_SIDE, CROP_SIDE * 3)  # numpy is slow at rows of three
-    np.subtract(window.reshape(rows), np.tile(mean.astype(np.float32), CROP_SIDE), out=out_HWC.reshape(rows))
-    out_HWC *= np.float32(1 / lighting.divisor)
+    for (pixels_HWC, _), out_HWC in zip(samples, images_NHWC, strict=True):
+        left, top = rng.integers(OFFSETS + 1, size=2)
+        window = pixels_HWC[top : top + CROP_SIDE, left : left + CROP_SIDE]
+        window = window[:, ::-1] if rng.random() < 0.5 else window
+        mean = (basis.mean - lighting.shift_matrix(basis) @ rng.standard_normal(3)).astype(np.float32)
+        np.subtract(window.reshape(rows), np.tile(mean, CROP_SIDE), out=out_HWC.reshape(rows))
+        out_HWC *= np.float32(1 / lighting.divisor)
+    return torch.from_numpy(images_NHWC), torch.tensor([label for _, label in samples])
+
+
+def read_batch(files: list[tuple[str, int]], basis: Eigenbasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode files with Pillow and augment them."""
+    return make_batch([(np.asarray(Image.open(path).convert("RGB")), label) for path, label in files], basis)
 
 
 def yield_permutations(count: int) -> Iterator[int]:
@@ -71,61 +80,24 @@ def yield_permutations(count: int) -> Iterator[int]:
         yield from np.random.default_rng().permutation(count).tolist()
 
 
-@functools.cache
-def get_worker_rng() -> np.random.Generator:
-    """Return the generator of a DataLoader's worker process."""
-    return np.random.default_rng(torch.initial_seed())
-
-
-def make_sample(sample: tuple[np.ndarray, int], basis: Eigenbasis) -> tuple[np.ndarray, int]:
-    """Augment one image in a worker process, into new memory."""
-    out = np.empty((CROP_SIDE, CROP_SIDE, 3), np.float32)
-    augment(sample[0], basis, get_worker_rng(), out)
-    return out, sample[1]
-
-
-class Files(Dataset):
-    """Class folders, as torchvision's ImageFolder."""
-
-    def __init__(self, data: PeerData) -> None:
-        self.files, self.basis = data.files, data.basis
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
-        """Return an augmented crop and its class index."""
-        path, label = self.files[number]
-        with Image.open(path) as image:
-            return make_sample((np.asarray(image.convert("RGB")), label), self.basis)
-
-
-def load_in_workers(
-    dataset: Any, data: PeerData, workers: int, sampler: Iterator[int] | None = None
-) -> Batches:
-    """Yield batches of a DataLoader, forked from a server process, as ours has threads."""
-    yield from DataLoader(
-        dataset, data.batch_size, sampler=sampler, num_workers=workers, multiprocessing_context="forkserver"
-    )
-
-
 def load_with_pillow(data: PeerData) -> Batches:
-    """Load with a DataLoader, Pillow and numpy, which is faster than torchvision's transforms."""
-    data.versions["pillow"] = version("pillow")
-    return load_in_workers(Files(data), data, data.workers, yield_permutations(len(data.files)))
+    """Load with a DataLoader, Pillow and numpy, which is faster than torchvision's transforms; its processes are forked
+    from a server, as ours has threads."""
+    options: dict[str, Any] = {"num_workers": data.workers, "multiprocessing_context": "forkserver"}
+    options |= {"sampler": yield_permutations(len(data.files)), "batch_size": data.batch_size}
+    yield from DataLoader(data.files, collate_fn=partial(read_batch, basis=data.basis), **options)  # type: ignore[arg-type]
 
 
 def load_with_webdataset(data: PeerData) -> Batches:
     """Load with webdataset, Pillow and numpy; at most one process per shard, as it distributes shards."""
     import webdataset
 
-    data.versions["webdataset"] = version("webdataset")
     tars = list(data.shards.tars)
-    samples = (
-        webdataset.WebDataset(tars, shardshuffle=len(tars))
-        .shuffle(1000)
-        .decode("rgb8")
-        .to_tuple("jpg", "cls")
-    )
-    windows = samples.map(functools.partial(make_sample, basis=data.basis)).repeat()
-    return load_in_workers(windows, data, min(data.workers, len(tars)))
+    encoded = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000)
+    samples = encoded.decode("rgb8").to_tuple("jpg", "cls").repeat()
+    batches = samples.batched(data.batch_size, collation_fn=partial(make_batch, basis=data.basis))
+    workers = min(data.workers, len(tars))
+    yield from DataLoader(batches, None, num_workers=workers, multiprocessing_context="forkserver")
 
 
 def load_with_spdl(data: PeerData) -> Batches:
@@ -133,13 +105,10 @@ def load_with_spdl(data: PeerData) -> Batches:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    data.versions["spdl"] = version("spdl")
-
     def load(numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        rng, images = np.random.default_rng(), np.empty((len(numbers), CROP_SIDE, CROP_SIDE, 3), np.float32)
-        for number, out in zip(numbers, images, strict=True):
-            augment(spdl.io.to_numpy(spdl.io.load_image(data.files[number][0])), data.basis, rng, out)
-        return torch.from_numpy(images), torch.tensor([data.files[number][1] for number in numbers])
+        files = [data.files[number] for number in numbers]
+        images = [(spdl.io.to_numpy(spdl.io.load_image(path)), label) for path, label in files]
+        return make_batch(images, data.basis)
 
     builder: Any = PipelineBuilder()
     builder = builder.add_source(yield_permutations(len(data.files))).aggregate(data.batch_size)
@@ -160,19 +129,16 @@ def load_with_dali(data: PeerData) -> Batches:
 
     @pipeline_def(batch_size=data.batch_size, num_threads=data.workers, device_id=None, seed=12)
     def graph() -> Any:
-        encoded, label = fn.readers.file(
-            files=paths,
-            labels=labels,
-            random_shuffle=True,
-            initial_fill=1024,
-            pad_last_batch=True,
-            name="Reader",
-        )
+        order: dict[str, Any] = {"random_shuffle": True, "initial_fill": 1024, "pad_last_batch": True}
+        encoded, label = fn.readers.file(files=paths, labels=labels, name="Reader", **order)
         x, y = fn.random.uniform(values=places), fn.random.uniform(values=places)
         windows = fn.decoders.image_crop(encoded, crop=(CROP_SIDE, CROP_SIDE), crop_pos_x=x, crop_pos_y=y)
-        mean, std = relight_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
-        flip = fn.random.coin_flip(probability=0.5)
-        options = {"dtype": types.FLOAT, "output_layout": "CHW", "mirror": flip}
+        mean, std = lighting_arguments(fn.random.normal(shape=[3]), data.basis, Lighting())
+        options = {
+            "dtype": types.FLOAT,
+            "output_layout": "CHW",
+            "mirror": fn.random.coin_flip(probability=0.5),
+        }
         return fn.crop_mirror_normalize(windows, mean=mean, std=[std] * 3, **options), label
 
     for (batch,) in DALIClassificationIterator(graph(), size=-1):
@@ -202,38 +168,26 @@ def load_with_ffcv(data: PeerData) -> Batches:
         process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=errors, text=True, bufsize=1)
     assert process.stdin and process.stdout
     try:
-        data.versions["ffcv"] = process.stdout.readline().strip()
-        while data.versions["ffcv"]:
-            print(file=process.stdin)
-            if not process.stdout.readline():
-                break
+        while process.stdout.readline():  # a line per batch
             if data.show:
                 with np.load(settings.with_suffix(".npz"), allow_pickle=False) as batch:
                     yield torch.from_numpy(batch["images"]), torch.from_numpy(batch["labels"])
             else:
                 yield None, None
+            print(file=process.stdin)
         raise RuntimeError(f"FFCV ended: {log.read_text().strip()}")
     finally:
         process.kill()
         process.communicate()
 
 
-class Peer(NamedTuple):
-    """One contender."""
-
-    title: str
-    load: Callable[[PeerData], Batches]
-    """Its infinite batches, each image once per epoch."""
-    levels: int = 1
-    """Largest allowed difference of its pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
-
-
-PEERS = {
-    "pillow": Peer("torch DataLoader + Pillow", load_with_pillow),
-    "webdataset": Peer("webdataset + Pillow", load_with_webdataset),
-    "spdl": Peer("SPDL", load_with_spdl, levels=64),
-    "ffcv": Peer("FFCV", load_with_ffcv, levels=8),
-    "dali": Peer("DALI, as its ImageNet example", load_with_dali),
-    "ours": Peer("ours", load_with_ours),
+PEERS: dict[str, tuple[str, Callable[[PeerData], Batches], int]] = {
+    "pillow": ("torch DataLoader + Pillow", load_with_pillow, 1),
+    "webdataset": ("webdataset + Pillow", load_with_webdataset, 1),
+    "spdl": ("SPDL", load_with_spdl, 64),
+    "ffcv": ("FFCV", load_with_ffcv, 8),
+    "dali": ("DALI, as its ImageNet example", load_with_dali, 1),
+    "ours": ("ours", load_with_ours, 1),
 }
-"""Contenders by name."""
+"""By name: title; generator of infinite batches, each image once per epoch; largest allowed difference of pixels from
+Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""

@@ -21,6 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import UserError
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_files
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
@@ -63,55 +64,60 @@ def bench_peers(
         out: File of JSON lines to append one row per contender to.
     """
     from tools.benchmarks.peer_loaders import PEERS, PeerData
-    from train.device import keep_freed_memory
+    from train.device import tune_malloc
 
     common.check_options(out, batch_size=batch_size, workers=workers, seconds=seconds, repeats=repeats)
     names = list(PEERS) if peers is None else peers
     if not names or set(names) - set(PEERS):
-        raise ValueError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
+        raise UserError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
     train = common.select_first_shards(open_shards(shards, "train"), max(MAX_IMAGES, batch_size))
     if train.any_size or train.num_samples < max(CHECKED, batch_size):
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
-        raise ValueError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
+        raise UserError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     raise_open_files(len(train.tars))
-    keep_freed_memory()  # as the trainer does
+    tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
     workers = workers or num_cores()
     turns: dict[str, Callable[[], common.Rate]] = {}
-    versions: dict[str, str] = {}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        scratch = Path(folder)
-        few = write_numbered(train, scratch / "few")
-        data = PeerData(
-            few, extract(few, scratch / "few"), basis, CHECK_BATCH, 2, scratch, ffcv_python, versions
+        few, scratch = write_numbered(train, Path(folder, "few")), Path(folder)
+        checked = PeerData(
+            few, extract(few, scratch / "few"), basis, CHECK_BATCH, 2, scratch, ffcv_python, True
         )
         files = extract(train, scratch / "all")
+        timed = PeerData(train, files, basis, batch_size, workers, scratch, ffcv_python)
         print(f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}:")
         for title, load, levels in (PEERS[name] for name in names):
             try:
-                with closing(load(replace(data, show=True))) as batches:
-                    print(f"{title}: {check_batches(batches, data, levels)}", flush=True)
+                with closing(load(checked)) as batches:
+                    print(f"{title}: {check_batches(batches, checked, levels)}", flush=True)
             except (ImportError, OSError, RuntimeError, AssertionError) as error:
                 missing[title] = (str(error).strip() or repr(error)).splitlines()[-1]
                 print(f"{title}: not measured: {missing[title]}")
                 continue
-            whole = replace(data, shards=train, files=files, batch_size=batch_size, workers=workers)
-            step = partial(next, stack.enter_context(closing(load(whole))))
+            step = partial(next, stack.enter_context(closing(load(timed))))
             turns[title] = partial(common.measure, step, batch_size, seconds)
         if not turns:
-            raise ValueError("--peers: expected one that runs here, got none; see above")
+            raise UserError("--peers: expected one that runs here, got none; see above")
         rates = common.interleave(turns, repeats)
 
-    description, ours = common.describe_shards(train), PEERS["ours"].title
-    print(f"{description}; batch {batch_size}")
+    data, ours = common.describe_shards(train), PEERS["ours"][0]
+    print(f"{data}; batch {batch_size}")
     print(f"{workers} processes or threads each, of ours one more, {repeats} repeats")
+    context: dict[str, Any] = {
+        "data": data,
+        "shards": train.manifest_sha256,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    context |= {"device": "cpu", "not_measured": missing}
+    if ffcv_python:
+        show = [str(ffcv_python), "-c", "from importlib.metadata import version; print(version('ffcv'))"]
+        context["ffcv"] = subprocess.run(show, capture_output=True, text=True, check=False).stdout.strip()
     reference = ours if ours in rates else next(iter(rates))
-    rows = common.print_table("loaders that do the same job", rates, reference)
-    context: dict[str, Any] = {"shards": train.manifest_sha256, "batch_size": batch_size, "workers": workers}
-    context |= {"device": "cpu", "peers": versions, "not_measured": missing}
-    common.append_rows(out, "peers", rows, description, **context)
+    common.report_rates("loaders that do the same job", rates, reference, out, **context)
 
 
 def extract(shards: ShardSet, folder: Path) -> list[tuple[str, int]]:
@@ -136,12 +142,9 @@ def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
             writer.write({"__key__": f"{number:06}", "jpg": jpeg, "cls": number})
     tars = sorted(map(str, folder.glob("*.tar")))
     indexes = [tar.replace(".tar", ".idx") for tar in tars]
-    for pair in zip(tars, indexes, strict=True):  # DALI's own program
-        subprocess.run(
-            [sys.executable, Path(sys.executable).with_name("wds2idx"), *pair],
-            capture_output=True,
-            check=True,
-        )
+    wds2idx = [sys.executable, str(Path(sys.executable).with_name("wds2idx"))]  # DALI's own program
+    for pair in zip(tars, indexes, strict=True):
+        subprocess.run([*wds2idx, *pair], capture_output=True, check=True)
     return replace(shards, tars=tuple(tars), indexes=tuple(indexes), samples=(CHECK_SHARD,) * len(tars))
 
 
@@ -152,34 +155,34 @@ def check_batches(batches: "Batches", data: "PeerData", levels: int) -> str:
     Returns a summary. Class indexes are the images' numbers.
     """
     pixels_NHWC = [np.asarray(Image.open(path).convert("RGB")) for path, _ in data.files]
-    windows, seen, count, places = [], [], len(pixels_NHWC), IMAGE_SIDE - SIDE
+    windows, seen, count, places = [], [], len(pixels_NHWC), IMAGE_SIDE - SIDE + 1
     for _ in range(count // data.batch_size):
         images, labels = (tensor.numpy() for tensor in next(batches))
-        assert images.dtype == np.float32, f"expected float32, got {images.dtype}"
         images_NHWC = images if images.shape[-1] == 3 else images.transpose(0, 2, 3, 1)
-        assert images_NHWC.shape == (data.batch_size, SIDE, SIDE, 3), (
-            f"expected 224x224 crops, got {images.shape}"
+        kind = (images_NHWC.dtype, *images_NHWC.shape)
+        assert kind == (np.float32, data.batch_size, SIDE, SIDE, 3), (
+            f"expected 224x224 float32 crops, got {kind}"
         )
         seen += labels.tolist()
         pairs = zip(images_NHWC, labels, strict=True)
         windows += [find_window(image, pixels_NHWC[label], data.basis) for image, label in pairs]
     assert sorted(seen) == list(range(count)), f"expected {count} images in an epoch, got {len(set(seen))}"
     columns, rows, flips, draws, off, mean_off = map(np.array, zip(*windows, strict=True))
-    close = off.max() <= levels and mean_off.mean() <= levels / 8
-    assert close, (
-        f"expected Pillow's pixels, got {off.max():.2f} levels off, {mean_off.mean():.2f} in the mean"
+    difference = f"{off.max():.2f} levels off, {mean_off.mean():.2f} in the mean"
+    assert off.max() <= levels and mean_off.mean() <= levels / 8, (
+        f"expected Pillow's pixels, got {difference}"
     )
     offsets = [len(set(axis.tolist())) for axis in (columns, rows)]
-    assert min(offsets) > places / 2, f"expected crops at {places + 1} offsets, got {offsets}"
+    assert min(offsets) > places / 2, f"expected crops at {places} offsets, got {offsets}"
     assert 0.3 < flips.mean() < 0.7, f"expected half of the images flipped, got {flips.mean():.0%}"
     # Five standard errors of 128 draws. A decoder that is some levels off in the mean shifts the colours, too.
     mean, spread = np.abs(draws.mean(0)).max(), draws.std(0)
     normal = mean < 0.45 + 0.1 * (levels - 1) and np.abs(spread - 1).max() < 0.3
     assert normal, f"expected standard normal draws of lighting, got {draws.mean(0)} +- {spread}"
-    return (
-        f"{count} of {count} images, once each; within {off.max():.2f} levels of Pillow's, {mean_off.mean():.2f} in "
-        f"the mean; at {offsets[0]} x {offsets[1]} offsets, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
+    summary = (
+        f"{count} of {count} images, once each; pixels {difference}; at {offsets[0]} x {offsets[1]} offsets"
     )
+    return f"{summary}, {flips.mean():.0%} flipped, lighting +- {draws.std():.2f}"
 
 
 def find_window(

@@ -4,17 +4,14 @@ training; and break down the time of training steps from a trace of torch's prof
 The host marks the measured window in the trace, and the waits for input and the steps in it. On a GPU the trace also
 has the kernels and copies of the whole process, including DALI's (by CUPTI): the GPU is busy while any of them runs.
 The network's kernels are those on the streams of torch's own kernels (`at::native`); DALI uses other streams. They
-overlap, so the parts of "busy" may add up to more. nvidia-smi's utilization is the share of its last sample period, a
-sixth of a second to a second, in which any kernel ran.
+overlap, so the parts of "busy" may add up to more. Utilization, as nvidia-smi shows it, is the share of the last sample
+period of a turn, a sixth of a second to a second, in which any kernel ran.
 """
 
 import itertools
 import json
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -49,7 +46,7 @@ def bench_train(
     Args:
         shards: Folder written by make_shards and compute_pca.
         recipe: YAML file as for train.run (default: fast.yaml on a GPU, quickstart.yaml without).
-        settings: Further settings as for train.run: "--train.batch_size 128 --model.hidden 64".
+        settings: Further settings as for train.run: "--train.batch_size 128 --model.fc_dim 64".
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
@@ -59,94 +56,84 @@ def bench_train(
 
     from pipeline.loader import Batch
     from train.config import parse_config
-    from train.device import keep_freed_memory, pick_device, set_arithmetic
-    from train.meter import StepMeter
-    from train.placement import Placement
-    from train.state import TrainState
+    from train.device import pick_device, set_precision, tune_malloc
+    from train.distributed import Distributed
+    from train.trainer import Trainer
 
     common.check_options(out, seconds=seconds, repeats=repeats)
     with tempfile.TemporaryDirectory() as scratch:  # a config needs a directory; nothing is written there
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         paths = ["--data.shards", str(shards), "--run.dir", scratch]
         config = parse_config(["--config", str(recipe), *settings.split(), *paths])
-        keep_freed_memory()  # this and the next as train.run does
-        set_arithmetic(config.run.deterministic)
+        tune_malloc()  # this and the next as train.run does
+        set_precision(config.run.deterministic)
         device = pick_device(config.run.device)
-        state = TrainState(config, device, Placement(config.parallel, device))
-        state.build()
-        state.learner.model.train()
-    learner, images = state.learner, config.train.batch_size
-    batches = itertools.chain.from_iterable(itertools.repeat(state.train_loader))
+        trainer = Trainer(config, device, Distributed(config.parallel))
+        trainer.build()
+    trainer.model.train()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e-9  # the same work, without divergence
+    meter, images = trainer.meter, config.train.batch_size
+    batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
     batch = Batch(*(tensor.clone() for tensor in next(batches)))
-    lr = dict.fromkeys(learner.names, 1e-9)  # the same work, without divergence
-    meter = StepMeter(device, state.placement)
-    figures: list[dict[str, float]] = []
+    waits: list[dict[str, float]] = []
 
     def take_step() -> None:
         with record_function(WAIT):
             batch = next(batches)
         with record_function(STEP):
             meter.start_step()
-            loss, correct, _ = learner.step(batch, lr)
+            loss, correct, _ = trainer.train_step(batch)
             meter.end_step(loss, correct, batch)
 
     def measure_training() -> common.Rate:
-        meter.pause()
-        with watch_utilization(device) as percents:  # `begin` drops the waits of the warm-up
-            rate = common.measure(take_step, images, seconds, device, begin=lambda: meter.read(images))
-        figures.append(
-            {name: value for name, value in meter.read(images).items() if name.startswith("wait_")}
-        )
-        figures[-1] |= {UTILIZATION: median(percents)} if percents else {}
+        meter.mark_gap()  # `begin` drops the waits of the warm-up
+        rate = common.measure(take_step, images, seconds, device, begin=lambda: meter.read(images))
+        figures = read_utilization(device) | meter.read(images)
+        waits.append({name: figures[name] for name in figures if name.startswith(("wait_", "gpu_"))})
         return rate
 
     turns: dict[str, Callable[[], common.Rate]] = {
         LOADER: partial(common.measure, partial(next, batches), images, seconds, device),
-        SYNTHETIC: partial(common.measure, partial(learner.step, batch, lr), images, seconds, device),
+        SYNTHETIC: partial(common.measure, partial(trainer.train_step, batch), images, seconds, device),
         REAL: measure_training,
     }
     rates = common.interleave(turns, repeats)
-    step_ms, percent = read_timeline(trace(take_step, device), TRACED)
-    state.close()
-    data = common.describe_shards(state.train_shards)
-    print(f"{data}; batch {images}, {config.train.precision}, {repeats} repeats, on {device}")
-    rows = common.print_table("does the network wait?", rates, REAL)
+    figures = {name: median(turn[name] for turn in waits[1:]) for name in waits[0]}  # without the warm-up
+    figures |= read_timeline(trace(take_step, device), TRACED)
+    trainer.train_loader.close()
     speeds = zip(*([rate.per_s for rate in values] for values in rates.values()), strict=True)
     efficiency = median(real / min(loader, network) for loader, network, real in speeds)
+    data = common.describe_shards(trainer.train_shards)
+    print(f"{data}; batch {images}, {config.train.precision}, {repeats} repeats, on {device}")
+    context: dict[str, Any] = {
+        "data": data,
+        "shards": trainer.train_shards.manifest_sha256,
+        "config": config.to_json(),
+    }
+    context |= figures | {"efficiency": efficiency, "device": device.type}
+    common.report_rates("does the network wait?", rates, REAL, out, **context)
     loader, network = (median(rate.per_s for rate in rates[name]) for name in (LOADER, SYNTHETIC))
     bottleneck = "loader" if loader < network else "network"
     print(f"real / min(loader, network): {efficiency:.2f}; bottleneck: the {bottleneck}")
     if device.type == "cpu":
-        print(
-            f"both share the cores: one after the other they would reach {1 / (1 / loader + 1 / network):.0f} images/s"
-        )
-    figures = figures[1:]  # as `interleave` does
-    medians = {name: median(turn[name] for turn in figures if name in turn) for name in figures[0]}
-    for name, value in (medians | {"ms_per_step": step_ms} | percent).items():
+        in_turns = 1 / (1 / loader + 1 / network)
+        print(f"both share the cores: one after the other they would reach {in_turns:.0f} images/s")
+    for name, value in figures.items():
         print(f"{name:<40} {value:>8.2f}")
-    context: dict[str, Any] = medians | percent | {"efficiency": efficiency, "device": device.type}
-    context |= {"shards": state.train_shards.manifest_sha256, "config": config.to_json()}
-    common.append_rows(out, "train", rows, data, **context)
 
 
-@contextmanager
-def watch_utilization(device: "torch.device") -> Iterator[list[float]]:
-    """Yield a list that receives, at the end of the block, the GPU's utilization in percent, five per second. It stays
-    empty without a GPU and under MIG."""
+def read_utilization(device: "torch.device") -> dict[str, float]:
+    """Read NVML's utilization of the GPU in its last sample period, in percent; empty without a GPU and under MIG."""
+    if device.type != "cuda":
+        return {}
+    import pynvml
     import torch
 
-    percents: list[float] = []
-    if device.type != "cuda" or not shutil.which("nvidia-smi"):
-        yield percents
-        return
-    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # nvidia-smi numbers all GPUs, not the visible ones
-    query = f"nvidia-smi --id={gpu} --query-gpu=utilization.gpu --format=csv,noheader,nounits --loop-ms=200"
-    with subprocess.Popen(query.split(), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield percents
-        finally:
-            process.terminate()
-        percents += [float(line) for line in process.communicate()[0].split() if line.isdecimal()]
+    try:
+        return {UTILIZATION: torch.cuda.utilization(device)}
+    except pynvml.NVMLError:
+        return {}
 
 
 def trace(take_step: Callable[[], None], device: "torch.device") -> list[dict[str, Any]]:
@@ -162,14 +149,12 @@ def trace(take_step: Callable[[], None], device: "torch.device") -> list[dict[st
                 take_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "trace.json")
-        profile.export_chrome_trace(str(file))
-        events: list[dict[str, Any]] = json.loads(file.read_text())["traceEvents"]
-    return events
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        return list(json.loads(Path(file.name).read_text())["traceEvents"])
 
 
-def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict[str, float]]:
+def read_timeline(events: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Break down the time of the marked window of `steps`; events are in microseconds.
 
     Returns milliseconds per step by the host's clock, and its parts in percent; those of the GPU only if it ran
@@ -177,32 +162,24 @@ def read_timeline(events: list[dict[str, Any]], steps: int) -> tuple[float, dict
     """
     complete = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in complete if event.get("cat") == "user_annotation"]
-    (window,) = (event for event in marks if event["name"] == WINDOW)
-    first, length = float(window["ts"]), float(window["dur"])
-
-    def share(events: Iterable[dict[str, Any]]) -> float:
-        spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in events]
-        return 100 * compute_union_length(spans, first, first + length) / length
-
-    wait, step = (share(mark for mark in marks if mark["name"] == name) for name in (WAIT, STEP))
-    percent = {"host_wait_percent": wait, "host_step_percent": step, "host_rest_percent": 100 - wait - step}
     kernels = [event for event in complete if event.get("cat") == "kernel"]
     copies = [event for event in complete if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    streams = {event["args"]["stream"] for event in kernels if "at::native" in event["name"]}
+    parts = {"host_wait": [mark for mark in marks if mark["name"] == WAIT]}
+    parts["host_step"] = [mark for mark in marks if mark["name"] == STEP]
     if kernels or copies:
-        streams = {event["args"]["stream"] for event in kernels if "at::native" in event["name"]}
-        busy = share(kernels + copies)
-        percent |= {
-            "busy_percent": busy,
-            "network_kernels_percent": share(
-                event for event in kernels if event["args"]["stream"] in streams
-            ),
-            "input_kernels_percent": share(
-                event for event in kernels if event["args"]["stream"] not in streams
-            ),
-            "copies_percent": share(copies),
-            "idle_percent": 100 - busy,
-        }
-    return length / steps / 1e3, percent
+        parts |= {"busy": kernels + copies, "copies": copies}
+        parts["network_kernels"] = [event for event in kernels if event["args"]["stream"] in streams]
+        parts["input_kernels"] = [event for event in kernels if event["args"]["stream"] not in streams]
+    (window,) = (mark for mark in marks if mark["name"] == WINDOW)
+    first, length = float(window["ts"]), float(window["dur"])
+    figures = {"ms_per_step": length / steps / 1e3}
+    for name, found in parts.items():
+        spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in found]
+        figures[f"{name}_percent"] = 100 * compute_union_length(spans, first, first + length) / length
+    if "busy" in parts:
+        figures["idle_percent"] = 100 - figures["busy_percent"]
+    return figures
 
 
 def compute_union_length(spans: Iterable[tuple[float, float]], first: float, last: float) -> float:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_bytes, write_json
 from pipeline.shards import (
     FORMAT_VERSION,
@@ -74,7 +75,7 @@ def adopt(
     tars = find_tars(src, pattern)
     directory, source = shards / split, f"adopted from {src.absolute()} with {pattern}"
     if shards.resolve().is_relative_to(src.resolve()):
-        raise ValueError(f"{shards}: expected a folder outside of {src}, which is only read; give another")
+        raise UserError(f"{shards}: expected a folder outside of {src}, which is only read; give another")
     if is_adopted(directory, tars, source):
         print(f"{directory} is adopted already; nothing to do")
         return
@@ -117,9 +118,9 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
     if not src.is_dir():
         raise FileNotFoundError(f"{src}: not a directory; give the folder of the shards as SRC")
     if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise ValueError(f"--pattern: expected names relative to {src}, without .., got {pattern!r}")
+        raise UserError(f"--pattern: expected names relative to {src}, without .., got {pattern!r}")
     if any(int(last) - int(first) > MAX_TARS for first, last in re.findall(r"\{(\d+)\.\.(\d+)", pattern)):
-        raise ValueError(f"--pattern: expected at most {MAX_TARS} names, got {pattern!r}")
+        raise UserError(f"--pattern: expected at most {MAX_TARS} names, got {pattern!r}")
     tars: dict[str, Path] = {}
     try:
         for part in braceexpand(pattern):
@@ -128,32 +129,32 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
                 raise FileNotFoundError(f"{src / part}: not found; download it or change --pattern")
             for path in matches:
                 if not re.fullmatch(r"[\w.-]+\.tar", path.name):
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: expected NAME.tar (letters, digits, _ . -); extract or rename it"
                     )
                 if tars.setdefault(path.name, path) != path:
-                    raise ValueError(f"{path}: the same name as {tars[path.name]}; adopt one, or rename it")
+                    raise UserError(f"{path}: the same name as {tars[path.name]}; adopt one, or rename it")
     except UnbalancedBracesError as error:
-        raise ValueError(f"--pattern {pattern!r}: {error}; close every brace") from None
+        raise UserError(f"--pattern {pattern!r}: {error}; close every brace") from None
     return [tars[name] for name in sorted(tars)]
 
 
 def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
-    """Return True if these shards are already adopted in `directory`. Raises `ValueError` if it holds anything else."""
+    """Return True if these shards are already adopted in `directory`. Raises `UserError` if it holds anything else."""
     known = {"manifest.json", *(tar.name for tar in tars), *(tar.with_suffix(".idx").name for tar in tars)}
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         is_ours = path.suffix == ".tmp" or (
             path.name in known and not (path.suffix == ".tar" and not path.is_symlink())
         )
         if not is_ours:
-            raise ValueError(
+            raise UserError(
                 f"{directory}: expected the shards of {source}, got {path.name}; give another folder or remove it"
             )
     if not (directory / "manifest.json").is_file():
         return False
     manifest = read_json(directory / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("source") != source:
-        raise ValueError(f"{directory}: packed, or adopted from elsewhere; give another folder or remove it")
+        raise UserError(f"{directory}: packed, or adopted from elsewhere; give another folder or remove it")
     try:
         return len(open_shards(directory.parent, directory.name).tars) == len(tars)
     except (FileNotFoundError, ValueError):
@@ -161,13 +162,13 @@ def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
 
 
 def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
-    """Load the classes, and a text on their origin. Raises `ValueError` where the labels do not fit."""
+    """Load the classes, and a text on their origin. Raises `UserError` where the labels do not fit."""
     place = shards / "classes.json"
     names = read_classes(shards) if place.exists() else None
     if file is not None:
         listed = read_class_file(file)
         if names not in (None, listed):
-            raise ValueError(
+            raise UserError(
                 f"{file}: expected the classes of {place}; leave --classes out or give another folder"
             )
         names, place = listed, file
@@ -175,7 +176,7 @@ def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[t
         names = tuple(ClassName(f"{k:0{MAX_LABEL_DIGITS}}", f"class {k}") for k in range(max_label + 1))
         return names, "(numbered from 000000; name them by --classes FILE)"
     if max_label >= len(names):
-        raise ValueError(
+        raise UserError(
             f"{place}: expected more than {max_label} classes, as the shards have labels, got {len(names)}; adopt the "
             "split with all classes first, into another folder, or give other --classes"
         )
@@ -194,14 +195,14 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
         lines = []
     wnids = [line[0] for line in lines]
     if not wnids or wnids != sorted(set(wnids)):
-        raise ValueError(
+        raise UserError(
             f"{path}: expected one WordNet id per line in sorted order, the order of the labels; sort it"
         )
     return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
 
 
 def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
-    """Index one tar. Raises `ValueError` with its name and the sample."""
+    """Index one tar. Raises `UserError` with its name and the sample."""
     index, max_label = [], -1
     skipped: list[dict[str, Any]] = []
     with path.open("rb") as file:
@@ -214,7 +215,7 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
                 max_label = max(max_label, label)
                 fault = find_fault(os.pread(file.fileno(), image.size, image.offset))
                 if fault and on_bad == "fail":
-                    raise ValueError(
+                    raise UserError(
                         f"{place} (key {sanitize_name(key)}): {fault} (--on-bad skip leaves such images out)"
                     )
                 if fault:
@@ -223,8 +224,8 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
                 else:
                     index.append(entries)
             if not index:
-                raise ValueError(f"no{' valid' if skipped else ''} sample found")
+                raise UserError(f"no{' valid' if skipped else ''} sample found")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; download or make it again, or pack the raw images") from None
+            raise UserError(f"{path}: {error}; download or make it again, or pack the raw images") from None
     content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": sha256}
     return ShardIndex(content, index_text(index).encode(), max_label, skipped)

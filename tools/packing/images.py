@@ -17,6 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, JpegImagePlugin
 
+from pipeline.errors import UserError
 from tools.packing.jpeg import MAX_SCANS, SOI, Jpeg, read_jpeg
 
 SIDE = 256
@@ -73,7 +74,7 @@ def pack_image(raw: bytes, store: str, quality: int) -> Packed:
         store: "crop256" or "original".
         quality: JPEG quality, 1 to 100, for images that need encoding.
 
-    Raises `ValueError` with the decoder's reason for an undecodable file.
+    Raises `UserError` with the decoder's reason for an undecodable file.
     """
     decoded = decode(raw, check_only=store == "original")
     found = SEPARATOR.join(found for found, _ in decoded.notes)
@@ -103,16 +104,16 @@ def decode_valid(raw: bytes, jpeg: Jpeg, factor: int) -> tuple[np.ndarray, str]:
     """Decode a file that a shard may hold, at 1/factor (1, 2, 4 or 8): uint8 RGB (height, width, 3), sides rounded up,
     and "Gray" or "YCbCr".
 
-    Raises `ValueError` with the reason why a shard may not hold it.
+    Raises `UserError` with the reason why a shard may not hold it.
     """
     if jpeg.fault:
-        raise ValueError(jpeg.fault)
+        raise UserError(jpeg.fault)
     try:
         height, width, color, sampling = simplejpeg.decode_jpeg_header(raw)
     except KeyError:  # simplejpeg has no name for 4:4:1
-        raise ValueError("JPEG of unusual chroma sampling") from None
+        raise UserError("JPEG of unusual chroma sampling") from None
     if color not in ("Gray", "YCbCr") or sampling not in SAMPLINGS:
-        raise ValueError(f"{color} JPEG, chroma sampling {sampling}")
+        raise UserError(f"{color} JPEG, chroma sampling {sampling}")
     find_reduction(height, width, can_reduce=False)
     pixels = simplejpeg.decode_jpeg(
         raw,
@@ -127,7 +128,7 @@ def decode_valid(raw: bytes, jpeg: Jpeg, factor: int) -> tuple[np.ndarray, str]:
 
 
 def decode(raw: bytes, check_only: bool = False) -> Decoded:
-    """Decode a file. Raises `ValueError` when no decoder can.
+    """Decode a file. Raises `UserError` when no decoder can.
 
     Args:
         raw: bytes of any image file.
@@ -165,7 +166,7 @@ def list_exif_notes(block: bytes) -> list[tuple[str, str]]:
 
 
 def decode_with_pillow(raw: bytes, jpeg: Jpeg, fault: str) -> Decoded:
-    """Decode damaged and uncommon JPEGs (such as CMYK) and other formats. Raises `ValueError`.
+    """Decode damaged and uncommon JPEGs (such as CMYK) and other formats. Raises `UserError`.
 
     Args:
         raw: The file.
@@ -185,7 +186,7 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg, fault: str) -> Decoded:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
-        raise ValueError(f"not decodable: {reason}") from None
+        raise UserError(f"not decodable: {reason}") from None
     notes = []
     if not is_jpeg or mode not in ("RGB", "L"):
         notes.append((f"{mode} {image.format} file", "converted to RGB"))

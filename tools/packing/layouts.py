@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.shards import ClassName
 from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_archives
 from tools.packing.parquet import find_parquet, read_parquet
@@ -102,7 +103,7 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
         if (inner := unwrap(folder, keep_splits=True)) is not folder:
             return find_layout(inner.path)
         if tars:
-            raise ValueError(
+            raise UserError(
                 f"{raw}: expected tars or folders, got both, such as {min(tars)}.tar; move one kind away"
             )
     return [], lambda: read_tree(raw, folder)
@@ -111,11 +112,11 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
 def split_off_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
     """Split a validation set off train: `fraction` of each class, rounded, at least one image but never the last.
 
-    Images are chosen by a hash of seed and name, so the layout makes no difference. Raises `ValueError` when there is
+    Images are chosen by a hash of seed and name, so the layout makes no difference. Raises `UserError` when there is
     a validation split, or no class has two images.
     """
     if "val" in data.splits:
-        raise ValueError(
+        raise UserError(
             f"--val-fraction: expected data without validation images, got {data.layout}; leave it out"
         )
     train = data.splits["train"]
@@ -128,7 +129,7 @@ def split_off_validation(data: RawImageNet, fraction: float, seed: int) -> RawIm
         number = max(0, min(end - start - 1, max(1, round((end - start) * fraction))))
         in_val[order[start : start + number]] = True
     if not in_val.any():
-        raise ValueError("--val-fraction: expected a class with two images, got none; use 0")
+        raise UserError("--val-fraction: expected a class with two images, got none; use 0")
     splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
     return replace(data, splits=splits)
 
@@ -155,7 +156,7 @@ def read_archives(raw: Path) -> RawImageNet:
     wnids, by_wnid = [wnid for wnid, *_ in tars], {name.wnid: name for name in by_id.values()}
     if wnids != sorted(by_wnid):
         odd = sorted(set(wnids) ^ set(by_wnid)) or [wnid for wnid in wnids if wnids.count(wnid) > 1]
-        raise ValueError(
+        raise UserError(
             f"{raw / TRAIN_ARCHIVE}: expected each of the {len(by_wnid)} classes of {DEVKIT_ARCHIVE} once, got "
             f"{len(wnids)} tars; they differ in {odd[0]}; download both again"
         )
@@ -164,7 +165,7 @@ def read_archives(raw: Path) -> RawImageNet:
     for label, (wnid, start, length) in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
         images = sorted(list_members(raw / TRAIN_ARCHIVE, start, length))
         if not images:
-            raise ValueError(f"{raw / TRAIN_ARCHIVE}: no images of class {wnid}; download it again")
+            raise UserError(f"{raw / TRAIN_ARCHIVE}: no images of class {wnid}; download it again")
         for member in images:
             train.append(archives[0], *member, label)
     index = {wnid: position for position, wnid in enumerate(wnids)}
@@ -172,14 +173,14 @@ def read_archives(raw: Path) -> RawImageNet:
         # Line n of the ground truth belongs to ILSVRC2012_val_<n>.JPEG.
         match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", member.name)
         if not match or not 1 <= int(match[1]) <= len(ground_truth):
-            raise ValueError(
+            raise UserError(
                 f"{raw / VAL_ARCHIVE}: the devkit has no label for {member.name!r}; download it again"
             )
         label = index[by_id[ground_truth[int(match[1]) - 1]].wnid]
         val.append(archives[1], *member, label)
     distinct = len({stem(image.name) for image in val})
     if not len(val) == distinct == len(ground_truth):
-        raise ValueError(
+        raise UserError(
             f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} images, as the devkit has labels, got {len(val)}, "
             f"{distinct} distinct; download it again"
         )
@@ -189,21 +190,21 @@ def read_archives(raw: Path) -> RawImageNet:
 
 
 def verify_md5(raw: Path, layout: str) -> None:
-    """Compare the archives with the published MD5 sums. Raises `ValueError` for a difference, and for other layouts."""
+    """Compare the archives with the published MD5 sums. Raises `UserError` for a difference, and for other layouts."""
     if "archives" not in layout:
-        raise ValueError(f"--check-md5: expected the archives of ILSVRC-2012, got {layout}; leave it out")
+        raise UserError(f"--check-md5: expected the archives of ILSVRC-2012, got {layout}; leave it out")
     for name, published in ARCHIVES.items():
         with (raw / name).open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         print(f"{raw / name}: MD5 {found}", flush=True)
         if found != published:
-            raise ValueError(f"{raw / name}: expected MD5 {published}, got {found}; download it again")
+            raise UserError(f"{raw / name}: expected MD5 {published}, got {found}; download it again")
 
 
 def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
     """Read the classes (leaves of the hierarchy) by ILSVRC2012_ID, and the validation labels, which are such IDs.
 
-    Raises `ValueError` when the devkit is damaged or a label has no class.
+    Raises `UserError` when the devkit is damaged or a label has no class.
     """
     folder = "ILSVRC2012_devkit_t12/data"
     try:
@@ -219,11 +220,11 @@ def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:
         }
         ground_truth = [int(line) for line in files["ILSVRC2012_validation_ground_truth.txt"].split()]
     except Exception as error:  # tarfile and zlib raise many kinds for damaged input
-        raise ValueError(
+        raise UserError(
             f"{path}: not the devkit of ILSVRC-2012, or damaged ({error}); download it again"
         ) from None
     if unknown := sorted(set(ground_truth) - set(by_id)):
-        raise ValueError(f"{path}: label {unknown[0]} is not in its meta.mat; download it again")
+        raise UserError(f"{path}: label {unknown[0]} is not in its meta.mat; download it again")
     return by_id, ground_truth
 
 
@@ -241,13 +242,13 @@ the memory."""
 
 
 def read_synsets(mat: bytes) -> list[tuple[int, str, str, int]]:
-    """Read (ILSVRC2012_ID, wnid, words, number of children) of each synset in `meta.mat`. Raises `ValueError`."""
+    """Read (ILSVRC2012_ID, wnid, words, number of children) of each synset in `meta.mat`. Raises `UserError`."""
     process = subprocess.run(
         [sys.executable, "-c", READ_SYNSETS], input=mat, capture_output=True, check=False
     )
     if process.returncode:
         last = process.stderr.decode(errors="replace").splitlines()[-1:] if process.returncode > 0 else []
-        raise ValueError(f"unreadable meta.mat{''.join(f': {line}' for line in last)}")
+        raise UserError(f"unreadable meta.mat{''.join(f': {line}' for line in last)}")
     return [tuple(row) for row in json.loads(process.stdout)]
 
 
@@ -283,12 +284,12 @@ class Folder:
 def read_folder(path: Path, parents: tuple[tuple[int, int], ...] = ()) -> Folder:
     """Read a folder on disk, following links; `parents`: device and inode of the folders above.
 
-    Raises `ValueError` for links that form a loop, and for what is called an image but is not a file.
+    Raises `UserError` for links that form a loop, and for what is called an image but is not a file.
     """
     status = path.stat()
     identity = (status.st_dev, status.st_ino)
     if identity in parents:
-        raise ValueError(f"{path}: the link forms a loop; remove it")
+        raise UserError(f"{path}: the link forms a loop; remove it")
     entries = [entry for entry in os.scandir(path) if not is_system_file(entry.name)]
     inside = (*parents, identity)
     readers = {each.name: partial(read_folder, Path(each.path), inside) for each in entries if each.is_dir()}
@@ -299,7 +300,7 @@ def read_folder(path: Path, parents: tuple[tuple[int, int], ...] = ()) -> Folder
             continue
         if IMAGE_NAME.fullmatch(entry.name):
             if not entry.is_file():
-                raise ValueError(
+                raise UserError(
                     f"{entry.path}: expected an image, got a broken link or not a regular file; remove it"
                 )
             images.append(Member(entry.path, 0, entry.stat().st_size))
@@ -312,7 +313,7 @@ def read_folder(path: Path, parents: tuple[tuple[int, int], ...] = ()) -> Folder
 
 @functools.lru_cache(maxsize=2)
 def read_tar(tar: Path) -> Folder:
-    """Read the headers of a tar. Raises `ValueError`, also for a WebDataset shard."""
+    """Read the headers of a tar. Raises `UserError`, also for a WebDataset shard."""
     images, others = list[tuple[tuple[str, ...], Member]](), list[tuple[tuple[str, ...], Member]]()
     for member in list_members(tar):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [member.name]
@@ -322,13 +323,13 @@ def read_tar(tar: Path) -> Folder:
         images = [file for file in others if "." not in Path(file[1].name).name]
         others = [file for file in others if "." in Path(file[1].name).name]
     if len(images) != len({member.name for _, member in images}):
-        raise ValueError(
+        raise UserError(
             f"{tar}: holds a file twice; extract it, which keeps the last one, and pack the folders"
         )
     if len({folders for folders, _ in images}) == 1:  # class folders may hold other files, too
         keys = {split_key(member)[0] for _, member in images}
         if extensions := [split_key(member)[1] for _, member in others if split_key(member)[0] in keys]:
-            raise ValueError(
+            raise UserError(
                 f"{tar}: expected raw images, got a WebDataset shard (.{min(extensions)} with each image); use "
                 "make_shards.py adopt if it has labels (.cls), else put the images of each class into its own folder"
             )
@@ -394,7 +395,7 @@ def unwrap(tree: Folder, keep_splits: bool = False) -> Folder:
 
 
 def read_tree(raw: Path, tree: Folder) -> RawImageNet:
-    """List a folder of class folders or of splits. Raises `ValueError` where that is ambiguous."""
+    """List a folder of class folders or of splits. Raises `UserError` where that is ambiguous."""
     names = list(tree.folders)
     splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
     # A tar called train may be a split or a class.
@@ -414,19 +415,19 @@ def read_tree(raw: Path, tree: Folder) -> RawImageNet:
     tests = [name for name in splits if "test" in name.lower() and name in tree.tars]
     classes = {name: read for name, read in tree.folders.items() if name not in tests}
     if not classes:
-        raise ValueError(f"{tree.locate(tests[0])}: expected training images, got test images; add train.tar")
+        raise UserError(f"{tree.locate(tests[0])}: expected training images, got test images; add train.tar")
     wrappers = [read() for name, read in classes.items() if name not in tree.tars]
     inner = [(each, name) for each in wrappers if not each.images for name in each.folders]
     for parent, name in [*((tree, name) for name in classes if name != "train"), *inner]:
         if SPLIT_NAME.fullmatch(name):
-            raise ValueError(
+            raise UserError(
                 f"{parent.locate(name)}: expected a class, got the name of a split; name the splits train and val"
             )
     return read_splits(raw, {"train": replace(tree, folders=classes)}, [tree.locate(name) for name in tests])
 
 
 def read_splits(raw: Path, trees: dict[str, Folder], ignored: list[Path]) -> RawImageNet:
-    """List the class folders of every split. Raises `ValueError` for a class without training images."""
+    """List the class folders of every split. Raises `UserError` for a class without training images."""
     index = {wnid: label for label, wnid in enumerate(trees["train"].folders)}
     splits = {}
     for split, tree in trees.items():
@@ -434,24 +435,24 @@ def read_splits(raw: Path, trees: dict[str, Folder], ignored: list[Path]) -> Raw
         ignored = [*ignored, *tree.loose_files()]
         for wnid, read in tqdm(tree.folders.items(), f"listing {split}", unit="class", disable=None):
             if wnid not in index:
-                raise ValueError(
+                raise UserError(
                     f"{tree.locate(wnid)}: a class without training images; add some or remove it"
                 )
             folder = leaf = read()
             while wnid in tree.tars and not leaf.images and len(leaf.folders) == 1:
                 leaf = leaf.folders[min(leaf.folders)]()
             if wnid in tree.tars and leaf.folders:
-                raise ValueError(
+                raise UserError(
                     f"{tree.locate(wnid)}: expected one class, got several folders, such as {max(leaf.folders)!r}; "
                     "extract it into train/, a folder for each class"
                 )
             images, others = collect_images(folder)
             if not images and split == "train":
-                raise ValueError(f"{tree.locate(wnid)}: no images found; download it again or remove it")
+                raise UserError(f"{tree.locate(wnid)}: no images found; download it again or remove it")
             append_images(listing, images, folder.tar, index[wnid])
             ignored += others
         if not listing:
-            raise ValueError(
+            raise UserError(
                 f"{tree.path}: no class folders found; put the images of each class into its own folder"
             )
     train = trees["train"]
@@ -480,7 +481,7 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
         with solution.open(newline="", encoding="utf-8") as file:
             wnid_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     except (OSError, LookupError, AttributeError, ValueError, csv.Error):
-        raise ValueError(
+        raise UserError(
             f"{solution}: expected Kaggle's columns ImageId, PredictionString, which label the validation images; "
             "download it again"
         ) from None
@@ -494,13 +495,13 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
     for image in images:
         wnid = wnid_of.get(Path(image.name).stem, "")
         if wnid not in index:
-            raise ValueError(
+            raise UserError(
                 f"{solution}: expected a class of {tree / 'train'} for {image.name}, got {wnid!r}; download it again"
             )
         append_images(val, [image], None, index[wnid])
     distinct = len({stem(image.name) for image in val})
     if not val or not len(val) == distinct == len(wnid_of):
-        raise ValueError(
+        raise UserError(
             f"{tree / 'val'}: expected {len(wnid_of)} images, as in {solution.name}, got {len(val)}, {distinct} "
             "distinct; download them again"
         )

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.errors import DataError, UserError
 from pipeline.files import write_bytes
-from pipeline.shards import ClassName, DataError
+from pipeline.shards import ClassName
 
 MAX_FILE_BYTES = 256 * 2**20
 """Two thousand times ImageNet's mean; a larger member is damaged or meant to exhaust memory."""
@@ -45,9 +46,9 @@ class RawImage(NamedTuple):
     """Class index, position among the sorted wnids."""
 
     def read(self) -> bytes:
-        """Read the image's bytes. Raises `ValueError` above MAX_FILE_BYTES, `DataError` for a truncated file."""
+        """Read the image's bytes. Raises `UserError` above MAX_FILE_BYTES, `DataError` for a truncated file."""
         if self.size > MAX_FILE_BYTES:
-            raise ValueError(f"too large: expected at most {MAX_FILE_BYTES} bytes, got {self.size}")
+            raise UserError(f"too large: expected at most {MAX_FILE_BYTES} bytes, got {self.size}")
         content = os.pread(open_file(self.file).fileno(), self.size, self.offset)
         if len(content) != self.size:
             raise DataError(
@@ -164,10 +165,10 @@ class RawImageNet:
         return any(-1 in listing.file[:1] for listing in self.splits.values())
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for class names that are not UTF-8."""
+        """Raise `UserError` for class names that are not UTF-8."""
         for name in self.classes:
             if name.wnid != escape_name(name.wnid):
-                raise ValueError(
+                raise UserError(
                     f"class {escape_name(name.wnid)}: expected a UTF-8 name; rename its folder or archive"
                 )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.files import open_locked
 from pipeline.shards import MAX_LABEL_DIGITS, ClassName, read_index
 from tools.packing.images import Packed
@@ -41,11 +42,11 @@ COLUMNS = {"image.bytes", "image.path", "label"}
 
 
 def import_pyarrow() -> ModuleType:
-    """Import `pyarrow.parquet`. Raises `ValueError` where it is not installed."""
+    """Import `pyarrow.parquet`. Raises `UserError` where it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "parquet files: expected pyarrow, got no such package; run pip install pyarrow"
         ) from None
     return pyarrow.parquet
@@ -53,7 +54,7 @@ def import_pyarrow() -> ModuleType:
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
     """Find the parquet files of each split, in `raw` or `raw/data`, by Hugging Face's names; test files, which have no
-    labels, are skipped. Raises `ValueError` unless all parts of one push are there."""
+    labels, are skipped. Raises `UserError` unless all parts of one push are there."""
     paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
     by_split = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
     for files in by_split.values():
@@ -62,7 +63,7 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
         found = [(part[1], int(part[2]), int(part[3])) for part in parts if part]
         name, _, total = found[0] if found else ("", 0, 0)
         if found and (len(found) != len(files) or sorted(found) != [(name, k, total) for k in range(total)]):
-            raise ValueError(
+            raise UserError(
                 f"{files[0]}: expected parts 0 to {total - 1} of {total} once each, got {len(files)} files; download "
                 "what is missing, keep the files of one push"
             )
@@ -72,7 +73,7 @@ def find_parquet(raw: Path) -> dict[str, list[Path]]:
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
     """List parquet files, reading labels and names only.
 
-    Raises `ValueError` for other columns, and for labels that are not class indexes.
+    Raises `UserError` for other columns, and for labels that are not class indexes.
     """
     parquet = import_pyarrow()
     splits: dict[str, Listing] = {}
@@ -85,16 +86,16 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                 source = parquet.ParquetFile(path)
                 columns = {source.schema.column(k).path for k in range(len(source.schema))}
                 if not columns >= COLUMNS:
-                    raise ValueError(f"lacks the columns {', '.join(sorted(COLUMNS - columns))}")
+                    raise UserError(f"lacks the columns {', '.join(sorted(COLUMNS - columns))}")
                 kind = str(source.schema_arrow.field("image").type.field("bytes").type)
                 if kind not in ("binary", "large_binary"):
-                    raise ValueError(f"image.bytes: expected binary, got {kind}")
+                    raise UserError(f"image.bytes: expected binary, got {kind}")
                 groups = range(source.num_row_groups)
                 tables = [source.read_row_group(group, columns=["image.path", "label"]) for group in groups]
                 metadata = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             except Exception as error:  # pyarrow raises several kinds over damaged bytes
                 reason = " ".join(str(error).split())
-                raise ValueError(
+                raise UserError(
                     f"{path}: not a data set of images and labels ({reason}); download it again"
                 ) from None
             words = read_class_words(metadata) or words
@@ -104,7 +105,7 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                 names = table.column("image").combine_chunks().field("path").to_pylist()
                 for name, label in zip(names, table.column("label").to_pylist(), strict=True):
                     if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
-                        raise ValueError(
+                        raise UserError(
                             f"{path}: expected a class index in row {row}, got {label}; download it again"
                         )
                     listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
@@ -112,7 +113,7 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                     row += 1
     splits = {split: listing for split, listing in splits.items() if files[split]}
     if "train" not in splits or not all(splits.values()):
-        raise ValueError(f"{raw}: no images in parquet files called train-*; download them again")
+        raise UserError(f"{raw}: no images in parquet files called train-*; download them again")
     return RawImageNet("Hugging Face parquet files", infer_class_names(wnids, words), splits, sequential=True)
 
 
@@ -187,7 +188,7 @@ def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes]]:
             yield number, image.as_py() or b""
     except OSError as error:  # pyarrow's decoders raise it, too
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: damaged near row {row} ({reason}); download it again") from None
+        raise UserError(f"{path}: damaged near row {row} ({reason}); download it again") from None
 
 
 def list_packed(spill: Plan) -> tuple[Listing, Notes]:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import PIL.features
 
+from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.shards import KEY, ClassName
 from tools.packing.listing import Listing, RawImage
@@ -40,13 +41,13 @@ class Options:
     """Not part of the digest: a pack that failed may be resumed with "skip"."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values out of range."""
+        """Raise `UserError` for values out of range."""
         if self.samples_per_shard < 1:
-            raise ValueError(f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}")
+            raise UserError(f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality: expected 1 to 100, got {self.quality}")
+            raise UserError(f"--quality: expected 1 to 100, got {self.quality}")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction: expected at least 0 and less than 1, got {self.val_fraction}")
+            raise UserError(f"--val-fraction: expected at least 0 and less than 1, got {self.val_fraction}")
 
 
 class ShardPlan(NamedTuple):
@@ -163,11 +164,11 @@ def library_versions() -> dict[str, str]:
 def find_part(part: str | None, environment: Mapping[str, str]) -> Task:
     """Parse the part of this process: i/n, else torchrun's or srun's variables, else everything.
 
-    Parts may count from 0 or from 1: only i modulo n matters. Raises `ValueError` for anything else.
+    Parts may count from 0 or from 1: only i modulo n matters. Raises `UserError` for anything else.
     """
     if part is None:
         return find_task(environment)
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", part, re.ASCII)
     if not match or not 0 <= int(match[1]) <= int(match[2]) or int(match[2]) == 0:
-        raise ValueError(f"--part: expected i/n with i from 1 to n, such as 1/4, got {part}")
+        raise UserError(f"--part: expected i/n with i from 1 to n, such as 1/4, got {part}")
     return Task((int(match[1]) - 1) % int(match[2]), int(match[2]), "--part")

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.errors import DataError, UserError
 from pipeline.machine import share_of_cores
-from pipeline.shards import DataError
 
 LOG_EVERY_S = 60.0
 """Seconds between lines of progress where there is no terminal, such as in a job's log."""
@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 
 
 def check_workers(workers: int | None) -> int:
-    """Return the number of processes, by default one per core. Raises `ValueError` below 1."""
+    """Return the number of processes, by default one per core. Raises `UserError` below 1."""
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {workers}")
+        raise UserError(f"--workers: expected at least 1, got {workers}")
     return workers or share_of_cores()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pipeline.errors import UserError
 from pipeline.shards import MAX_LABEL_DIGITS
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg")
@@ -32,54 +33,54 @@ class Member(NamedTuple):
 def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> Iterator[Member]:
     """Yield the files of a tar, or of a tar of `length` bytes inside a tar at `start`; folders are skipped.
 
-    Raises `ValueError` (without the tar's name) for a tar that is damaged or truncated, or holds a link, a device or a
+    Raises `UserError` (without the tar's name) for a tar that is damaged or truncated, or holds a link, a device or a
     sparse file, whose data would be lost.
     """
     total = os.fstat(file.fileno()).st_size
     end = total if length is None else start + length
     if end > total:
-        raise ValueError(f"truncated: an inner tar ends at byte {end}, the file at {total}")
+        raise UserError(f"truncated: an inner tar ends at byte {end}, the file at {total}")
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file)
     except Exception as error:  # as in `next_member`
-        raise ValueError(f"not a tar archive at byte {start} ({error})") from None
+        raise UserError(f"not a tar archive at byte {start} ({error})") from None
     while member := next_member(tar):
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         if member.offset >= end:
-            raise ValueError(f"no end mark at byte {end} of an inner tar")
+            raise UserError(f"no end mark at byte {end} of an inner tar")
         if member.isdir():
             continue
         place = f"{member.name!r} at byte {member.offset}"
         if not member.isreg() or member.issparse():
-            raise ValueError(f"{place}: expected a regular file, got a link, a device or a sparse file")
+            raise UserError(f"{place}: expected a regular file, got a link, a device or a sparse file")
         if member.size < 0:
-            raise ValueError(f"{place}: negative size {member.size}")
+            raise UserError(f"{place}: negative size {member.size}")
         if member.offset_data + member.size > end:
-            raise ValueError(f"truncated inside {place}")
+            raise UserError(f"truncated inside {place}")
         yield Member(member.name, member.offset_data, member.size)
     if tar.offset + tarfile.BLOCKSIZE > end:
-        raise ValueError(f"truncated: no end mark at byte {tar.offset}")
+        raise UserError(f"truncated: no end mark at byte {tar.offset}")
     for offset in range(tar.offset, end, READ_BYTES):
         if os.pread(file.fileno(), min(READ_BYTES, end - offset), offset).strip(b"\0"):
-            raise ValueError(f"damaged header or hole at byte {tar.offset}")
+            raise UserError(f"damaged header or hole at byte {tar.offset}")
 
 
 def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """Read the next member; None at what tarfile takes for the end of the archive. Raises `ValueError`."""
+    """Read the next member; None at what tarfile takes for the end of the archive. Raises `UserError`."""
     try:
         return tar.next()
     except Exception as error:  # tarfile raises many kinds for damaged headers
-        raise ValueError(f"damaged at byte {tar.offset} ({error})") from None
+        raise UserError(f"damaged at byte {tar.offset} ({error})") from None
 
 
 def list_members(path: Path, start: int = 0, length: int | None = None) -> Iterator[Member]:
-    """Yield the files of a tar by its path, as `read_members`. Raises `ValueError` with path and remedy."""
+    """Yield the files of a tar by its path, as `read_members`. Raises `UserError` with path and remedy."""
     with path.open("rb") as file:
         try:
             yield from read_members(file, start, length)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; download it again, or make it of regular files") from None
+            raise UserError(f"{path}: {error}; download it again, or make it of regular files") from None
 
 
 def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
@@ -116,21 +117,21 @@ def index_sample(
     DALI picks components by the index's extension, so `.JPEG` becomes `jpg`; it reads as many bytes as the index says,
     so white space after a label is left out; it ignores the names, but splits lines at spaces.
 
-    Raises `ValueError` (without the tar's name) unless there is one JPEG and one label.
+    Raises `UserError` (without the tar's name) unless there is one JPEG and one label.
     """
     place = f"sample {sanitize_name(key)} at byte {members[0].offset}"
     names = ", ".join(sanitize_name(member.name) for member in members)
     images = [member for member in members if get_extension(member) in IMAGE_EXTENSIONS]
     labels = [member for member in members if get_extension(member) == "cls"]
     if len(images) != 1 or images[0].size == 0:
-        raise ValueError(f"{place}: expected one .jpg or .jpeg, got {names}{' (empty)' if images else ''}")
+        raise UserError(f"{place}: expected one .jpg or .jpeg, got {names}{' (empty)' if images else ''}")
     if len(labels) != 1:
-        raise ValueError(f"{place}: expected one .cls, got {names}")
+        raise UserError(f"{place}: expected one .cls, got {names}")
     (image,), (label,) = images, labels
     text = os.pread(file.fileno(), min(label.size, MAX_LABEL_BYTES), label.offset)
     digits = text.rstrip()  # only at the end: DALI expects data to start at a block
     if label.size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,%d}" % MAX_LABEL_DIGITS, digits):
-        raise ValueError(
+        raise UserError(
             f"{place}: expected a class index of at most {MAX_LABEL_DIGITS} digits in {sanitize_name(label.name)}, "
             f"got {text[:16]!r}"
         )

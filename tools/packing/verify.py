@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from pipeline.errors import DataError, UserError
 from pipeline.files import read_json
-from pipeline.shards import MAX_LABEL_DIGITS, DataError, check_manifest, open_shards, read_classes, read_index
+from pipeline.shards import MAX_LABEL_DIGITS, check_manifest, open_shards, read_classes, read_index
 from tools.packing.images import SIDE, find_fault
 from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
-from train.program import one_line
+from train.cli import sanitize_message
 
 Index = list[list[tuple[str, int, int, str]]]
 SPLITS = ("train", "val")
@@ -97,7 +98,7 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
     reports.append(Report(str(shards), notes=notes))
 
     for line in (line for report in reports for line in report.format_lines()):
-        print(one_line(line))
+        print(sanitize_message(line))
     if num_problems := sum(len(report.problems) for report in reports):
         damaged = [report.place for report in reports if report.problems and report.place.endswith(".tar")]
         raise DataError(f"{shards}: {num_problems} problem(s), see above; {suggest_remedy(damaged)}")
@@ -122,7 +123,7 @@ def find_splits(shards: Path) -> list[str]:
         raise FileNotFoundError(f"{shards}: not a directory; give the folder that pack or adopt wrote")
     splits = [split for split in SPLITS if (shards / split / "manifest.json").is_file()]
     if not splits:
-        raise ValueError(
+        raise UserError(
             f"{shards}: expected train/manifest.json or val/manifest.json, got neither; pack or adopt first"
         )
     return splits
@@ -254,7 +255,7 @@ def stats(shards: Path) -> None:
         manifest = read_json(shards / split / "manifest.json")
         print(f"{shards / split}")
         for name, value in describe_split(shards, split, manifest):
-            print(one_line(f"  {name:<20}{value}"))
+            print(sanitize_message(f"  {name:<20}{value}"))
 
 
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from pipeline.errors import UserError
 from pipeline.files import atomic_writer, read_json, write_bytes, write_json
 from pipeline.shards import FORMAT_VERSION, check_manifest, index_text
 from tools.packing.images import Packed, pack_image
@@ -64,7 +65,7 @@ def write_shard(plan: ShardPlan, pack: Pack | None = None) -> PackStats:
 def pack_sample(sample: Sample, options: Options, raw: bytes | None = None) -> tuple[Packed | str, int]:
     """Pack one image, reading its file unless given. Returns the image or the reason to skip it, and the file's size.
 
-    Raises `ValueError` with archive, name and key for an undecodable image, unless `on_bad` is "skip".
+    Raises `UserError` with archive, name and key for an undecodable image, unless `on_bad` is "skip".
     """
     key, image = sample
     set_current_item(f"{image.escaped_name} in {image.file}")
@@ -73,7 +74,7 @@ def pack_sample(sample: Sample, options: Options, raw: bytes | None = None) -> t
         return pack_image(raw, options.store, options.quality), len(raw)
     except ValueError as error:
         if options.on_bad == "fail":
-            raise ValueError(
+            raise UserError(
                 f"{image.escaped_name} in {image.file} (key {key}): {error}; --on-bad skip leaves such images out"
             ) from None
         return str(error), image.size
@@ -152,17 +153,17 @@ def is_top_file(name: str) -> bool:
 
 
 def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
-    """Raise `ValueError` for an output folder that holds anything but this pack."""
+    """Raise `UserError` for an output folder that holds anything but this pack."""
     splits = {plan.directory.name for plan in plans}
     present = {path.name for path in shards.iterdir() if path.suffix != ".tmp"} if shards.is_dir() else set()
     foreign = sorted(name for name in present - splits if not is_top_file(name))
     if (shards.exists() and not shards.is_dir()) or foreign:
         reason = f"it holds {foreign[0]}" if foreign else "it is a file"
-        raise ValueError(
+        raise UserError(
             f"{shards}: expected a new folder or one of the same command, but {reason}; give another"
         )
     if "classes.json" in present and read_json(shards / "classes.json") != classes:
-        raise ValueError(f"{shards}: holds shards of other classes; give another folder")
+        raise UserError(f"{shards}: holds shards of other classes; give another folder")
     for plan in plans:
         records = [plan.directory / name for name in RECORDS if (plan.directory / name).is_file()]
         for path in records:
@@ -170,14 +171,14 @@ def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> No
         known = {plan.path(number).stem for number in range(plan.num_shards)} if records else set()
         for path in plan.directory.glob("*"):
             if not (path.stem in known or path in records or path.suffix == ".tmp" or path.match(SPILL)):
-                raise ValueError(
+                raise UserError(
                     f"{path}: expected plan.json or manifest.json and the shards that they name; remove it or give "
                     "another folder"
                 )
 
 
 def claim_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> None:
-    """Create the output folders and claim them for this pack. Raises `ValueError` before anything is written."""
+    """Create the output folders and claim them for this pack. Raises `UserError` before anything is written."""
     check_output(shards, classes, plans)
     for plan in plans:
         plan.directory.mkdir(parents=True, exist_ok=True)
@@ -193,7 +194,7 @@ def claim_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> No
 
 
 def check_same_pack(path: Path, plan: Plan) -> None:
-    """Raise `ValueError` if `path`, a `manifest.json` or `plan.json`, is of another pack."""
+    """Raise `UserError` if `path`, a `manifest.json` or `plan.json`, is of another pack."""
     record = read_json(path)
     record = record if isinstance(record, dict) else {}
     if record.get("plan") == plan.digest:
@@ -202,11 +203,11 @@ def check_same_pack(path: Path, plan: Plan) -> None:
     for name in sorted(now.keys() - {"on_bad"}):
         if isinstance(before, dict) and before.get(name, now[name]) != now[name]:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(
+            raise UserError(
                 f"{path.parent}: expected {option} {before[name]}, as it was packed, got {now[name]}; give "
                 f"{option} {before[name]} to resume, or another folder, or remove {path.parent.parent}"
             )
-    raise ValueError(
+    raise UserError(
         f"{path.parent}: packed from other images, or by other versions of this program, Pillow, simplejpeg or torch; "
         "remove it or give another folder"
     )
@@ -250,7 +251,7 @@ def find_unfinished(plan: Plan) -> list[int]:
 
 
 def read_manifest(plan: Plan) -> dict[str, Any] | None:
-    """Read the manifest of a split; None if it is unfinished. Raises `ValueError` unless all images are in it."""
+    """Read the manifest of a split; None if it is unfinished. Raises `UserError` unless all images are in it."""
     path = plan.directory / "manifest.json"
     if not path.is_file():
         return None
@@ -260,7 +261,7 @@ def read_manifest(plan: Plan) -> dict[str, Any] | None:
         "index_bytes" in row for row in manifest["shards"]
     )
     if not has_fields or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing):
-        raise ValueError(f"{path}: expected {len(plan.listing)} images, packed or skipped; restore it")
+        raise UserError(f"{path}: expected {len(plan.listing)} images, packed or skipped; restore it")
     return manifest
 
 
@@ -277,7 +278,7 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
         num_samples = sum(note["shard"]["samples"] for note in rows)
         if not num_samples:
             remedy = "choose another --val-fraction" if plan.directory.name == "val" else "are they images?"
-            raise ValueError(f"{plan.directory.name}: no image could be decoded; {remedy}")
+            raise UserError(f"{plan.directory.name}: no image could be decoded; {remedy}")
         content = {
             "format_version": FORMAT_VERSION,
             "split": plan.directory.name,

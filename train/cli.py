@@ -1,0 +1,292 @@
+"""Command line of every program: options, recipes by name, errors in one sentence, exit codes.
+
+Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is wrong, 3 data or another process failed,
+4 training diverged, 130 interrupted. An error of these kinds costs one sentence on stderr; mistakes of ours keep their
+traceback.
+"""
+
+import errno
+import json
+import os
+import re
+import sys
+import time
+from argparse import SUPPRESS, Action
+from collections.abc import Callable, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli, set_parsing_settings
+from tqdm import tqdm
+
+from pipeline.errors import DataError, UserError
+from train.launch import local_rank
+
+WRONG_INPUT, DATA_FAILED, DIVERGED, INTERRUPTED = 2, 3, 4, 130
+BROKEN_PIPE = 141
+"""128 + SIGPIPE, as shells report it."""
+MAX_MESSAGE = 1500
+"""Characters of an error message."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REMEDIES = {
+    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys((errno.EISDIR, errno.EEXIST, errno.ENOTDIR), "move away what is in its place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "set its permissions"),
+}
+"""What a user can do about a file that cannot be written, by errno."""
+RECIPES = Path(__file__).resolve().parent / "configs"
+ABLATIONS = RECIPES / "ablations"
+
+
+class DivergedError(RuntimeError):
+    """The loss or the weights are no longer finite."""
+
+
+def log(line: str) -> None:
+    """Print a line without breaking a progress bar; a full disk under stdout does not end the program."""
+    with suppress(OSError):
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
+    """Run a function, or one of several as subcommands, with arguments from the command line; never returns."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    run_main(lambda: auto_cli(program, parser_class=Parser))
+
+
+def run_main(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and exit with the code that says how it ended."""
+    try:
+        main()
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
+    except UserError as error:
+        code, message = WRONG_INPUT, str(error)
+    except OSError as error:
+        code, message = WRONG_INPUT, describe_os_error(error)
+    except BrokenProcessPool:
+        code, message = (
+            WRONG_INPUT,
+            "a worker process was killed, maybe for memory; run it with fewer of them",
+        )
+    except DataError as error:
+        code, message = DATA_FAILED, str(error)
+    except DivergedError as error:
+        code, message = DIVERGED, str(error)
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted"
+    else:
+        sys.exit(0)
+    report_to_torchrun(message)
+    with suppress(OSError):
+        sys.stderr.write(f"error: {sanitize_message(message)}\n")
+    sys.exit(code)
+
+
+def describe_os_error(error: OSError) -> str:
+    """One sentence with the file, the reason and the remedy."""
+    if error.filename is None:
+        return str(error)
+    remedy = f"give another path or {REMEDIES.get(error.errno or 0, 'set its permissions')}"
+    if error.errno in FULL:
+        remedy = f"{REMEDIES[error.errno]} and run it again"
+    return f"cannot use {error.filename}: {error.strerror}; {remedy}"
+
+
+def report_to_torchrun(message: str) -> None:
+    """Write a message where torchrun's summary looks for the reason of a failure: the file that
+    `torch.distributed.elastic`'s `record` writes, which leaves out programs that exit with a code."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": sanitize_message(message), "extraInfo": {"timestamp": int(time.time())}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": content}))
+
+
+def sanitize_message(message: str) -> str:
+    """One line of printable characters: what a message quotes may hold line breaks, terminal codes, or pages."""
+    line = " ".join(message.splitlines())
+    if len(line) > MAX_MESSAGE:  # the remedy is at the end
+        line = f"{line[: MAX_MESSAGE * 2 // 3]} ... {line[-MAX_MESSAGE // 3 :]}"
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Help without Python's types; a default that means something stands at the end."""
+
+    def _get_help_string(self, action: Action) -> str:
+        hidden = not action.option_strings or action.default in (None, False, SUPPRESS)
+        return (action.help or "") + ("" if hidden else " (default: %(default)s)")
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser with dashes in options, strict YAML files and errors in one sentence."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
+        self._file = ""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add `--samples-per-shard` for a parameter `samples_per_shard` (underscores are taken, too); a bool that is
+        off by default is a plain flag."""
+        ours = all(
+            name.startswith("--") and "." not in name for name in args
+        )  # a list has --name and --name+
+        if args and ours and args != ("--print_config",):
+            args = tuple(dict.fromkeys(each for name in args for each in (name.replace("_", "-"), name)))
+            if kwargs.get("type") is bool and kwargs.get("default") is False:
+                del kwargs["type"]
+                kwargs["action"] = "store_true"
+        return super().add_argument(*args, **kwargs)
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Read a --config file. Raises `UserError`."""
+        options = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
+        check_yaml(Path(path), options)
+        self._file = f"{path}: "  # for `error`
+        settings = super().parse_path(path, *args, **kwargs)
+        self._file = ""
+        return settings
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong with the command line, once per machine, and exit with code 2."""
+        message = self._file + self.format_type_error(" ".join(str(message).split()))
+        report_to_torchrun(message)
+        if local_rank(os.environ) == 0:
+            sys.stderr.write(f"error: {sanitize_message(message)} (--help lists every option)\n")
+        sys.exit(WRONG_INPUT)
+
+    def format_type_error(self, message: str) -> str:
+        """jsonargparse's complaint about a value as `<option>: expected <type>, got <value>`."""
+        found = re.fullmatch(r'Parser key "([^"]+)": (.*)', message)
+        action = next((action for action in self._actions if found and action.dest == found[1]), None)
+        if found is None or action is None:
+            return message
+        key, fault = found.groups()
+        given = {word.partition("=")[0] for word in sys.argv}
+        option = next((option for option in action.option_strings if option in given), key)
+        if fault.startswith("Unable to load config "):
+            inner = re.search(rf'Parser key "{re.escape(key)}\..*', fault)
+            expected = f"{option}: expected settings, or the name of a YAML file with some"
+            return self.format_type_error(inner[0]) if inner else expected
+        value = re.search(r"(?:Got|Given) value: ?(.*)", fault)
+        kind = format_type(getattr(action, "_typehint", None))
+        return f"{option}: expected {kind}, got {value[1] or 'nothing'}" if value and kind else message
+
+
+def format_type(kind: Any) -> str:
+    """A type in a user's words; empty for those that no option has."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (list, tuple):
+        length = len(get_args(kind)) if Ellipsis not in get_args(kind) and get_origin(kind) is tuple else 0
+        return f"a list in brackets{f' of {length} values' if length else ''}"
+    if get_args(kind):
+        return " or ".join(format_type(each) for each in get_args(kind) if each is not type(None))
+    return words.get(kind, "")
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which no key comes twice; PyYAML takes the last of two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A dict. Raises `yaml.MarkedYAMLError` for a key that comes twice."""
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                problem = f"{key.value} is set a second time; keep one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key.value, str):
+                keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def check_yaml(path: Path, options: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `UserError` for a YAML file that cannot be read, sets a key twice, gives a section or a setting no value,
+    or uses a name of version 0.1.
+
+    Args:
+        path: The file.
+        options: Type of each setting by its dotted name, such as "optimizer.lr".
+        prefix: Of the names in this file, such as "optimizer.".
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        return  # a pipe can be read once; what is missing is reported by jsonargparse
+    try:
+        content = yaml.load(path.read_bytes().decode("utf-8-sig"), StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = ", ".join(each for each in (error.context, error.problem) if each)
+        raise UserError(f"{path}, line {mark.line + 1 if mark else '?'}: {problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected YAML in UTF-8, got {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings such as train: {{epochs: 3}}, got {content!r}")
+    check_settings(content, path, options, prefix)
+
+
+def check_settings(settings: Mapping[str, Any], path: Path, options: Mapping[str, Any], prefix: str) -> None:
+    """As `check_yaml`, for a section of a file."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        check_renamed(name, str(path))
+        if any(option.startswith(f"{name}.") and not option.endswith(".help") for option in options):
+            if isinstance(value, dict):
+                check_settings(value, path, options, f"{name}.")
+            elif isinstance(value, str):
+                check_yaml(path.parent / value, options, f"{name}.")
+            else:
+                raise UserError(
+                    f"{path}: expected settings below {name}, got {value!r}; add some or leave it out"
+                )
+        elif value is None and options.get(name) and type(None) not in get_args(options[name]):
+            raise UserError(f"{path}: {name} has no value; give one, or leave it out")
+
+
+RENAMED = {
+    "train.accumulate": "train.grad_accum_steps",
+    "train.weights": "train.init_from",
+    "run.keep": "run.keep_last",
+    "run.save_every": "run.save_minutes",
+    "model.hidden": "model.fc_dim",
+    "optimizer.min_improvement": "optimizer.min_delta",
+    "optimizer.drops": "optimizer.max_drops",
+    "data.speed.prefetch": "data.speed.prefetch_queue_depth",
+    "data.speed.read_ahead": "data.speed.reader_queue_depth",
+    "data.augmentation.share_window": "data.augmentation.images_per_crop",
+    "data.augmentation.lighting.until_epoch": "data.augmentation.lighting.off_epoch",
+    "parallel.placement": "parallel.mode",
+    "parallel.share_images": "",
+    "data.speed.affinity": "",
+    "data.speed.decode_cache_gb": "",
+    "data.augmentation.jpeg_fancy_upsampling": "",
+}
+"""Settings of version 0.1 by what replaced them; empty where nothing did."""
+
+
+def check_renamed(name: str, source: str) -> None:
+    """Raise `UserError` for a setting of version 0.1."""
+    if name in RENAMED:
+        remedy = f"{name} is now {RENAMED[name]}" if RENAMED[name] else f"{name} was removed; leave it out"
+        raise UserError(f"{source}: {remedy} (CHANGELOG.md)")
+
+
+def find_recipe(name: str) -> Path:
+    """The file behind a name: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`). A file
+    of that name in the working directory comes first. Raises `FileNotFoundError`."""
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():
+        return path
+    ours = {each.stem: each for folder in (RECIPES, ABLATIONS) for each in folder.glob("*.yaml")}
+    found = ours.get(name.removesuffix(".yaml"))
+    if found is None:
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"{name}: expected a YAML file or one of our recipes, {known}")
+    return found

@@ -1,0 +1,476 @@
+"""The trainer: owns shards, loaders, model, optimizer, checkpoints and metrics of one run.
+
+A stop falls between two steps. The host waits for the device at log steps, in evaluation and where a checkpoint is
+taken, and else runs at most two steps ahead (`StepMeter`). A checkpoint between two steps holds the next batch and the
+dropout stream: on a CPU the final weights are bitwise those of an uninterrupted run.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import nvidia.dali
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model.alexnet import AlexNet
+from model.towers import seed_process
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import DataError, UserError
+from pipeline.loader import PADDING, Batch, train_loader, val_loader
+from pipeline.shards import open_shards
+from train.accuracy import Accuracy, EvalStats, evaluate
+from train.checkpoint import CheckpointWriter, last_epoch_end, load_checkpoint
+from train.cli import DIVERGED, DivergedError, log
+from train.config import Config, check_same_run, flatten
+from train.device import can_compile, compile_model
+from train.distributed import Distributed, StopFlag
+from train.metrics import MetricsLog, StepMeter, Warnings
+from train.optimizer import AlexNetSGD, LossScale, LRSchedule
+from train.pretrained import check_finite, check_shapes, init_from
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PROFILE_FROM = 10
+"""Steps before a profile: compilation and the first allocations."""
+
+
+class Trainer:
+    """One run on this rank. `build`, then `load_checkpoint` or `init_from`, then `fit`."""
+
+    def __init__(self, config: Config, device: torch.device, distributed: Distributed) -> None:
+        """Open the shards and set up the loaders. Raises `UserError` for all that does not fit."""
+        self.device, self.distributed = device, distributed
+        shards = config.data.shards
+        self.train_shards, self.val_shards = open_shards(shards, "train"), open_shards(shards, "val")
+        classes = len(self.train_shards.classes)
+        self.config = config = config.with_classes(classes)
+        problems: list[str] = []
+        if config.model.num_classes != classes:
+            problems.append(
+                f"{shards} has {classes} classes; leave --model.num_classes {config.model.outputs} out"
+            )
+        with collect_errors(problems):
+            self.basis = Eigenbasis.load(
+                shards / "pca.json",
+                self.train_shards.manifest_sha256,
+                with_mean_image=config.data.augmentation.mean == "image",
+            )
+        batch_size, images_per_crop = config.train.batch_size, config.data.augmentation.images_per_crop
+        with collect_errors(problems):
+            images = self.train_shards.num_samples
+            distributed.check_batch(batch_size, config.train.grad_accum_steps, images_per_crop, images)
+        if problems:
+            raise UserError("; ".join(problems))
+        data = config.data
+        if config.run.deterministic:  # JPEG engines may differ between calls (nvImageCodec's tests)
+            data = replace(data, speed=replace(data.speed, hw_decoder_load=0.0))
+        local_batch = batch_size // distributed.world_size
+        self.train_loader = train_loader(
+            self.train_shards,
+            self.basis,
+            data,
+            batch_size=local_batch,
+            seed=config.train.seed,
+            rank=distributed.rank,
+            num_ranks=distributed.world_size,
+            device=device,
+        )
+        self.val_loader = val_loader(  # a pair of towers sees the same images
+            self.val_shards,
+            self.basis,
+            data,
+            batch_size=local_batch,
+            rank=distributed.replica,
+            num_ranks=distributed.num_replicas,
+            device=device,
+        )
+        self.epoch, self.step = 0, 0
+        """Finished epochs, and updates."""
+        self.best: dict[str, float] | None = None
+        """{"step", "top1_error"} of the best epoch's end."""
+        self.pinned_steps: list[int] = []
+        """Of checkpoints that are kept for good."""
+        self.checkpoint: Path | None = None
+        """The one that was resumed from."""
+
+    def build(self) -> None:
+        """Build model and optimizer. A collective."""
+        config, device = self.config, self.device
+        self.model = self.distributed.build_model(config.model, config.train.seed).to(device)
+        self.optimizer = AlexNetSGD(self.model.named_parameters(), config.optimizer)
+        self.schedule = LRSchedule(config.optimizer, config.train.epochs)
+        self.scale = LossScale(device, config.train.precision == "fp16")
+        self.compiled: torch.nn.Module = self.model
+        if config.train.compile:
+            self.compiled = compile_model(self.model, device)
+            if device.type == "cuda" and can_compile(device):
+                self.optimizer.compile()
+        self.ddp = self.distributed.wrap_ddp(self.compiled)
+        self.meter = StepMeter(device, self.distributed)
+        self.warnings = Warnings(config.model.outputs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch >= self.config.train.epochs or self.schedule.finished
+
+    def fit(self, stop: StopFlag) -> bool:
+        """Train to the end. Returns False when it was stopped; the state is saved either way.
+
+        Raises `DivergedError` when the loss is not finite, `DataError` when reading fails, and `OSError` when the last
+        checkpoint cannot be written.
+        """
+        self.stop, config = stop, self.config
+        rank_zero = self.distributed.is_rank_zero
+        self.log = MetricsLog(config.run.dir, self.step, self.epoch) if rank_zero else None
+        self.writer = CheckpointWriter(config.run.dir, config.run.keep_last, self.checkpoint)
+        self.saved_at, self.save_ms = perf_counter(), 0.0
+        while not self.finished:
+            try:
+                stopped = self.train_epoch()
+                accuracy = None if stopped else self.evaluate()
+            except DataError as error:
+                if self.distributed.world_size > 1:  # the others are within a step
+                    raise
+                self.save()
+                self.writer.finish()
+                raise DataError(f"{error}; what was trained is saved, the same command resumes it") from None
+            if accuracy:
+                self.end_epoch(accuracy)
+            self.save()  # after an interrupted evaluation, resuming begins with it
+            if accuracy is None:
+                break
+        self.distributed.run_on_all_ranks(self.writer.finish)
+        return self.finished
+
+    def train_epoch(self) -> bool:
+        """Train what is left of the epoch. Returns whether it was stopped."""
+        run, loader, meter = self.config.run, self.train_loader, self.meter
+        self.model.train()
+        self.stop.sync()
+        with self.progress_bar() as progress, self.profile() as profiler:
+            for batch in loader.epoch(self.epoch):
+                meter.start_step()
+                saving, log_step = self.writer.busy, (self.step + 1) % run.log_every == 0
+                self.schedule.set_lrs(self.optimizer, (loader.at_step - 0.5) / loader.steps_per_epoch)
+                with self.distributed.detect_lost_process():
+                    loss, correct, grad_norm = self.train_step(batch, with_norm=log_step)
+                meter.end_step(loss, correct, batch, saving=saving or self.writer.busy)
+                self.step += 1
+                self.distributed.end_startup()
+                progress.update()
+                if profiler:
+                    profiler.step()
+                if grad_norm is not None:
+                    self.log_row(grad_norm, progress)
+                stop, save = self.stop.check(perf_counter() - self.saved_at > 60 * run.save_minutes)
+                if stop:
+                    return True
+                if save:
+                    self.save()
+        self.check_finite(meter.loss_sum())
+        return False
+
+    def train_step(
+        self, batch: Batch, with_norm: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One update from one batch, at the rates of the optimizer's groups; waits for nothing on the device.
+
+        Returns the mean loss, the number of correct predictions, and if wanted the gradient's norm over the whole
+        model, all on the device.
+        """
+        images_NCHW, labels_N = self.distributed.gather_batch(batch)
+        micro_batches, half = self.config.train.grad_accum_steps, AUTOCAST.get(self.config.train.precision)
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        chunks = zip(images_NCHW.chunk(micro_batches), labels_N.chunk(micro_batches), strict=True)
+        for number, (images, labels) in enumerate(chunks, start=1):
+            with self.distributed.grad_sync(self.ddp, enabled=number == micro_batches):
+                with torch.autocast(self.device.type, half, enabled=half is not None):
+                    logits_NK = self.ddp(images)
+                micro_loss = F.cross_entropy(logits_NK, labels, ignore_index=PADDING) / micro_batches
+                (micro_loss * self.scale.factor if self.scale.enabled else micro_loss).backward()
+            loss += micro_loss.detach()
+            correct += (logits_NK.detach().argmax(1) == labels).sum()
+        gradients = self.optimizer.gradients
+        overflow = self.scale.unscale(gradients, self.distributed.any_rank)
+        norm = None
+        if with_norm:
+            squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+            norm = self.distributed.sum_over_towers(squares).sqrt()
+        self.optimizer.step(skip=overflow)
+        return loss, correct, norm
+
+    def log_row(self, grad_norm: torch.Tensor, progress: "tqdm[Any]") -> None:
+        """Read the meter, write its row, show it. Raises `DivergedError`."""
+        self.check_finite(self.meter.loss_sum())
+        lr = next(group["lr"] for group in self.optimizer.param_groups if group["name"] == "weights")
+        values = self.meter.read(self.config.train.batch_size)
+        if self.save_ms:
+            values["save_ms"], self.save_ms = self.save_ms, 0.0
+        if self.writer.latest:
+            values["saved_step"] = int(
+                self.writer.latest.stem.removeprefix("step-")
+            )  # misses lost checkpoints
+        values["gradient_norm"] = grad_norm.item()
+        if self.device.type == "cuda":
+            values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        if self.scale.enabled:
+            values["loss_scale"] = self.scale.factor.item()
+        if self.log is None:
+            return
+        self.log.write("train", self.step, epoch=self.epoch, lr=lr, **values)
+        self.warnings.check(self.step, self.epoch, self.config.run.log_every, values)
+        speed, wait = f"{values['images_per_s']:,.0f}", f"{values['wait_percent']:.1f} %"
+        shown = {"loss": f"{values['loss']:.3f}", "lr": f"{lr:.4g}", "images/s": speed, "wait": wait}
+        progress.set_postfix(shown)
+        if progress.disable:  # no terminal: a log
+            text = f"loss {shown['loss']} lr {shown['lr']} {speed} images/s wait {wait}"
+            log(f"epoch {self.epoch + 1} step {self.step} {text}")
+
+    def progress_bar(self) -> "tqdm[Any]":
+        """Of the epoch's steps; shown by rank 0 on a terminal."""
+        steps, hidden = self.train_loader.steps_per_epoch, None if self.distributed.is_rank_zero else True
+        title = f"epoch {self.epoch + 1}"
+        progress: tqdm[Any] = tqdm(desc=title, total=steps, unit="step", disable=hidden, leave=False)
+        progress.update(self.train_loader.at_step % steps)
+        return progress
+
+    @contextmanager
+    def profile(self) -> Iterator[torch.profiler.profile | None]:
+        """`run.profile_steps` steps as a Chrome trace in RUN/profile.json, once, by rank 0."""
+        run, path = self.config.run, self.config.run.dir / "profile.json"
+        if not run.profile_steps or not self.distributed.is_rank_zero or path.exists():
+            yield None
+            return
+
+        def write_trace(profiler: torch.profiler.profile) -> None:
+            profiler.export_chrome_trace(str(path))
+            log(f"profile of {run.profile_steps} steps: {path}; ui.perfetto.dev opens it")
+
+        wait = torch.profiler.schedule(wait=PROFILE_FROM, warmup=1, active=run.profile_steps, repeat=1)
+        with torch.profiler.profile(schedule=wait, on_trace_ready=write_trace) as profiler:
+            yield profiler
+
+    def end_epoch(self, accuracy: Accuracy) -> None:
+        """Count the epoch, log its errors, and let the learning rate follow."""
+        self.epoch += 1
+        error = 100 - accuracy.centre_top1
+        self.schedule.end_epoch(error)
+        if self.best is None or error < self.best["top1_error"]:
+            self.best = {"step": self.step, "top1_error": error}
+        if self.config.run.keep_every and self.epoch % self.config.run.keep_every == 0:
+            self.pinned_steps.append(self.step)
+        if self.log:
+            errors = {"centre_top1_error": error, "centre_top5_error": 100 - accuracy.centre_top5}
+            self.log.write("eval", self.step, epoch=self.epoch, **errors, eval_s=self.eval_s)
+            epochs = self.config.train.epochs
+            log(f"epoch {self.epoch}/{epochs}: centre top-1 accuracy {accuracy.centre_top1:.1f} %")
+
+    def evaluate(self, all_views: bool = False, stats: EvalStats | None = None) -> Accuracy | None:
+        """Accuracy over the validation split; None when it was interrupted."""
+        started = perf_counter()
+        self.meter.mark_gap()
+        self.stop.sync()
+        with self.distributed.detect_lost_process():
+            accuracy = evaluate(
+                self.compiled,
+                self.val_loader,
+                self.distributed,
+                mirrored=self.config.data.augmentation.flip > 0,
+                all_views=all_views,
+                interrupted=lambda: self.stop.check()[0],
+                stats=stats,
+            )
+        self.eval_s = perf_counter() - started
+        return accuracy
+
+    def check_finite(self, loss: float) -> None:
+        """Raise `DivergedError` unless the loss is finite; no good checkpoint is overwritten then."""
+        if not math.isfinite(loss):
+            if not self.distributed.is_rank_zero:
+                sys.exit(DIVERGED)  # all ranks find it at the same step
+            self.writer.log_save_error()
+            log_every, latest = self.config.run.log_every, self.writer.latest
+            first = (self.step - 1) // log_every * log_every + 1
+            remedy = "start a new run with a lower --optimizer.lr or some --optimizer.warmup_epochs"
+            raise DivergedError(
+                f"training diverged in steps {first} to {self.step}: loss or weights are not finite. The last good "
+                f"checkpoint is {latest or 'none'}; {remedy}"
+                + (f", or from it with --train.init_from {latest}" if latest else "")
+            )
+
+    def save(self) -> None:
+        """Take a checkpoint and begin to write it. A collective. Raises `DivergedError` rather than save weights that
+        are not finite."""
+        started = perf_counter()
+        finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()
+        if self.distributed.all_reduce_max(not finite)[0]:
+            self.check_finite(math.nan)
+        content = self.state_dict()
+        if self.log:
+            self.writer.start(self.step, content, self.log.sync, self.pinned_steps)
+        self.meter.mark_gap()
+        self.saved_at = perf_counter()
+        self.save_ms += (self.saved_at - started) * 1e3
+
+    def state_dict(self) -> dict[str, Any]:
+        """Content of a checkpoint, on rank 0, with tensors copied to the CPU. A collective."""
+        model_config = self.config.model
+        weights = self.distributed.gather_state_dict(self.model.state_dict(), model_config)
+        velocities = self.distributed.gather_state_dict(self.optimizer.velocities, model_config)
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        own = {
+            "loader": self.train_loader.state_dict(),
+            "random": random_state,
+            "meter": self.meter.state_dict(),
+        }
+        ranks = self.distributed.all_gather(own)
+        if not self.distributed.is_rank_zero:
+            return {}
+        image = self.basis.mean_image
+        return {
+            "config": self.config.to_json(),
+            "wnids": [name.wnid for name in self.train_shards.classes],
+            "eigenbasis": self.basis.to_json(),
+            "mean_image": None if image is None else torch.from_numpy(image),
+            "model": copy_to_cpu(weights),
+            "optimizer": copy_to_cpu(velocities),
+            "scale": copy_to_cpu(self.scale.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+            "pinned_steps": list(self.pinned_steps),
+            "ranks": ranks,
+        }
+
+    def load_checkpoint(self, path: Path) -> Path:
+        """Resume from a checkpoint, or with `resume.allow_world_change` from an older one at an epoch's end. Returns
+        which. Raises `UserError` when it is damaged or of another run."""
+        try:
+            return self._load_state_dict(load_checkpoint(path), path)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{path}: not as this program writes checkpoints; put back one that is") from None
+
+    def _load_state_dict(self, content: dict[str, Any], path: Path) -> Path:
+        """As `load_checkpoint`. Raises about anything where the content is not ours."""
+        config, shards = self.config.to_json(), self.config.data.shards
+        ranks, distributed = content["ranks"], self.distributed
+        check_same_run(content["config"], config, ranks[0]["loader"]["epoch"] + 1)
+        if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
+            raise UserError(f"{path} was trained on other classes than {shards}/classes.json lists")
+        if content["eigenbasis"] != self.basis.to_json():
+            raise UserError(f"{path} was trained with another {shards}/pca.json; restore that file")
+        for part in ("model", "optimizer"):
+            check_shapes(content[part], self.config.model, path)
+        check_finite(content["model"], path)
+        self.epoch, self.step, self.checkpoint = content["epoch"], content["step"], path
+        self.best, self.pinned_steps = content["best"], content["pinned_steps"]
+        self.model.load_state_dict(distributed.shard_state_dict(content["model"]))
+        self.optimizer.load_velocities(distributed.shard_state_dict(content["optimizer"]))
+        self.scale.load_state_dict(content["scale"])
+        self.schedule.load_state_dict(content["schedule"])
+        if len(ranks) != distributed.world_size or content["config"]["parallel"] != config["parallel"]:
+            return self._change_world(ranks, path)
+        own = ranks[distributed.rank]
+        self.train_loader.load_state_dict(own["loader"])
+        self.meter.load_state_dict(own["meter"])
+        torch.set_rng_state(own["random"]["cpu"])
+        if "cuda" in own["random"]:
+            torch.cuda.set_rng_state(own["random"]["cuda"], self.device)
+        return path
+
+    def _change_world(self, ranks: list[dict[str, Any]], path: Path) -> Path:
+        """Resume with other processes, from an epoch's end."""
+        if not self.config.resume.allow_world_change:
+            raise UserError(
+                f"{path}: expected {len(ranks)} processes, got {self.distributed.world_size}; start that many, or "
+                "resume from the end of an epoch with --resume.allow_world_change true"
+            )
+        state = ranks[0]["loader"]
+        if not state["ended"]:
+            return self.load_checkpoint(last_epoch_end(path))
+        no_rank = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
+        self.train_loader.load_state_dict(state | {"fingerprint": no_rank}, allow_world_change=True)
+        seed_process(self.config.train.seed, self.distributed.rank, self.epoch)
+        return path
+
+    def init_from(self, path: Path) -> str:
+        """Take weights from a file. Returns a sentence about them. Raises `FileNotFoundError` or `UserError`."""
+        own = self.distributed.gather_state_dict(self.model.state_dict(), self.config.model)
+        std = self.config.data.augmentation.std
+        state, message = self.distributed.run_on_all_ranks(
+            lambda: init_from(path, self.config.model, self.basis, std, own)
+        )
+        self.model.load_state_dict(self.distributed.shard_state_dict(state))
+        return message
+
+    def gather_model(self) -> AlexNet:
+        """The whole model, uncompiled, on every rank. A collective."""
+        whole = AlexNet(self.config.model).to(self.device)
+        whole.load_state_dict(self.distributed.gather_state_dict(self.model.state_dict(), self.config.model))
+        return whole
+
+    def run_signature(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Values that must match on every rank, by name; where shards and runs are may differ, what is in them not."""
+        config = {
+            name: value
+            for name, value in flatten(self.config.to_json()).items()
+            if name not in ("data.shards", "run.dir", "train.init_from")
+            and not name.startswith("data.speed.")
+        }
+        root = Path(__file__).resolve().parents[1]
+        sources = sorted(
+            path for room in ("pipeline", "model", "train") for path in (root / room).glob("*.py")
+        )
+        return config | {
+            "the number of processes": self.distributed.world_size,
+            "the newest checkpoint in run.dir": checkpoint.name if checkpoint else "none",
+            "train/manifest.json": self.train_shards.manifest_sha256[:12],
+            "val/manifest.json": self.val_shards.manifest_sha256[:12],
+            "pca.json": short_sha256(json.dumps(self.basis.to_json(), sort_keys=True).encode()),
+            "the program's source": short_sha256(b"\0".join(path.read_bytes() for path in sources)),
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "DALI": nvidia.dali.__version__,
+            "the device": self.device.type,
+        }
+
+    def close(self) -> None:
+        """Stop the loaders, and what is being written once it is written."""
+        if hasattr(self, "writer"):
+            self.writer.log_save_error()
+            if self.log:
+                self.log.close()
+        self.train_loader.close()
+        self.val_loader.close()
+
+
+@contextmanager
+def collect_errors(problems: list[str]) -> Iterator[None]:
+    """Collect what a user has to correct, so that one sentence reports all of it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
+
+
+def copy_to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of tensors: training continues while they are written."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def short_sha256(content: bytes) -> str:
+    """The first 12 digits, to compare contents by."""
+    return hashlib.sha256(content).hexdigest()[:12]
