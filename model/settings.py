@@ -11,8 +11,8 @@ Names = Literal["alexnet-dali", "torchvision"]
 
 @dataclass(frozen=True)
 class AlexNetConfig:
-    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that are
-    not take its values (see `PRESETS`)."""
+    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that
+    are not take its values (see `PRESETS`)."""
 
     variant: Literal["paper", "original", "torchvision"] = "paper"
     """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a
@@ -43,7 +43,7 @@ class AlexNetConfig:
         }  # fmt: skip
         for name, allowed in choices.items():  # not all of them come through a command line
             if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} must be one of {[*allowed]}, not {getattr(self, name)}")
+                raise ValueError(f"model.{name}: expected one of {[*allowed]}, got {getattr(self, name)}")
         if any(c % self.num_towers or c < 0 for c in self.conv_channels) or not all(self.conv_channels[:2]):
             raise ValueError(
                 f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
@@ -68,7 +68,7 @@ class AlexNetConfig:
         return cls(**{**fields, "channels": tuple(channels) if channels else None})
 
     def resolved(self) -> "AlexNetConfig":
-        """The same with the variant's values where fields are silent."""
+        """Fill fields that are not given with the variant's values."""
         silent = {"channels": self.conv_channels, "lrn": self.normalization, "num_classes": self.outputs}
         return replace(self, towers=self.num_towers, **silent)  # type: ignore[arg-type]
 
@@ -99,7 +99,7 @@ class AlexNetConfig:
 
 
 class Preset(NamedTuple):
-    """What a variant stands for where a configuration is silent."""
+    """Values of a variant for fields that are not given."""
 
     towers: int
     channels: tuple[int, int, int, int, int]

@@ -32,7 +32,7 @@ OURS = {
 }
 """torchvision's names of tensors, and ours."""
 TORCHVISION_INPUT = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
-"""What torchvision's own weights expect: (.485, .456, .406) and (.229, .224, .225), times 255."""
+"""Input that torchvision's own weights expect: (.485, .456, .406) and (.229, .224, .225), times 255."""
 
 
 class Weights(NamedTuple):
@@ -116,10 +116,10 @@ def read_weights(path: Path) -> Weights:
             raise ValueError("mean and std of its images are not finite")
         return Weights(config, state, tuple(mean.tolist()), tuple(std.tolist()))
     except Exception as error:  # files of all kinds get here; what is raised depends on where they are odd
-        reason = f" ({error})" if isinstance(error, ValueError | SafetensorError) else ""
+        reason = str(error).partition("\n")[0] if isinstance(error, ValueError | SafetensorError) else ""
         raise ValueError(
-            f"{path} holds no weights of this network{reason.splitlines()[0] if reason else ''}; give a .safetensors "
-            "file that tools/export_weights.py wrote, or torchvision's .pth"
+            f"{path} holds no weights of this network{reason and f' ({reason})'}; give a .safetensors file that "
+            "tools/export_weights.py wrote, or torchvision's .pth"
         ) from None
 
 

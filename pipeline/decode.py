@@ -21,7 +21,7 @@ class Decoder(NamedTuple):
     where: str = "cpu"
     """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
     any_size: bool = False
-    """Whether images are of any size; else they are 256x256."""
+    """True if images are of any size; else they are 256x256."""
     hw_load: float = 0.65
     """See `Speed.hw_decoder_load`."""
 
@@ -104,8 +104,8 @@ def decode_resize_crop(
 def trace_window(
     encoded: "DataNode", side: int, left: "DataNode | float", top: "DataNode | float"
 ) -> tuple[Roi, Roi]:
-    """What a window of side x side at (left, top) of the central 256x256 is made of, from top to bottom and from left
-    to right."""
+    """Trace a window of side x side at (left, top) of the central 256x256 back to the stored image, vertically and
+    horizontally."""
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
     shorter = math.min(shape[0], shape[1])
     return trace_side(shape[0], shorter, top, side), trace_side(shape[1], shorter, left, side)

@@ -47,7 +47,7 @@ def locate_corrupt_sample(shards: ShardSet) -> str:
 
 
 def shard_damage(tar: Path, index: Path, samples: int) -> str:
-    """What is wrong with a shard's files; empty if nothing is."""
+    """Name what is wrong with a shard's files; empty if nothing is."""
     try:
         rows = read_index(index)
         size = tar.stat().st_size
@@ -102,7 +102,7 @@ def shapes(pipe: "Pipeline", images: list[Image]) -> Any:
 
 
 def fits(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
-    """Whether DALI reads all of the images, and they are of the size that they should be."""
+    """Return True if DALI reads all of the images, and they have the expected size."""
     try:
         found = shapes(pipe, images)
     except RuntimeError:
@@ -111,7 +111,7 @@ def fits(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
 
 
 def describe(pipe: "Pipeline", image: Image) -> str:
-    """What is wrong with an image that does not fit; DALI's own reasons are numbers."""
+    """Name what is wrong with an image that does not fit; DALI's own reasons are numbers."""
     tar, offset, _, name = image
     place = f"{name} at offset {offset} of {tar}"
     try:

@@ -127,7 +127,7 @@ class Eigenbasis:
 
     @staticmethod
     def load(path: Path, manifest_sha256: str, *, with_mean_image: bool = False) -> "Eigenbasis":
-        """Read `pca.json`, and if asked for `mean_image.npy` beside it.
+        """Read `pca.json`, and if asked for `mean_image.npy` next to it.
 
         Raises as `read_eigenbasis`, and `ValueError` for a mean image that is missing or of other images.
         """

@@ -1,8 +1,8 @@
 """Files that are either whole or not there.
 
 Every file that another program may read while ours is being killed (shards, indexes, manifests, `pca.json`,
-checkpoints, pictures) is written beside its place, flushed to the disk and renamed. A reader sees the old file or the
-new one.
+checkpoints, pictures) is written under a temporary name, flushed to the disk and renamed. A reader sees the old file or
+the new one.
 """
 
 import errno
@@ -61,7 +61,7 @@ def check_writable(path: Path) -> None:
 
 
 def open_locked(path: Path, wait: bool) -> BinaryIO:
-    """Open or create `path` and lock it; a file that its owner renamed while we waited is let go. Raises `OSError`."""
+    """Open or create `path` and lock it; a file that its owner renamed while we waited is closed. Raises `OSError`."""
     while True:
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")

@@ -1,8 +1,8 @@
 """Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy and as DALI operations side by
 side.
 
-One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and the program
-behind it differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
+One draw per image and visit moves all its pixels along the principal RGB axes. The paper's sentence and its program
+differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
 
 * `stddev`, what the 2012 program ran: x <- (x - mean + s V (axis_stddev * n)) / (1 + s), n ~ N(0, I);
 * `eigenvalue`, the paper's sentence as later code bases read it: x <- x - mean + 255 V (eigenvalues / 255^2 * a), a ~
@@ -43,7 +43,7 @@ class Lighting:
             raise ValueError(f"lighting.strength must lie in 0..10, not {self.strength}")
 
     def at_epoch(self, epoch: int) -> "Lighting":
-        """What holds in an epoch: strength 0 from `off_epoch` on."""
+        """Return the lighting of an epoch: strength 0 from `off_epoch` on."""
         over = self.off_epoch is not None and epoch >= self.off_epoch
         return replace(self, strength=0.0) if over else self
 
@@ -54,7 +54,7 @@ class Lighting:
 
     @property
     def divisor(self) -> float:
-        """What shifted images are divided by, so that the added noise does not raise their variance (2012 program)."""
+        """Divisor of shifted images, so that the added noise does not raise their variance (2012 program)."""
         return 1 + self.strength if self.convention == "stddev" else 1.0
 
 
@@ -68,7 +68,7 @@ def apply_lighting(
         noise_N3: standard normal draws, shape (N, 3).
         basis: Mean and axes.
         lighting: Convention and strength.
-        std: What pixels are divided by besides.
+        std: A further divisor of pixels.
     """
     return (images_NHWC - shifted_means(noise_N3, basis, lighting)[:, None, None, :]) / (
         std * lighting.divisor
@@ -89,7 +89,7 @@ def lighting_arguments(
         pca_noise: standard normal, float32, shape (3,) per sample, on the CPU; None: no lighting, one mean for all.
         basis: Mean and axes.
         lighting: Convention and strength.
-        std: What pixels are divided by besides.
+        std: A further divisor of pixels.
     """
     from nvidia.dali import fn, types
 

@@ -12,7 +12,7 @@ once.
 `rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A
 state taken after any batch continues with the next one, bit for bit.
 
-Over 250 lines, as handing out batches, the position in them and going on there cannot be understood apart.
+Over 250 lines, as batches, the position in them and resuming there cannot be understood apart.
 """
 
 import base64
@@ -95,13 +95,13 @@ class Loader:
         offset = mean_offset(basis, config.augmentation)
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
-        """What is to be subtracted from windows besides the mean colour, (3, 224, 224); None with `mean: channel`. In
+        """Subtracted from windows after the mean colour, (3, 224, 224); None with `mean: channel`. In
         training the loader does it, validation windows are cut by the evaluation."""
         self._pipe: Pipeline | None = None
         self._opening_bytes = 0
         self._buffers = BufferPool()
         self._checkpoint: bytes | None = None
-        """DALI's state behind the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
+        """DALI's state after the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
         none."""
 
         # DALI cuts the list of N samples at rank * N // num_ranks.
@@ -140,7 +140,7 @@ class Loader:
                 self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
             raise UserError(
-                f"the loader stands at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
+                f"the loader is at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
             )
         while self.at_step < self.steps_per_epoch:
             images, labels = self._run()
@@ -152,7 +152,7 @@ class Loader:
             yield Batch(images.permute(0, 3, 1, 2), labels)
 
     def __iter__(self) -> Iterator[Batch]:
-        """What is left of the present epoch or, where that is finished, the next one."""
+        """Yield what is left of the present epoch or, where that is finished, the next one."""
         return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
 
     def open(self) -> int:
@@ -193,7 +193,7 @@ class Loader:
         return self._config.augmentation.lighting.at_epoch(self.at_epoch)
 
     def _build(self, checkpoint: bytes | None) -> Pipeline:
-        """Build the DALI pipeline, at its start or at a checkpoint of its own."""
+        """Build the DALI pipeline, at its start or at one of its checkpoints."""
         raise_open_files(len(self._shards.tars))
         check_memory(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
@@ -225,14 +225,14 @@ class Loader:
 
     @property
     def _data_seed(self) -> int:
-        """Behind order and augmentation: the seed, or one derived from it where another world began in the midst."""
+        """Seed of order and augmentation; another one is derived where the number of ranks changed within a run."""
         if self._first_epoch == 0:
             return self._seed
         return op_seed(self._seed, self._first_epoch, "another world")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the sequence of batches; speed knobs, the strength and the end of lighting do not."""
+        """Settings and versions that decide the sequence of batches: not speed, nor strength and end of lighting."""
         augmentation = asdict(self._config.augmentation)
         del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
         return {
@@ -265,7 +265,7 @@ class Loader:
         """Go to a position.
 
         Raises `UserError` that names the field when the state belongs to another sequence of batches. With
-        `allow_world_change` other ranks and another batch size are taken: the loader then stands at the edge of the
+        `allow_world_change` other ranks and another batch size are taken: the loader is then at the edge of the
         state's epoch, the next one if that was finished, from where its order is a new one.
         """
         free = WORLD if allow_world_change else set()
@@ -301,7 +301,7 @@ class Loader:
 
 
 def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
-    """The centre of the mean image minus the mean colour, as far as pixels are divided, float64 (3, 224, 224) (2012
+    """Compute the centre of the mean image minus the mean colour, divided like pixels, float64 (3, 224, 224) (2012
     program: neither windowed nor flipped); None with `mean: channel`. Raises `UserError` without a mean image."""
     if augmentation.mean == "channel":
         return None

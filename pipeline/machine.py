@@ -1,4 +1,4 @@
-"""What the machine gives this process: cores, memory, open files, and how many others of ours are on it."""
+"""Resources of this process on the machine: cores, memory, open files, and how many others of ours are on it."""
 
 import os
 import resource
@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 OTHER_FILES = 256
-"""Open files of a process besides its shards: libraries, pipes, logs."""
+"""Open files of a process other than its shards: libraries, pipes, logs."""
 
 
 def num_cores() -> int:

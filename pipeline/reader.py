@@ -1,5 +1,4 @@
-"""What stands around every DALI pipeline that reads shards: an index that fits, errors in one sentence. And the plain
-reader, which decodes each image once."""
+"""Checks and errors of every DALI pipeline that reads shards, and the plain reader, which decodes each image once."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pipeline.machine import available_bytes, processes_here, raise_open_files, 
 from pipeline.shards import ShardSet
 
 INDEX_BYTES = 455
-"""Memory of DALI's index per sample, measured with 1.28 million samples: 707 MB with what the process holds besides."""
+"""Memory of DALI's index per sample, measured with 1.28 million samples: 707 MB with the rest of the process."""
 
 
 def decoded_batches(
@@ -72,7 +71,7 @@ def check_index(pipe: Pipeline, shards: ShardSet) -> None:
 
 @contextmanager
 def data_errors(shards: ShardSet) -> Iterator[None]:
-    """Turn what DALI raises into `DataError`: one sentence from its report, whose reason stands below the word
+    """Turn what DALI raises into `DataError`: one sentence from its report, whose reason follows the word
     "encountered", or from what we find ourselves by looking through the shards, as it does not name a damaged image."""
     try:
         yield

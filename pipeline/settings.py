@@ -1,4 +1,4 @@
-"""What a user can set about the data."""
+"""Settings of the data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.machine import share_of_cores
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image between its file and the network."""
+    """Changes to a training image between its file and the network."""
 
     crop: Literal["random", "center"] = "random"
     """random: a 224x224 window at offsets drawn evenly from 0..32; center: always the middle one."""
@@ -21,10 +21,10 @@ class Augmentation:
     lighting: Lighting = field(default_factory=Lighting)
     """Colour shifts along the principal RGB axes."""
     mean: Literal["channel", "image"] = "channel"
-    """What is subtracted: the mean colour, or the centre of the mean image (the paper, section 2), for which
+    """Subtracted from pixels: the mean colour, or the centre of the mean image (the paper, section 2), for which
     compute_pca --mean-image is needed."""
     std: float = 1.0
-    """What pixels are divided by after the mean is subtracted; the 2012 initialization is made for 1."""
+    """Divisor of pixels after the mean is subtracted; the 2012 initialization is made for 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
@@ -77,7 +77,7 @@ class DataConfig:
     """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled
     besides."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """What happens to a training image."""
+    """Changes to a training image."""
     speed: Speed = field(default_factory=Speed)
     """How fast it happens."""
 

@@ -34,7 +34,7 @@ class ClassName:
     wnid: str
     """WordNet id, as in ILSVRC-2012 ("n01440764"), or a folder's name."""
     words: str
-    """What a person calls it ("tench, Tinca tinca")."""
+    """Its common names ("tench, Tinca tinca")."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ShardSet:
 
     @property
     def any_size(self) -> bool:
-        """Whether images are of any size, and the pipeline has to bring them to 256x256 itself."""
+        """True if images are of any size, and the pipeline has to resize them to 256x256."""
         return self.store in ("original", "adopted")
 
 
@@ -188,7 +188,7 @@ def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
 
 
 def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
-    """What `index_text` wrote. Raises `UserError` when the file is no such index."""
+    """Parse what `index_text` wrote. Raises `UserError` when the file is not such an index."""
     try:
         header, *lines = path.read_bytes().decode().splitlines()
         rows = [line.split(" ") for line in lines]

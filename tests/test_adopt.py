@@ -162,14 +162,6 @@ def sample(label: bytes) -> Members:
 GOOD = tar_of(sample(b"1"))
 
 
-def flipped(content: bytes, position: int) -> bytes:
-    """One byte inverted."""
-    return content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]
-
-
-SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -177,11 +169,8 @@ SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
         (tar_of(sample(b"7.0")), r"b'7.0'"),
         (tar_of(sample(b"")), r"got b''"),
         (tar_of(sample(b"\x00\x00\x00\x07")), "expected a class index"),
-        (tar_of(sample(b" 7")), "expected a class index"),
-        (tar_of(sample(b"7 8")), "expected a class index"),
         (tar_of(sample(b"1234567")), "expected a class index"),
         (tar_of(sample(b"7" + b" " * 5000)), "expected a class index"),
-        (tar_of(sample("٧".encode())), "expected a class index"),
         (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
         (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls, got a.jpg, a.txt"),
         (
@@ -194,16 +183,7 @@ SECOND_HEADER = 512 + -(-len(IMAGE) // 512) * 512
         ),
         (tar_of([("a.jpg", b""), ("a.cls", b"0")]), r"\(empty\)"),
         (tar_of([("notes", b"x")]), "no sample found"),
-        (tar_of([]), "no sample found"),
-        (tar_of([("a.jpg", b""), ("a.cls", b"")], type=tarfile.SYMTYPE, linkname="b"), "got a link"),
-        (tar_of([("a.jpg", b"")], type=tarfile.CHRTYPE), "a device"),
         (GOOD[: len(IMAGE) // 2], "truncated inside 'a.jpg'"),
-        (GOOD[: SECOND_HEADER + 100], "no end mark"),
-        (GOOD[:SECOND_HEADER] + bytes(512) + GOOD[SECOND_HEADER + 512 :], "header or hole at"),
-        (GOOD[:SECOND_HEADER], "no end mark"),
-        (flipped(GOOD, SECOND_HEADER), f"damaged header or hole at byte {SECOND_HEADER}"),
-        (flipped(GOOD, 0), "not a tar archive"),
-        (b"no tar at all" * 1000, "not a tar archive"),
         (b"", "not a tar archive"),
     ],
 )
@@ -291,10 +271,7 @@ def rename(name: str) -> Callable[[Path], object]:
         ("y-*.tar", None, "not found"),
         ("x-{0000", None, "close every brace"),
         ("../*.tar", None, "expected names relative"),
-        ("x\0.tar", None, "expected names relative"),
         ("{0..999999999}.tar", None, "at most 100000 names"),
-        ("{a,b}" * 40, None, "not found"),
-        ("{" * 80 + "a,b" + "}" * 80, None, "not found"),
         ("/x.tar", None, "expected names relative"),
         ("x-*", rename("x-1.tar.gz"), "expected NAME.tar"),
         ("*.tar", rename("a b.tar"), "expected NAME.tar"),
@@ -328,13 +305,3 @@ def test_command_line(tmp_path: Path) -> None:
     (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
     told = refuses("tools/make_shards.py", "adopt", src, tmp_path / "other", *options)
     assert "x-0001.tar: sample b at byte" in told
-
-
-def test_a_label_that_no_data_set_has(tmp_path: Path) -> None:
-    """Makes no million of numbered classes: it is told."""
-    write_foreign(tmp_path / "src", "x", [0, 999_999], 4)
-    with pytest.raises(
-        ValueError, match="src: expected a label below 2, the images, got 999999; fix it or give --classes"
-    ):
-        adopt(tmp_path / "src", tmp_path / "shards", split="train", pattern="x-*.tar", workers=1)
-    assert not (tmp_path / "shards").exists()

@@ -1,4 +1,4 @@
-"""How a process keeps memory, by what the kernel and glibc count in one of its own; what is told of GPUs."""
+"""Memory of a process, by what the kernel and glibc count; advice about GPUs; what is compiled."""
 
 import os
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from model.alexnet import AlexNet, AlexNetConfig
+from pipeline.errors import UserError
 from tests.helpers import run_python
 from train import device as device_module
-from train.device import can_compile, gpu_advice
+from train.device import can_compile, compile_model, gpu_advice, pick_device, set_precision
 
 KEPT = """
 import ctypes, os, re, threading
@@ -21,10 +22,10 @@ from train.device import tune_malloc
 def arenas():
     libc = ctypes.CDLL(None)
     libc.fopen.restype = ctypes.c_void_p
-    file = libc.fopen(b"{told}", b"w")
+    file = libc.fopen(b"{path}", b"w")
     libc.malloc_info(0, ctypes.c_void_p(file))
     libc.fclose(ctypes.c_void_p(file))
-    return len(re.findall("<heap nr", open("{told}").read()))
+    return len(re.findall("<heap nr", open("{path}").read()))
 
 def hold():
     block = np.ones(10_000, np.uint8)
@@ -44,38 +45,48 @@ print(full - resident_bytes(), arenas())
 """
 
 
-def test_freed_memory_is_kept_in_few_places(tmp_path: object) -> None:
-    """Of 200 MB that are freed nearly all stay with the process, and a dozen threads share two arenas for each core; by
-    itself glibc keeps nothing and gives each thread an arena."""
-    given_back, arenas = {}, {}
+def test_freed_memory_stays_with_the_process(tmp_path: object) -> None:
+    """Of 200 MB that are freed nearly all stay, and a dozen threads share two arenas a core; without `tune_malloc`
+    glibc keeps nothing and gives each thread an arena."""
+    returned, arenas = {}, {}
     for keep in (False, True):
-        process = run_python("-c", KEPT.format(keep=keep, told=f"{tmp_path}/arenas"))
+        process = run_python("-c", KEPT.format(keep=keep, path=f"{tmp_path}/arenas"))
         assert process.returncode == 0, process.stderr
-        given_back[keep], arenas[keep] = map(int, process.stdout.split())
-    assert given_back[False] > 190e6 and given_back[True] < 10e6
+        returned[keep], arenas[keep] = map(int, process.stdout.split())
+    assert returned[False] > 190e6 and returned[True] < 10e6
     cores = min(2, len(os.sched_getaffinity(0)))
     assert arenas[True] <= 2 * cores and (arenas[False] >= 12 or arenas[False] == 8 * cores)
 
 
 @pytest.mark.parametrize(("cuda", "named"), [(None, "without CUDA"), ("13.0", "CUDA 13.0")])
 def test_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch, cuda: str | None, named: str) -> None:
-    """Is told loudly, with what PyTorch lacks; a machine without one hears nothing."""
+    """It is warned of, with what PyTorch lacks, and refused where it was asked for; a machine without one hears
+    nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    for there in (True, False):
-        monkeypatch.setattr(device_module, "has_nvidia_gpu", lambda there=there: there)
-        advice = gpu_advice(torch.device("cpu"), 1, 32)
-        assert len(advice) == there and all("ON THE CPU" in line and named in line for line in advice)
+    monkeypatch.setattr(device_module, "has_nvidia_gpu", lambda: True)
+    advice = gpu_advice(torch.device("cpu"), 1, 32)
+    assert "ON THE CPU" in advice and named in advice
+    with pytest.raises(UserError, match=named):
+        pick_device("cuda")
+    monkeypatch.setattr(device_module, "has_nvidia_gpu", lambda: False)
+    assert gpu_advice(torch.device("cpu"), 1, 32) == "" and pick_device("auto").type == "cpu"
 
 
 def test_gpus_that_are_used_badly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of several, and few images at a time, are worth a line each; a full one is not."""
+    """One of several, and few images at a time, are worth a line; a full one is not."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    place = torch.device("cuda", 0)
-    (line,) = gpu_advice(place, 1, 1024)
-    assert "1 of 8" in line and "torchrun --standalone --nproc-per-node 8" in line
-    assert [len(gpu_advice(place, 8, images)) for images in (16, 63, 64, 128)] == [1, 1, 0, 0]
+    gpu = torch.device("cuda", 0)
+    assert "1 of 8" in gpu_advice(gpu, 1, 1024) and "--nproc-per-node 8" in gpu_advice(gpu, 1, 1024)
+    assert [bool(gpu_advice(gpu, 8, images)) for images in (16, 63, 64, 128)] == [True, True, False, False]
+
+
+def test_deterministic_where_the_environment_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another CUBLAS_WORKSPACE_CONFIG is refused by name."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG"):
+        set_precision(deterministic=True)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -84,7 +95,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     model = AlexNet(AlexNetConfig(channels=(2, 2, 2, 2, 2), fc_dim=2, num_classes=2))
-    assert not can_compile(torch.device(kind)) and compiled(model, torch.device(kind)) is model
+    assert not can_compile(torch.device(kind)) and compile_model(model, torch.device(kind)) is model
     assert "normalize" not in vars(model)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert can_compile(torch.device("cuda"))

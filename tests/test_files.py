@@ -37,16 +37,6 @@ def test_whether_a_file_can_be_written(tmp_path: Path) -> None:
         check_writable(Path("/proc/file"))
 
 
-def test_json_round_trip(tmp_path: Path) -> None:
-    """Big integers and names beyond ASCII come back; damage is one sentence."""
-    content = {"sum": 2**80, "words": "très", "list": [1.5, None]}
-    write_json(tmp_path / "a.json", content)
-    assert read_json(tmp_path / "a.json") == content
-    (tmp_path / "b.json").write_bytes(b"\xff{")
-    with pytest.raises(ValueError, match=r"b\.json is not valid JSON"):
-        read_json(tmp_path / "b.json")
-
-
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
     """While another process writes a file, the second is refused or waits; the lock dies with a killed writer, whose
     half-written content does not stay."""
@@ -85,7 +75,7 @@ def test_what_is_no_file_to_lock(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network disks have none: files are written all the same. Any other failure to lock is told."""
+    """Some network disks have none: files are written all the same. Any other failure to lock is raised."""
     codes = iter([errno.ENOLCK, errno.EIO])
 
     def flock(*_: object) -> None:
@@ -115,9 +105,16 @@ run_main(lambda: write_bytes(Path({str(path)!r}), bytes(100_000)))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_json_round_trip(tmp_path: Path) -> None:
+    """Big integers and names beyond ASCII come back."""
+    content = {"sum": 2**80, "words": "très", "list": [1.5, None]}
+    write_json(tmp_path / "a.json", content)
+    assert read_json(tmp_path / "a.json") == content
+
+
 @pytest.mark.parametrize("content", [b"[" * 10**5, b"9" * 5000, b"\xff\xfe{", b"", b"{]"])
-def test_json_that_is_none(tmp_path: Path, content: bytes) -> None:
-    """Too deep, too long a number, of another encoding, empty, damaged: named."""
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    """Too deep, too long a number, of another encoding, empty, damaged."""
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
         read_json(tmp_path / "x.json")

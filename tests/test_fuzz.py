@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from train.program import exit_with
 from train.trained import read_trained
 
 from pipeline.eigenbasis import Eigenbasis
@@ -40,6 +39,7 @@ from tools.packing import layouts
 from tools.packing.adopt import adopt
 from tools.packing.images import find_fault, pack_image
 from tools.packing.verify import stats, verify
+from train.cli import run_main
 from train.metrics import read_metrics
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
@@ -285,7 +285,7 @@ def find_complaint(call: Callable[[], object]) -> str:
     )
     try:
         with redirect_stderr(errors), redirect_stdout(output):
-            exit_with(call)
+            run_main(call)
     except SystemExit as ended:
         code = ended.code
     except BaseException as error:

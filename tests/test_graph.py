@@ -82,35 +82,24 @@ def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, convention
     assert np.abs(np.corrcoef([crop_x, crop_y, mirror])[np.triu_indices(3, 1)]).max() < 0.4
 
 
-def test_val_graph(plain_basis: Eigenbasis) -> None:
-    """Whole images, as they are decoded."""
-    encoded = images_of_every_kind(12)
-
-    @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
-    def pipeline() -> tuple[object, ...]:
-        files = fn.external_source(feed(encoded))
-        return *val_graph(files, plain_basis, Augmentation(), Decoder(), "cpu"), decode_image(
-            files, Decoder()
-        )
-
-    images, decoded = (output.as_array() for output in pipeline().run())
-    assert np.array_equal(images, decoded) and images.shape == (12, 256, 256, 3)
-
-
-def test_center_crop_without_flip(plain_basis: Eigenbasis) -> None:
-    """`crop: center` and `flip: 0` always give the middle window, unmirrored."""
+def test_whole_images_and_center_crops(plain_basis: Eigenbasis) -> None:
+    """Validation images are those that are decoded; `crop: center` and `flip: 0` give their
+    middle window, unmirrored."""
     augmentation = Augmentation(crop="center", flip=0, lighting=Lighting(strength=0))
     encoded = images_of_every_kind(12)
 
     @pipeline_def(batch_size=12, num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
-        files = fn.external_source(feed(encoded))
-        windows, *_ = train_graph(
-            files, sample_params(augmentation, 5, 0), plain_basis, augmentation, Decoder(), "cpu"
+        files, params = fn.external_source(feed(encoded)), sample_params(augmentation, 5, 0)
+        windows, *_ = train_graph(files, params, plain_basis, augmentation, Decoder(), "cpu")
+        return (
+            windows,
+            *val_graph(files, plain_basis, augmentation, Decoder(), "cpu"),
+            decode_image(files, Decoder()),
         )
-        return windows, decode_image(files, Decoder())
 
-    windows, decoded = (output.as_array() for output in pipeline().run())
+    windows, images, decoded = (output.as_array() for output in pipeline().run())
+    assert np.array_equal(images, decoded) and images.shape == (12, 256, 256, 3)
     assert np.array_equal(windows, decoded[:, 16:240, 16:240])
 
 
@@ -139,7 +128,7 @@ def test_offsets_are_even() -> None:
 
 def test_shared_windows() -> None:
     """With 4 to a window, images 0 to 3, 4 to 7, ... have the window and flip that the first of them would have alone,
-    and noise of their own; a restored pipeline goes on alike."""
+    and their own noise; a restored pipeline continues alike."""
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None, seed=0, enable_checkpointing=True)
     def pipeline(share: int) -> tuple[object, ...]:

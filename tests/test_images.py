@@ -1,10 +1,8 @@
 """What the packer does to one image equals Pillow's own way, and odd files get a note."""
 
-import contextlib
 import io
 import re
 import struct
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -307,27 +305,14 @@ def test_lossless_jpegs(tmp_path: Path) -> None:
     assert np.abs(pixels_of(packed["grey"]) - image[:, :, :1]).mean() < 2
 
 
-def test_no_line_of_a_library(capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither Pillow's warnings nor what libtiff writes to standard error."""
-    palette = Image.fromarray(photo(np.random.default_rng(0), 40, 60)).quantize(16)
-    out = io.BytesIO()
+@pytest.mark.filterwarnings("error")
+def test_no_warning_of_a_library() -> None:
+    """Of Pillow, about palettes with transparency."""
+    palette, out = Image.fromarray(photo(np.random.default_rng(0), 40, 60)).quantize(16), io.BytesIO()
     palette.save(out, "PNG", transparency=bytes(range(16)))
-    with pytest.warns(UserWarning, match="Transparency"):
+    with pytest.raises(UserWarning, match="Transparency"):
         Image.open(io.BytesIO(out.getvalue())).convert("RGB")
-    with warnings.catch_warnings(record=True) as caught:
-        pack_image(out.getvalue(), *CROP)
-    assert not caught
-    out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(
-        out, "TIFF", compression="tiff_lzw"
-    )
-    damaged = out.getvalue()[:3000] + b"\xff" * 50 + out.getvalue()[3050:]
-    with contextlib.suppress(OSError):
-        Image.open(io.BytesIO(damaged)).load()
-    assert capfd.readouterr().err
-    with contextlib.suppress(ValueError):
-        pack_image(damaged, *CROP)
-    assert not capfd.readouterr().err
+    assert pack_image(out.getvalue(), *CROP).jpeg
 
 
 def test_no_program_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,53 +362,8 @@ def test_large_images_are_reduced(mode: str) -> None:
     assert np.abs(pixels_of(pack_image(data, *CROP).jpeg) - expected).mean() < 3
 
 
-def test_dali_reads_what_is_packed() -> None:
-    """Every odd file, packed as it is or as 256x256, is decoded by DALI to the pixels that Pillow sees."""
-    from nvidia.dali import fn, pipeline_def
-
-    noise = np.random.default_rng(6).integers(0, 256, (300, 320, 3), dtype=np.uint8)
-    smooth = photo(np.random.default_rng(7), 300, 320)
-    data = jpeg(noise)
-    files = [
-        data,
-        jpeg(smooth, "L"),
-        jpeg(smooth, "CMYK"),
-        jpeg(smooth, progressive=True),
-        saved(Image.fromarray(smooth), "PNG"),
-        data[: len(data) * 2 // 3],
-        data[:20000] + b"\xff\x55\x12" * 9 + data[20027:],
-        data + b"trailing",
-        with_exif(data, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\2"),
-    ]
-    for form in (CROP, ORIGINAL):
-        packed = [pack_image(file, *form).jpeg for file in files]
-
-        @pipeline_def(batch_size=len(files), num_threads=1, device_id=None)
-        def decoded(jpegs: list[bytes]) -> object:
-            source = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
-            encoded = fn.external_source(source=lambda: source, batch=True)
-            return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)
-
-        pipe = decoded(packed)
-        pipe.build()
-        (images,) = pipe.run()
-        for number, file in enumerate(packed):
-            assert np.abs(images.at(number).astype(int) - pixels_of(file)).max() <= 2, number
-
-
-@pytest.mark.filterwarnings("error")
-def test_files_that_pillow_warns_of() -> None:
-    """A TIFF that is cut, and one of numbers that are none: a reason or an image, and no line of a library's."""
-    rng = np.random.default_rng(0)
-    whole = saved(Image.fromarray(photo(rng, 40, 60)), "TIFF")
-    for end in range(8, len(whole), 97):
-        with contextlib.suppress(ValueError):
-            pack_image(whole[:end], *CROP)
-    at = whole.index(b"II*\0") + 4
-    for offset in (2**31, 2**32 - 1, len(whole) - 3):
-        with pytest.raises(ValueError, match="not decodable"):
-            pack_image(whole[:at] + offset.to_bytes(4, "little") + whole[at + 4 :], *CROP)
-    levels = rng.random((40, 60), np.float32)
-    levels[::3] = np.nan
-    levels[1::3] = np.inf
+def test_numbers_that_are_none() -> None:
+    """NaN and infinity in a TIFF become levels."""
+    levels = np.random.default_rng(0).random((40, 60), np.float32)
+    levels[::3], levels[1::3] = np.nan, np.inf
     assert pixels_of(pack_image(saved(Image.fromarray(levels), "TIFF"), *CROP).jpeg).shape == (256, 256, 3)

@@ -26,7 +26,7 @@ def imports(path: Path, modules: set[str]) -> set[str]:
 
 
 def test_no_arrow_upwards_and_no_circle() -> None:
-    """Of any import; a circle would be told with its members."""
+    """Of any import; a circle is raised with its members."""
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for room in MAY_KNOW

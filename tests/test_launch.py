@@ -7,33 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from tests.helpers import TRAIN, rows_of, run_python, shared_run, start_python, train_refuses
 from train.device import pick_device
 from train.launch import PORTS, find_launch, find_task, first_host, local_rank
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
 # shell of salloc, in the shell of salloc under LaunchParameters=use_interactive_step, and in srun's second task.
-SCRIPT = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_GTIDS": "0",
-}
+SCRIPT = dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_GTIDS="0")
 SALLOC = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[03-04]"}
-INTERACTIVE = SCRIPT | {
-    "SLURM_STEP_ID": "4294967290",
-    "SLURM_STEP_NUM_TASKS": "1",
-    "SLURM_STEP_NODELIST": "node03",
-}
-TASK = SCRIPT | {
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "1",
-    "SLURM_GTIDS": "0,1",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_NODELIST": "node[03-04]",
-}
+INTERACTIVE = SCRIPT | dict(
+    SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1", SLURM_STEP_NODELIST="node03"
+)
+TASK = SCRIPT | dict(SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_GTIDS="0,1", SLURM_STEP_ID="0")
+TASK |= dict(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="node[03-04]")
 
 
 def launched(environment: dict[str, str], num_gpus: int = 0) -> dict[str, str]:
@@ -48,13 +35,8 @@ def test_a_task_of_srun_gets_what_torchrun_sets() -> None:
     step_of_eight = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_GTIDS": "4,5,6,7"}
     found = launched(TASK | step_of_eight, num_gpus=4)
     assert int(found.pop("MASTER_PORT")) in PORTS
-    assert found == {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "4",
-        "MASTER_ADDR": "node03",
-    }
+    sizes = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert found == sizes | {"MASTER_ADDR": "node03"}
 
 
 @pytest.mark.parametrize("environment", [{}, SCRIPT, SALLOC, INTERACTIVE])
@@ -75,33 +57,28 @@ def test_torchrun_comes_first() -> None:
 
 
 def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second task of a machine takes the one GPU that --gpus-per-task shows it, and the second of several; too few
-    GPUs are still refused."""
-    for visible, place in ((1, 0), (2, 1)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    """The second task of a machine takes the one GPU that --gpus-per-task shows it, and the second of several, as the
+    current one; too few GPUs are refused."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for visible, index in ((1, 0), (2, 1)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
         monkeypatch.setenv("LOCAL_RANK", launched(TASK, visible).get("LOCAL_RANK", "0"))
-        assert pick_device("auto") == torch.device("cuda", place)
+        assert pick_device("auto") == torch.device("cuda", index) and current[-1] == index
     monkeypatch.setenv("LOCAL_RANK", launched(TASK | {"SLURM_LOCALID": "2"}, 2)["LOCAL_RANK"])
-    with pytest.raises(ValueError, match="2 GPUs and more processes"):
+    with pytest.raises(UserError, match="at most 2 processes"):
         pick_device("auto")
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("vm", "vm"),
-        ("node[03-05,09]", "node03"),
-        ("node[12]", "node12"),
-        ("a-1,b-2", "a-1"),
-        ("a-1,b[2-3]", "a-1"),
-        ("gpu-[7,9],x", "gpu-7"),
-        ("rack[0-1]node[010-019].local,y[1-2]", "rack0node010.local"),
-        ("10.0.0.[5-6]", "10.0.0.5"),
-    ],
-)
-def test_first_host(nodes: str, host: str) -> None:
-    """The first name that `scontrol show hostnames` would print, zeros in front included."""
+HOSTS = "vm=vm node[03-05,09]=node03 node[12]=node12 a-1,b-2=a-1 a-1,b[2-3]=a-1 gpu-[7,9],x=gpu-7"
+HOSTS += " rack[0-1]node[010-019].local,y[1-2]=rack0node010.local 10.0.0.[5-6]=10.0.0.5"
+
+
+@pytest.mark.parametrize("pair", HOSTS.split())
+def test_first_host(pair: str) -> None:
+    """The first name that `scontrol show hostnames` would print, leading zeros included."""
+    nodes, host = pair.split("=")
     assert first_host(nodes) == host
 
 
@@ -110,7 +87,7 @@ def test_first_host(nodes: str, host: str) -> None:
 )
 def test_node_lists_that_are_none(nodes: str) -> None:
     """They are refused by name and value."""
-    with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST is .* set MASTER_ADDR"):
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST is .* set MASTER_ADDR"):
         first_host(nodes)
 
 
@@ -127,48 +104,28 @@ def test_jobs_and_steps_do_not_meet() -> None:
     assert int(launched(TASK | {"SLURM_STEP_ID": "4294967290"})["MASTER_PORT"]) in PORTS
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("SLURM_PROCID", "2"),
-        ("SLURM_PROCID", "-1"),
-        ("SLURM_PROCID", None),
-        ("SLURM_STEP_NUM_TASKS", "two"),
-        ("SLURM_STEP_NUM_TASKS", "0"),
-        ("SLURM_LOCALID", ""),
-        ("SLURM_JOB_ID", "7_1"),
-        ("SLURM_STEP_ID", None),
-        ("SLURM_STEP_NODELIST", None),
-        ("MASTER_PORT", "65536"),
-        ("MASTER_PORT", "http"),
-    ],
-)
-def test_broken_values(name: str, value: str | None) -> None:
-    """They are refused by name."""
-    broken = {key: text for key, text in (TASK | {name: value}).items() if text is not None}
-    with pytest.raises(ValueError, match=name):
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
+BROKEN: list[tuple[dict[str, str], str, str | None]] = [
+    *((TASK, "SLURM_PROCID", value) for value in ("2", "-1", None)),
+    *((TASK, "SLURM_STEP_NUM_TASKS", value) for value in ("two", "0")),
+    *((TASK, name, None) for name in ("SLURM_STEP_ID", "SLURM_STEP_NODELIST")),
+    (TASK, "SLURM_LOCALID", ""),
+    (TASK, "SLURM_JOB_ID", "7_1"),
+    *((TASK, "MASTER_PORT", value) for value in ("65536", "http")),
+    *((TASK | TORCHRUN, "RANK", value) for value in ("2", "x", "-1", None)),
+    *((TASK | TORCHRUN, "WORLD_SIZE", value) for value in ("0", "", None)),
+    (TORCHRUN, "MASTER_ADDR", ""),
+    *((TORCHRUN, "MASTER_PORT", value) for value in ("99999", None)),
+]
+
+
+@pytest.mark.parametrize(("given", "name", "value"), BROKEN)
+def test_broken_values(given: dict[str, str], name: str, value: str | None) -> None:
+    """A number that is none, does not fit or is missing, and nowhere to meet, are refused by name; of two launchers
+    torchrun's variables count."""
+    broken = {key: text for key, text in {**given, name: value}.items() if text is not None}
+    with pytest.raises(UserError, match=name):
         launched(broken)
-
-
-@pytest.mark.parametrize(
-    ("rank", "world"), [("4", "4"), ("1", "0"), ("x", "2"), ("-1", "4"), ("1", ""), (None, "2"), ("0", None)]
-)
-def test_broken_values_of_torchrun(rank: str | None, world: str | None) -> None:
-    """Likewise, whether or not Slurm has its say."""
-    given = {name: text for name, text in (("RANK", rank), ("WORLD_SIZE", world)) if text is not None}
-    with pytest.raises(ValueError, match=r"RANK|WORLD_SIZE"):
-        find_task(TASK | given)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("MASTER_ADDR", ""), ("MASTER_PORT", None), ("MASTER_PORT", "99999")]
-)
-def test_nowhere_to_meet(name: str, value: str | None) -> None:
-    """Of several processes each has to know where; one needs it not."""
-    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1234", name: value}
-    with pytest.raises(ValueError, match=name):
-        launched({key: text for key, text in given.items() if text is not None})
-    assert launched({"RANK": "0", "WORLD_SIZE": "1"}) == {}
 
 
 def test_the_place_on_a_machine() -> None:
@@ -177,17 +134,22 @@ def test_the_place_on_a_machine() -> None:
     assert (
         local_rank({"SLURM_LOCALID": "3"}) == 3 and local_rank({"SLURM_LOCALID": "3", "LOCAL_RANK": "1"}) == 1
     )
-    with pytest.raises(ValueError, match="LOCAL_RANK"):
+    with pytest.raises(UserError, match="LOCAL_RANK"):
         local_rank({"LOCAL_RANK": "first"})
 
 
 def test_the_trainer_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.run` asks before it looks at devices or other processes, and says one sentence of what is wrong."""
-    for name, value in (TASK | {"SLURM_STEP_NODELIST": "node[03"}).items():
-        monkeypatch.setenv(name, value)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # set here, removed at the end
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+    ):  # set by the program, removed at the end
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    for name, value in (TASK | {"SLURM_STEP_NODELIST": "node[03"}).items():
+        monkeypatch.setenv(name, value)
     assert "SLURM_STEP_NODELIST is 'node[03'" in train_refuses(*shared_run(tmp_path, tmp_path / "run"))
 
 
@@ -199,9 +161,13 @@ def test_two_tasks_train_together(shards: Path, tmp_path: Path) -> None:
     command = [*TRAIN, *shared_run(shards, tmp_path / "two")]
     each = [clean | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     tasks = [start_python(*command, env=environment, stderr=subprocess.STDOUT) for environment in each]
-    told = [task.communicate(timeout=120)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], told
-    assert "in each of 2 processes" in told[0] and "ten-view top-1" in told[0] and "ten-view" not in told[1]
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert (
+        "in each of 2 processes" in outputs[0]
+        and "ten-view top-1" in outputs[0]
+        and "ten-view" not in outputs[1]
+    )
     assert [row["kind"] for row in rows_of(tmp_path / "two")].count("eval") == 1
 
     alone = run_python(*TRAIN, *shared_run(shards, tmp_path / "alone"), env=clean | SCRIPT)

@@ -81,9 +81,9 @@ def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbas
         return all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in pairs)
 
     ending = Lighting(strength=0.5, off_epoch=2)
-    lit, dark, both = epochs(Lighting(strength=0.5)), epochs(Lighting(strength=0.0)), epochs(ending)
-    assert [same(both[e], lit[e]) for e in range(4)] == [True, True, False, False]
-    assert [same(both[e], dark[e]) for e in range(4)] == [False, False, True, True]
+    with_noise, without, both = epochs(Lighting(strength=0.5)), epochs(Lighting(strength=0.0)), epochs(ending)
+    assert [same(both[e], with_noise[e]) for e in range(4)] == [True, True, False, False]
+    assert [same(both[e], without[e]) for e in range(4)] == [False, False, True, True]
 
     (loader,) = loaders(shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=ending))
     states = []
@@ -98,7 +98,7 @@ def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbas
 
 
 def test_images_belong_to_labels(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """Validation hands out the stored image minus the mean beside its own label, in channels-last memory, float32."""
+    """Validation hands out the stored image minus the mean with its own label, in channels-last memory, float32."""
     numbered_shards(20, 2)
     val = open_shards(tmp_path, "val")
     stored = np.concatenate(list(decoded_batches(val, 6)))

@@ -1,4 +1,4 @@
-"""A loader's state continues bit for bit, in processes of their own too; a state of other settings is refused."""
+"""A loader's state continues bit for bit, in separate processes, too; a state of other settings is refused."""
 
 import hashlib
 import json
@@ -67,13 +67,13 @@ def test_a_state_that_does_not_fit_is_refused(numbered_shards: Make, plain_basis
 
 
 def rank_batches(shards: Path, rank: int, num_ranks: int, state: Path, what: str) -> Iterator[str]:
-    """Two epochs of one loader rank, a line for every batch; to "stop" is to be killed in the midst, with the state
-    saved, and to "go on" begins from there."""
+    """Two epochs of one loader rank, a line for every batch; to "stop" is to be killed in mid-epoch, with the state
+    saved, and to "resume" begins from there."""
     place = {"batch_size": 16, "seed": 1, "rank": rank, "num_ranks": num_ranks, "device": "cpu"}
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     loader = train_loader(train, basis, DataConfig(shards, shuffle_buffer=200), **place)  # type: ignore[arg-type]
-    if what == "go on":
+    if what == "resume":
         loader.load_state_dict(json.loads(state.read_text()))
     for epoch in range(loader.at_epoch, 2):
         for images, labels in loader.epoch(epoch):
@@ -89,8 +89,8 @@ def rank_batches(shards: Path, rank: int, num_ranks: int, state: Path, what: str
     "num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_ranks_in_processes_continue(few: Path, num_ranks: int, tmp_path: Path) -> None:
-    """Each rank a process of its own, killed after its state is saved in the midst of an epoch: new
-    processes go on to the batches of undisturbed ones, bit for bit, through the end of that epoch and the next one."""
+    """Each rank is a process, killed after its state is saved in mid-epoch: new processes
+    continue with the batches of undisturbed ones, bit for bit, through the end of that epoch and the next one."""
     code = (
         "import sys; from pathlib import Path; from tests.test_loader_state import rank_batches as batches; "
         "place = sys.argv"
@@ -111,20 +111,20 @@ def test_ranks_in_processes_continue(few: Path, num_ranks: int, tmp_path: Path) 
 
     undisturbed = ["".join(rank_batches(few, rank, num_ranks, tmp_path, "all")) for rank in range(num_ranks)]
     assert all(output.count("\n") > 20 for output in undisturbed) and len(set(undisturbed)) == num_ranks
-    stopped, continued = processes("stop"), processes("go on")
+    stopped, continued = processes("stop"), processes("resume")
     assert [one + two for one, two in zip(stopped, continued, strict=True)] == undisturbed
 
 
 def test_another_world_goes_on_from_an_epochs_edge(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """Other ranks and batches are refused, with the way out named, or taken from the edge of the epoch: its samples
-    once each over the new ranks, in an order of its own that continues bit for bit as any other."""
+    once each over the new ranks, in a new order, which continues bit for bit as any other."""
     shards = numbered_shards(131, 4)
     (old,) = loaders(shards, plain_basis, 1, training=True)
     collect(old, range(1))
     ended = old.state_dict()
     next(old.epoch(1))
-    midst = old.state_dict()
-    for state in (ended, midst):
+    mid_epoch = old.state_dict()
+    for state in (ended, mid_epoch):
         ranks = loaders(shards, plain_basis, 2, training=True, batch_size=4)
         with pytest.raises(ValueError, match=r"was 1, now it is 2; --resume\.allow_world_change"):
             ranks[0].load_state_dict({**state, "fingerprint": {**state["fingerprint"], "batch_size": 4}})

@@ -39,20 +39,6 @@ def test_equals_the_formula(convention: str, towers: int) -> None:
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-10, atol=1e-12)
 
 
-def test_conventions_and_towers_differ() -> None:
-    """The four cases are four functions."""
-    x = activations(1, 12, 3, 3)
-    results = [local_response_norm(x, convention, towers) for convention, towers in CASES]  # type: ignore[arg-type]
-    assert all((a - b).abs().max() > 1 for n, a in enumerate(results) for b in results[:n])
-
-
-@pytest.mark.parametrize(("convention", "towers"), CASES)
-def test_gradcheck(convention: str, towers: int) -> None:
-    """The backward pass is the derivative of the forward pass."""
-    x = activations(1, 10, 2, 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, convention, towers), (x,))  # type: ignore[arg-type]
-
-
 def test_original_is_torchs_rule() -> None:
     """Over one tower, `original` is what torch calls local_response_norm with the paper's constants."""
     x = activations(2, 16, 4, 4)

@@ -1,20 +1,112 @@
-"""Rows survive kills, resumes and full disks without a gap or a repeat."""
+"""The meter tells waiting from computing; rows survive kills, resumes and full disks; two warnings come when due."""
 
+import itertools
 import json
+import math
 import resource
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.metrics import MetricsLog, read_metrics
+from train.config import ParallelConfig
+from train.distributed import Distributed
+from train.metrics import MetricsLog, StepMeter, Warnings, read_metrics
 
 
-def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
-    """Going on from step 20, before that epoch's evaluation, drops later rows, that evaluation, and a half-written
-    line."""
+@pytest.fixture
+def meter() -> StepMeter:
+    """Of a single process on a CPU."""
+    return StepMeter(torch.device("cpu"), Distributed(ParallelConfig()))
+
+
+def test_waits_and_steps(meter: StepMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits and steps that are slept out are read back, time in a gap is neither, a wall clock that jumps changes
+    nothing; loss and error are means."""
+    jumps = itertools.cycle([0.0, 86400.0, -86400.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    for step in range(4):
+        if step == 2:
+            meter.mark_gap()
+            time.sleep(1)
+        else:
+            time.sleep(0.03)
+        meter.start_step()
+        time.sleep(0.01)
+        meter.end_step(torch.tensor(0.5 * step), torch.tensor(2))
+    values = meter.read(batch_size=8)
+    assert 29 < values["wait_ms_p50"] <= values["wait_ms_p99"] < 900
+    assert 10 < values["wait_percent"] < 90
+    assert values["loss"] == 0.75 and values["top1_error"] == 75
+    assert 29 < values["data_time_ms_p50"] < 900 and 10 < values["step_ms_p50"] < 900
+    assert "saving_step_ms_p50" not in values
+    assert 4 * 8 / 1 < values["images_per_s"] < 4 * 8 / 0.09
+
+
+def test_steps_during_a_save(meter: StepMeter) -> None:
+    """Steps while a checkpoint is written have a figure of their own."""
+    for step in range(5):
+        meter.start_step()
+        time.sleep(0.05 if step in (2, 3) else 0.005)
+        meter.end_step(torch.tensor(1.0), torch.tensor(0), saving=step in (2, 3))
+    values = meter.read(batch_size=1)
+    assert values["step_ms_p50"] < 45 < values["saving_step_ms_p50"]
+
+
+def test_a_restored_meter_reads_alike(meter: StepMeter) -> None:
+    """Loss and error since the last row are in its state; a row that is read starts the next one at zero."""
+    for step in range(3):
+        meter.start_step()
+        meter.end_step(torch.tensor(float(step)), torch.tensor(step))
+    restored = StepMeter(torch.device("cpu"), Distributed(ParallelConfig()))
+    restored.load_state_dict(meter.state_dict())
+    for each in (meter, restored):
+        for loss in (9.0, 1.0):
+            each.start_step()
+            each.end_step(torch.tensor(loss), torch.tensor(1))
+            if loss == 9:
+                values = each.read(batch_size=4)
+                assert (values["loss"], values["top1_error"]) == (3.0, 75.0)
+        assert each.loss_sum() == 1
+
+
+def test_two_steps_ahead(meter: StepMeter) -> None:
+    """On a GPU the host waits for the end of step k - 2 after step k, and frees its batch only then."""
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    meter._on_gpu = True
+    batches = [torch.zeros(1) for _ in range(6)]
+    held = [weakref.ref(batch) for batch in batches]
+    for step in range(6):
+        meter._now = lambda step=step: Event(step)  # type: ignore[method-assign,misc]
+        meter.start_step()
+        meter.end_step(torch.tensor(1.0), torch.tensor(0), batches[step])
+        batches[step] = None  # type: ignore[call-overload]
+        assert waited == list(range(step - 1))
+        alive = [each() is not None for each in held[: step + 1]]
+        assert alive == [False] * (step - 1) + [True] * min(2, step + 1)
+
+
+def steps_of(path: Path) -> list[int]:
+    """The step of each line, all of which have to be whole."""
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_rows_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
+    """Resuming from step 20, before that epoch's evaluation, drops later rows, that evaluation, and a half-written
+    line; TensorBoard, too, shows what is done a second time once."""
     log = MetricsLog(tmp_path, 0, 0)
     for step in (10, 20):
         log.write("train", step, epoch=0, loss=1.23456789)
@@ -23,17 +115,17 @@ def test_rows_of_a_lost_future_are_cut(tmp_path: Path) -> None:
     log.close()
     with log.path.open("a") as file:
         file.write('[1]\n{"kind": "tra')
-    MetricsLog(tmp_path, 20, 0).close()
-    rows = read_metrics(log.path)
-    assert [(row["kind"], row["step"]) for row in rows] == [("train", 10), ("train", 20)]
-    assert rows[0]["loss"] == 1.23457
-    MetricsLog(tmp_path, 20, 1).close()
-    assert all(json.loads(line) for line in log.path.read_text().splitlines())
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    log = MetricsLog(tmp_path, 20, 0)
+    assert steps_of(log.path) == [10, 20] and read_metrics(log.path)[0]["loss"] == 1.23457
+    log.write("train", 30, epoch=1, loss=2.0)
+    log.close()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    points = [(point.step, point.value) for point in curves.Scalars("train/loss")]
+    assert points == [(10, pytest.approx(1.23456789)), (20, pytest.approx(1.23456789)), (30, 2)]
 
 
 def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
-    """Rows behind a line that a disk damaged are still there, also after going on."""
+    """Rows after a line that a disk damaged are still there, also after resuming."""
     log = MetricsLog(tmp_path, 0, 0)
     for step in (1, 2, 3):
         log.write("train", step, epoch=0, loss=float(step))
@@ -44,64 +136,42 @@ def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
     for _ in range(2):
         assert [row["step"] for row in read_metrics(log.path)] == [1, 3]
         MetricsLog(tmp_path, 3, 0).close()
+    assert steps_of(log.path) == [1, 3]
 
 
 def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that cannot be written are told of once, wait, and come in their order when there is room; closing says what
-    would be lost."""
+    """Rows that cannot be written are logged once, wait in memory, and come in their order when there is room; `sync`
+    raises meanwhile."""
     log = MetricsLog(tmp_path, 0, 0)
     log.write("train", 1, epoch=0, loss=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, limits[1])
-        )  # half a row fits
+        size = log.path.stat().st_size + 10  # half a row fits
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         for step in (2, 3):
             log.write("train", step, epoch=0, loss=1.0)
-        told = capsys.readouterr().out
-        assert told.count("its rows are kept in memory") == told.count("no more TensorBoard curves") == 1, (
-            told
-        )
-        assert str(log.path) in told
+        output = capsys.readouterr().out
+        assert output.count("its rows are kept in memory") == 1 and str(log.path) in output
         assert [row["step"] for row in read_metrics(log.path)] == [1]
         with pytest.raises(OSError, match=r"File too large: '.*/metrics\.jsonl'"):
             log.sync()
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        log.write("train", 4, epoch=0, loss=1.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write("train", 4, epoch=0, loss=1.0)
     log.close()
-    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
-
-
-def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
-    """Its own reader finds each scalar with step and value; what a run that goes on does again, it tells once."""
-    for steps in ((1, 2, 3), (3, 4)):
-        log = MetricsLog(tmp_path, steps[0] - 1, 0)
-        for step in steps:
-            log.write("train", step, epoch=0, loss=step / 2 + len(steps))
-        log.close()
-    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert curves.Tags()["scalars"] == ["train/epoch", "train/loss"]
-    assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == [
-        (1, 3.5),
-        (2, 4),
-        (3, 3.5),
-        (4, 4),
-    ]
+    assert steps_of(log.path) == [1, 2, 3, 4]
 
 
 def test_rows_and_syncs_from_two_threads(tmp_path: Path) -> None:
-    """However they fall together, each row is written once and in its order."""
+    """However they interleave, each row is written once and in its order."""
     log, done = MetricsLog(tmp_path, 0, 0), threading.Event()
 
     def sync() -> None:
         while not done.is_set():
             log.sync()
 
-    thread = threading.Thread(target=sync)
+    thread, interval = threading.Thread(target=sync), sys.getswitchinterval()
     thread.start()
-    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         for step in range(1, 1001):
@@ -111,4 +181,29 @@ def test_rows_and_syncs_from_two_threads(tmp_path: Path) -> None:
         done.set()
         thread.join()
     log.close()
-    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == list(range(1, 1001))
+    assert steps_of(log.path) == list(range(1, 1001))
+
+
+def check_ten(warnings: Warnings, wait: float, loss: float = 1.0, first: int = 0, epoch: int = 0) -> None:
+    """Ten rows of 100 steps each."""
+    for k in range(1, 11):
+        warnings.check(first + 100 * k, epoch, 100, {"loss": loss, "wait_percent": wait})
+
+
+def test_input_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    """Logged over 500 steps, once an epoch, with the share waited; a little waiting is not."""
+    warnings = Warnings(10)
+    for epoch, wait in ((0, 38.0), (1, 38.0), (2, 10.0)):
+        check_ten(warnings, wait, epoch=epoch)
+    output = capsys.readouterr().out
+    assert output.count("input-bound: waited 38 % of 500 steps") == len(output.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("factor", "count"), [(1, 1), (1.005, 1), (0.9, 0), (1.1, 0)])
+def test_loss_of_guessing(factor: float, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss of ln(classes) is logged once, after some thousand steps, neither before nor where the loss is another."""
+    warnings = Warnings(100)
+    for first in (0, Warnings.PATIENCE, 2 * Warnings.PATIENCE):
+        check_ten(warnings, 0, factor * math.log(100), first)
+        assert first or not capsys.readouterr().out
+    assert capsys.readouterr().out.count("guessing, 4.61,") == count

@@ -21,7 +21,7 @@ def test_open(numbered_shards: Make) -> None:
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    """An empty directory is no data set."""
+    """An empty directory is not a data set."""
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json.*make_shards"):
         open_shards(tmp_path, "train")
 

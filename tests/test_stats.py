@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json
 from tests.helpers import run_here, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.verify import stats
@@ -83,28 +83,3 @@ def test_damage_is_told(tmp_path: Path) -> None:
     for folder, code in ((tmp_path / "shards", 3), (tmp_path / "src", 2)):
         done = run_here("tools/make_shards.py", "stats", folder)
         assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_what_others_wrote_into_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Notes of another form are passed over, and nothing that is printed moves a terminal's cursor."""
-    write_foreign(tmp_path / "src", "x", [0, 1], 4)
-    adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
-    path = tmp_path / "shards" / "val" / "manifest.json"
-    write_json(
-        path, read_json(path) | {"repairs": ["x", 3, None], "options": {"store": "adopted", "a": "\x1b[2J\0"}}
-    )
-    capsys.readouterr()
-    stats(tmp_path / "shards")
-    (table,) = tables(capsys.readouterr().out)
-    assert table["options"] == r"store adopted, a \x1b[2J\x00" and table["repaired or noted"] == "3"
-
-
-@pytest.mark.parametrize("size", [10**6, 10**15])
-def test_an_image_that_ends_behind_the_shard(tmp_path: Path, size: int) -> None:
-    """Is damage, and no reason to ask for so much memory."""
-    write_foreign(tmp_path / "src", "x", [0, 1], 4)
-    adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
-    index = tmp_path / "shards" / "val" / "x-0000.idx"
-    index.write_text(re.sub(r"jpg (\d+) \d+", rf"jpg \1 {size}", index.read_text()))
-    with pytest.raises(DataError, match=r"run make_shards\.py verify"):
-        stats(tmp_path / "shards")

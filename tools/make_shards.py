@@ -39,7 +39,7 @@ from tools.packing.writer import (
     write_manifest,
     write_shard,
 )
-from train.cli import run_program
+from train.cli import run_program, sanitize_message
 
 SLOW_READS_PER_S = 500
 """Images per second that one core packs; slower random reads keep it waiting."""
@@ -144,9 +144,8 @@ def print_layout(raw: Path, shards: Path, data: RawImageNet) -> None:
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
     if others := data.ignored:
-        print(
-            f"ignored {len(others)} files without an image extension or outside of class folders, such as {others[0]}"
-        )
+        reason = "without an image extension or outside of class folders"
+        print(sanitize_message(f"ignored {len(others)} files {reason}, such as {others[0]}"))
     if len(data.classes) == 1:
         print(
             f"warning: only one class, {data.classes[0].wnid!r}, from which nothing can be learned; check RAW"

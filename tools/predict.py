@@ -120,7 +120,7 @@ def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassNa
 
 
 def read_square(path: Path) -> "torch.Tensor":
-    """Read an image file as uint8 (H, W, C). Raises `ValueError`."""
+    """Read an image file as uint8 (H, W, C). Raises `UserError`."""
     import torch
 
     from tools.packing.images import crop256, decode

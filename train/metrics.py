@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -205,17 +206,19 @@ class MetricsLog:
         """Write what is not written yet. Raises `OSError`."""
         while self._pending:
             os.ftruncate(self._file.fileno(), self._size)  # half a row of a try that failed
-            written = os.pwrite(self._file.fileno(), self._pending[0], self._size)
-            if written == len(self._pending[0]):
-                self._size += written
-                del self._pending[0]
+            row, written = self._pending[0], 0
+            while written < len(row):  # where a part fits, the next write raises
+                written += os.pwrite(self._file.fileno(), row[written:], self._size + written)
+            self._size += written
+            del self._pending[0]
 
     def close(self) -> None:
         """Close both. Raises `OSError` when rows would be lost."""
         with self._file:
             self.sync()
         if self._curves:
-            self._curves.close()
+            with suppress(OSError):  # of the writer's thread
+                self._curves.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

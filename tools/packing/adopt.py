@@ -31,8 +31,6 @@ from tools.packing.tars import index_sample, read_samples, sanitize_name
 
 MAX_TARS = 100_000
 """Names in a range of a pattern: braceexpand keeps all of them in memory."""
-MAX_NUMBERED_CLASSES = 200_000
-"""Classes without names; five times as many would take more than 1 GB."""
 
 
 class ShardIndex(NamedTuple):
@@ -83,18 +81,9 @@ def adopt(
         return
     read = partial(read_shard, on_bad=on_bad)
     indexes = run_jobs(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
-    num_samples, max_label = (
-        sum(shard.row["samples"] for shard in indexes),
-        max(shard.max_label for shard in indexes),
-    )
+    num_samples = sum(shard.row["samples"] for shard in indexes)
     skipped = [row for shard in indexes for row in shard.skipped]
-    if max_label >= max(num_samples, MAX_NUMBERED_CLASSES) and not (
-        classes or (shards / "classes.json").exists()
-    ):
-        raise UserError(
-            f"{src}: expected a label below {num_samples}, the images, got {max_label}; fix it or give --classes"
-        )
-    names, origin = load_class_names(shards, classes, max_label)
+    names, origin = load_class_names(shards, classes, max(shard.max_label for shard in indexes))
 
     directory.mkdir(parents=True, exist_ok=True)
     for tar, shard in zip(tars, indexes, strict=True):
@@ -128,14 +117,13 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
 
     if not src.is_dir():
         raise FileNotFoundError(f"{src}: not a directory; give the folder of the shards as SRC")
-    if not pattern or pattern.startswith("/") or ".." in Path(pattern).parts or "\0" in pattern:
+    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise UserError(f"--pattern: expected names relative to {src}, without .., got {pattern!r}")
-    for first, last in re.findall(r"\{(\d+)\.\.(\d+)", pattern):
-        if abs(int(first) - int(last)) > MAX_TARS:
-            raise UserError(f"--pattern: expected at most {MAX_TARS} names, got {pattern!r}")
+    if any(int(last) - int(first) > MAX_TARS for first, last in re.findall(r"\{(\d+)\.\.(\d+)", pattern)):
+        raise UserError(f"--pattern: expected at most {MAX_TARS} names, got {pattern!r}")
     tars: dict[str, Path] = {}
     try:
-        for part in braceexpand(pattern):  # stops at the first missing file
+        for part in braceexpand(pattern):
             matches = [path.absolute() for path in src.glob(part) if path.is_file()]
             if not matches:
                 raise FileNotFoundError(f"{src / part}: not found; download it or change --pattern")
@@ -153,42 +141,38 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
 
 def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
     """Return True if these shards are already adopted in `directory`. Raises `UserError` if it holds anything else."""
-    expected = {name: tar for tar in tars for name in (tar.name, tar.with_suffix(".idx").name)}
+    known = {"manifest.json", *(tar.name for tar in tars), *(tar.with_suffix(".idx").name for tar in tars)}
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if path.name == "manifest.json" or path.suffix == ".tmp":
-            continue
-        is_link = path.is_symlink() and path.readlink() == expected.get(path.name)
-        if path.name not in expected or (path.suffix == ".tar" and not is_link):
+        is_ours = path.suffix == ".tmp" or (
+            path.name in known and not (path.suffix == ".tar" and not path.is_symlink())
+        )
+        if not is_ours:
             raise UserError(
                 f"{directory}: expected the shards of {source}, got {path.name}; give another folder or remove it"
             )
-    path = directory / "manifest.json"
-    if not path.is_file():
+    if not (directory / "manifest.json").is_file():
         return False
-    manifest = read_json(path)
+    manifest = read_json(directory / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("source") != source:
         raise UserError(f"{directory}: packed, or adopted from elsewhere; give another folder or remove it")
     try:
-        shard_set = open_shards(directory.parent, directory.name)
+        return len(open_shards(directory.parent, directory.name).tars) == len(tars)
     except (FileNotFoundError, ValueError):
         return False
-    return [Path(tar).name for tar in shard_set.tars] == [tar.name for tar in tars]
 
 
 def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
     """Load the classes, and a text on their origin. Raises `UserError` where the labels do not fit."""
-    existing = shards / "classes.json"
-    from_file = read_class_file(file) if file is not None else None
-    if existing.exists():
-        names, place = read_classes(shards), existing
-        if from_file is not None and from_file != names:
+    place = shards / "classes.json"
+    names = read_classes(shards) if place.exists() else None
+    if file is not None:
+        listed = read_class_file(file)
+        if names not in (None, listed):
             raise UserError(
-                f"{file}: expected the classes of {existing}; leave --classes out or give another folder"
+                f"{file}: expected the classes of {place}; leave --classes out or give another folder"
             )
-    elif from_file is not None:
-        assert file is not None
-        names, place = from_file, file
-    else:
+        names, place = listed, file
+    if names is None:
         names = tuple(ClassName(f"{k:0{MAX_LABEL_DIGITS}}", f"class {k}") for k in range(max_label + 1))
         return names, "(numbered from 000000; name them by --classes FILE)"
     if max_label >= len(names):

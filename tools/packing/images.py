@@ -8,14 +8,9 @@ Three outcomes: clean, kept with a note, undecodable (`ValueError`). libjpeg-tur
 for. Pillow decodes the others, as viewers show them (ImageNet has such files): its buffers start as zeros.
 """
 
-import contextlib
-import functools
 import io
-import os
 import re
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +31,11 @@ SAMPLINGS = ("Gray", "444", "422", "420", "440", "411")
 FAKE_ENDS = b"\xff\xd9" * 2**15
 """End markers, enough for the longest segment, as libjpeg's memory source appends them to a truncated file. With them
 Pillow decodes as much of it as libjpeg does."""
+
+
+FORMATS = ("PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
+"""Pillow's others are no photographs, or programs: it hands EPS to Ghostscript."""
+Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is ours
 
 
 class Packed(NamedTuple):
@@ -107,7 +107,7 @@ def decode_valid(raw: bytes, jpeg: Jpeg, factor: int) -> tuple[np.ndarray, str]:
     Raises `UserError` with the reason why a shard may not hold it.
     """
     if jpeg.fault:
-        raise UserError(jpeg.fault if raw.startswith(SOI) else f"{find_format(raw)}, not a JPEG file")
+        raise UserError(jpeg.fault)
     try:
         height, width, color, sampling = simplejpeg.decode_jpeg_header(raw)
     except KeyError:  # simplejpeg has no name for 4:4:1
@@ -127,13 +127,6 @@ def decode_valid(raw: bytes, jpeg: Jpeg, factor: int) -> tuple[np.ndarray, str]:
     return pixels, color
 
 
-def find_format(raw: bytes) -> str:
-    """Return the format of an image file, by Pillow."""
-    with contextlib.suppress(Exception), silence_stderr(), open_with_pillow(raw) as image:
-        return f"{image.format} file"
-    return "no image"
-
-
 def decode(raw: bytes, check_only: bool = False) -> Decoded:
     """Decode a file. Raises `UserError` when no decoder can.
 
@@ -150,7 +143,7 @@ def decode(raw: bytes, check_only: bool = False) -> Decoded:
         pixels, color = decode_valid(raw, jpeg, 8 if check_only else 1)
     except ValueError as error:
         return decode_with_pillow(raw, jpeg, str(error))
-    notes = list_exif_notes(jpeg.exif)
+    notes = list_exif_notes(jpeg.exif) if jpeg.exif else []
     if color == "Gray":
         notes.append(("grey JPEG", "converted to RGB"))
     if jpeg.end < len(raw):
@@ -161,8 +154,7 @@ def decode(raw: bytes, check_only: bool = False) -> Decoded:
 def list_exif_notes(block: bytes) -> list[tuple[str, str]]:
     """List notes on an EXIF block: damaged, or with an orientation other than upright."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             exif = Image.Exif()
             exif.load(block)
             orientation = exif.get(0x0112, 1)
@@ -181,24 +173,17 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg, fault: str) -> Decoded:
         jpeg: Its structure.
         fault: Reason why a shard may not hold it.
     """
+    is_jpeg = raw.startswith(SOI)
     try:
-        with silence_stderr(), open_with_pillow(raw) as image:
-            width, height = image.size
+        with warnings.catch_warnings(action="ignore"), open_with_pillow(raw) as image:
+            mode, (width, height) = image.mode, image.size
             factor = find_reduction(height, width, jpeg.one_scan)
-            mode, is_jpeg = image.mode, raw.startswith(SOI)
             if factor > 1:
                 image.draft(mode, (width // factor, height // factor))
             is_truncated = load_pixels(image)
-            is_deep = image.mode[0] in "IF"
-            pixels = (
-                np.repeat(to_grey8(image)[:, :, None], 3, 2) if is_deep else np.array(image.convert("RGB"))
-            )
+            pixels = to_rgb8(image)
     except SizeError:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise SizeError(
-            f"too large: more than {MAX_PIXELS} pixels ({str(error).partition(',')[0]})"
-        ) from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         reason = re.sub(r" ?<_io\.BytesIO[^>]*>", "", str(error))
         raise UserError(f"not decodable: {reason}") from None
@@ -215,32 +200,10 @@ def decode_with_pillow(raw: bytes, jpeg: Jpeg, fault: str) -> Decoded:
 
 
 def open_with_pillow(raw: bytes) -> Image.Image:
-    """Open an image file. Raises whatever Pillow raises, for formats other than JPEG also for too many pixels."""
+    """Open an image file. Raises whatever Pillow raises."""
     if raw.startswith(SOI):
         return JpegImagePlugin.JpegImageFile(io.BytesIO(raw + FAKE_ENDS))
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # until the end of `silence_stderr`
-    return Image.open(io.BytesIO(raw), formats=list_raster_formats())
-
-
-@functools.cache
-def list_raster_formats() -> list[str]:
-    """List Pillow's formats except EPS, which runs Ghostscript."""
-    Image.init()
-    return [name for name in Image.ID if name != "EPS"]
-
-
-@contextlib.contextmanager
-def silence_stderr() -> Iterator[None]:
-    """Suppress Pillow's warnings and libtiff's output on stderr."""
-    with warnings.catch_warnings(), Path(os.devnull).open("wb") as nothing:
-        warnings.simplefilter("ignore")
-        stderr = os.dup(2)
-        os.dup2(nothing.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+    return Image.open(io.BytesIO(raw), formats=FORMATS)
 
 
 def load_pixels(image: Image.Image) -> bool:
@@ -264,15 +227,15 @@ def load_pixels(image: Image.Image) -> bool:
     return False
 
 
-def to_grey8(image: Image.Image) -> np.ndarray:
-    """Convert an image of more than 8 bits to uint8 (height, width); Pillow's own conversion clips above 255.
-
-    Integers above 255 are read as 16 bits, floats up to 1 as 0..1.
-    """
+def to_rgb8(image: Image.Image) -> np.ndarray:
+    """Convert an image to uint8 RGB (height, width, 3). Of more than 8 bits, which Pillow would clip at 255, integers
+    above 255 are read as 16 bits, floats up to 1 as 0..1."""
+    if image.mode[0] not in "IF":
+        return np.array(image.convert("RGB"))
     levels = np.nan_to_num(np.asarray(image).astype(np.float32))
     largest = levels.max()
     scale = 1 / 257 if largest > 255 else 255 if image.mode == "F" and largest <= 1 else 1
-    return np.rint(np.clip(levels * scale, 0, 255)).astype(np.uint8)
+    return np.repeat(np.rint(np.clip(levels * scale, 0, 255)).astype(np.uint8)[:, :, None], 3, 2)
 
 
 def find_reduction(height: int, width: int, can_reduce: bool = True) -> int:

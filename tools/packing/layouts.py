@@ -93,8 +93,10 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
     others = sorted(folder.folders.keys() - tars)
     if tars and "train" not in others and not any(holds_images(folder.folders[name]()) for name in others):
         ignored = [*folder.others, *(raw / name for name in others)]
-        tree_of_tars = unwrap(replace(folder, folders=tars, others=ignored), keep_splits=True)
-        return [raw / f"{name}.tar" for name in tars], lambda: read_tree(raw, tree_of_tars)
+        of_tars = replace(folder, folders=tars, others=ignored)
+        return [raw / f"{name}.tar" for name in tars], lambda: read_tree(
+            raw, unwrap(of_tars, keep_splits=True)
+        )
     if "train" not in others:
         if not holds_images(folder):
             raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
@@ -478,18 +480,17 @@ def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
     Raises `FileNotFoundError` or `ValueError` when the two do not match.
     """
     folders = (raw, *[tree.resolve(), *tree.resolve().parents][:4])
-    solution = next((each / VAL_SOLUTION for each in folders if (each / VAL_SOLUTION).is_file()), None)
-    if solution is None:
-        raise FileNotFoundError(
-            f"{raw / VAL_SOLUTION}: not found; download it, it labels the validation images"
-        )
-    with solution.open(newline="", encoding="utf-8") as file:
-        try:
+    solution = next(
+        (each / VAL_SOLUTION for each in folders if (each / VAL_SOLUTION).is_file()), raw / VAL_SOLUTION
+    )
+    try:
+        with solution.open(newline="", encoding="utf-8") as file:
             wnid_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        except (KeyError, IndexError, AttributeError, UnicodeDecodeError, csv.Error):
-            raise UserError(
-                f"{solution}: expected Kaggle's columns ImageId, PredictionString; download it again"
-            ) from None
+    except (OSError, LookupError, AttributeError, ValueError, csv.Error):
+        raise UserError(
+            f"{solution}: expected Kaggle's columns ImageId, PredictionString, which label the validation images; "
+            "download it again"
+        ) from None
     words = solution.with_name(SYNSET_WORDS)
     lines = words.read_text("utf-8", errors="replace").splitlines() if words.is_file() else []
     words_by_wnid = dict(line.split(" ", 1) for line in lines if " " in line)

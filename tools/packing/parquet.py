@@ -54,28 +54,19 @@ def import_pyarrow() -> ModuleType:
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
     """Find the parquet files of each split, in `raw` or `raw/data`, by Hugging Face's names; test files, which have no
-    labels, are skipped.
-
-    Raises `FileNotFoundError` for a missing part, `ValueError` for a duplicate.
-    """
+    labels, are skipped. Raises `UserError` unless all parts of one push are there."""
     paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
-    parts: dict[tuple[str, str], dict[int, Path]] = {}
-    for path in paths:
-        if match := re.match(r"(.*)-(\d+)-of-(\d{1,6})(?!\d)", path.name):
-            first = parts.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), path)
-            if first != path:  # the Hub keeps files of earlier pushes, under another hash
-                raise UserError(f"{path}: the same part as {first.name}; keep the files of one push")
-    for (name, number), there in parts.items():
-        if missing := sorted(set(range(int(number))) - set(there)):
-            raise FileNotFoundError(
-                f"{raw}: lacks {name}-{missing[0]:0{len(number)}}-of-{number}; download it"
-            )
     by_split = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
     for files in by_split.values():
-        sets = {re.sub(r"[-_]?\d+(-of-\d+)?(-\w+)?$", r"\1", path.stem): path for path in files}
-        if len(sets) > 1:
-            first, second, *_ = sorted(sets.values())
-            raise UserError(f"{first}: of another set or push than {second.name}; keep the files of one")
+        # The Hub keeps files of earlier pushes, under another hash or in another number of parts.
+        parts = [re.fullmatch(r"([^-]+)-(\d+)-of-(\d{1,6})(-\w+)?", path.stem) for path in files]
+        found = [(part[1], int(part[2]), int(part[3])) for part in parts if part]
+        name, _, total = found[0] if found else ("", 0, 0)
+        if found and (len(found) != len(files) or sorted(found) != [(name, k, total) for k in range(total)]):
+            raise UserError(
+                f"{files[0]}: expected parts 0 to {total - 1} of {total} once each, got {len(files)} files; download "
+                "what is missing, keep the files of one push"
+            )
     return by_split
 
 

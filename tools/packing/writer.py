@@ -87,7 +87,7 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
 
     Does nothing where another process is writing it, or has written it meanwhile.
     """
-    if read_sidecar(plan.path, plan.digest):
+    if read_sidecar(plan.path, plan.digest, len(plan.samples)):
         return PackStats()
     try:
         with atomic_writer(plan.path, wait=False) as file:
@@ -215,18 +215,21 @@ def check_same_pack(path: Path, plan: Plan) -> None:
     )
 
 
-def read_sidecar(path: Path, digest: str) -> dict[str, Any] | None:
+def read_sidecar(path: Path, digest: str, num_samples: int) -> dict[str, Any] | None:
     """Read the `NAME.json` of a finished shard; None if the shard is to be written (again)."""
     try:
         note: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
-        return note if note["plan"] == digest and is_complete(path, note["shard"]) else None
+        is_whole = note["shard"]["samples"] + len(note["skipped"]) == num_samples
+        is_ours = note["plan"] == digest and isinstance(note["repairs"], list)
+        return note if is_whole and is_ours and is_complete(path, note["shard"]) else None
     except (OSError, ValueError, LookupError, TypeError):  # missing or damaged
         return None
 
 
 def read_sidecars(plan: Plan) -> dict[int, dict[str, Any]]:
     """Read the `NAME.json` of all finished shards, by number."""
-    sidecars = {number: read_sidecar(plan.path(number), plan.digest) for number in range(plan.num_shards)}
+    sizes = enumerate(plan.num_images(range(plan.num_shards)))
+    sidecars = {number: read_sidecar(plan.path(number), plan.digest, size) for number, size in sizes}
     return {number: note for number, note in sidecars.items() if note}
 
 

@@ -1,0 +1,297 @@
+"""Several processes learn what one does, agree before they start, stop together, resume; an error is printed once."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import DataError, UserError
+from tests.helpers import (
+    TRAIN,
+    final,
+    rows_of,
+    run_ok,
+    run_python,
+    same_weights,
+    shared_run,
+    start_python,
+    train_refuses,
+    wait_for,
+)
+from train.config import ParallelConfig
+from train.distributed import ECHO_S, SIGNALS, Distributed, StopFlag, StopSignal
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.run")
+STEPS = 1438 // 128
+
+
+@pytest.mark.slow
+def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
+    """Without dropout, the rows and weights of a pair of towers are those of two replicas, whose images are the same,
+    but for rounding."""
+    same = ["--model.dropout", "0", "--run.log_every", "1"]
+    for mode in ("replicas", "towers"):
+        command = shared_run(shards, tmp_path / mode, *same, "--parallel.mode", mode)
+        out = run_ok(*TORCHRUN, *command, run=run_python)
+        assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
+    one, two = (rows_of(tmp_path / name) for name in ("replicas", "towers"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [*range(1, STEPS + 1), STEPS]
+    for a, b in zip(one[:-1], two[:-1], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+        assert b["top1_error"] == pytest.approx(a["top1_error"], abs=2)
+    for part in ("model", "optimizer"):
+        expected, got = (final(tmp_path / name)[part] for name in ("replicas", "towers"))
+        for name, tensor in expected.items():  # type: ignore[attr-defined]
+            assert (got[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max()  # type: ignore[index]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["towers", "replicas"])
+def test_stopped_together_and_resumed(shards: Path, tmp_path: Path, mode: str) -> None:
+    """SIGTERM to one process stops both, which save; the same command then ends with bitwise the weights of an
+    undisturbed run. Only rank 0 prints and writes."""
+    undisturbed, stopped = (
+        shared_run(shards, tmp_path / name, "--parallel.mode", mode) for name in ("undisturbed", "stopped")
+    )
+    run_ok(*TORCHRUN, *undisturbed, run=run_python)
+    process = start_python(*TORCHRUN, *stopped, stderr=subprocess.STDOUT)
+    wait_for(lambda: rows_of(tmp_path / "stopped"), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("run the same command again") == 1, output
+    between = final(tmp_path / "stopped")
+    assert 0 < between["step"] < STEPS and len(between["ranks"]) == 2  # type: ignore[operator,arg-type]
+    run_ok(*TORCHRUN, *stopped, run=run_python)
+    end, expected = final(tmp_path / "stopped"), final(tmp_path / "undisturbed")
+    assert end["step"] == STEPS and same_weights(end, expected)
+    dropout = [[rank["random"]["cpu"] for rank in each["ranks"]] for each in (end, expected)]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, *dropout)) and not torch.equal(*dropout[0])
+
+
+@pytest.mark.slow
+def test_another_number_of_processes(shards: Path, tmp_path: Path) -> None:
+    """What a pair of towers began, one process resumes if that is allowed: from the last end of an epoch, also where
+    the newest checkpoint lies within one. Between processes, too, checkpoints are saved by the clock."""
+    more = "--run.save_minutes 0 --run.keep_last 99 --train.epochs 2"
+    run = shared_run(shards, tmp_path, *more.split())
+    run_ok(*TORCHRUN, *run, "--parallel.mode", "towers", run=run_python)
+    began, folder = final(tmp_path), tmp_path / "checkpoints"
+    within = [path for path in sorted(folder.glob("step-*.pt")) if STEPS < int(path.stem[5:]) < 2 * STEPS]
+    assert within
+    (folder / "LATEST").write_text(f"{within[-1].name}\n")
+    assert "parallel.mode: expected towers" in train_refuses(*run)
+    output = run_ok("-m", "train.run", *run, "--resume.allow_world_change", "true")
+    assert f"resuming from {folder}/step-{STEPS:08d}.pt (epoch 2, step {STEPS})" in output
+    ended = final(tmp_path)
+    assert ended["step"] == 2 * STEPS and len(ended["ranks"]) == 1  # type: ignore[arg-type]
+    assert not same_weights(began, ended)
+    assert [row["epoch"] for row in rows_of(tmp_path) if row["kind"] == "eval"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_divergence_is_reported_once(shards: Path, tmp_path: Path) -> None:
+    """By rank 0, with the last good checkpoint."""
+    jump = ["--optimizer.schedule", "manual", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]"]
+    done = run_python(*TORCHRUN, *shared_run(shards, tmp_path, *jump, "--train.epochs", "2"))
+    assert done.returncode == 1 and done.stderr.count("error: training diverged") == 1
+    assert f"{tmp_path}/checkpoints/step-{STEPS:08d}.pt" in done.stderr
+
+
+def start_two(command: list[str], second: list[str]) -> list["subprocess.Popen[str]"]:
+    """Two processes of a run, of which the second has more options."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
+    ranks = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [
+        start_python(*TRAIN, *command, *more, env=env) for more, env in zip(([], second), ranks, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("both", "second", "message"),
+    [
+        ("", "--train.seed 6", "train.seed is 6 in process 1 on "),
+        ("", "--data.shards nowhere", "process 1 on "),
+        ("--model.fc_dim 63", "", "model.fc_dim"),
+        ("--parallel.mode towers --model.towers 1", "", "model.towers"),
+    ],
+)
+def test_processes_that_differ(shards: Path, tmp_path: Path, both: str, second: str, message: str) -> None:
+    """A difference, an error of one process or of all: refused before the first step, in one sentence, by rank 0, with
+    code 2 in both, and without a trace."""
+    processes = start_two(shared_run(shards, tmp_path / "run", *both.split()), second.split())
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    (out, error), other = outputs
+    assert other == ("", "") and out == "" and len(error.splitlines()) == 1 and message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_lost_process(shards: Path, tmp_path: Path) -> None:
+    """Where one is killed the other ends with a sentence and code 3, and the same command resumes."""
+    command = shared_run(shards, tmp_path, "--train.epochs", "9", "--run.save_minutes", "0")
+    first, second = start_two(command, [])
+    wait_for(lambda: (tmp_path / "checkpoints" / "LATEST").exists(), first)
+    second.kill()
+    _, error = first.communicate(timeout=120)
+    assert first.returncode == 3 and "another process is gone" in error and "Traceback" not in error, error
+    assert "resuming from" in run_ok(*TORCHRUN, *command, "--train.epochs", "2", run=run_python)
+
+
+class OneOfThree(Distributed):
+    """This process as one of three, whose other two send what they are given."""
+
+    def __init__(self, *sent: object, rank: int = 0) -> None:
+        self.rank, self.world_size, self._sent = rank, 3, sent
+
+    def all_gather(self, value: object) -> list[object]:
+        """As `Distributed.all_gather`."""
+        return [(f"process {k} on h", each) if k != self.rank else value for k, each in enumerate(self._sent)]
+
+
+def test_what_fails_in_one_process() -> None:
+    """An error of any process is raised in rank 0, with the process unless all have it; the others exit with its
+    code."""
+
+    def fail() -> None:
+        raise UserError("no shards here")
+
+    alike = UserError("no shards here")
+    assert OneOfThree(None, None, None).run_on_all_ranks(lambda: 7) == 7
+    with pytest.raises(UserError, match=r"^no shards here$"):
+        OneOfThree(None, alike, alike).run_on_all_ranks(fail)
+    with pytest.raises(UserError, match=r"^process 2 on h: no shards here$"):
+        OneOfThree(None, None, alike).run_on_all_ranks(lambda: 7)
+    for error, code in ((alike, 2), (DataError("damaged"), 3)):
+        with pytest.raises(SystemExit) as ended:
+            OneOfThree(error, None, None, rank=1).run_on_all_ranks(lambda: 7)
+        assert ended.value.code == code
+
+
+def test_towers_without_a_partner(shards: Path, tmp_path: Path) -> None:
+    """They are refused before anything is written."""
+    message = train_refuses(*shared_run(shards, tmp_path / "run", "--parallel.mode", "towers"))
+    assert "expected an even number of processes, got 1" in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("per_crop", [1, 6, 32])
+@pytest.mark.parametrize("passes", [1, 4])
+def test_batches_that_divide(ranks: int, per_crop: int, passes: int) -> None:
+    """Accepted are exactly those that each process can load in groups of one crop and replicas can cut into passes, no
+    larger than the data; what a refusal says to take is accepted."""
+    distributed, images = Distributed(ParallelConfig()), 700
+    distributed.world_size = distributed.num_replicas = ranks
+    for batch in range(1, images + 3):
+        own = batch / ranks
+        fits = own == int(own) and own % per_crop == 0 and own % passes == 0 and own <= images // ranks
+        try:
+            distributed.check_batch(batch, passes, per_crop, images)
+            assert fits, batch
+        except UserError as error:
+            assert not fits, batch
+            for size in re.findall(r"\b(?:take|or) (\d+)", str(error)):
+                distributed.check_batch(int(size), passes, per_crop, images)
+            for smaller in re.findall(r"\bor data.augmentation.images_per_crop (\d+)", str(error)):
+                distributed.check_batch(batch, passes, int(smaller), images)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts signal handlers back."""
+    before = [(number, signal.getsignal(number)) for number in SIGNALS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal(number: signal.Signals, handlers: None) -> None:
+    """Each is a request to stop; any at once after it, as Slurm sends them, is the same one."""
+    stop = StopSignal()
+    assert not stop()
+    for each in (number, *SIGNALS):
+        os.kill(os.getpid(), each)
+        assert stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
+    """A signal that comes later acts as if there were no handler."""
+    child = os.fork()
+    if child == 0:
+        StopSignal()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(ECHO_S + 0.2)
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
+
+
+class InStep:
+    """Stands for several processes that ask at the same steps: all see the largest of what was sent."""
+
+    world_size = 3
+
+    def __init__(self, *others: int) -> None:
+        self.exchanges, self.others = 0, others or (0, 0, -(10**9))
+
+    def all_reduce_max(self, *numbers: int) -> list[int]:
+        """As `Distributed.all_reduce_max`."""
+        self.exchanges += 1
+        return [max(pair) for pair in zip(numbers, self.others, strict=True)]
+
+
+def exchange_times(
+    monkeypatch: pytest.MonkeyPatch, distributed: Any, step_s: float, steps: int
+) -> list[float]:
+    """Check after each of `steps` steps of so many seconds."""
+    now, times = [0.0], []
+    monkeypatch.setattr("train.distributed.perf_counter", lambda: now[0])
+    flag = StopFlag(distributed, lambda: False)
+    for _ in range(steps):
+        now[0] += step_s
+        before = distributed.exchanges
+        flag.check()
+        times += [now[0]] * (distributed.exchanges - before)
+    return times
+
+
+@pytest.mark.parametrize("step_s", [0.001, 0.05, 0.7, 3.0])
+def test_exchanged_about_once_a_second(monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
+    """However long a step is: within two seconds, or at every step; and not much more often than once a second."""
+    times = exchange_times(monkeypatch, InStep(), step_s, int(30 / step_s))
+    assert max(after - before for before, after in pairwise(times)) <= max(2.0, step_s * 1.001)
+    assert len(times) <= 30 + 12  # from one step to a second's worth by doubling
+    slowest = exchange_times(monkeypatch, InStep(0, 0, -2), 0.001, 100)  # decides how often
+    assert len(slowest) >= 50
+
+
+def test_requests_of_other_processes() -> None:
+    """To stop: everybody's from the next exchange on, for good. To save: for one step. Alone, one's own count at
+    once."""
+    distributed: Any = InStep(0, 1, -1)
+    flag = StopFlag(distributed, lambda: False)
+    assert flag.check() == (False, True)
+    distributed.others = (0, 0, -1)
+    assert flag.check() == (False, False)
+    distributed.others = (1, 0, -1)
+    assert flag.check() == (True, False) and flag.check() == (True, False)
+    requests = iter([False, True])
+    distributed.world_size = 1
+    alone = StopFlag(distributed, lambda: next(requests))
+    assert [alone.check(), alone.check(save_due=True)] == [(False, False), (True, True)]

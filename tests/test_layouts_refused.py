@@ -1,0 +1,299 @@
+"""Raw folders that are damaged, ambiguous or none: each is refused in one sentence that names what is wrong, exit code
+2, and nothing is written."""
+
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipeline.shards import open_shards
+from tests.helpers import jpeg, photo, refuses, run_ok, tar_of, write
+from tests.layouts import WNIDS, class_tars, folders, image_set, kaggle, parquet
+from tools.make_demo import DIGIT_TO_WNID, make_devkit
+from tools.make_shards import pack
+from tools.packing import layouts
+from tools.packing.layouts import read_devkit
+
+IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
+
+
+def special(kind: bytes, **fields: object) -> bytes:
+    """A tar with one member that is not a regular file, or has another size than it says."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo("n00000011_1.JPEG")
+        info.type = kind
+        for name, value in fields.items():
+            setattr(info, name, value)
+        tar.addfile(info)
+    return out.getvalue()
+
+
+def pax(content: bytes) -> bytes:
+    """A header of extended attributes."""
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = b"x", len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(512, b"\0")
+
+
+def header_of(content: bytes, member: int) -> tarfile.TarInfo:
+    """The header of a member of a tar."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return tar.getmembers()[member]
+
+
+def with_header(content: bytes, member: int, header: bytes) -> bytes:
+    """A tar with another header."""
+    offset = header_of(content, member).offset
+    return content[:offset] + header + content[offset + 512 :]
+
+
+def negative_size() -> bytes:
+    """A header with a size of -512: Python's tarfile goes round for ever (CVE-2025-8194)."""
+    header = bytearray(tarfile.TarInfo("x.JPEG").tobuf())
+    header[124:136] = (256**12 - 512).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def end_of_members(content: bytes) -> int:
+    """Where the last member of a tar ends."""
+    last = header_of(content, -1)
+    return last.offset_data + -(-last.size // 512) * 512
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (special(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
+        (special(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
+        (special(tarfile.CHRTYPE), "a link, a device or a sparse file"),
+        (special(tarfile.REGTYPE, size=10 * 2**30), "truncated inside"),
+        (lambda tar: pax(b"20 GNU.sparse.size=\n") + tar, "not a tar archive|damaged at byte"),
+        (lambda tar: pax(b"20 GNU.sparse.map=a\n") + tar, "not a tar archive|damaged at byte|sparse"),
+        (b"", "not a tar archive"),
+        (b"\x00" * 10240, "no images found"),
+        (lambda tar: with_header(tar, 1, negative_size()), "damaged at byte|negative size"),
+        (lambda tar: with_header(tar, 3, bytes(512)), "damaged header or hole at byte"),
+        (lambda tar: tar[: end_of_members(tar)], "no end mark"),
+        (lambda tar: tar + tar, "damaged header or hole at byte"),
+        (b"garbage" * 1000, "not a tar archive"),
+        (tar_of([("1.jpg", IMAGE), ("2.jpg", IMAGE), ("1.jpg", IMAGE)]), "holds a file twice"),
+    ],
+)
+def test_damaged_tars(content: object, message: str, tmp_path: Path) -> None:
+    """Also those that tarfile reads up to a hole, a cut or a second archive, or that lose a file when unpacked."""
+    raw = tmp_path / "raw"
+    class_tars(raw, image_set())
+    tar = raw / f"{WNIDS[0]}.tar"
+    tar.write_bytes(content(tar.read_bytes()) if callable(content) else content)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message) as error:
+        pack(raw, tmp_path / "shards", workers=1)
+    assert WNIDS[0] in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+@pytest.mark.parametrize(
+    ("tars", "named"),
+    [
+        (
+            {"ILSVRC2012_img_test_v10102019": ["test/ILSVRC2012_test_00000001.JPEG"]},
+            "ILSVRC2012_img_test_v10102019",
+        ),
+        ({"val": ["a/1.JPEG", "b/1.JPEG"]}, "val.tar"),
+        ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val: expected a class"),
+        ({"train": ["1.JPEG"], "val": ["1.JPEG"]}, "train.tar"),
+        ({"train": ["a.tar", "b.tar"]}, "train.tar"),
+        ({"train": ["a/1.JPEG", "b/1.JPEG"], "val": ["c/1.JPEG"]}, "val.tar"),
+        ({"part1": ["a/1.JPEG", "b/1.JPEG"], "part2": ["c/1.JPEG", "d/1.JPEG"]}, "part1.tar"),
+        ({"00000": ["0.jpg", "0.json", "0.txt"], "00001": ["1.jpg", "1.json", "1.txt"]}, "00000.tar"),
+        ({"00000": ["a/0.jpg", "a/0.cls"]}, "make_shards.py adopt"),
+        ({"a": ["1.JPEG"], "b": ["2.JPEG"], "val": ["3.JPEG"]}, "val.tar"),
+        ({"imagenet": ["Train/a/1.JPEG", "Train/b/1.JPEG", "Val/a/1.JPEG"]}, "Train: expected a class"),
+        ({"imagenet": ["imagenet/train/a/1.JPEG", "docs/logo.png"]}, "train: expected a class"),
+        ({"images": ["1.jpg", "2.jpg"], "labels": ["1.txt", "2.txt"]}, "labels.tar"),
+    ],
+)
+def test_ambiguous_tars(tmp_path: Path, tars: dict[str, list[str]], named: str) -> None:
+    """Test images alone, no training images, tars in tars, shards of WebDataset: refused also with --on-bad skip."""
+    for name, members in tars.items():
+        write(tmp_path / "raw" / f"{name}.tar", tar_of(dict.fromkeys(members, IMAGE)))
+    options = ("--on-bad", "skip", "--workers", "1")
+    message = refuses("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", *options)
+    assert named in message and not (tmp_path / "shards").exists()
+
+
+def write_parquet(path: Path, *rows: dict[str, object], **options: object) -> None:
+    """Write a parquet file, with a description that is not a tree."""
+    path.parent.mkdir(exist_ok=True)
+    table = pyarrow.Table.from_pylist(list(rows)).replace_schema_metadata({"huggingface": '{"info": "x"}'})
+    pyarrow.parquet.write_table(table, path, **options)
+
+
+def write_trees(raw: Path, *names: str) -> None:
+    """Write an image into each of these folders."""
+    for number, name in enumerate(names):
+        write(raw / name / f"{number}.jpg", IMAGE)
+
+
+def copy_over(raw: Path) -> None:
+    """Replace a validation image of Kaggle's tree by a copy of another."""
+    images = sorted((raw / "ILSVRC/Data/CLS-LOC/val").iterdir())
+    images[0].unlink()
+    write(images[0].parent / "again" / images[1].name, images[1].read_bytes())
+
+
+SOLUTION = "LOC_val_solution.csv"
+FILE = {"bytes": b"", "path": "x.JPEG"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        (None, lambda raw: raw.mkdir(), "no images found"),
+        (None, lambda raw: (raw / "train").mkdir(parents=True), "no class folders found"),
+        (None, lambda raw: (raw / "train" / "cat").mkdir(parents=True), "no images found"),
+        (kaggle, lambda raw: (raw / SOLUTION).unlink(), SOLUTION),
+        (kaggle, lambda raw: (raw / SOLUTION).write_text("a,b\n1,2\n"), "Kaggle's columns"),
+        (kaggle, lambda raw: (raw / SOLUTION).write_bytes(b"\xff\xfea"), "Kaggle's columns"),
+        (kaggle, copy_over, r"expected 6 images, .* got 6, \d distinct"),
+        (None, lambda raw: write_parquet(raw / "train.parquet", {"image": {"bytes": "text", "path": "a"}, "label": 0}),
+         "image.bytes: expected binary, got string"),
+        (None, lambda raw: write_parquet(raw / "train.parquet", {"image": FILE, "label": "x"}),
+         "expected a class index in row 0, got x"),
+        (None, lambda raw: write_parquet(raw / "train.parquet", {"image": FILE, "label": -1}), "in row 0, got -1"),
+        (None, lambda raw: write_parquet(raw / "train.parquet", {"picture": b"", "label": 0}),
+         r"lacks the columns image\.bytes, image\.path"),
+        (None, lambda raw: write(raw / "train-0.parquet", b"PAR1 no"), "not a data set of images and labels"),
+        (parquet, lambda raw: next(raw.glob("*/train-*1-of*")).unlink(), "expected parts 0 to 1 of 2 once each, got 1"),
+        (folders, lambda raw: os.mkfifo(raw / "train" / WNIDS[0] / "a.jpg"), "not a regular file"),
+        (folders, lambda raw: (raw / "train" / WNIDS[0] / "x.jpg").symlink_to("no"), "broken link"),
+        (folders, lambda raw: (raw / "train" / WNIDS[0] / "loop").symlink_to(raw / "train"), "forms a loop"),
+        (None, lambda raw: write(raw / "train" / os.fsdecode(b"b\xe4r") / "1.jpg", b""),
+         r"b\\xe4r: expected a UTF-8 name"),
+        (None, lambda raw: write_trees(raw, "val/dog"), "val: expected a class"),
+        (None, lambda raw: write_trees(raw, "Train/cat", "Train/dog", "Val/cat"), "Train: expected a class"),
+        (None, lambda raw: write_trees(raw, "training_set/cat", "test_set/dog"), "got the name of a split"),
+        (None, lambda raw: write_trees(raw, "ILSVRC2012_img_train/n01", "ILSVRC2012_img_val"), "the name of a split"),
+        (None, lambda raw: write_trees(raw, "imagenet/train/cat", "docs"), "train: expected a class"),
+        (None, lambda raw: write_trees(raw, "a/train/cat", "b/train/cat"), "train: expected a class"),
+        (None, lambda raw: (write_trees(raw, "cat", "dog"), write(raw / "extra.tar", tar_of({"1.jpg": b""}))),
+         "extra.tar"),
+    ],
+)  # fmt: skip
+def test_other_folders(
+    layout: Callable[..., None] | None, change: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    """Empty, incomplete, damaged or ambiguous ones."""
+    raw = tmp_path / "raw"
+    if layout:
+        layout(raw, image_set())
+    change(raw)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        pack(raw, tmp_path / "shards", workers=1)
+    assert "\n" not in str(error.value) and not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00001-a1b2", "train-00000-of-00001-ff00"],
+        ["train-00000-of-00001", "train-00000-of-00001-a1b2"],
+        ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+        ["train-00000-of-00001", "train"],
+        ["train-00000-of-00001", "train_small-00000-of-00001"],
+        ["validation-00000-of-00001", "val-00000-of-00001", "train-00000-of-00001"],
+    ],
+)
+def test_two_pushes_of_parquet(tmp_path: Path, names: list[str]) -> None:
+    """The Hub keeps the files of earlier pushes, under another hash or in another number of parts: every image would be
+    packed twice. One set alone is packed."""
+    rows = [{"image": {"bytes": IMAGE, "path": f"{k}.jpg"}, "label": k % 2} for k in range(4)]
+    for name in names:
+        write_parquet(tmp_path / "raw" / f"{name}.parquet", *rows)
+    command = ("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards")
+    assert "keep the files of one" in refuses(*command) and not (tmp_path / "shards").exists()
+    for name in names[:-1]:
+        (tmp_path / "raw" / f"{name}.parquet").unlink()
+    if names[-1].startswith("train") and "of-00002" not in names[-1]:
+        run_ok(*command, "--val-fraction", "0")
+        assert open_shards(tmp_path / "shards", "train").num_samples == 4
+
+
+def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
+    """Is found when its images are read; the sentence names the file."""
+    rng = np.random.default_rng(0)
+    rows = [{"image": {"bytes": rng.bytes(5000), "path": f"{k}.JPEG"}, "label": 0} for k in range(9)]
+    path = tmp_path / "raw" / "train-0.parquet"
+    write_parquet(path, *rows, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\xff" * 40 + data[44:])
+    with pytest.raises(ValueError, match=r"train-0\.parquet: damaged near row 0"):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package to install is named."""
+    parquet(tmp_path / "raw", image_set())
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1)
+
+
+def test_a_folder_that_cannot_be_read_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images are not lost silently."""
+    folders(tmp_path / "raw", image_set())
+    real = os.scandir
+
+    def scandir(path: object) -> object:
+        if str(path).endswith("er"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1)
+
+
+def test_an_output_among_the_images(tmp_path: Path) -> None:
+    """It would be read as images by the next run."""
+    folders(tmp_path / "raw", image_set())
+    with pytest.raises(ValueError, match="expected a folder outside of"):
+        pack(tmp_path / "raw", tmp_path / "raw" / "train" / "shards", workers=1)
+    assert not (tmp_path / "raw" / "train" / "shards").exists()
+
+
+@pytest.mark.parametrize(("at", "value"), [(384, 0), (428, 1), (500, 1), (652, 128)])
+def test_a_devkit_that_crashes_scipys_reader(tmp_path: Path, at: int, value: int) -> None:
+    """One byte of meta.mat is enough for a segmentation fault (scipy 1.17); it is a sentence here."""
+    names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+    folder, path = "ILSVRC2012_devkit_t12/data", tmp_path / "devkit.tar.gz"
+    path.write_bytes(gzip.compress(make_devkit(dict.fromkeys(DIGIT_TO_WNID.values(), 1), [1])))
+    assert len(read_devkit(path)[0]) == 10
+    with tarfile.open(path) as tar:
+        files = {f"{folder}/{name}": tar.extractfile(f"{folder}/{name}").read() for name in names}  # type: ignore[union-attr]
+    mat = bytearray(files[f"{folder}/meta.mat"])
+    mat[at] = value
+    path.write_bytes(gzip.compress(tar_of({**files, f"{folder}/meta.mat": bytes(mat)})))
+    with pytest.raises(
+        ValueError, match=r"devkit.tar.gz: not the devkit .*, or damaged \(unreadable meta.mat"
+    ):
+        read_devkit(path)
+
+
+def test_md5(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives that are not the published ones are refused by name; those with the right sums pass."""
+    message = refuses("tools/make_shards.py", "pack", raw, tmp_path / "shards", "--check-md5")
+    assert "ILSVRC2012_img_train.tar: expected MD5" in message and not (tmp_path / "shards").exists()
+    sums = {name: hashlib.md5((raw / name).read_bytes()).hexdigest() for name in layouts.ARCHIVES}
+    monkeypatch.setattr(layouts, "ARCHIVES", sums)
+    layouts.verify_md5(raw, "ILSVRC-2012 archives")
