@@ -37,7 +37,7 @@ def parser_of(program: Path, monkeypatch: pytest.MonkeyPatch) -> ArgumentParser:
         made.append(capture_parser(lambda: auto_cli(functions, parser_class=parser_class)))
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.cli, "exit_with", lambda main: main())
+        patched.setattr(train.cli, "run_main", lambda main: main())
         patched.setattr(train.cli, "auto_cli", only_parser)
         runpy.run_path(str(program), run_name="__main__")
     return made[0]
