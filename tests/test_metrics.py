@@ -58,23 +58,6 @@ def test_steps_during_a_save(meter: StepMeter) -> None:
     assert values["step_ms_p50"] < 45 < values["saving_step_ms_p50"]
 
 
-def test_a_restored_meter_reads_alike(meter: StepMeter) -> None:
-    """Loss and error since the last row are in its state; a row that is read starts the next one at zero."""
-    for step in range(3):
-        meter.start_step()
-        meter.end_step(torch.tensor(float(step)), torch.tensor(step))
-    restored = StepMeter(torch.device("cpu"), Distributed(ParallelConfig()))
-    restored.load_state_dict(meter.state_dict())
-    for each in (meter, restored):
-        for loss in (9.0, 1.0):
-            each.start_step()
-            each.end_step(torch.tensor(loss), torch.tensor(1))
-            if loss == 9:
-                values = each.read(batch_size=4)
-                assert (values["loss"], values["top1_error"]) == (3.0, 75.0)
-        assert each.loss_sum() == 1
-
-
 def test_two_steps_ahead(meter: StepMeter) -> None:
     """On a GPU the host waits for the end of step k - 2 after step k, and frees its batch only then."""
     waited: list[int] = []

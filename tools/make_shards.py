@@ -185,8 +185,6 @@ def print_speed(results: list[PackStats], seconds: float, workers: int) -> None:
             f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
             f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
         )
-    if busy := sum(result.busy for result in results):
-        print(f"{busy} shards are being written by another process")
 
 
 def main() -> NoReturn:
