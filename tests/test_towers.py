@@ -283,7 +283,7 @@ def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int, single
         assert first["parameters"] + second["parameters"] == whole
         assert abs(first["parameters"] / whole - 0.5) < 0.02
         for element_bytes, sent, others in zip((4, 2), first["sent"], second["sent"], strict=True):
-            # docs/towers.md: conv2 pooled and conv5 pooled, units of fc6 and fc7, each forward and back; half of the logits
+            # docs/towers.md: pooled conv2 and conv5, fc6 and fc7, forward and backward; half of the logits
             assert (sent + others) / 2 == element_bytes * (16 * 13 * 13 + 16 * 6 * 6 + 2 * 32) + 4 * 7 / 2
     halves = torch.stack([found[rank]["half loss"] for rank in range(0, world, 2)])
     assert_close(halves.mean(), single[torch.float32]["half loss"], 0.01)
