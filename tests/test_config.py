@@ -56,10 +56,10 @@ def count_options(parser: ArgumentParser) -> int:
 def test_the_number_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of a run and parameters of all programs stay few enough to know."""
 
-    def count_options(parser: ArgumentParser, *args: Any, **kwargs: Any) -> None:
+    def stop(parser: ArgumentParser, *args: Any, **kwargs: Any) -> None:
         sys.exit(count_options(parser))
 
-    monkeypatch.setattr(cli.Parser, "parse_args", count_options)
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
     counts: dict[str, Any] = {"train.run": len(leaves(Config))}
     for path in [*(ROOT / "tools").glob("*.py"), ROOT / "train/evaluate.py"]:
         if "__main__" in path.read_text() and path.stem != "doctor_probe":  # which doctor.py starts
