@@ -77,6 +77,7 @@ from pathlib import Path
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.loader import train_loader
 from pipeline.settings import DataConfig
+from pipeline.errors import DataError
 from pipeline.shards import open_shards
 folder = Path(sys.argv[1])
 train = open_shards(folder, "train")

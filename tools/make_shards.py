@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 try:
     from pipeline.shards import classes_json
@@ -187,10 +187,5 @@ def print_speed(results: list[PackStats], seconds: float, workers: int) -> None:
         )
 
 
-def main() -> NoReturn:
-    """Run the command line."""
-    run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})
-
-
 if __name__ == "__main__":
-    main()
+    run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})
