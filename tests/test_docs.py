@@ -1,6 +1,7 @@
-"""What README, CONTRIBUTING, docs/ and the recipes tell a reader to type is what programs take; links lead somewhere,
-and the table of files is the folder's."""
+"""Commands in README, CONTRIBUTING, docs/ and the recipes are accepted by their programs; links lead somewhere; the
+tables of docs/design.md (paths of an image and of a setting, files) are true."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -19,12 +20,14 @@ from tests.helpers import ROOT
 from tools import predict
 from train.config import parse_config
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OF_OTHERS = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "RECORDS", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+DESIGN = (ROOT / "docs/design.md").read_text()
+EXTERNAL = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
 
 
 def commands(text: str) -> Iterator[str]:
-    """Those of the fenced `sh` blocks, a line each, continued lines joined."""
+    """Lines of the fenced `sh` blocks, continued lines joined."""
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from filter(None, (line.strip() for line in block.replace("\\\n", " ").splitlines()))
 
@@ -83,12 +86,12 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         parsed = get_args_parser().parse_args(arguments)
         assert parsed.module
         check_ours(module_file(parsed.training_script), parsed.training_script_args, monkeypatch)
-    elif program == ".venv/bin/python" and arguments[0] == "-m" and arguments[1] not in OF_OTHERS:
+    elif program == ".venv/bin/python" and arguments[0] == "-m" and arguments[1] not in EXTERNAL:
         check_ours(module_file(arguments[1]), arguments[2:], monkeypatch)
     elif program == ".venv/bin/python" and arguments[0].endswith(".py"):
         check_ours(ROOT / arguments[0], arguments[1:], monkeypatch)
     else:
-        assert Path(program).name in OF_OTHERS or arguments[1] in OF_OTHERS, f"what is {program}?"
+        assert Path(program).name in EXTERNAL or arguments[1] in EXTERNAL, f"what is {program}?"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -136,9 +139,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
     """Files and headings that pages point to are there."""
     for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text()):
@@ -150,26 +151,77 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
 
-def test_the_table_of_files() -> None:
-    """docs/design.md has a line for every file of the four rooms, by its folder, and none for others."""
-    (table,) = re.findall(
-        r"^## Files\n\n```text\n(.*?)^```", (ROOT / "docs/design.md").read_text(), re.M | re.S
-    )
-    told, folders = set(), [""]
+def find_definition(step: str) -> ast.AST:
+    """The module, function, class or method of `file`, `file: name` or `file: Class.name`. Raises `StopIteration`."""
+    file, _, name = step.partition(": ")
+    node: Any = ast.parse((ROOT / file).read_text())
+    for part in filter(None, name.split(".")):
+        node = next(each for each in node.body if getattr(each, "name", "") == part)
+    return node  # type: ignore[no-any-return]
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Every name and attribute that code uses or imports."""
+    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    names |= {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+    return names | {each.name for each in ast.walk(node) if isinstance(each, ast.alias)}
+
+
+def calls(caller: str, step: str) -> bool:
+    """Whether one calls the other, by its name; `forward` is called by PyTorch, for files that import its class."""
+    find_definition(step)
+    *owner, name = step.partition(": ")[2].split(".")
+    if name == "forward":
+        find_definition(caller)
+        return owner[0] in names_in(ast.parse((ROOT / caller.partition(": ")[0]).read_text()))
+    return name in names_in(find_definition(caller))
+
+
+def read_steps(heading: str) -> list[tuple[str, str]]:
+    """(step, called by) of the last table below a heading of docs/design.md."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", DESIGN, re.M | re.S)
+    table = section.rpartition("| step |")[2]
+    return re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.M)
+
+
+@pytest.mark.parametrize(
+    ("heading", "most"),
+    [("The path of one image", 9), ("The path of one setting", 5)],
+    ids=["image", "setting"],
+)
+def test_paths(heading: str, most: int) -> None:
+    """Each step exists and is called where the table says; from tar to loss, and from YAML to use, few files."""
+    steps = read_steps(heading)
+    assert [step for step, caller in steps if not calls(caller, step)] == []
+    files = {each.partition(": ")[0] for step in steps for each in step}
+    assert 3 < len(files) <= most
+
+
+def test_path_of_packing() -> None:
+    """Likewise the table above them."""
+    steps = re.findall(r"^\| `(tools/[^`]+)` \| `([^`]+)` \|", DESIGN, re.M)
+    assert len(steps) == 5 and all(calls(caller, step) for step, caller in steps)
+
+
+def test_paths_can_fail() -> None:
+    """A name that does not exist, and a call that is not made, are seen."""
+    with pytest.raises(StopIteration):
+        calls("train/run.py: run", "train/trainer.py: Trainer.fly")
+    assert not calls("train/run.py: log_summary", "train/config.py: parse_config")
+
+
+def test_table_of_files() -> None:
+    """docs/design.md has a line for every file of the four rooms, in its folder, and no other."""
+    (table,) = re.findall(r"^## Files\n\n```text\n(.*?)^```", DESIGN, re.M | re.S)
+    listed, folders = set(), [""]
     for line in table.splitlines():
-        indent, names = re.fullmatch(r"( *)(\S+(?:, \S+)*)  .*|()(\S+)", line).group(1, 2)  # type: ignore[union-attr]
-        depth = len(indent or "") // 2
-        for name in (names or line.split()[0]).split(", "):
-            folders[depth + 1 :] = [name] if name.endswith("/") else []
-            told.add("".join(folders[: depth + 1]) + name)
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    files = {
-        name
-        for name in listed.stdout.split()
-        if re.match(r"(pipeline|model|train|tools)/.*\.(py|html)$", name)
+        indent, name = re.fullmatch(r"( *)(\S+)(?:  .*)?", line).groups()  # type: ignore[union-attr]
+        folders[len(indent) // 2 + 1 :] = [name]
+        listed.add("".join(folders))
+    pattern = r"(pipeline|model|train|tools)/.*\.(py|j2)"
+    git = ["git", "ls-files", "-co", "--exclude-standard"]
+    tracked = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    present = {name for name in tracked if re.fullmatch(pattern, name) and (ROOT / name).is_file()}
+    assert {name for name in listed if not name.endswith("/")} == {
+        name for name in present if not name.endswith("__init__.py")
     }
-    there = {name for name in files if not name.endswith("__init__.py") and (ROOT / name).is_file()}
-    assert {name for name in told if re.search(r"\.(py|html)$", name)} - there == set()
-    assert there - told == set()
