@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.helpers import ROOT, run_ok
 from tests.test_bench import rows_of
-from tools.benchmarks.train import STEP, WAIT, WINDOW, compute_union_length, read_timeline
+from tools.benchmarks.train import STEP, WAIT, WINDOW, read_timeline
 
 
 def test_rates_efficiency_and_waits(few: Path, tmp_path: Path) -> None:
@@ -29,13 +27,6 @@ def test_rates_efficiency_and_waits(few: Path, tmp_path: Path) -> None:
     assert 0 < rows[0]["wait_percent"] < 100
     assert 0 < rows[0]["host_wait_percent"] + rows[0]["host_step_percent"] <= 100
     assert ("busy_percent" in rows[0]) == (rows[0]["gpu"] is not None)
-
-
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair)))))
-def test_a_union_is_a_count_of_points(intervals: list[tuple[int, int]]) -> None:
-    """Each unit of the window counts once if any interval has it."""
-    points = [n for n in range(10, 30) if any(start <= n < end for start, end in intervals)]
-    assert compute_union_length(intervals, 10, 30) == len(points)
 
 
 def event(cat: str, name: str, ts: float, dur: float, stream: int = 0) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 import resource
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,27 +113,21 @@ def test_a_checkpoint_of_version_01(tmp_path: Path) -> None:
     """It is not resumed from, in a sentence with --train.init_from, which takes its weights and settings under their
     old names; nor is its run directory."""
     config = AlexNetConfig(channels=(8, 16, 16, 16, 16), fc_dim=64, num_classes=3)
-    model, basis = AlexNet(config), Eigenbasis(*(torch.ones(3).numpy(),) * 2, torch.eye(3).numpy())
+    model, basis = AlexNet(config), Eigenbasis(np.ones(3), np.ones(3), np.eye(3))
     saved = replace(shipped("paper"), model=config).to_json()
     saved["model"]["hidden"] = saved["model"].pop("fc_dim")
     augmentation = saved["data"]["augmentation"]
     augmentation["share_window"] = augmentation.pop("images_per_crop")
     augmentation |= {"jpeg_fancy_upsampling": True, "std": 2.0}
-    state = {
-        "config": saved,
-        "model": model.state_dict(),
-        "wnids": ["a", "b", "c"],
-        "eigenbasis": basis.to_json(),
-    }
-    path = save_checkpoint(tmp_path, 7, {**state, "format_version": 1}, keep_last=1)
-    with pytest.raises(UserError, match=f"--train.init_from {path}"):
-        load_checkpoint(path)
+    state = {"format_version": 1, "config": saved, "model": model.state_dict(), "wnids": ["a", "b", "c"]}
+    path = save_checkpoint(tmp_path, 7, {**state, "eigenbasis": basis.to_json()}, keep_last=1)
+    (tmp_path / "lock").touch()
+    for refused, named in ((partial(load_checkpoint, path), path), (RunDirectory(tmp_path).claim, tmp_path)):
+        with pytest.raises(UserError, match=f"--train.init_from {named}"):
+            refused()
     weights, _ = init_from(tmp_path, config, basis, 1.0, {})
     assert torch.equal(weights["fc8.weight"], model.fc8.weight)
     assert torch.equal(weights["conv1.weight"], model.conv1.weight / 2)  # for another std
-    (tmp_path / "lock").touch()
-    with pytest.raises(UserError, match=f"--train.init_from {tmp_path}"):
-        RunDirectory(tmp_path).claim()
 
 
 @pytest.mark.parametrize("limit", [1, 100_000])

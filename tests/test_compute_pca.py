@@ -2,7 +2,6 @@
 through them."""
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.eigenbasis import Moments
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.reader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
 from tests.helpers import ROOT, jpeg, photo, refuses, run_ok
@@ -100,12 +99,10 @@ def test_wrong_input_writes_nothing(few: Path, tmp_path: Path) -> None:
     """No shards, or a pca.json of other shards: one sentence, code 2, nothing written."""
     assert "manifest.json" in refuses("tools/compute_pca.py", tmp_path)
     assert not list(tmp_path.iterdir())
-    copy = tmp_path / "shards"
-    shutil.copytree(few, copy)
-    other = json.dumps({**read_json(copy / "pca.json"), "manifest_sha256": "other"})
-    (copy / "pca.json").write_text(other)
-    assert "other shards" in refuses("tools/compute_pca.py", copy)
-    assert (copy / "pca.json").read_text() == other
+    out, other = tmp_path / "pca.json", {**read_json(few / "pca.json"), "manifest_sha256": "other"}
+    write_json(out, other)
+    assert "other shards" in refuses("tools/compute_pca.py", few, "--out", out)
+    assert read_json(out) == other
 
 
 def test_images_of_other_sizes_count_as_packed(tmp_path: Path) -> None:

@@ -21,11 +21,9 @@ from tools.doctor import (
     Finding,
     check_cores,
     check_dali,
-    check_disk,
     check_eigenbasis,
     check_gpus,
     check_split,
-    measure_disk,
     probe,
     read_limits,
     run_check,
@@ -159,18 +157,6 @@ def test_unreadable_shards_are_problems(
     np.save(copy / "mean_image.npy", np.zeros(3))
     found = run_check(partial(check_eigenbasis, copy, whole))
     assert found.status == "problem" and "mean_image.npy" in found.value
-
-
-def test_disk_speed_is_compared_with_the_gpus(
-    numbered_shards: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Images/s are bytes/s over the mean size of an image; many GPUs need more. Reading is bounded."""
-    train = numbered_shards(40, 2)
-    assert measure_disk(train.tars) > 0 and measure_disk(train.tars, seconds=0) == 0
-    size = sum(Path(tar).stat().st_size for tar in train.tars) / 40
-    monkeypatch.setattr(program, "measure_disk", lambda files: size * 25_000)
-    assert "25,000 images/s" in check_disk(train, 1).value
-    assert [check_disk(train, gpus).status for gpus in (0, 1, 2, 3)] == ["ok", "ok", "ok", "warning"]
 
 
 def test_missing_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,18 +165,14 @@ def test_runs_that_lack_something_have_a_page(data: ReportData) -> None:
 
 @pytest.mark.browser
 def test_page_in_a_browser(data: ReportData, tmp_path: Path) -> None:
-    """Hostile names neither run nor widen the page; a page that is broken is seen to be."""
+    """Hostile names neither run nor widen the page, and an address that leads out is blocked."""
     page = render_page(data, IMAGES).decode()
-    wide_image = '<img src="data:image/png;base64,AAAA"><p style="max-width:none;width:900px">wide'
-    broken = page.replace("<main>", f"<main>{wide_image}")
-    broken = broken.replace("</main>", '</main><img src="http://127.0.0.1:9/x.png">')
-    (wide, narrow, ruined), console = look_at({page: 1280, page + " ": 400, broken: 700}, tmp_path)
+    leads_out = page.replace("</main>", '</main><img src="http://127.0.0.1:9/x.png">')
+    (wide, narrow, other), console = look_at({page: 1280, page + " ": 400, leads_out: 700}, tmp_path)
     for each in (wide, narrow):
         assert each["sections"] == SECTIONS and each["images"] == 20 and not each["broken"]
         assert each["scroll"] <= each["width"] and not each["outside"]
-    assert ruined["broken"] == 2 and ruined["scroll"] > 700 and ruined["outside"]
-    assert len(console.splitlines()) == 1
-    assert "Content Security Policy" in console and "127.0.0.1:9" in console
+    assert other["broken"] == 1 and len(console.splitlines()) == 1 and "Content Security Policy" in console
 
 
 def test_saturation_is_the_angle_to_grey() -> None:
