@@ -215,6 +215,13 @@ def collect(loader: Loader, epochs: range) -> list[tuple[torch.Tensor, torch.Ten
     return [(batch.images.clone(), batch.labels.clone()) for epoch in epochs for batch in loader.epoch(epoch)]
 
 
+def same_batches(
+    one: list[tuple[torch.Tensor, torch.Tensor]], two: list[tuple[torch.Tensor, torch.Tensor]]
+) -> bool:
+    """Bitwise, images and labels."""
+    return all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in zip(one, two, strict=True))
+
+
 TORCHVISION = {
     "features.0": (64, 3, 11, 11), "features.3": (192, 64, 5, 5), "features.6": (384, 192, 3, 3),
     "features.8": (256, 384, 3, 3), "features.10": (256, 256, 3, 3),
