@@ -37,7 +37,7 @@ from train.config import Config, parse_config
 from train.metrics import read_metrics
 
 Members = list[tuple[str, bytes]]
-Make = Callable[[int, int], ShardSet]
+Make = Callable[..., ShardSet]
 """The fixture `numbered_shards`."""
 
 ROOT = Path(__file__).resolve().parent.parent
