@@ -64,16 +64,6 @@ def test_extreme_levels_are_exact(levels: list[int], height: int, width: int) ->
     assert moments.sum_products == tuple((pixels.T @ pixels).ravel().tolist())
 
 
-def test_degenerate_colours(tmp_path: Path) -> None:
-    """Grey images have one axis, a constant image none; no eigenvalue is negative or not a number."""
-    grey = np.repeat(np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8), 3, axis=3)
-    for images, axes in ((grey, 1), (np.full((1, 8, 8, 3), 77, np.uint8), 0)):
-        content = write_eigenbasis(tmp_path / "pca.json", Moments.of(images), "m", "test")
-        values = np.array(content["eigenvalues"])
-        assert np.isfinite(values).all() and (values >= 0).all() and (values > 0).sum() == axes
-        Eigenbasis.load(tmp_path / "pca.json", "m")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

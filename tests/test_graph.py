@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,22 +21,15 @@ from pipeline.settings import Augmentation
 from tests.helpers import jpeg, photo
 from tools.packing.images import crop256
 
-KINDS: list[tuple[str, dict[str, object]]] = [
-    ("RGB", {"subsampling": "4:2:0"}),
-    ("RGB", {"subsampling": "4:4:4"}),
-    ("L", {}),
-    ("CMYK", {}),
-    ("RGB", {"progressive": True}),
-    ("RGB", {"subsampling": "4:2:2"}),
-]
 
-
-def images_of_every_kind(count: int) -> list[bytes]:
-    """256x256 JPEGs, kinds in turn."""
+def images_of_every_kind() -> list[bytes]:
+    """72 JPEGs of 256x256, kinds in turn."""
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
+        *(("RGB", {"subsampling": each}) for each in ("4:2:0", "4:2:2", "4:4:4")),
+        *(("L", {}), ("CMYK", {}), ("RGB", {"progressive": True})),
+    )
     rng = np.random.default_rng(0)
-    return [
-        jpeg(photo(rng), mode, **options) for mode, options in (KINDS[k % len(KINDS)] for k in range(count))
-    ]
+    return [jpeg(photo(rng), mode, **options) for _ in range(12) for mode, options in kinds]
 
 
 def feed(items: list[bytes]) -> Iterator[list[np.ndarray]]:
@@ -51,7 +45,7 @@ def feed(items: list[bytes]) -> Iterator[list[np.ndarray]]:
 def test_train_graph_equals_pillow_and_numpy(plain_basis: Eigenbasis, augmentation: Augmentation) -> None:
     """Decoding within one level of Pillow, the window to the bit, and what a GPU does with it, here by the same
     operations on a CPU, within float16's rounding; on the parameters that the graph itself puts out."""
-    encoded = images_of_every_kind(72)
+    encoded = images_of_every_kind()
 
     @pipeline_def(batch_size=len(encoded), num_threads=2, device_id=None, seed=0)
     def pipeline() -> tuple[object, ...]:
@@ -139,17 +133,7 @@ def test_labels() -> None:
     assert labels.dtype == torch.int64 and labels.tolist() == [int(text) for text in texts]
 
 
-SIZES = [
-    (375, 500),
-    (500, 375),
-    (256, 256),
-    (257, 256),
-    (512, 513),
-    (512, 515),
-    (100, 1000),
-    (90, 60),
-    (1200, 900),
-]
+SIZES = [(375, 500), (256, 256), (257, 256), (512, 513), (512, 515), (100, 1000), (90, 60), (1200, 900)]
 """Heights and widths; 513 / 2 and 515 / 2 are ties of the rounding."""
 
 

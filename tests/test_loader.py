@@ -172,14 +172,6 @@ def test_memory_is_used_again_only_when_nobody_holds_it(
     assert {batch.images[1:, 2].data_ptr() for batch in loader.epoch(1)} <= places
 
 
-def test_opened_ahead(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """It costs memory, once, and no batch."""
-    opened, other = (loaders(numbered_shards(131, 4), plain_basis, 1, training=True)[0] for _ in range(2))
-    taken = opened.open()
-    assert 0 < taken < 2**30 and opened.open() == taken
-    assert same_batches(collect(opened, range(1)), collect(other, range(1)))
-
-
 def test_refusals(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
     """Skipping an epoch, a batch that cannot be filled, fewer images than processes (in validation, too, where DALI
     would call it damage)."""

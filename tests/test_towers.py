@@ -4,8 +4,8 @@ processes."""
 import itertools
 import multiprocessing
 import re
-import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.alexnet import AlexNet, AlexNetConfig
-from model.towers import (
-    COMPILE_OPTIONS,
-    TowerAlexNet,
-    TowerMesh,
-    gather_state_dict,
-    seed_process,
-)
+from model.towers import COMPILE_OPTIONS, TowerAlexNet, TowerMesh, gather_state_dict, seed_process
 from train.config import OptimizerConfig
 from train.optimizer import AlexNetSGD
 
@@ -32,13 +26,9 @@ CONFIG = AlexNetConfig(channels=(8, 16, 24, 24, 16), fc_dim=32, num_classes=7, d
 """An odd number of classes, so that towers get different halves."""
 CONFIGS = (
     CONFIG,
-    AlexNetConfig(
-        "original", channels=(8, 16, 24, 24, 0), fc_dim=32, num_classes=6, activation="tanh", dropout=0
-    ),
-    AlexNetConfig("torchvision", towers=2, channels=(8, 16, 24, 0, 16), fc_dim=32, num_classes=3, dropout=0),
-    AlexNetConfig(
-        channels=(8, 16, 24, 0, 0), fc_dim=32, num_classes=2, lrn="none", pooling="plain", dropout=0
-    ),
+    replace(CONFIG, variant="original", channels=(8, 16, 24, 24, 0), num_classes=6, activation="tanh"),
+    replace(CONFIG, variant="torchvision", towers=2, channels=(8, 16, 24, 0, 16), num_classes=3),
+    replace(CONFIG, channels=(8, 16, 24, 0, 0), num_classes=2, lrn="none", pooling="plain"),
 )
 BATCH, STEPS = 4, (50, 1, 1, 1)
 """Images, and steps of each of `CONFIGS`."""
@@ -94,6 +84,7 @@ class Log(TorchDispatchMode):
 
 def work(folder: Path, rank: int, world: int) -> None:
     """One process: everything that is compared with the single device, left in a file."""
+    torch.set_num_threads(1)  # there are more processes than cores
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
     mesh = TowerMesh.create()
     per_replica = BATCH // mesh.num_replicas
@@ -127,6 +118,7 @@ def work(folder: Path, rank: int, world: int) -> None:
 
 def compile_tower(folder: Path, rank: int, world: int, backend: str) -> None:
     """One process: the same step eager and compiled, in replicas whose gradients travel in several buckets."""
+    torch.set_num_threads(1)  # there are more processes than cores
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
     mesh = TowerMesh.create()
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1000  # type: ignore[attr-defined]
@@ -143,29 +135,17 @@ def compile_tower(folder: Path, rank: int, world: int, backend: str) -> None:
     torch.save(found, folder / f"rank{rank}.pt")
 
 
-def alone(work: Callable[..., None], folder: Path, rank: int, *more: object) -> None:
-    """Call it; what fails is left in a file."""
-    torch.set_num_threads(1)
-    try:
-        work(folder, rank, *more)
-    except BaseException:
-        (folder / f"error{rank}").write_text(traceback.format_exc())
-        raise
-
-
 def results(work: Callable[..., None], folder: Path, world: int, *more: str) -> list[Any]:
     """What every process left that calls a function of this file, forked from one that has imported PyTorch and done
-    nothing with it; with one thread each, as there are more of them than cores."""
+    nothing with it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    processes = [
-        context.Process(target=alone, args=(work, folder, rank, world, *more)) for rank in range(world)
-    ]
+    processes = [context.Process(target=work, args=(folder, rank, world, *more)) for rank in range(world)]
     for process in processes:
         process.start()
-    for rank, process in enumerate(processes):
+    for process in processes:
         process.join(200)
-        assert process.exitcode == 0, (folder / f"error{rank}").read_text()
+    assert [process.exitcode for process in processes] == [0] * world  # tracebacks are on stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
