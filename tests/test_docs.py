@@ -1,6 +1,7 @@
-"""What README, CONTRIBUTING, docs/ and the recipes tell a reader to type is what programs take; links lead somewhere,
-and the table of files is the folder's."""
+"""Commands in README, CONTRIBUTING, docs/ and the recipes are what programs take; links lead somewhere; the
+reading order and the file table in docs/design.md are true."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -19,7 +20,12 @@ from tests.helpers import ROOT
 from tools import predict
 from train.config import parse_config
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "RECORDS.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 OF_OTHERS = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
 
 
@@ -150,26 +156,84 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
 
-def test_the_table_of_files() -> None:
-    """docs/design.md has a line for every file of the four rooms, by its folder, and none for others."""
+def find_definition(place: str) -> tuple[Path, ast.AST]:
+    """The file and the syntax tree of `file: function`, `file: Class.method` or `file`. Raises `LookupError`."""
+    name, _, path = place.partition(": ")
+    file = ROOT / name
+    node: ast.AST = ast.parse(file.read_text())
+    for part in filter(None, path.split(".")):
+        found = [each for each in node.body if getattr(each, "name", "") == part]  # type: ignore[attr-defined]
+        if not found:
+            raise LookupError(f"{place}: no {part} in {name}")
+        node = found[0]
+    return file, node
+
+
+def check_call(callee: str, caller: str) -> None:
+    """Check one row of a reading order: both exist, the caller's file is the callee's or imports from it, and the
+    caller uses its name (for `forward`, which torch calls, its file uses the class). Raises `LookupError`."""
+    (file, _), (caller_file, body) = find_definition(callee), find_definition(caller)
+    tree = ast.parse(caller_file.read_text())
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    if file != caller_file and module not in imported:
+        raise LookupError(f"{caller} does not import from {module}")
+    *owners, name = callee.partition(": ")[2].split(".")
+    if name == "forward":
+        name, body = owners[0], tree
+    used = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(body)}
+    if name not in used:
+        raise LookupError(f"{caller} does not use {name}")
+
+
+def reading_orders() -> list[list[tuple[str, str]]]:
+    """Of docs/design.md: rows (where, called by) of packing, of tar to loss, and of one setting."""
+    text = (ROOT / "docs/design.md").read_text()
+    tables = re.findall(r"^\| where \| called by \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.MULTILINE) for table in tables]
+
+
+def test_reading_order() -> None:
+    """Every row of design.md names code that is there and calls the other; nine files at most from tar to loss,
+    five from YAML to use."""
+    packing, image, setting = reading_orders()
+    for row in (*packing, *image, *setting):
+        check_call(*row)
+    counts = [len({place.partition(": ")[0] for row in rows for place in row}) for rows in (image, setting)]
+    assert [len(packing), len(image), len(setting)] == [5, 9, 5]
+    assert counts[0] <= 9 and counts[1] <= 5
+
+
+@pytest.mark.parametrize("row", [
+    ("pipeline/graph.py: read_graph", "pipeline/graph.py: val_graph"),
+    ("pipeline/graph.py: no_such", "pipeline/graph.py: train_pipeline"),
+    ("model/lrn.py: local_response_norm", "train/trainer.py: Trainer.train_step"),
+    ("model/alexnet.py: AlexNet.forward", "train/metrics.py: StepMeter.read"),
+])  # fmt: skip
+def test_wrong_reading_order_is_seen(row: tuple[str, str]) -> None:
+    """So that the test above can fail."""
+    with pytest.raises(LookupError):
+        check_call(*row)
+
+
+def test_file_table() -> None:
+    """docs/design.md lists every file of the four packages, by its folder, and none that is not there."""
     (table,) = re.findall(
         r"^## Files\n\n```text\n(.*?)^```", (ROOT / "docs/design.md").read_text(), re.M | re.S
     )
-    told, folders = set(), [""]
+    listed, folders = set(), [""]
     for line in table.splitlines():
         indent, names = re.fullmatch(r"( *)(\S+(?:, \S+)*)  .*|()(\S+)", line).group(1, 2)  # type: ignore[union-attr]
         depth = len(indent or "") // 2
         for name in (names or line.split()[0]).split(", "):
             folders[depth + 1 :] = [name] if name.endswith("/") else []
-            told.add("".join(folders[: depth + 1]) + name)
-    listed = subprocess.run(
+            listed.add("".join(folders[: depth + 1]) + name)
+    git = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     files = {
-        name
-        for name in listed.stdout.split()
-        if re.match(r"(pipeline|model|train|tools)/.*\.(py|html)$", name)
+        name for name in git.stdout.split() if re.match(r"(pipeline|model|train|tools)/.*\.(py|j2)$", name)
     }
     there = {name for name in files if not name.endswith("__init__.py") and (ROOT / name).is_file()}
-    assert {name for name in told if re.search(r"\.(py|html)$", name)} - there == set()
-    assert there - told == set()
+    assert {name for name in listed if re.search(r"\.(py|j2)$", name)} - there == set()
+    assert there - listed == set()
