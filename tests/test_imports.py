@@ -1,4 +1,4 @@
-"""Who knows whom: `pipeline` and `model` nothing of ours, `train` both, `tools` all; and nobody himself in a circle."""
+"""`pipeline` and `model` import no other package of ours, `train` imports both, `tools` all; no import is circular."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.helpers import ROOT
 
-MAY_KNOW = {
+ALLOWED = {
     "pipeline": {"pipeline"},
     "model": {"model"},
     "train": {"train", "pipeline", "model"},
@@ -15,7 +15,7 @@ MAY_KNOW = {
 
 
 def imports(path: Path, modules: set[str]) -> set[str]:
-    """Of our modules, those that a file imports anywhere in it, if only for its types."""
+    """Find our modules that a file imports anywhere in it, if only for its types."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -25,15 +25,15 @@ def imports(path: Path, modules: set[str]) -> set[str]:
     return names & modules
 
 
-def test_no_arrow_upwards_and_no_circle() -> None:
-    """Of any import; a circle is raised with its members."""
+def test_import_order() -> None:
+    """No import goes upwards or in a circle (`CycleError` names its members)."""
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-        for room in MAY_KNOW
-        for path in (ROOT / room).rglob("*.py")
+        for package in ALLOWED
+        for path in (ROOT / package).rglob("*.py")
     }
     graph = {name: imports(path, set(files)) for name, path in files.items()}
     assert len(graph) > 50 and graph["train.run"]
-    rooms = {name: {other.split(".")[0] for other in others} for name, others in graph.items()}
-    assert {name: known for name, known in rooms.items() if not known <= MAY_KNOW[name.split(".")[0]]} == {}
+    packages = {name: {other.split(".")[0] for other in others} for name, others in graph.items()}
+    assert {name: used for name, used in packages.items() if not used <= ALLOWED[name.split(".")[0]]} == {}
     TopologicalSorter(graph).prepare()
