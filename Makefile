@@ -29,7 +29,7 @@ gpu-report: install
 
 # Branches that the tests take, the slow ones too, but for those that kill, train or measure memory for many minutes, and one
 # whose full disk keeps coverage from writing, too.
-LONG = --deselect tests/test_run_refusals.py::test_disk_full_at_the_end --ignore tests/test_chaos.py --ignore tests/test_quickstart.py \
+LONG = --deselect tests/test_run.py::test_disk_full_at_the_end --ignore tests/test_chaos.py --ignore tests/test_quickstart.py \
 	--deselect tests/test_pack.py::test_fifty_kills --deselect tests/test_loader.py::test_memory_stays_flat
 
 coverage: install

@@ -221,18 +221,3 @@ def seed_process(*numbers: int) -> None:
     """Seed torch with a stream of its own for every (seed, rank, ...)."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
-
-
-def bytes_per_image(config: AlexNetConfig, element_bytes: int, pixel_bytes: int = 0) -> float:
-    """Bytes that each process of a pair sends for an image of their batch in one training step: activations where the
-    towers meet, forward, and their gradients; logits; half of the pixels.
-
-    Args:
-        config: The network.
-        element_bytes: Of an activation on the wire: 4 in float32, 2 in half precision.
-        pixel_bytes: Of a colour value of an image on the wire; 0: without pixels.
-    """
-    _, c2, c3, c4, c5 = config.conv_channels
-    inputs = c2 * 13 * 13 + (c5 or c4 or c3) * 6 * 6 + 2 * config.fc_dim  # of conv3, fc6, fc7, fc8
-    logits = max(4, element_bytes) * config.outputs / TOWERS  # at least float32; the mean of both, if odd
-    return element_bytes * inputs + logits + pixel_bytes * 3 * 224 * 224 / TOWERS

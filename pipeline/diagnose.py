@@ -58,9 +58,7 @@ def shard_damage(tar: Path, index: Path, samples: int) -> str:
     for members in rows:
         for extension, offset, length, name in members:
             if offset + length > size:
-                return (
-                    f"{tar} has {size} bytes, but {name or extension} lies at {offset} to {offset + length}"
-                )
+                return f"{tar} has {size} bytes, but {name or extension} is at {offset} to {offset + length}"
     return ""
 
 

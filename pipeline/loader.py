@@ -72,7 +72,7 @@ class Loader:
         device: torch.device | str,
     ) -> None:
         if not 0 <= rank < num_ranks:
-            raise UserError(f"loader rank {rank} lies outside 0..{num_ranks - 1}")
+            raise UserError(f"loader rank: expected 0..{num_ranks - 1}, got {rank}")
         if batch_size < 1:
             raise UserError(f"the batch size must be at least 1, not {batch_size}")
         if shards.num_samples < num_ranks:

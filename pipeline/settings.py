@@ -74,8 +74,7 @@ class DataConfig:
     """Where JPEGs are decoded: gpu (nvJPEG), cpu (libjpeg-turbo; augmented on the GPU if there is one), auto: where
     the network is."""
     shuffle_buffer: int = 4096
-    """Encoded images from which each next one is drawn; shards and their order within the buffer are shuffled
-    besides."""
+    """Encoded images from which each next one is drawn; the order of shards is shuffled, too."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Changes to a training image."""
     speed: Speed = field(default_factory=Speed)

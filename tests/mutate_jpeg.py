@@ -93,7 +93,7 @@ INSERTED = (
     *([bytes([marker]), b"", b"", b""] for marker in (0x01, 0xD0, 0xD7, 0xD8, 0xD9, 0x00, 0xFF)),
     *([b"\xff\xfe", b"\0\2", b"", stray] for stray in (b"\0", b"\x12\x34", bytes(11), b"x" * 600, b"\xff")),
 )  # fmt: skip
-"""Segments of other programs, markers without a segment, and comments with stray bytes behind them."""
+"""Segments of other programs, markers without a segment, and comments with stray bytes after them."""
 
 
 def change(rng: random.Random, parts: list[Part]) -> None:

@@ -96,7 +96,7 @@ NOISE = np.random.default_rng(5).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
 def with_segment(data: bytes, marker: int, body: bytes) -> bytes:
-    """A file with one segment more, behind its start marker."""
+    """A file with one segment more, after its start marker."""
     return data[:2] + b"\xff" + joined([segment(marker, body)])[1:] + data[2:]
 
 

@@ -1,4 +1,4 @@
-"""Programs end with the exit code and the one sentence of their error; settings are read strictly; recipes have names."""
+"""Programs end with the code and one sentence of their error; settings are read strictly; recipes have names."""
 
 import json
 import shlex
@@ -43,7 +43,7 @@ ENDS: list[tuple[Callable[[], object], int, str]] = [
         f"error: give {'x' * 995} ... {'x' * 490}; a remedy\n",
     ),
     (
-        lambda: Path("/proc/none/file").open(),
+        lambda: Path("/proc/none/file").read_bytes(),
         2,
         "error: cannot use /proc/none/file: No such file or directory; give another path or set its permissions\n",
     ),
@@ -214,7 +214,8 @@ def test_good_files_pass(tmp_path: Path) -> None:
     value; the later file wins."""
     (tmp_path / "section.yaml").write_text("lr: 0.25\n")
     text = "data: {augmentation: {lighting: {strength: &a 0.5, off_epoch: 3}, flip: *a}}\noptimizer: section.yaml\n"
-    text += "train: {<<: {seed: 0, epochs: 9}, epochs: 4, init_from: '007'}\nmodel: {fc_dim: 20, channels: ~, lrn: }  # \N{SNOWMAN}\n"
+    text += "train: {<<: {seed: 0, epochs: 9}, epochs: 4, init_from: '007'}\n"
+    text += "model: {fc_dim: 20, channels: ~, lrn: }  # \N{SNOWMAN}\n"
     path = tmp_path / "mine.yaml"
     path.write_text(text, "utf-8-sig")
     config = parse_config(["--config", "quickstart", "--config", str(path), *RUN[2:]])

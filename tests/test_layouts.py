@@ -333,7 +333,7 @@ def test_the_listing_is_cached(tmp_path: Path) -> None:
 
 
 def test_listing_rows(tmp_path: Path) -> None:
-    """`take` gives the chosen rows in the order asked for; a file of its own is read from its path."""
+    """`take` gives the chosen rows in the order asked for; a separate file is read from its path."""
     listing = Listing(tmp_path)
     for number in range(5):
         write(tmp_path / "sub" / f"{number}.jpg", bytes([number]) * (number + 1))

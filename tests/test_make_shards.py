@@ -177,8 +177,8 @@ def test_wrong_input_is_one_sentence(
         (broken / archive).write_bytes((raw / archive).read_bytes()[:1_000_000])
     else:
         (broken / archive).write_bytes(content(raw) if callable(content) else content)  # type: ignore[arg-type]
-    told = refuses("tools/make_shards.py", "pack", broken, tmp_path / "shards")
-    assert message in told and archive in told
+    error = refuses("tools/make_shards.py", "pack", broken, tmp_path / "shards")
+    assert message in error and archive in error
     assert not (tmp_path / "shards").exists()
 
 

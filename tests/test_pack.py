@@ -29,8 +29,8 @@ def test_parts_at_the_same_time(small: Path, clean: dict[str, bytes], tmp_path: 
         environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
         command = ["tools/make_shards.py", "pack", small, tmp_path / "shards", *SMALL[:4]]
         processes.append(start_python(*command, env=environment))
-    told = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], told
+    message = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], message
     assert files(tmp_path / "shards") == clean
 
 
@@ -101,7 +101,7 @@ def children_of(process: "subprocess.Popen[str]") -> list[str]:
 
 
 def test_workers_die_with_the_packer(small: Path, tmp_path: Path) -> None:
-    """kill -9 leaves no process behind."""
+    """kill -9 leaves no process."""
     process = start(small, tmp_path / "shards", "--samples-per-shard", "1")
     wait_for(lambda: list(tmp_path.glob("shards/train/*.tar")), process)
     children = children_of(process)
@@ -112,7 +112,7 @@ def test_workers_die_with_the_packer(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_worker(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
-    """The packer says so in a sentence, exit code 3, and the next run goes on."""
+    """The packer says so in a sentence, exit code 3, and the next run resumes."""
     process = start(small, tmp_path / "shards")
     wait_for(lambda: list(tmp_path.glob("shards/train/plan.json")), process)
 
@@ -167,7 +167,7 @@ def test_ctrl_c(small: Path, tmp_path: Path, delay_s: float) -> None:
 
 
 def test_a_full_disk(small: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
-    """A write that fails is one sentence that names the file, exit code 2; no broken shard; with space it goes on."""
+    """A write that fails is one sentence that names the file, exit code 2; no broken shard; with space it resumes."""
     sizes = sorted(len(data) for name, data in clean.items() if name.endswith(".tar"))
     assert sizes[-2] < sizes[-1]
     program = f"""

@@ -1,4 +1,4 @@
-"""Images that a pack takes as they are, leaves out or stops at, and what it tells before it begins."""
+"""Images that a pack takes as they are, leaves out or stops at, and what it prints before it begins."""
 
 import tarfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Worker processes that die are told of, whenever it happens."""
+"""Worker processes that die are reported, whenever it happens."""
 
 import os
 import re

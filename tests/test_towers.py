@@ -27,7 +27,6 @@ from model.towers import (
     COMPILE_OPTIONS,
     TowerAlexNet,
     TowerMesh,
-    bytes_per_image,
     gather_state_dict,
     seed_process,
     shard_state_dict,
@@ -284,7 +283,8 @@ def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int, single
         assert first["parameters"] + second["parameters"] == whole
         assert abs(first["parameters"] / whole - 0.5) < 0.02
         for element_bytes, sent, others in zip((4, 2), first["sent"], second["sent"], strict=True):
-            assert (sent + others) / 2 == bytes_per_image(CONFIG, element_bytes)
+            # docs/towers.md: pooled conv2 and conv5, fc6 and fc7, forward and backward; half of the logits
+            assert (sent + others) / 2 == element_bytes * (16 * 13 * 13 + 16 * 6 * 6 + 2 * 32) + 4 * 7 / 2
     halves = torch.stack([found[rank]["half loss"] for rank in range(0, world, 2)])
     assert_close(halves.mean(), single[torch.float32]["half loss"], 0.01)
     assert all(each["averaged"] == (2 * 4 * each["parameters"] if replicas > 1 else 0) for each in found)
@@ -365,10 +365,3 @@ def test_states_shard_and_are_refused(mesh: TowerMesh) -> None:
     for config in (AlexNetConfig(towers=1), AlexNetConfig(channels=(96, 256, 0, 384, 256))):
         with pytest.raises(ValueError, match=r"model\.towers=2"):
             TowerAlexNet(config, mesh)
-
-
-def test_bytes_of_the_full_network() -> None:
-    """By hand: 43,264 values of conv2 pooled, 9,216 of conv5, twice 4,096 units, and 500 logits."""
-    config = AlexNetConfig()
-    assert bytes_per_image(config, 2) == 2 * (256 * 169 + 9216 + 2 * 4096) + 4 * 500
-    assert bytes_per_image(config, 2, pixel_bytes=1) - bytes_per_image(config, 2) == 75_264

@@ -1,4 +1,4 @@
-"""Verification: sound shards pass, and each kind of damage is told with its place.
+"""Verification: sound shards pass, and each kind of damage is reported with its place.
 
 Longer than others: it is one command, and most tests damage a copy and read the output with the same helpers.
 """
@@ -37,7 +37,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def test_sound_shards_pass(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In full and fast, on one process; strays are told and are no fault."""
+    """In full and fast, on one process; strays are noted and are no fault."""
     count = sum(read_json(few / split / "manifest.json")["num_samples"] for split in ("train", "val"))
     verify(few, workers=1)
     assert capsys.readouterr().out.startswith(f"{few}: {count} images in 4 shards, all valid (")
@@ -46,7 +46,7 @@ def test_sound_shards_pass(few: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_strays_are_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files that no manifest lists, in a split and beside it."""
+    """Files that no manifest lists, in a split and next to it."""
     for name in ("train/train-000003.tar.tmp", "val/val-000000.json", "holiday.jpg"):
         (copy / name).write_bytes(b"x")
     verify(copy, fast=True)
@@ -94,7 +94,7 @@ def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_damaged_tar(
     copy: Path, capsys: pytest.CaptureFixture[str], change: Callable[[bytes], bytes], messages: list[str]
 ) -> None:
-    """Cut, zeroed, emptied or turned to garbage: told without a crash, and the other shards are not accused."""
+    """Cut, zeroed, emptied or turned to garbage: reported without a crash, and the other shards are not accused."""
     rewrite(copy / "train" / "train-000001.tar", change)
     lines = faults(copy, capsys)
     assert all(line.startswith("train/train-000001.tar: ") for line in lines)
@@ -202,7 +202,7 @@ def change_json(path: Path, **changes: object) -> None:
 
 
 def test_labels_out_of_range(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shards that were wrong from the start: every such image is told, long lists are cut and counted in full."""
+    """Shards that were wrong from the start: every such image is reported, long lists are cut and counted in full."""
     classes = read_json(copy / "classes.json")
     change_json(copy / "classes.json", classes=classes["classes"][:-1])
     assert any("classes.json: expected 10, got 9" in line for line in faults(copy, capsys, fast=True))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -140,10 +140,5 @@ def write_mean_image(path: Path, mean_HWC: np.ndarray) -> None:
         np.save(file, mean_HWC.astype(np.float32))
 
 
-def main() -> NoReturn:
-    """Run the command line."""
-    run_program(compute_pca)
-
-
 if __name__ == "__main__":
-    main()
+    run_program(compute_pca)

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 try:
     from pipeline.shards import classes_json
@@ -185,14 +185,7 @@ def print_speed(results: list[PackStats], seconds: float, workers: int) -> None:
             f"packed {images} images in {seconds:.1f} s ({images / seconds:.0f} images/s, {workers} workers, "
             f"{read / 1e6 / seconds:.0f} MB/s read, {written / 1e6 / seconds:.0f} MB/s written)"
         )
-    if busy := sum(result.busy for result in results):
-        print(f"{busy} shards are being written by another process")
-
-
-def main() -> NoReturn:
-    """Run the command line."""
-    run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})
 
 
 if __name__ == "__main__":
-    main()
+    run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt})

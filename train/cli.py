@@ -279,7 +279,7 @@ def check_renamed(name: str, source: str) -> None:
 
 
 def find_recipe(name: str) -> Path:
-    """The file behind a name: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`). A file
+    """The file of a name: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`). A file
     of that name in the working directory comes first. Raises `FileNotFoundError`."""
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():

@@ -279,12 +279,11 @@ def add_saved_config(words: list[str]) -> list[str]:
     if "--config" in given or "--run.dir" not in words[:-1] or given >= REQUIRED:
         return words
     directory = Path(words[words.index("--run.dir") + 1])
-    saved = directory / "config.yaml"
-    if saved.is_file():
-        return ["--config", str(saved), *words]
+    if (directory / "run.lock").is_file() and (directory / "config.yaml").is_file():
+        return ["--config", str(directory / "config.yaml"), *words]
     if "--data.shards" not in given:
         raise UserError(
-            f"{directory}: expected a run to resume, found no config.yaml; give an earlier run's --run.dir, or "
+            f"{directory}: expected a run of this version to resume, found none; give an earlier run's --run.dir, or "
             "--config FILE and --data.shards SHARDS"
         )
     return words

@@ -1,11 +1,10 @@
-"""Which process this is among those that torchrun or Slurm's srun started together: the one place that reads their
-variables. For training, srun's become those of torchrun.
+"""Rank and world size from the variables of torchrun or of Slurm's srun; srun's are translated to torchrun's.
 
     srun --ntasks 8 python -m train.run --config FILE ...
 
-An allocation is no launch. In an sbatch script and in a salloc shell SLURM_NTASKS tells how many tasks were asked for,
-and the script even has SLURM_PROCID=0, but what is started there is one process, which must not wait for others or do
-one share of the work. SLURM_STEP_NUM_TASKS is what only the tasks of a step have (seen in Slurm 22.05; srun(1), "output
+An allocation is not a launch. In an sbatch script and in a salloc shell SLURM_NTASKS is the number of tasks that were
+asked for, and the script even has SLURM_PROCID=0, but what is started there is one process, which must not wait for
+others or do one part of the work. Only tasks of a step have SLURM_STEP_NUM_TASKS (seen in Slurm 22.05; srun(1), "output
 environment variables"); a shell of `srun --pty` or of salloc's interactive step is a step of one task.
 """
 
@@ -29,11 +28,11 @@ class Task(NamedTuple):
     world: int
     """Number of processes."""
     source: str
-    """What tells: the names of variables, or of an option."""
+    """Names of the variables, or of an option, that say so."""
 
 
 def find_task(environment: Mapping[str, str]) -> Task:
-    """This process's place among those of a torchrun or of a step of Slurm; (0, 1) where it was started alone.
+    """Rank and number of processes of a torchrun or of a step of Slurm; (0, 1) where it was started alone.
 
     Raises `UserError` that names the variable when one is missing or no such number.
     """
@@ -51,69 +50,66 @@ def find_task(environment: Mapping[str, str]) -> Task:
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
-    """Its number among those of its machine; 0 where it was started alone. Raises `UserError`."""
+    """Rank among the processes of this machine; 0 where it was started alone. Raises `UserError`."""
     name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
     return read_number(environment, name) if environment.get(name) else 0
 
 
 def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
-    """Where srun started this process together with others, set what torchrun would have set: RANK, WORLD_SIZE,
-    LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    """Under srun, set what torchrun would have set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT.
 
-    RANK or WORLD_SIZE that is there already is of another launcher, perhaps a torchrun that srun started: nothing is
-    changed then. A given MASTER_ADDR or MASTER_PORT stays. `num_gpus` is the number that this process sees. Raises
-    `ValueError` that names the variable when one is missing or cannot be read.
+    A RANK or WORLD_SIZE that is set is another launcher's, perhaps of a torchrun that srun started: nothing is changed
+    then. A given MASTER_ADDR or MASTER_PORT stays. `num_gpus` is the number that this process sees. Raises `UserError`
+    that names the variable when one is missing or cannot be read.
     """
     task = find_task(environment)
     if task.world == 1:
         return
     if "WORLD_SIZE" in environment:
-        check_meeting_point(environment)
+        check_master(environment)
         return
     environment["RANK"], environment["WORLD_SIZE"] = str(task.rank), str(task.world)
-    place = read_number(environment, "SLURM_LOCALID")
+    local = read_number(environment, "SLURM_LOCALID")
     # --gpus-per-task shows each task its own GPU alone, which is number 0 to all of them
-    environment["LOCAL_RANK"] = "0" if num_gpus == 1 else str(place)
+    environment["LOCAL_RANK"] = "0" if num_gpus == 1 else str(local)
     environment["LOCAL_WORLD_SIZE"] = str(len(environment.get("SLURM_GTIDS", "0").split(",")))
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in environment:
         job, step = (read_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         environment["MASTER_PORT"] = str(PORTS[(STEPS_APART * job + step) % len(PORTS)])
-    check_meeting_point(environment)
+    check_master(environment)
 
 
-def check_meeting_point(environment: Mapping[str, str]) -> None:
-    """Raise `UserError` unless the variables say where processes meet."""
+def check_master(environment: Mapping[str, str]) -> None:
+    """Raise `UserError` unless MASTER_ADDR and MASTER_PORT are set."""
     if not environment.get("MASTER_ADDR"):
         raise UserError(
             "there are other processes, but MASTER_ADDR is not set; start all of them by torchrun or srun"
         )
     if not 0 < read_number(environment, "MASTER_PORT") < 2**16:
-        raise UserError(f"MASTER_PORT has to lie in 1..65535, but is {environment['MASTER_PORT']}")
+        raise UserError(f"MASTER_PORT: expected 1..65535, got {environment['MASTER_PORT']}")
 
 
 def first_host(nodes: str) -> str:
-    """The first of a step's machines, where task 0 runs: `node03` of `node[03-05,09]`.
-
-    Raises `UserError` when it cannot be told.
-    """
+    """The first machine of a step, where task 0 runs: `node03` of `node[03-05,09]`. Raises `UserError`."""
     first = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+(?=,|$)", nodes)
     host = re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[0]) if first else ""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host):
         raise UserError(
-            f"SLURM_STEP_NODELIST is {nodes!r}, whose first machine cannot be told; set MASTER_ADDR to its name"
+            f"SLURM_STEP_NODELIST is {nodes!r}: expected a list of machines; set MASTER_ADDR to the first one"
         )
     return host
 
 
 def read_number(environment: Mapping[str, str], name: str) -> int:
-    """A variable that holds a number from 0. Raises `UserError` when it does not, or is missing."""
+    """A variable's number, from 0 on. Raises `UserError`."""
     value = environment.get(name)
     if value is None:
         raise UserError(
             f"a launcher started this process, but {name} is not set; start it by srun or torchrun again"
         )
     if not (value.isascii() and value.isdigit()):
-        raise UserError(f"{name} has to be a number from 0, but is {value!r}")
+        raise UserError(f"{name}: expected a number from 0 on, got {value!r}")
     return int(value)

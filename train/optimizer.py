@@ -106,7 +106,7 @@ def update_at_tensor_lr(
     momentum: float,
 ) -> None:
     """`update` for torch.compile, with the rate, and its product with the weight decay, as 0-dim tensors: Python
-    numbers would be compiled anew at each value, and after eight of them no more."""
+    numbers would be compiled again at each value, up to eight times."""
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_sub_(velocity, torch._foreach_mul(weights, decay_lr))
     torch._foreach_sub_(velocity, torch._foreach_mul(gradients, lr))

@@ -1,7 +1,7 @@
 """Decode one raw image, note its anomalies, and produce the JPEG for the shard.
 
 `crop256`: shorter side to 256 (antialiased bicubic), longer side `round(long * 256 / short)`, central 256x256 from
-offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes if a shard may hold them, else encoded anew.
+offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes if a shard may hold them, else encoded.
 EXIF orientation is ignored, as Pillow and torchvision ignore it.
 
 Three outcomes: clean, kept with a note, undecodable (`ValueError`). libjpeg-turbo decodes files that it has no warning

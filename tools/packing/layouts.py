@@ -194,17 +194,11 @@ def verify_md5(raw: Path, layout: str) -> None:
     if "archives" not in layout:
         raise UserError(f"--check-md5: expected the archives of ILSVRC-2012, got {layout}; leave it out")
     for name, published in ARCHIVES.items():
-        digest = hashlib.md5(usedforsecurity=False)
-        size = (raw / name).stat().st_size
-        progress = tqdm(total=size, desc=f"md5 of {name}", unit="B", unit_scale=True, disable=None)
-        with (raw / name).open("rb") as file, progress:
-            while block := file.read(2**22):
-                digest.update(block)
-                progress.update(len(block))
-        if digest.hexdigest() != published:
-            raise UserError(
-                f"{raw / name}: expected MD5 {published}, got {digest.hexdigest()}; download it again"
-            )
+        with (raw / name).open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        print(f"{raw / name}: MD5 {found}", flush=True)
+        if found != published:
+            raise UserError(f"{raw / name}: expected MD5 {published}, got {found}; download it again")
 
 
 def read_devkit(path: Path) -> tuple[dict[int, ClassName], list[int]]:

@@ -39,7 +39,7 @@ class RawImage(NamedTuple):
     file: str
     """Path of the tar, the parquet file, or the image itself."""
     offset: int
-    """First byte in a tar (row in a parquet file; 0 in a file of its own)."""
+    """First byte in a tar (row in a parquet file; 0 in a separate file)."""
     size: int
     """Length in bytes (0 in a parquet file, where it is unknown before reading)."""
     label: int

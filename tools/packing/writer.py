@@ -46,8 +46,6 @@ class PackStats(NamedTuple):
     images: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    busy: bool = False
-    """Another process is writing this shard."""
 
 
 def write_shard(plan: ShardPlan, pack: Pack | None = None) -> PackStats:
@@ -105,7 +103,7 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
                 index.append([tar.add(name, data) for name, data in members])
             tar.close()
     except BlockingIOError:
-        return PackStats(busy=True)
+        return PackStats()
     index_bytes = index_text(index).encode()
     write_bytes(plan.path.with_suffix(".idx"), index_bytes)
     shard = {
@@ -259,7 +257,10 @@ def read_manifest(plan: Plan) -> dict[str, Any] | None:
         return None
     manifest: dict[str, Any] = read_json(path)
     check_manifest(manifest, path)
-    if manifest["num_samples"] + len(manifest.get("skipped", [])) != len(plan.listing):
+    has_fields = {"repairs", "skipped"} <= manifest.keys() and all(
+        "index_bytes" in row for row in manifest["shards"]
+    )
+    if not has_fields or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing):
         raise UserError(f"{path}: expected {len(plan.listing)} images, packed or skipped; restore it")
     return manifest
 
