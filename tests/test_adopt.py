@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.files import read_json, write_json
 from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
@@ -287,6 +287,14 @@ def test_bad_patterns(
         adopt(tmp_path / "src", tmp_path / "src" / "out", split="train", pattern="*0000.tar", workers=1)
     with pytest.raises(FileNotFoundError, match="not a directory"):
         adopt(tmp_path / "none", tmp_path / "shards", split="train", pattern="*.tar", workers=1)
+
+
+def test_labels_that_are_not_classes(tmp_path: Path) -> None:
+    """A label far beyond the number of images is refused with it, not taken for a million classes."""
+    (tmp_path / "a.tar").write_bytes(tar_of([("k.jpg", IMAGE), ("k.cls", b"999999")]))
+    with pytest.raises(UserError, match="999999"):
+        adopt(tmp_path, tmp_path.parent / "labels", split="train", pattern="a.tar", workers=1)
+    assert not (tmp_path.parent / "labels" / "train" / "manifest.json").exists()
 
 
 def test_command_line(tmp_path: Path) -> None:

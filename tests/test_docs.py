@@ -1,5 +1,5 @@
-"""Commands in README, CONTRIBUTING, docs/ and the recipes are what programs take; links lead somewhere; the
-reading order and the file table in docs/design.md are true."""
+"""Commands in README, CONTRIBUTING, docs/ and the recipes are accepted by their programs; links lead somewhere; the
+tables of docs/design.md (paths of an image and of a setting, files) are true."""
 
 import ast
 import re
@@ -20,17 +20,14 @@ from tests.helpers import ROOT
 from tools import predict
 from train.config import parse_config
 
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "RECORDS.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-]
-OF_OTHERS = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "RECORDS", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+DESIGN = (ROOT / "docs/design.md").read_text()
+EXTERNAL = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
 
 
 def commands(text: str) -> Iterator[str]:
-    """Those of the fenced `sh` blocks, a line each, continued lines joined."""
+    """Lines of the fenced `sh` blocks, continued lines joined."""
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from filter(None, (line.strip() for line in block.replace("\\\n", " ").splitlines()))
 
@@ -89,12 +86,12 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         parsed = get_args_parser().parse_args(arguments)
         assert parsed.module
         check_ours(module_file(parsed.training_script), parsed.training_script_args, monkeypatch)
-    elif program == ".venv/bin/python" and arguments[0] == "-m" and arguments[1] not in OF_OTHERS:
+    elif program == ".venv/bin/python" and arguments[0] == "-m" and arguments[1] not in EXTERNAL:
         check_ours(module_file(arguments[1]), arguments[2:], monkeypatch)
     elif program == ".venv/bin/python" and arguments[0].endswith(".py"):
         check_ours(ROOT / arguments[0], arguments[1:], monkeypatch)
     else:
-        assert Path(program).name in OF_OTHERS or arguments[1] in OF_OTHERS, f"what is {program}?"
+        assert Path(program).name in EXTERNAL or arguments[1] in EXTERNAL, f"what is {program}?"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -142,9 +139,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
     """Files and headings that pages point to are there."""
     for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text()):
@@ -156,84 +151,85 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
 
-def find_definition(place: str) -> tuple[Path, ast.AST]:
-    """The file and the syntax tree of `file: function`, `file: Class.method` or `file`. Raises `LookupError`."""
-    name, _, path = place.partition(": ")
-    file = ROOT / name
-    node: ast.AST = ast.parse(file.read_text())
-    for part in filter(None, path.split(".")):
-        found = [each for each in node.body if getattr(each, "name", "") == part]  # type: ignore[attr-defined]
-        if not found:
-            raise LookupError(f"{place}: no {part} in {name}")
-        node = found[0]
-    return file, node
+def find_definition(step: str) -> ast.AST:
+    """The module, function, class or method of `file`, `file: name` or `file: Class.name`. Raises `StopIteration`."""
+    file, _, name = step.partition(": ")
+    node: Any = ast.parse((ROOT / file).read_text())
+    for part in filter(None, name.split(".")):
+        node = next(each for each in node.body if getattr(each, "name", "") == part)
+    return node  # type: ignore[no-any-return]
 
 
-def check_call(callee: str, caller: str) -> None:
-    """Check one row of a reading order: both exist, the caller's file is the callee's or imports from it, and the
-    caller uses its name (for `forward`, which torch calls, its file uses the class). Raises `LookupError`."""
-    (file, _), (caller_file, body) = find_definition(callee), find_definition(caller)
-    tree = ast.parse(caller_file.read_text())
-    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    if file != caller_file and module not in imported:
-        raise LookupError(f"{caller} does not import from {module}")
-    *owners, name = callee.partition(": ")[2].split(".")
+def names_in(node: ast.AST) -> set[str]:
+    """Every name and attribute that code uses or imports."""
+    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    names |= {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+    return names | {each.name for each in ast.walk(node) if isinstance(each, ast.alias)}
+
+
+def calls(caller: str, step: str) -> bool:
+    """Whether one calls the other by its name, and imports its file if that is another; `forward` is called by PyTorch,
+    for files that import its class."""
+    find_definition(step)
+    file, caller_file = (each.partition(": ")[0] for each in (step, caller))
+    tree = ast.walk(ast.parse((ROOT / caller_file).read_text()))
+    imported = {node.module for node in tree if isinstance(node, ast.ImportFrom)}
+    if file not in (caller_file, *(f"{str(module).replace('.', '/')}.py" for module in imported)):
+        return False
+    *owner, name = step.partition(": ")[2].split(".")
     if name == "forward":
-        name, body = owners[0], tree
-    used = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(body)}
-    if name not in used:
-        raise LookupError(f"{caller} does not use {name}")
+        find_definition(caller)
+        return owner[0] in names_in(ast.parse((ROOT / caller.partition(": ")[0]).read_text()))
+    return name in names_in(find_definition(caller))
 
 
-def reading_orders() -> list[list[tuple[str, str]]]:
-    """Of docs/design.md: rows (where, called by) of packing, of tar to loss, and of one setting."""
-    text = (ROOT / "docs/design.md").read_text()
-    tables = re.findall(r"^\| where \| called by \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
-    return [re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.MULTILINE) for table in tables]
+def read_steps(heading: str) -> list[tuple[str, str]]:
+    """(step, called by) of the last table below a heading of docs/design.md."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", DESIGN, re.M | re.S)
+    table = section.rpartition("| step |")[2]
+    return re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.M)
 
 
-def test_reading_order() -> None:
-    """Every row of design.md names code that is there and calls the other; nine files at most from tar to loss,
-    five from YAML to use."""
-    packing, image, setting = reading_orders()
-    for row in (*packing, *image, *setting):
-        check_call(*row)
-    counts = [len({place.partition(": ")[0] for row in rows for place in row}) for rows in (image, setting)]
-    assert [len(packing), len(image), len(setting)] == [5, 9, 5]
-    assert counts[0] <= 9 and counts[1] <= 5
+@pytest.mark.parametrize(
+    ("heading", "most"),
+    [("The path of one image", 9), ("The path of one setting", 5)],
+    ids=["image", "setting"],
+)
+def test_paths(heading: str, most: int) -> None:
+    """Each step exists and is called where the table says; from tar to loss, and from YAML to use, few files."""
+    steps = read_steps(heading)
+    assert [step for step, caller in steps if not calls(caller, step)] == []
+    files = {each.partition(": ")[0] for step in steps for each in step}
+    assert 3 < len(files) <= most
 
 
-@pytest.mark.parametrize("row", [
-    ("pipeline/graph.py: read_graph", "pipeline/graph.py: val_graph"),
-    ("pipeline/graph.py: no_such", "pipeline/graph.py: train_pipeline"),
-    ("model/lrn.py: local_response_norm", "train/trainer.py: Trainer.train_step"),
-    ("model/alexnet.py: AlexNet.forward", "train/metrics.py: StepMeter.read"),
-])  # fmt: skip
-def test_wrong_reading_order_is_seen(row: tuple[str, str]) -> None:
-    """So that the test above can fail."""
-    with pytest.raises(LookupError):
-        check_call(*row)
+def test_path_of_packing() -> None:
+    """Likewise the table above them."""
+    steps = re.findall(r"^\| `(tools/[^`]+)` \| `([^`]+)` \|", DESIGN, re.M)
+    assert len(steps) == 5 and all(calls(caller, step) for step, caller in steps)
 
 
-def test_file_table() -> None:
-    """docs/design.md lists every file of the four packages, by its folder, and none that is not there."""
-    (table,) = re.findall(
-        r"^## Files\n\n```text\n(.*?)^```", (ROOT / "docs/design.md").read_text(), re.M | re.S
-    )
+def test_paths_can_fail() -> None:
+    """A name that does not exist, and a call that is not made, are seen."""
+    with pytest.raises(StopIteration):
+        calls("train/run.py: run", "train/trainer.py: Trainer.fly")
+    assert not calls("train/run.py: log_summary", "train/config.py: parse_config")
+    assert not calls("model/lrn.py: local_response_norm", "model/alexnet.py: AlexNet.pool")
+    assert not calls("pipeline/normalize.py: normalize", "model/alexnet.py: AlexNet.forward")
+
+
+def test_table_of_files() -> None:
+    """docs/design.md has a line for every file of the four rooms, in its folder, and no other."""
+    (table,) = re.findall(r"^## Files\n\n```text\n(.*?)^```", DESIGN, re.M | re.S)
     listed, folders = set(), [""]
     for line in table.splitlines():
-        indent, names = re.fullmatch(r"( *)(\S+(?:, \S+)*)  .*|()(\S+)", line).group(1, 2)  # type: ignore[union-attr]
-        depth = len(indent or "") // 2
-        for name in (names or line.split()[0]).split(", "):
-            folders[depth + 1 :] = [name] if name.endswith("/") else []
-            listed.add("".join(folders[: depth + 1]) + name)
-    git = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    files = {
-        name for name in git.stdout.split() if re.match(r"(pipeline|model|train|tools)/.*\.(py|j2)$", name)
+        indent, name = re.fullmatch(r"( *)(\S+)(?:  .*)?", line).groups()  # type: ignore[union-attr]
+        folders[len(indent) // 2 + 1 :] = [name]
+        listed.add("".join(folders))
+    pattern = r"(pipeline|model|train|tools)/.*\.(py|j2)"
+    git = ["git", "ls-files", "-co", "--exclude-standard"]
+    tracked = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    present = {name for name in tracked if re.fullmatch(pattern, name) and (ROOT / name).is_file()}
+    assert {name for name in listed if not name.endswith("/")} == {
+        name for name in present if not name.endswith("__init__.py")
     }
-    there = {name for name in files if not name.endswith("__init__.py") and (ROOT / name).is_file()}
-    assert {name for name in listed if re.search(r"\.(py|j2)$", name)} - there == set()
-    assert there - listed == set()

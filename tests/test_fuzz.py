@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from train.trained import read_trained
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.reader import decoded_batches
@@ -41,6 +40,7 @@ from tools.packing.images import find_fault, pack_image
 from tools.packing.verify import stats, verify
 from train.cli import run_main
 from train.metrics import read_metrics
+from train.pretrained import read_pretrained
 
 QUICKSTART = ROOT / "train" / "configs" / "quickstart.yaml"
 FEW, MANY = 240, 10_000
@@ -221,11 +221,11 @@ READERS: dict[str, tuple[str, str, tuple[Call, ...]]] = {
     )),
     "recipes": ("recipes", "*", (lambda folder, path, out: parse_recipe(path, out),)),
     "runs": ("run", "**/*.*", (
-        lambda run, path, out: read_trained(run),
+        lambda run, path, out: read_pretrained(run),
         lambda run, path, out: export_weights(run, out / "weights.safetensors"),
         lambda run, path, out: read_metrics(run / "metrics.jsonl"),
     )),
-    "weights": ("weights", "*", (lambda folder, path, out: read_trained(path),)),
+    "weights": ("weights", "*", (lambda folder, path, out: read_pretrained(path),)),
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ from tools.packing.tars import index_sample, read_samples, sanitize_name
 
 MAX_TARS = 100_000
 """Names in a range of a pattern: braceexpand keeps all of them in memory."""
+MAX_NUMBERED_CLASSES = 200_000
+"""Classes without names; five times as many would take more than 1 GB."""
 
 
 class ShardIndex(NamedTuple):
@@ -83,7 +85,8 @@ def adopt(
     indexes = run_jobs(read, tars, [tar.stat().st_size for tar in tars], processes, "reading")
     num_samples = sum(shard.row["samples"] for shard in indexes)
     skipped = [row for shard in indexes for row in shard.skipped]
-    names, origin = load_class_names(shards, classes, max(shard.max_label for shard in indexes))
+    max_label = max(shard.max_label for shard in indexes)
+    names, origin = load_class_names(shards, classes, max_label, num_samples)
 
     directory.mkdir(parents=True, exist_ok=True)
     for tar, shard in zip(tars, indexes, strict=True):
@@ -161,7 +164,9 @@ def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
         return False
 
 
-def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[tuple[ClassName, ...], str]:
+def load_class_names(
+    shards: Path, file: Path | None, max_label: int, num_samples: int
+) -> tuple[tuple[ClassName, ...], str]:
     """Load the classes, and a text on their origin. Raises `UserError` where the labels do not fit."""
     place = shards / "classes.json"
     names = read_classes(shards) if place.exists() else None
@@ -173,6 +178,10 @@ def load_class_names(shards: Path, file: Path | None, max_label: int) -> tuple[t
             )
         names, place = listed, file
     if names is None:
+        if max_label >= max(num_samples, MAX_NUMBERED_CLASSES):  # not a class: an ID, a checksum
+            raise UserError(
+                f"expected labels below {num_samples}, the images, got {max_label}; correct it or give --classes FILE"
+            )
         names = tuple(ClassName(f"{k:0{MAX_LABEL_DIGITS}}", f"class {k}") for k in range(max_label + 1))
         return names, "(numbered from 000000; name them by --classes FILE)"
     if max_label >= len(names):
