@@ -168,8 +168,14 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def calls(caller: str, step: str) -> bool:
-    """Whether one calls the other, by its name; `forward` is called by PyTorch, for files that import its class."""
+    """Whether one calls the other by its name, and imports its file if that is another; `forward` is called by PyTorch,
+    for files that import its class."""
     find_definition(step)
+    file, caller_file = (each.partition(": ")[0] for each in (step, caller))
+    tree = ast.walk(ast.parse((ROOT / caller_file).read_text()))
+    imported = {node.module for node in tree if isinstance(node, ast.ImportFrom)}
+    if file not in (caller_file, *(f"{str(module).replace('.', '/')}.py" for module in imported)):
+        return False
     *owner, name = step.partition(": ")[2].split(".")
     if name == "forward":
         find_definition(caller)
@@ -208,6 +214,8 @@ def test_paths_can_fail() -> None:
     with pytest.raises(StopIteration):
         calls("train/run.py: run", "train/trainer.py: Trainer.fly")
     assert not calls("train/run.py: log_summary", "train/config.py: parse_config")
+    assert not calls("model/lrn.py: local_response_norm", "model/alexnet.py: AlexNet.pool")
+    assert not calls("pipeline/normalize.py: normalize", "model/alexnet.py: AlexNet.forward")
 
 
 def test_table_of_files() -> None:
