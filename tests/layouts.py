@@ -1,10 +1,11 @@
-"""The same few images in each of the layouts that raw ImageNet comes in."""
+"""The same few images in each of the layouts that raw ImageNet comes in, and what is to become of them."""
 
 import csv
 import io
 from pathlib import Path
 
 import numpy as np
+import webdataset
 from PIL import Image
 
 from tests.helpers import jpeg, photo, tar_of, write
@@ -83,3 +84,20 @@ def parquet(raw: Path, images: Images) -> None:
             table = pyarrow.Table.from_pylist(rows[part::2])
             path = raw / "data" / f"{name}-{part:05d}-of-00002.parquet"
             pyarrow.parquet.write_table(table, path, row_group_size=4)
+
+
+def expected_square(data: bytes) -> np.ndarray:
+    """The 256x256 image by Pillow alone."""
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = image.convert("RGB")
+    width, height = (round(side * 256 / min(rgb.size)) for side in rgb.size)
+    left, top = (width - 256) // 2, (height - 256) // 2
+    resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + 256, top + 256)))
+
+
+def read_shards(shards: Path, split: str) -> list[tuple[str, int, bytes]]:
+    """Key, label and image of every sample, by the webdataset library."""
+    tars = [str(path) for path in sorted((shards / split).glob("*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False) if tars else ()
+    return [(sample["__key__"], int(sample["cls"]), sample["jpg"]) for sample in samples]

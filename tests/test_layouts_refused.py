@@ -25,23 +25,19 @@ from tools.packing.layouts import read_devkit
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
 
 
-def special(kind: bytes, **fields: object) -> bytes:
-    """A tar with one member that is not a regular file, or has another size than it says."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        info = tarfile.TarInfo("n00000011_1.JPEG")
-        info.type = kind
-        for name, value in fields.items():
-            setattr(info, name, value)
-        tar.addfile(info)
-    return out.getvalue()
+def header(kind: bytes = b"0", **fields: object) -> bytes:
+    """The header of a member of this kind."""
+    info = tarfile.TarInfo("n00000011_1.JPEG")
+    info.type = kind
+    for name, value in fields.items():
+        setattr(info, name, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def pax(content: bytes) -> bytes:
-    """A header of extended attributes."""
-    info = tarfile.TarInfo("././@PaxHeader")
-    info.type, info.size = b"x", len(content)
-    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(512, b"\0")
+def sparse(content: bytes) -> bytes:
+    """A tar that begins with an extended header of a damaged sparse file."""
+    record = b"20 GNU.sparse.size=\n"
+    return header(b"x", size=len(record)) + record.ljust(512, b"\0") + content
 
 
 def header_of(content: bytes, member: int) -> tarfile.TarInfo:
@@ -50,19 +46,10 @@ def header_of(content: bytes, member: int) -> tarfile.TarInfo:
         return tar.getmembers()[member]
 
 
-def with_header(content: bytes, member: int, header: bytes) -> bytes:
+def with_header(content: bytes, member: int, other: bytes) -> bytes:
     """A tar with another header."""
     offset = header_of(content, member).offset
-    return content[:offset] + header + content[offset + 512 :]
-
-
-def negative_size() -> bytes:
-    """A header with a size of -512: Python's tarfile goes round for ever (CVE-2025-8194)."""
-    header = bytearray(tarfile.TarInfo("x.JPEG").tobuf())
-    header[124:136] = (256**12 - 512).to_bytes(12, "big")
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    return content[:offset] + other + content[offset + 512 :]
 
 
 def end_of_members(content: bytes) -> int:
@@ -74,19 +61,18 @@ def end_of_members(content: bytes) -> int:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (special(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
-        (special(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
-        (special(tarfile.CHRTYPE), "a link, a device or a sparse file"),
-        (special(tarfile.REGTYPE, size=10 * 2**30), "truncated inside"),
-        (lambda tar: pax(b"20 GNU.sparse.size=\n") + tar, "not a tar archive|damaged at byte"),
-        (lambda tar: pax(b"20 GNU.sparse.map=a\n") + tar, "not a tar archive|damaged at byte|sparse"),
+        (header(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
+        (header(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
+        (header(tarfile.CHRTYPE), "a link, a device or a sparse file"),
+        (header(tarfile.REGTYPE, size=10 * 2**30), "truncated inside"),
+        (sparse, "not a tar archive|damaged at byte"),
         (b"", "not a tar archive"),
         (b"\x00" * 10240, "no images found"),
-        (lambda tar: with_header(tar, 1, negative_size()), "damaged at byte|negative size"),
+        # A size of -512: Python's tarfile goes round for ever (CVE-2025-8194).
+        (lambda tar: with_header(tar, 1, header(size=-512)), "damaged at byte|negative size"),
         (lambda tar: with_header(tar, 3, bytes(512)), "damaged header or hole at byte"),
         (lambda tar: tar[: end_of_members(tar)], "no end mark"),
         (lambda tar: tar + tar, "damaged header or hole at byte"),
-        (b"garbage" * 1000, "not a tar archive"),
         (tar_of([("1.jpg", IMAGE), ("2.jpg", IMAGE), ("1.jpg", IMAGE)]), "holds a file twice"),
     ],
 )
@@ -105,10 +91,7 @@ def test_damaged_tars(content: object, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tars", "named"),
     [
-        (
-            {"ILSVRC2012_img_test_v10102019": ["test/ILSVRC2012_test_00000001.JPEG"]},
-            "ILSVRC2012_img_test_v10102019",
-        ),
+        ({"ILSVRC2012_img_test_v10102019": ["test/ILSVRC2012_test_00000001.JPEG"]}, "img_test_v10102019"),
         ({"val": ["a/1.JPEG", "b/1.JPEG"]}, "val.tar"),
         ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val: expected a class"),
         ({"train": ["1.JPEG"], "val": ["1.JPEG"]}, "train.tar"),
@@ -207,7 +190,6 @@ def test_other_folders(
     "names",
     [
         ["train-00000-of-00001-a1b2", "train-00000-of-00001-ff00"],
-        ["train-00000-of-00001", "train-00000-of-00001-a1b2"],
         ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
         ["train-00000-of-00001", "train"],
         ["train-00000-of-00001", "train_small-00000-of-00001"],
@@ -272,21 +254,18 @@ def test_an_output_among_the_images(tmp_path: Path) -> None:
     assert not (tmp_path / "raw" / "train" / "shards").exists()
 
 
-@pytest.mark.parametrize(("at", "value"), [(384, 0), (428, 1), (500, 1), (652, 128)])
+@pytest.mark.parametrize(("at", "value"), [(384, 0), (652, 128)])
 def test_a_devkit_that_crashes_scipys_reader(tmp_path: Path, at: int, value: int) -> None:
     """One byte of meta.mat is enough for a segmentation fault (scipy 1.17); it is a sentence here."""
-    names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-    folder, path = "ILSVRC2012_devkit_t12/data", tmp_path / "devkit.tar.gz"
+    member, path = "ILSVRC2012_devkit_t12/data/meta.mat", tmp_path / "devkit.tar.gz"
     path.write_bytes(gzip.compress(make_devkit(dict.fromkeys(DIGIT_TO_WNID.values(), 1), [1])))
     assert len(read_devkit(path)[0]) == 10
     with tarfile.open(path) as tar:
-        files = {f"{folder}/{name}": tar.extractfile(f"{folder}/{name}").read() for name in names}  # type: ignore[union-attr]
-    mat = bytearray(files[f"{folder}/meta.mat"])
+        files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    mat = bytearray(files[member])
     mat[at] = value
-    path.write_bytes(gzip.compress(tar_of({**files, f"{folder}/meta.mat": bytes(mat)})))
-    with pytest.raises(
-        ValueError, match=r"devkit.tar.gz: not the devkit .*, or damaged \(unreadable meta.mat"
-    ):
+    path.write_bytes(gzip.compress(tar_of({**files, member: bytes(mat)})))
+    with pytest.raises(ValueError, match=r"devkit.tar.gz: not the devkit .*\(unreadable meta.mat"):
         read_devkit(path)
 
 

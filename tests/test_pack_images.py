@@ -8,21 +8,22 @@ import pytest
 
 from pipeline.files import read_json
 from pipeline.shards import open_shards
-from tests.helpers import files, jpeg, photo, run_ok, run_python, tar_of, write
+from tests.helpers import files, jpeg, photo, run_python, tar_of, write
+from tests.layouts import read_shards
+from tools import make_shards
 from tools.make_shards import pack
 
 
 def test_undecodable_images(tmp_path: Path) -> None:
     """One stops the pack with archive, name and key; --on-bad skip leaves it out, lists it, and the counts add up, even
-    where nothing is left of a shard."""
+    where nothing is left of a shard; a split of nothing else is refused."""
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     rng = np.random.default_rng(0)
     good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
     bad = {"n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""}
     write(raw / "n00000011.tar", tar_of({**good, **bad}))
-    with pytest.raises(
-        ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"
-    ):
+    where = r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"
+    with pytest.raises(ValueError, match=where):
         pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1)
     assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
     pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
@@ -34,22 +35,12 @@ def test_undecodable_images(tmp_path: Path) -> None:
     before = files(shards)
     pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
     assert files(shards) == before
-
-
-def test_nothing_but_undecodable_images(tmp_path: Path) -> None:
-    """There is no such thing as an empty pack."""
-    write(tmp_path / "raw" / "n00000011.tar", tar_of({"a.JPEG": b"no image"}))
+    write(tmp_path / "none" / "n00000011.tar", tar_of(bad))
     with pytest.raises(ValueError, match="train: no image could be decoded"):
-        pack(tmp_path / "raw", tmp_path / "shards", workers=1, on_bad="skip")
+        pack(tmp_path / "none", tmp_path / "empty", val_fraction=0, workers=1, on_bad="skip")
 
 
-def test_an_archive_that_changes_while_it_is_packed(small: Path, tmp_path: Path) -> None:
-    """Cut short after it was listed: exit code 3, one sentence; no image of it is skipped as undecodable."""
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for tar in small.glob("*.tar"):
-        (raw / tar.name).write_bytes(tar.read_bytes())
-    program = """
+CHANGING = """
 import sys
 from pathlib import Path
 import tools.make_shards as make_shards
@@ -63,39 +54,26 @@ make_shards.claim_output = claim
 if __name__ == "__main__":
     run_main(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
 """
-    done = run_python("-c", program, raw, tmp_path / "shards")
+
+
+def test_an_archive_that_changes_while_it_is_packed(small: Path, tmp_path: Path) -> None:
+    """Cut short after it was listed: exit code 3, one sentence; no image of it is skipped as undecodable."""
+    for tar in small.glob("*.tar"):
+        write(tmp_path / "raw" / tar.name, tar.read_bytes())
+    done = run_python("-c", CHANGING, tmp_path / "raw", tmp_path / "shards")
     assert done.returncode == 3 and "n00000022.tar: ends inside" in done.stderr
     assert not (tmp_path / "shards" / "train" / "manifest.json").exists()
 
 
-def test_store_original(small: Path, tmp_path: Path) -> None:
-    """Every file goes in as it is; programs that take 256x256 images say so."""
+def test_originals_from_a_slow_source(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file goes in as it is; of few random reads a second the packer says what they mean in hours."""
+    monkeypatch.setattr(make_shards, "measure_random_reads", lambda listing, readers: 0.05)
     pack(small, val_fraction=0, shards=tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
+    assert "0 random reads/s, 0.5 hours" in capsys.readouterr().out
     expected = {}
     for path in small.glob("*.tar"):
         with tarfile.open(path) as tar:
             expected |= {m.name.removesuffix(".JPEG"): tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-    found = {}
-    for path in (tmp_path / "shards" / "train").glob("*.tar"):
-        with tarfile.open(path) as tar:
-            jpegs = [member for member in tar if member.name.endswith(".jpg")]
-            found |= {m.name.removesuffix(".jpg"): tar.extractfile(m).read() for m in jpegs}  # type: ignore[union-attr]
-    assert found == expected
-    # Statistics are of what the pipeline makes of them, the squares that crop256 stores, but for its JPEGs.
-    run_ok("tools/compute_pca.py", tmp_path / "shards")
-    pack(small, val_fraction=0, shards=tmp_path / "squares", quality=100, workers=1)
-    run_ok("tools/compute_pca.py", tmp_path / "squares")
-    ours, squares = (read_json(tmp_path / name / "pca.json") for name in ("shards", "squares"))
-    np.testing.assert_allclose(ours["mean"], squares["mean"], atol=0.2)
-    np.testing.assert_allclose(ours["axis_stddev"], squares["axis_stddev"], rtol=0.01)
-
-
-def test_a_slow_source_is_told(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Below the limit the packer says what it means in hours, and the remedy."""
-    from tools import make_shards
-
-    monkeypatch.setattr(make_shards, "measure_random_reads", lambda listing, readers: 0.05)
-    pack(small, val_fraction=0, shards=tmp_path / "shards", workers=1)
-    assert "0 random reads/s, 0.5 hours" in capsys.readouterr().out
+    assert {key: data for key, _, data in read_shards(tmp_path / "shards", "train")} == expected

@@ -13,51 +13,40 @@ from tests.layouts import WNIDS
 from tools.make_shards import pack
 from tools.packing import parquet
 
-PACK = {"samples_per_shard": 7, "workers": 1, "val_fraction": 0.2}
 
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same 60 images as class folders and as parquet files of several row groups; one is damaged, one is odd."""
-    place, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
-    images = {
-        f"{WNIDS[k % 3]}_{k}": jpeg(photo(rng, 90, 120), "CMYK" if k == 5 else "RGB") for k in range(60)
-    }
-    images[f"{WNIDS[1]}_7"] = b"damaged"
-    for name, data in images.items():
-        write(place / "folders" / name.split("_")[0] / f"{name}.JPEG", data)
-    rows = [
-        {"image": {"bytes": data, "path": f"{name}.JPEG"}, "label": WNIDS.index(name.split("_")[0])}
-        for name, data in images.items()
-    ]
-    (place / "parquet").mkdir()
-    for part in range(2):
-        path = place / "parquet" / f"train-{part:05d}-of-00002.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[part::2]), path, row_group_size=4)
-    return place / "folders", place / "parquet"
-
-
-def contents(shards: Path) -> dict[str, bytes]:
-    """Tars and indexes."""
+def pack_here(raw: Path, shards: Path, **options: object) -> dict[str, bytes]:
+    """Pack in this process; returns tars and indexes."""
+    pack(
+        raw, shards, **{"samples_per_shard": 7, "workers": 1, "val_fraction": 0.2, "on_bad": "skip"} | options
+    )  # type: ignore[arg-type]
     return {name: data for name, data in files(shards).items() if name.endswith((".tar", ".idx"))}
 
 
 @pytest.fixture(scope="module")
-def by_folders(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the folders become."""
-    shards = tmp_path_factory.mktemp("folders") / "shards"
-    pack(sources[0], shards, on_bad="skip", **PACK)  # type: ignore[arg-type]
-    assert len(contents(shards)) == 18
-    return contents(shards)
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """60 images as parquet files of several row groups, and what the same as class folders become; one is damaged, one
+    is odd."""
+    place, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    modes = ["CMYK" if k == 5 else "RGB" for k in range(60)]
+    images = {f"{WNIDS[k % 3]}_{k}": jpeg(photo(rng, 90, 120), mode) for k, mode in enumerate(modes)}
+    images[f"{WNIDS[1]}_7"] = b"damaged"
+    rows = []
+    for name, data in images.items():
+        wnid = name.split("_")[0]
+        write(place / "folders" / wnid / f"{name}.JPEG", data)
+        rows.append({"image": {"bytes": data, "path": f"{name}.JPEG"}, "label": WNIDS.index(wnid)})
+    (place / "parquet").mkdir()
+    for part in range(2):
+        path = place / "parquet" / f"train-{part:05d}-of-00002.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[part::2]), path, row_group_size=4)
+    expected = pack_here(place / "folders", place / "shards")
+    assert len(expected) == 18
+    return place / "parquet", expected
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_shards(
-    sources: tuple[Path, Path], by_folders: dict[str, bytes], tmp_path: Path, workers: int
-) -> None:
+def test_the_same_shards(source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """To the byte, notes and skipped images too; nothing is left of what was packed by row groups."""
-    pack(sources[1], tmp_path / "s", on_bad="skip", **PACK | {"workers": workers})  # type: ignore[arg-type]
-    assert contents(tmp_path / "s") == by_folders
+    assert pack_here(source[0], tmp_path / "s", workers=2) == source[1]
     manifests = [read_json(tmp_path / "s" / split / "manifest.json") for split in ("train", "val")]
     assert sum(len(each["skipped"]) for each in manifests) == 1
     assert [row["found"] for each in manifests for row in each["repairs"]] == ["CMYK JPEG file"]
@@ -65,47 +54,35 @@ def test_the_same_shards(
 
 
 def test_killed_while_reading(
-    sources: tuple[Path, Path], by_folders: dict[str, bytes], tmp_path: Path
+    source: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row groups that are packed survive kill -9; one that a disk has damaged since is packed again."""
+    """Row groups that are packed survive kill -9 and are not read again, but for one that a disk has damaged since."""
     options = ("--samples-per-shard", "7", "--workers", "1", "--val-fraction", "0.2", "--on-bad", "skip")
-    process = start_python("tools/make_shards.py", "pack", sources[1], tmp_path / "s", *options)
+    process = start_python("tools/make_shards.py", "pack", source[0], tmp_path / "s", *options)
     wait_for(lambda: len(list((tmp_path / "s").glob("train/spill-*/*.json"))) >= 3, process)
     process.kill()
     process.communicate()
-    groups = sorted((tmp_path / "s").glob("train/spill-*/*.tar"))
+    groups = sorted(path.with_suffix(".tar") for path in (tmp_path / "s").glob("train/spill-*/*.json"))
     with groups[1].open("r+b") as file:
         file.truncate(groups[1].stat().st_size - 5)
-    pack(sources[1], tmp_path / "s", on_bad="skip", **PACK)  # type: ignore[arg-type]
-    assert contents(tmp_path / "s") == by_folders
-
-
-def test_finished_row_groups_are_not_read_again(
-    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor those of which a split has no image."""
-    read: list[int] = []
+    read: list[object] = []
     real = parquet.read_row_group
-    monkeypatch.setattr(parquet, "read_row_group", lambda path, row: read.append(row) or real(path, row))
-
-    def stop(work: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(parquet, "copy_shard", stop)
-        pack(sources[1], tmp_path / "s", on_bad="skip", **PACK | {"val_fraction": 0})  # type: ignore[arg-type]
-    assert len(read) == 16
-    pack(sources[1], tmp_path / "s", on_bad="skip", **PACK | {"val_fraction": 0})  # type: ignore[arg-type]
-    assert len(read) == 16
+    monkeypatch.setattr(parquet, "read_row_group", lambda *place: read.append(place) or real(*place))
+    monkeypatch.setattr(parquet, "copy_shard", lambda work: pytest.fail("read all row groups first"))
+    with pytest.raises(pytest.fail.Exception):
+        pack_here(source[0], tmp_path / "s")
+    assert len(read) == 16 - len(groups) + 1
+    monkeypatch.undo()
+    assert pack_here(source[0], tmp_path / "s") == source[1]
 
 
-def test_it_is_one_machines_work(sources: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_is_one_machines_work(source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """Each part would read the whole source; that is refused. So is a second process on the same split."""
     with pytest.raises(ValueError, match="expected one part"):
-        pack(sources[1], tmp_path / "s", part="1/2", **PACK)  # type: ignore[arg-type]
+        pack_here(source[0], tmp_path / "s", part="1/2")
     assert not (tmp_path / "s").exists()
-    with pytest.raises(ValueError, match=r"_7\.JPEG"):  # stops at the damaged image
-        pack(sources[1], tmp_path / "s", **PACK)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"_7\.JPEG"):
+        pack_here(source[0], tmp_path / "s", on_bad="fail")
     (spill,) = (tmp_path / "s").glob("train/spill-*")
     with open_locked(spill / "lock", wait=False), pytest.raises(BlockingIOError):
-        pack(sources[1], tmp_path / "s", on_bad="skip", **PACK)  # type: ignore[arg-type]
+        pack_here(source[0], tmp_path / "s")
