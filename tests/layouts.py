@@ -68,6 +68,13 @@ def class_tars(raw: Path, images: Images) -> None:
         write(raw / f"{wnid}.tar", tar_of(files))
 
 
+def split_tars(raw: Path, images: Images) -> None:
+    """Class folders in a tar for each split."""
+    for split in ("train", "val"):
+        files = {f"{wnid}/{stem}.JPEG": data for stem, (of, wnid, data) in images.items() if of == split}
+        write(raw / f"{split}.tar", tar_of(files))
+
+
 def parquet(raw: Path, images: Images) -> None:
     """Hugging Face's files: several a split, several row groups a file."""
     import pyarrow

@@ -94,8 +94,11 @@ INSERTED = (
 def change(rng: random.Random, parts: list[Part]) -> None:
     """One change, in place."""
     at = rng.randrange(1, len(parts))
-    of = lambda *markers: [part for part in parts if part[0][0] in markers]  # noqa: E731
-    frames, tables, scans = of(*range(0xC0, 0xC4), 0xC9, 0xCA), of(0xC4, 0xDB), of(0xDA)
+    frames, tables, scans = (
+        [part for part in parts if part[0][0] in markers]
+        for markers in ((*range(0xC0, 0xC4), 0xC9, 0xCA), (0xC4, 0xDB), (0xDA,))
+    )
+    edited = [*frames * 2, *tables, *scans * 2]
     match rng.randrange(13):
         case 0:
             parts[at][0] = bytes([rng.choice((*range(0xC0, 0xFF), 0x01, 0x02, 0x00, 0xFF))])
@@ -108,18 +111,9 @@ def change(rng: random.Random, parts: list[Part]) -> None:
         case 5:
             for part in frames:
                 part[0] = bytes([rng.randrange(0xC0, 0xD0)])
-        case 6:
-            for part in frames:
-                body = bytearray(part[2] or b"x")
-                place = rng.randrange(len(body))
-                body[place] = rng.choice(
-                    (0, 1, 2, 8, 12, 16, *b"\x11\x12\x21\x22\x41\x14\x44", rng.randrange(256))
-                )
-                part[2] = bytes(body)
-        case 7 if tables:
-            edit(rng, rng.choice(tables), 2)
-        case (8 | 9) as case if scans:
-            edit(rng, rng.choice(scans), case - 6)
+        case 6 | 7 | 8 | 9 if edited:
+            part = rng.choice(edited)
+            edit(rng, part, 3 if part in scans and rng.random() < 0.5 else 2)
         case 10 if scans:  # a scan again, of other coefficients or bits
             again = list(rng.choice(scans))
             endings = (again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02")
@@ -144,7 +138,9 @@ def edit(rng: random.Random, part: Part, field: int) -> None:
         case 0 if data:
             data[place - 1] ^= 1 << rng.randrange(8)
         case 1 if data:
-            data[place - 1] = rng.choice((0, 0xFF, rng.randrange(256)))
+            data[place - 1] = rng.choice(
+                (0, 1, 2, 8, 12, 0xFF, *b"\x11\x12\x21\x22\x41\x44", rng.randrange(256))
+            )
         case 2:
             del data[place : place + rng.choice((1, 2, 9, 300))]
         case 3:

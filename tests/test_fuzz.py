@@ -49,29 +49,8 @@ LIMIT_S = 60
 MEMORY_BYTES = 1.5e9
 """Peak of a process that loaded torch, DALI and scipy."""
 NUMBERS = (0.5, float("nan"), 1e308, -1, 0, 2, 256, 2**31 - 1, 2**40, 2**63, 10**30)
-NAMES = (
-    "../../escape",
-    "/absolute",
-    ".",
-    "a\nb",
-    "\x1b[31mred",
-    "\0",
-    "n" * 300,
-    "\N{SNOWMAN}.tar",
-    "*",
-    "1",
-)
-YAML = (
-    "&a [*a]",
-    "!!python/object/apply:os.system [id]",
-    "1e3",
-    "0x1f",
-    "1:30",
-    "[1, 2",
-    "{",
-    "'",
-    "[" * 3000,
-)
+NAMES = ("../../escape", "/absolute", "a\nb", "\x1b[31mred", "\0", "n" * 300, "\N{SNOWMAN}.tar", "*")
+YAML = ("&a [*a]", "!!python/object/apply:os.system [id]", "1e3", "0x1f", "1:30", "[1, 2", "[" * 3000)
 VALUES: tuple[Any, ...] = (None, True, [], {}, "", [1, [2]], *NUMBERS, *NAMES, *YAML)
 """Other types, extremes, names that lead out of a folder or act on a terminal, YAML's surprises."""
 TAR_FIELDS = ((0, 100), (100, 8), (124, 12), (156, 1), (157, 100), (257, 8), (345, 155))

@@ -5,7 +5,6 @@ import io
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,34 +14,24 @@ from PIL import Image
 from scipy.io import loadmat
 
 from pipeline.files import read_json
-from tests.helpers import files, refuses, run_ok, tar_of
+from tests.helpers import files, read_tar, refuses, run_ok, tar_of
 from tests.layouts import expected_square, read_shards
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 
 
 def raw_images(raw: Path) -> dict[str, tuple[bytes, str]]:
     """Read the raw archives with tarfile alone: stem -> (file, wnid), the validation labels through meta.mat."""
     found = {}
-    with tarfile.open(raw / "ILSVRC2012_img_train.tar") as outer:
-        for member in outer:
-            with tarfile.open(fileobj=io.BytesIO(outer.extractfile(member).read())) as inner:  # type: ignore[union-attr]
-                for image in inner:
-                    found[image.name.removesuffix(".JPEG")] = (
-                        inner.extractfile(image).read(),
-                        member.name.removesuffix(".tar"),
-                    )  # type: ignore[union-attr]
-    with tarfile.open(raw / "ILSVRC2012_devkit_t12.tar.gz") as devkit:
-        folder = "ILSVRC2012_devkit_t12/data"
-        synsets = loadmat(io.BytesIO(devkit.extractfile(f"{folder}/meta.mat").read()), squeeze_me=True)[
-            "synsets"
-        ]  # type: ignore[union-attr]
-        labels = devkit.extractfile(f"{folder}/ILSVRC2012_validation_ground_truth.txt").read().split()  # type: ignore[union-attr]
+    for tar, content in read_tar(raw / TRAIN).items():
+        for name, data in read_tar(content).items():
+            found[Path(name).stem] = data, Path(tar).stem
+    devkit, folder = read_tar(raw / DEVKIT), "ILSVRC2012_devkit_t12/data"
+    synsets = loadmat(io.BytesIO(devkit[f"{folder}/meta.mat"]), squeeze_me=True)["synsets"]
     wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    with tarfile.open(raw / "ILSVRC2012_img_val.tar") as val:
-        for position, image in enumerate(sorted(val, key=lambda member: member.name)):
-            found[image.name.removesuffix(".JPEG")] = (
-                val.extractfile(image).read(),
-                wnid[int(labels[position])],
-            )  # type: ignore[union-attr]
+    labels = devkit[f"{folder}/ILSVRC2012_validation_ground_truth.txt"].split()
+    for (name, data), label in zip(sorted(read_tar(raw / VAL).items()), labels, strict=True):
+        found[Path(name).stem] = data, wnid[int(label)]
     return found
 
 
@@ -94,42 +83,34 @@ def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp
 
 def damaged_inner_header(raw: Path) -> bytes:
     """The train archive with one byte of an image's header flipped: tarfile alone would take it for the end."""
-    content = bytearray((raw / "ILSVRC2012_img_train.tar").read_bytes())
-    with tarfile.open(raw / "ILSVRC2012_img_train.tar") as outer:
-        first = outer.getmembers()[0]
-        with tarfile.open(fileobj=io.BytesIO(outer.extractfile(first).read())) as inner:  # type: ignore[union-attr]
-            content[first.offset_data + inner.getmembers()[10].offset] ^= 0xFF
+    content = bytearray((raw / TRAIN).read_bytes())
+    content[content.index(b".JPEG", content.index(b".JPEG") + 512)] ^= 0xFF
     return bytes(content)
 
 
 def classes_without_images(raw: Path, *more: int) -> bytes:
     """A train archive of every class with no image, and some of them again."""
-    with tarfile.open(raw / "ILSVRC2012_img_train.tar") as outer:
-        names = outer.getnames()
+    names = list(read_tar(raw / TRAIN))
     return tar_of([(name, tar_of({})) for name in [*names, *(names[k] for k in more)]])
 
 
 def cut_short(raw: Path) -> bytes:
     """The first megabyte of the train archive."""
-    return (raw / "ILSVRC2012_img_train.tar").read_bytes()[:1_000_000]
+    return (raw / TRAIN).read_bytes()[:1_000_000]
 
 
 @pytest.mark.parametrize(
     ("archive", "content", "message"),
     [
-        ("ILSVRC2012_img_train.tar", classes_without_images, "no images of class"),
-        (
-            "ILSVRC2012_img_train.tar",
-            lambda raw: classes_without_images(raw, 3),
-            "classes of ILSVRC2012_devkit",
-        ),
-        ("ILSVRC2012_img_train.tar", damaged_inner_header, "damaged header"),
-        ("ILSVRC2012_img_train.tar", tar_of({"n90000051.tar": tar_of({})}), "they differ in n9"),
-        ("ILSVRC2012_img_val.tar", None, "not found"),
-        ("ILSVRC2012_img_train.tar", cut_short, "truncated"),
-        ("ILSVRC2012_devkit_t12.tar.gz", b"not gzip either", "not the devkit"),
-        ("ILSVRC2012_img_val.tar", tar_of({"holiday.JPEG": b"x"}), "the devkit has no label for"),
-        ("ILSVRC2012_img_val.tar", tar_of({}), "got 0, 0 distinct"),
+        (TRAIN, classes_without_images, "no images of class"),
+        (TRAIN, lambda raw: classes_without_images(raw, 3), "classes of ILSVRC2012_devkit"),
+        (TRAIN, damaged_inner_header, "damaged header"),
+        (TRAIN, tar_of({"n90000051.tar": tar_of({})}), "they differ in n9"),
+        (VAL, None, "not found"),
+        (TRAIN, cut_short, "truncated"),
+        (DEVKIT, b"not gzip either", "not the devkit"),
+        (VAL, tar_of({"holiday.JPEG": b"x"}), "the devkit has no label for"),
+        (VAL, tar_of({}), "got 0, 0 distinct"),
     ],
 )
 def test_wrong_input_is_one_sentence(
