@@ -1,6 +1,5 @@
 """The same few images in each of the layouts that raw ImageNet comes in, and what is to become of them."""
 
-import csv
 import io
 from pathlib import Path
 
@@ -14,10 +13,10 @@ WNIDS = ["n00000011", "n00000022", "n00000033"]
 Images = dict[str, tuple[str, str, bytes]]  # stem -> (split, wnid, file)
 
 
-def image_set() -> Images:
-    """24 files with the oddities of the real thing, each of another colour."""
+def image_set(size: int = 24) -> Images:
+    """Files with the oddities of the real thing, each of another colour."""
     rng, images = np.random.default_rng(0), {}
-    for number in range(24):
+    for number in range(size):
         split, wnid = ("val" if number % 4 == 3 else "train"), WNIDS[number % 3]
         pixels = photo(rng, int(rng.integers(90, 200)), int(rng.integers(90, 200)))
         stem = f"ILSVRC2012_val_{number:08d}" if split == "val" else f"{wnid}_{number}"
@@ -36,12 +35,8 @@ def kaggle(raw: Path, images: Images) -> None:
     for stem, (split, wnid, data) in images.items():
         write(tree / (f"train/{wnid}" if split == "train" else "val") / f"{stem}.JPEG", data)
     write(tree / "test/ILSVRC2012_test_00000001.JPEG", b"not used")
-    with (raw / "LOC_val_solution.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["ImageId", "PredictionString"])
-        rows.writerows(
-            [stem, f"{wnid} 1 2 3 4 "] for stem, (split, wnid, _) in images.items() if split == "val"
-        )
+    solution = [f"{stem},{wnid} 1 2 3 4 \n" for stem, (split, wnid, _) in images.items() if split == "val"]
+    (raw / "LOC_val_solution.csv").write_text("".join(["ImageId,PredictionString\n", *solution]))
     (raw / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} thing, {wnid[-1]}\n" for wnid in WNIDS))
 
 

@@ -67,15 +67,9 @@ def segment(marker: int, body: bytes) -> Part:
 ADOBE = b"Adobe\0\x64\0\0\0\0"
 ICC = b"ICC_PROFILE\0"
 TIFF = b"II*\0\x08\0\0\0"
-EXIF = (
-    b"",
-    b"II*\0",
-    b"MM\0*\0\0\0\x08\xff\xff\1\2",
-    b"XX*\0junk",
-    b"II*\0\xff\xff\xff\xff",
-    TIFF + b"\xff" * 18,
-)
-EXIF += (TIFF + b"\1\0\x12\1\3\0\1\0\0\0\x09\0\0\0", TIFF + b"\1\0\x12\1\2\0\xff\xff\xff\x7f\0\0\0\0")
+EXIF = (b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff\1\2", b"XX*\0junk", b"II*\0\xff\xff\xff\xff")
+EXIF += (TIFF + b"\xff" * 18, TIFF + b"\1\0\x12\1\3\0\1\0\0\0\x09\0\0\0")
+EXIF += (TIFF + b"\1\0\x12\1\2\0\xff\xff\xff\x7f\0\0\0\0",)
 INSERTED = (
     *(segment(0xE0, b"JFIF\0" + revision + b"\0\0\1\0\1\0\0") for revision in (b"\0\0", b"\1\2", b"\2\0", b"\xff\xff")),
     *(segment(0xE0, body) for body in (b"", b"JFIF\0", b"JFXX\0\x13", b"AVI1\0\0")),
@@ -98,7 +92,6 @@ def change(rng: random.Random, parts: list[Part]) -> None:
         [part for part in parts if part[0][0] in markers]
         for markers in ((*range(0xC0, 0xC4), 0xC9, 0xCA), (0xC4, 0xDB), (0xDA,))
     )
-    edited = [*frames * 2, *tables, *scans * 2]
     match rng.randrange(13):
         case 0:
             parts[at][0] = bytes([rng.choice((*range(0xC0, 0xFF), 0x01, 0x02, 0x00, 0xFF))])
@@ -111,9 +104,9 @@ def change(rng: random.Random, parts: list[Part]) -> None:
         case 5:
             for part in frames:
                 part[0] = bytes([rng.randrange(0xC0, 0xD0)])
-        case 6 | 7 | 8 | 9 if edited:
-            part = rng.choice(edited)
-            edit(rng, part, 3 if part in scans and rng.random() < 0.5 else 2)
+        case 6 | 7 | 8 | 9:
+            group = rng.choice([each for each in (frames, tables, scans) if each] or [parts])
+            edit(rng, rng.choice(group), 3 if group is scans and rng.random() < 0.5 else 2)
         case 10 if scans:  # a scan again, of other coefficients or bits
             again = list(rng.choice(scans))
             endings = (again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02")
@@ -138,9 +131,8 @@ def edit(rng: random.Random, part: Part, field: int) -> None:
         case 0 if data:
             data[place - 1] ^= 1 << rng.randrange(8)
         case 1 if data:
-            data[place - 1] = rng.choice(
-                (0, 1, 2, 8, 12, 0xFF, *b"\x11\x12\x21\x22\x41\x44", rng.randrange(256))
-            )
+            values = (0, 1, 2, 8, 12, 0xFF, *b"\x11\x12\x21\x22\x41\x44", rng.randrange(256))
+            data[place - 1] = rng.choice(values)
         case 2:
             del data[place : place + rng.choice((1, 2, 9, 300))]
         case 3:

@@ -139,13 +139,9 @@ GOOD = tar_of(sample(b"1"))
         (tar_of(sample(b"7.0")), r"b'7.0'"),
         (tar_of(sample(b"")), r"got b''"),
         (tar_of(sample(b"1234567")), "expected a class index"),
-        (tar_of(sample(b"7" + b" " * 5000)), "expected a class index"),
-        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
         (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls, got a.jpg, a.txt"),
-        (
-            tar_of([("a.jpg", IMAGE), ("a.jpeg", IMAGE), ("a.cls", b"0")]),
-            "one .jpg or .jpeg, got a.jpg, a.jpeg",
-        ),
+        (tar_of([("a.jpg", IMAGE), ("a.jpeg", IMAGE), ("a.cls", b"0")]), "got a.jpg, a.jpeg"),
+        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
         (tar_of([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0")]), "one .cls, got a.jpg"),
         (tar_of([("a.jpg", b""), ("a.cls", b"0")]), r"\(empty\)"),
         (tar_of([("notes", b"x")]), "no sample found"),
@@ -177,9 +173,9 @@ def test_images_that_others_would_misread(
     odd |= {"warns": IMAGE[:-2] + bytes(40) + IMAGE[-2:], "lossless": IMAGE.replace(b"\xff\xc0", b"\xff\xc3")}
     if kind not in odd:
         Image.fromarray(pixels).save(out, kind)
-    members = [
-        (f"k{k}.{end}", data) for k in range(6) for end, data in (("jpg", IMAGE), ("cls", b"%d" % (k % 2)))
-    ]
+    members = []
+    for k in range(6):
+        members += [(f"k{k}.jpg", IMAGE), (f"k{k}.cls", b"%d" % (k % 2))]
     members[6] = ("k3.jpg", odd.get(kind, out.getvalue()))
     write(tmp_path / "src" / "a-0.tar", tar_of(members))
     options = ("--split", "train", "--pattern", "a-*.tar", "--workers", "1")
