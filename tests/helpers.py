@@ -256,6 +256,13 @@ def tar_of(members: Members | dict[str, bytes], format: int = tarfile.GNU_FORMAT
     return out.getvalue()
 
 
+def read_tar(tar: Path | bytes) -> dict[str, bytes]:
+    """Names and contents of the files in a tar, by Python's tarfile."""
+    content = tar if isinstance(tar, bytes) else tar.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(content)) as opened:
+        return {member.name: opened.extractfile(member).read() for member in opened if member.isfile()}  # type: ignore[union-attr]
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file and its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
