@@ -28,8 +28,7 @@ EXTERNAL = {"pytest", "ruff", "mypy", "tensorboard", "docker", "pip"}
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Lines of a page's fenced `sh` blocks, or those of a recipe's comments that start our programs; a continued line is
-    one."""
+    """Lines of a page's `sh` blocks, or the commands in comments of a recipe; continued lines are joined."""
     text = page.read_text()
     if page.suffix == ".yaml":
         found = re.findall(r"^# +(python .*)$", re.sub(r"\\\n#", " ", text), re.M)
