@@ -108,7 +108,7 @@ def read_weights(path: Path) -> Weights:
         if "config" in metadata:
             config = AlexNetConfig.from_json(json.loads(metadata["config"]))
         else:
-            config = torchvision_config(state)
+            config = infer_torchvision_config(state)
         state = {OURS.get(name, name): tensor for name, tensor in state.items()}
         check_tensors(state, config)
         mean, std = (np.broadcast_to(np.array(inputs[name], np.float64), 3) for name in ("mean", "std"))
@@ -142,7 +142,7 @@ def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> N
         raise ValueError("its tensors have other names, shapes or types than those of its network")
 
 
-def torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
+def infer_torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
     """The configuration that fits a state dict under torchvision's names. Raises `ValueError` for other names."""
     if set(state) != set(OURS):
         raise ValueError("it has no configuration, and not the names of torchvision's alexnet")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Decoder(NamedTuple):
     """Where and how images are decoded."""
 
-    where: str = "cpu"
+    device: str = "cpu"
     """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
     any_size: bool = False
     """True if images are of any size; else they are 256x256."""
@@ -47,7 +47,7 @@ def decode_crop(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataN
 def decode_image(encoded: "DataNode", decoder: Decoder) -> "DataNode":
     """Encoded images to uint8 HWC RGB, where they are decoded: on a CPU 256x256 ones, on a GPU any. EXIF orientation is
     ignored."""
-    if decoder.where == "cpu":
+    if decoder.device == "cpu":
         return decode_crop(encoded, IMAGE_SIDE, 0.5, 0.5)
     return fn.decoders.image(
         encoded,
@@ -87,7 +87,7 @@ def decode_resize_crop(
     what its pixels are made of is decoded (on a CPU) and resampled, on the GPU if there is one.
     """
     rois = trace_window(encoded, side, left, top)
-    if decoder.where == "cpu":
+    if decoder.device == "cpu":
         images, corner = decode_rois(encoded, rois), [each.first for each in rois]
     else:
         images, corner = decode_image(encoded, decoder), [0.0, 0.0]
@@ -126,7 +126,7 @@ def decode_rois(encoded: "DataNode", rois: tuple[Roi, Roi]) -> "DataNode":
 
 def trace_side(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Roi:
     """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
-    scaled = rounded_quotient(size * IMAGE_SIDE, shorter)
+    scaled = divide_rounded(size * IMAGE_SIDE, shorter)
     pixels = fn.cast(size, dtype=types.FLOAT)  # whose thousandths float32 has to spare up to ten thousand
     scale = pixels / scaled
     start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
@@ -137,7 +137,7 @@ def trace_side(size: "DataNode", shorter: "DataNode", offset: "DataNode | float"
     )
 
 
-def rounded_quotient(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
+def divide_rounded(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
     """`round(dividend / divisor)` of positive int64, a half to the even neighbour as Python does."""
     doubled = 2 * dividend + divisor
     quotient = doubled // (2 * divisor)

@@ -31,22 +31,22 @@ def locate_corrupt_sample(shards: ShardSet) -> str:
     headers first: over one that it cannot read, decoding may end the process.
     """
     for tar, index, samples in zip(shards.tars, shards.indexes, shards.samples, strict=True):
-        if problem := shard_damage(Path(tar), Path(index), samples):
+        if problem := find_shard_damage(Path(tar), Path(index), samples):
             return problem
     deadline = time.monotonic() + PATIENCE_S
     for graph in (shape_pipeline, decoded_shape_pipeline):
         pipe = graph(batch_size=CHUNK, num_threads=share_of_cores(), device_id=None, prefetch_queue_depth=1)
-        for images in chunked(shards):
+        for images in list_image_chunks(shards):
             if time.monotonic() > deadline:
                 return ""
-            if not fits(pipe, images, shards.any_size):
+            if not can_read(pipe, images, shards.any_size):
                 for image in images:
-                    if not fits(pipe, [image], shards.any_size):
-                        return describe(pipe, image)
+                    if not can_read(pipe, [image], shards.any_size):
+                        return describe_fault(pipe, image)
     return ""
 
 
-def shard_damage(tar: Path, index: Path, samples: int) -> str:
+def find_shard_damage(tar: Path, index: Path, samples: int) -> str:
     """Name what is wrong with a shard's files; empty if nothing is."""
     try:
         rows = read_index(index)
@@ -62,7 +62,7 @@ def shard_damage(tar: Path, index: Path, samples: int) -> str:
     return ""
 
 
-def chunked(shards: ShardSet) -> Iterator[list[Image]]:
+def list_image_chunks(shards: ShardSet) -> Iterator[list[Image]]:
     """The images of a split, some at a time."""
     for tar, index in zip(shards.tars, shards.indexes, strict=True):
         images = [
@@ -88,7 +88,7 @@ def decoded_shape_pipeline() -> "DataNode":
     return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False).shape()
 
 
-def shapes(pipe: "Pipeline", images: list[Image]) -> Any:
+def read_shapes(pipe: "Pipeline", images: list[Image]) -> Any:
     """Run a pipeline of ours over images; raises `RuntimeError` where DALI does, which a later run need not mind."""
     encoded = []
     for tar, offset, size, _ in images:
@@ -99,21 +99,21 @@ def shapes(pipe: "Pipeline", images: list[Image]) -> Any:
     return pipe.run()[0].as_array()
 
 
-def fits(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
+def can_read(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
     """Return True if DALI reads all of the images, and they have the expected size."""
     try:
-        found = shapes(pipe, images)
+        found = read_shapes(pipe, images)
     except RuntimeError:
         return False
     return any_size or bool((found[:, :2] == IMAGE_SIDE).all())
 
 
-def describe(pipe: "Pipeline", image: Image) -> str:
+def describe_fault(pipe: "Pipeline", image: Image) -> str:
     """Name what is wrong with an image that does not fit; DALI's own reasons are numbers."""
     tar, offset, _, name = image
     place = f"{name} at offset {offset} of {tar}"
     try:
-        ((height, width, _),) = shapes(pipe, [image])
+        ((height, width, _),) = read_shapes(pipe, [image])
     except RuntimeError:
         return f"{place} cannot be decoded"
     return f"{place} is {width}x{height}, not {IMAGE_SIDE}x{IMAGE_SIDE}"

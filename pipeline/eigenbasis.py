@@ -232,18 +232,18 @@ def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder
         "geometry": GEOMETRY,
         "decoder": decoder,
         "manifest_sha256": manifest_sha256,
-        "mean": rounded(basis.mean),
-        "channel_stddev": rounded(np.sqrt(np.diag(covariance))),
-        "covariance": rounded(covariance),
-        "eigenvalues": rounded(basis.eigenvalues),
-        "axis_stddev": rounded(basis.axis_stddev),
-        "eigenvectors": rounded(basis.eigenvectors),
+        "mean": round_values(basis.mean),
+        "channel_stddev": round_values(np.sqrt(np.diag(covariance))),
+        "covariance": round_values(covariance),
+        "eigenvalues": round_values(basis.eigenvalues),
+        "axis_stddev": round_values(basis.axis_stddev),
+        "eigenvectors": round_values(basis.eigenvectors),
     }
     write_json(path, content)
     return content
 
 
-def rounded(values: Any) -> Any:
+def round_values(values: Any) -> Any:
     """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines."""
     array = np.asarray(values)
-    return [rounded(row) for row in array] if array.ndim else float(f"{float(array):.12g}")
+    return [round_values(row) for row in array] if array.ndim else float(f"{float(array):.12g}")

@@ -50,7 +50,7 @@ def train_graph(
     if device == "cpu":
         return window_graph(encoded, params, decoder, device), params.mirror, params.pca_noise
     window: dict[str, Any] = {"mirror": params.mirror}
-    if decoder.where == "cpu" or decoder.any_size:
+    if decoder.device == "cpu" or decoder.any_size:
         images = window_graph(encoded, params, decoder, device).gpu()
     else:
         images = decode_image(encoded, decoder)
@@ -180,7 +180,7 @@ def val_pipeline(
 
 
 @pipeline_def
-def decode_pipeline(shards: ShardSet, where: str) -> "DataNode":
+def decode_pipeline(shards: ShardSet, device: str) -> "DataNode":
     """Uint8 256x256 images in stored order."""
     encoded, _ = read_graph(shards, False)
-    return decode_full(encoded, Decoder(where, shards.any_size))
+    return decode_full(encoded, Decoder(device, shards.any_size))

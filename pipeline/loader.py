@@ -30,9 +30,9 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.graph import train_pipeline, val_pipeline
 from pipeline.lighting import Lighting, shifted_means
-from pipeline.machine import raise_open_files, resident_bytes
+from pipeline.machine import raise_open_file_limit, resident_bytes
 from pipeline.normalize import BufferPool, normalize
-from pipeline.reader import check_index, check_memory, data_errors, parse_labels
+from pipeline.reader import check_index, warn_if_memory_is_short, data_errors, parse_labels
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
 
@@ -92,7 +92,7 @@ class Loader:
         )
         if self._decode == "gpu" and self.device.type != "cuda":
             raise UserError("data.decode=gpu needs a GPU; say data.decode=cpu")
-        offset = mean_offset(basis, config.augmentation)
+        offset = compute_mean_offset(basis, config.augmentation)
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
         """Subtracted from windows after the mean colour, (3, 224, 224); None with `mean: channel`. In
@@ -194,8 +194,8 @@ class Loader:
 
     def _build(self, checkpoint: bytes | None) -> Pipeline:
         """Build the DALI pipeline, at its start or at one of its checkpoints."""
-        raise_open_files(len(self._shards.tars))
-        check_memory(self._shards)
+        raise_open_file_limit(len(self._shards.tars))
+        warn_if_memory_is_short(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
         common = {
             "batch_size": self._batch_size,
@@ -300,7 +300,7 @@ class Loader:
         self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
 
 
-def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
+def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
     """Compute the centre of the mean image minus the mean colour, divided like pixels, float64 (3, 224, 224) (2012
     program: neither windowed nor flipped); None with `mean: channel`. Raises `UserError` without a mean image."""
     if augmentation.mean == "channel":

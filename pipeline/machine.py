@@ -39,7 +39,7 @@ def available_bytes() -> int:
     return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
 
 
-def raise_open_files(num_shards: int) -> None:
+def raise_open_file_limit(num_shards: int) -> None:
     """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `UserError`."""
     needed = num_shards + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

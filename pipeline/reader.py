@@ -11,7 +11,7 @@ from nvidia.dali import Pipeline
 from pipeline.diagnose import locate_corrupt_sample
 from pipeline.errors import DataError
 from pipeline.graph import decode_pipeline
-from pipeline.machine import available_bytes, processes_here, raise_open_files, share_of_cores
+from pipeline.machine import available_bytes, processes_here, raise_open_file_limit, share_of_cores
 from pipeline.shards import ShardSet
 
 INDEX_BYTES = 455
@@ -31,7 +31,7 @@ def decoded_batches(
 
     Raises `DataError` when DALI fails.
     """
-    raise_open_files(len(shards.tars))
+    raise_open_file_limit(len(shards.tars))
     device = torch.device(device)
     pipe = decode_pipeline(
         shards,
@@ -100,7 +100,7 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
         ) from None
 
 
-def check_memory(shards: ShardSet) -> None:
+def warn_if_memory_is_short(shards: ShardSet) -> None:
     """Warn when the index, which every process holds as a whole, takes a large part of the free memory."""
     needed = INDEX_BYTES * shards.num_samples
     processes, free = processes_here(), available_bytes()

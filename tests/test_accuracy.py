@@ -21,7 +21,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import ClassName, ShardSet, open_shards
 from tests.helpers import refuses, run_ok, run_python, tiny
 from train import accuracy as module
-from train.accuracy import EvalStats, evaluate, probabilities, top_k_correct
+from train.accuracy import EvalStats, evaluate, predict_probabilities, top_k_correct
 from train.config import ParallelConfig
 from train.distributed import Distributed
 from train.evaluate import evaluate_checkpoint
@@ -50,7 +50,7 @@ def test_ten_views(mirrored: bool, mean_image: bool) -> None:
     """Average softmax over four corners, the centre and their mirrors, with numpy; the centre alone. A mean image is
     subtracted from each view as it is, neither cropped nor mirrored."""
     images, offset = torch.randn(4, 3, 256, 256), torch.randn(3, 224, 224)
-    centre, average = probabilities(Corner(), images, mirrored, offset if mean_image else None)
+    centre, average = predict_probabilities(Corner(), images, mirrored, offset if mean_image else None)
     expected = []
     for top, left in OFFSETS:
         view = images.numpy()[:, :, top : top + 224, left : left + 224]

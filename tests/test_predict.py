@@ -15,7 +15,7 @@ from pipeline.loader import val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
-from train.accuracy import probabilities
+from train.accuracy import predict_probabilities
 from train.pretrained import read_pretrained
 
 
@@ -45,7 +45,7 @@ def test_probabilities_are_evaluations(weights: Path, few: Path, tmp_path: Path,
     config = DataConfig(few, decode="cpu", augmentation=trained.augmentation)
     loader = val_loader(val, trained.basis, config, batch_size=179, rank=0, num_ranks=1, device="cpu")
     ((images, _),) = list(loader)
-    expected = probabilities(model.eval(), images, True)[views == "ten"]
+    expected = predict_probabilities(model.eval(), images, True)[views == "ten"]
     keys = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
     by_key = {Path(str(row["image"])).stem: row["classes"] for row in rows}
     assert len(rows) == len(keys) == 179

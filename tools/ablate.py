@@ -175,7 +175,7 @@ def read_outcome(run: Run, train: ShardSet) -> str | None:
     if content["shards"] != train.manifest_sha256:
         raise UserError(f"{run.path()}: trained on other shards; give another OUT")
     try:
-        check_same_run(content["config"], run.config.to_json(), begun=epochs)
+        check_same_run(content["config"], run.config.to_json(), epochs_begun=epochs)
     except UserError as error:
         raise UserError(f"{run.path()}: {str(error).partition(';')[0]}; give another OUT") from None
     return str(content["outcome"]) if epochs == run.config.train.epochs else None

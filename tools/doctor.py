@@ -30,7 +30,7 @@ from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 try:
-    from pipeline.machine import num_cores, raise_open_files
+    from pipeline.machine import num_cores, raise_open_file_limit
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/doctor.py\n"
@@ -232,7 +232,7 @@ def check_shared_memory(gpus: int) -> Finding:
 def check_split(shards: Path, split: str) -> Finding:
     """Check that a split opens, and that the limit of open files allows all of its shards."""
     opened = open_shards(shards, split)
-    raise_open_files(len(opened.tars))
+    raise_open_file_limit(len(opened.tars))
     size = f"{opened.num_samples:,} images in {len(opened.tars)} shards"
     return Finding("ok", f"{size}, {len(opened.classes)} classes")
 

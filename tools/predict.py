@@ -135,15 +135,15 @@ def compute_probabilities(
     """Compute class probabilities (N, K) of uint8 images (N, H, W, C)."""
     import torch
 
-    from pipeline.loader import mean_offset
-    from train.accuracy import probabilities
+    from pipeline.loader import compute_mean_offset
+    from train.accuracy import predict_probabilities
 
     device, augmentation = next(model.parameters()).device, trained.augmentation
     inputs_NHWC = (images_NHWC - torch.from_numpy(trained.basis.mean).float()) / augmentation.std
-    offset = mean_offset(trained.basis, augmentation)
+    offset = compute_mean_offset(trained.basis, augmentation)
     offset = None if offset is None else offset.to(device, torch.float32)
     mirrored = augmentation.flip > 0
-    centre_NK, ten_NK = probabilities(model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset)
+    centre_NK, ten_NK = predict_probabilities(model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset)
     return ten_NK if views == "ten" else centre_NK
 
 

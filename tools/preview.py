@@ -16,7 +16,7 @@ from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
 from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
-from pipeline.machine import num_cores, raise_open_files
+from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet, open_shards
 from train.cli import run_program
@@ -122,7 +122,7 @@ def render_views(
     from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
-    raise_open_files(len(shards.tars))
+    raise_open_file_limit(len(shards.tars))
     decoder = Decoder("cpu", shards.any_size)
     count = COUNT if repeat else min(COUNT, shards.num_samples)
 

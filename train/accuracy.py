@@ -51,7 +51,7 @@ def crop(images_NCHW: torch.Tensor, offsets: tuple[int, int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def probabilities(
+def predict_probabilities(
     model: nn.Module, images_NCHW: torch.Tensor, mirrored: bool, mean_offset: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Class probabilities (N, K) of the centre crop, and averaged over ten views (five unless `mirrored`).
@@ -96,7 +96,7 @@ def evaluate(
         if interrupted():
             return None
         if all_views:
-            centre_NK, average_NK = probabilities(model, images_NCHW, mirrored, loader.mean_offset)
+            centre_NK, average_NK = predict_probabilities(model, images_NCHW, mirrored, loader.mean_offset)
         else:
             centre_NCHW = crop(images_NCHW, CENTRE)
             if loader.mean_offset is not None:

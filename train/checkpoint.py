@@ -107,13 +107,13 @@ def save_checkpoint(
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
-    path, best = checkpoint_name(directory, step), directory / "BEST"
+    path, best = build_checkpoint_path(directory, step), directory / "BEST"
     with atomic_writer(path) as file:
         write_archive(file, {"format_version": FORMAT_VERSION, "step": step, **content})
     write_bytes(directory / "LATEST", f"{path.name}\n".encode())
-    if content.get("best") and (best_path := checkpoint_name(directory, content["best"]["step"])).exists():
+    if content.get("best") and (best_path := build_checkpoint_path(directory, content["best"]["step"])).exists():
         write_bytes(best, f"{best_path.name}\n".encode())  # its own writing may have failed
-    pinned = {checkpoint_name(directory, number) for number in pinned_steps}
+    pinned = {build_checkpoint_path(directory, number) for number in pinned_steps}
     if best.is_file():
         pinned.add(directory / read_pointer(best))
     old = sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep_last]
@@ -140,7 +140,7 @@ def read_pointer(pointer: Path) -> str:
     return pointer.read_bytes().decode(errors="replace").strip()
 
 
-def checkpoint_name(directory: Path, step: int) -> Path:
+def build_checkpoint_path(directory: Path, step: int) -> Path:
     """Path of the checkpoint of a step."""
     return directory / f"step-{step:08d}.pt"
 
@@ -174,7 +174,7 @@ def last_epoch_end(newest: Path) -> Path:
     )
 
 
-def checkpoint_path(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint as users name it: the file, or a run directory, whose newest one it is."""
     return (find_checkpoint(path) or path) if path.is_dir() else path
 

@@ -289,11 +289,11 @@ def add_saved_config(words: list[str]) -> list[str]:
     return words
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> None:
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], epochs_begun: int) -> None:
     """Raise `UserError` where a configuration, as JSON, does not continue the run of another.
 
     What may differ: where it writes and how often, speed settings, where the (same) shards lie; what a schedule says of
-    epochs to come, after the `begun` ones; with `resume.allow_world_change` how it is spread over processes.
+    epochs to come, after the `epochs_begun` ones; with `resume.allow_world_change` how it is spread over processes.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
@@ -304,25 +304,25 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> No
         if free or old == new:
             continue
         if name in ("optimizer.steps", "optimizer.changes"):
-            fixed = changes_before(old, begun)
-            if fixed == changes_before(new, begun):
+            fixed = list_changes_before(old, epochs_begun)
+            if fixed == list_changes_before(new, epochs_begun):
                 continue
             raise UserError(
-                f"{name}: the run is in epoch {begun}, expected {fixed or 'nothing'} before that; give it and what is "
+                f"{name}: the run is in epoch {epochs_begun}, expected {fixed or 'nothing'} before that; give it and what is "
                 "to come"
             )
         if name == "train.epochs" and after["optimizer.schedule"] != "cosine":
-            if new is not None and new >= begun:
+            if new is not None and new >= epochs_begun:
                 continue
-            raise UserError(f"train.epochs: expected at least {begun}, where the run is, got {new}")
+            raise UserError(f"train.epochs: expected at least {epochs_begun}, where the run is, got {new}")
         raise UserError(
             f"{name}: expected {old}, with which this run was started, got {new}; take that, or another --run.dir"
         )
 
 
-def changes_before(changes: Any, begun: int) -> list[Any]:
-    """Those of a schedule's steps or changes that were made in the first `begun` epochs."""
-    return [each for each in changes or () if (each["epoch"] if isinstance(each, dict) else each) < begun]
+def list_changes_before(changes: Any, epochs_begun: int) -> list[Any]:
+    """Those of a schedule's steps or changes that were made in the first `epochs_begun` epochs."""
+    return [each for each in changes or () if (each["epoch"] if isinstance(each, dict) else each) < epochs_begun]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

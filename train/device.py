@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
     Raises `UserError` when a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device cuda: {why_no_gpu()}; see docs/install.md, or take device cpu")
+        raise UserError(f"device cuda: {explain_missing_gpu()}; see docs/install.md, or take device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     index = local_rank(os.environ)
@@ -39,7 +39,7 @@ SMALL_BATCH = 64
 """Images a GPU at a time, below which the host's 2.4 ms of launches a step bind (docs/tuning.md)."""
 
 
-def gpu_advice(device: torch.device, world_size: int, images: int) -> str:
+def advise_on_gpus(device: torch.device, world_size: int, images: int) -> str:
     """A line about GPUs that are there and are not used, or not well; empty if there is nothing to say.
 
     Args:
@@ -50,7 +50,7 @@ def gpu_advice(device: torch.device, world_size: int, images: int) -> str:
     found = torch.cuda.device_count()
     if device.type == "cpu" and has_nvidia_gpu() and not torch.cuda.is_available():
         return (
-            f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
+            f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {explain_missing_gpu()} (docs/install.md)"
         )
     if device.type == "cuda" and world_size == 1 and found > 1:
         command = f"torchrun --standalone --nproc-per-node {found} -m train.run"
@@ -63,7 +63,7 @@ def gpu_advice(device: torch.device, world_size: int, images: int) -> str:
     return ""
 
 
-def why_no_gpu() -> str:
+def explain_missing_gpu() -> str:
     """Why PyTorch sees no GPU."""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA; install one with it"

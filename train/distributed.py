@@ -63,7 +63,7 @@ class Distributed:
             )
         towers = config.mode == "towers"
         if towers and self.world_size % TOWERS:
-            self.run_on_all_ranks(lambda: refuse_odd(self.world_size))
+            self.run_on_all_ranks(lambda: refuse_odd_world_size(self.world_size))
         self._mesh = TowerMesh.create(START_TIMEOUT) if towers else None
         """Of towers: pairs of ranks."""
         self._starting = True
@@ -257,7 +257,7 @@ class Distributed:
             dist.destroy_process_group()
 
 
-def refuse_odd(world_size: int) -> None:
+def refuse_odd_world_size(world_size: int) -> None:
     """Raise `UserError`: towers need pairs of processes."""
     raise UserError(
         f"parallel.mode towers: expected an even number of processes, got {world_size}; start it with torchrun "

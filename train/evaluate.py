@@ -13,7 +13,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
 from train.cli import run_program
 from train.config import ParallelConfig
-from train.launch import find_launch
+from train.launch import set_launch_variables
 
 if TYPE_CHECKING:
     from train.pretrained import Pretrained
@@ -50,7 +50,7 @@ def evaluate_checkpoint(
     from train.pretrained import read_pretrained
 
     tune_malloc()
-    find_launch(os.environ, torch.cuda.device_count())
+    set_launch_variables(os.environ, torch.cuda.device_count())
     distributed = Distributed(ParallelConfig())
     on = distributed.run_on_all_ranks(lambda: pick_device(device))
     trained = distributed.run_on_all_ranks(lambda: read_pretrained(checkpoint))

@@ -55,7 +55,7 @@ def local_rank(environment: Mapping[str, str]) -> int:
     return read_number(environment, name) if environment.get(name) else 0
 
 
-def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
+def set_launch_variables(environment: MutableMapping[str, str], num_gpus: int) -> None:
     """Under srun, set what torchrun would have set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT.
 

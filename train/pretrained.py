@@ -13,7 +13,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.lighting import Lighting
 from pipeline.settings import Augmentation
-from train.checkpoint import FORMAT_VERSION, checkpoint_path, load_checkpoint
+from train.checkpoint import FORMAT_VERSION, resolve_checkpoint, load_checkpoint
 from train.cli import RENAMED
 
 WEIGHTS = (".safetensors", ".pth")
@@ -51,7 +51,7 @@ def read_pretrained(path: Path) -> Pretrained:
         grey = Eigenbasis(np.array(weights.mean), np.zeros(3), np.eye(3))
         augmentation = Augmentation(lighting=Lighting(strength=0))
         return Pretrained(path, weights.config, weights.for_std(1.0), None, grey, augmentation, "auto")
-    path = checkpoint_path(path)
+    path = resolve_checkpoint(path)
     content = load_checkpoint(path, formats=(1, FORMAT_VERSION))
     try:
         saved, image = rename_settings(content["config"]), content.get("mean_image")

@@ -25,12 +25,12 @@ def run(config: Config) -> None:
     from train.checkpoint import RunDirectory
     from train.device import pick_device, set_precision, tune_malloc
     from train.distributed import Distributed, StopFlag, StopSignal
-    from train.launch import find_launch
+    from train.launch import set_launch_variables
     from train.trainer import Trainer
 
     tune_malloc()
     stop_signal = StopSignal()
-    find_launch(os.environ, torch.cuda.device_count())
+    set_launch_variables(os.environ, torch.cuda.device_count())
     distributed = Distributed(config.parallel)
     device = distributed.run_on_all_ranks(lambda: pick_device(config.run.device))
     precision = distributed.run_on_all_ranks(lambda: set_precision(config.run.deterministic))
@@ -68,7 +68,7 @@ def build_or_resume(trainer: "Trainer", directory: "RunDirectory") -> None:
 
 def log_summary(trainer: "Trainer", precision: str) -> None:
     """Open the shards; on rank 0, log what is about to happen."""
-    from train.device import gpu_advice
+    from train.device import advise_on_gpus
 
     loader, distributed, train = trainer.train_loader, trainer.distributed, trainer.config.train
     opening_bytes = distributed.run_on_all_ranks(loader.open)
@@ -83,7 +83,7 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
     if trainer.device.type == "cuda":
         log(precision)
     images = train.batch_size // distributed.num_replicas // train.grad_accum_steps
-    advice = gpu_advice(trainer.device, distributed.world_size, images)
+    advice = advise_on_gpus(trainer.device, distributed.world_size, images)
     if advice and trainer.config.run.device != "cpu":
         log(advice)
     dropped = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
