@@ -1,4 +1,4 @@
-"""Which sample it was: after DALI failed, whose report does not name it, look for the image that DALI refuses."""
+"""Find the sample that DALI failed on, whose name its error lacks: try the images of a split until DALI refuses one."""
 
 import time
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
 PATIENCE_S = 120
-"""Seconds after which the search is given up: a header takes 20 microseconds, an image a millisecond."""
+"""Seconds after which the search gives up; a header takes 20 microseconds, an image a millisecond."""
 CHUNK = 64
-"""Images that are decoded at a time; of those that fail together each is then decoded alone."""
+"""Images decoded at a time; if that fails, each of them is decoded alone."""
 Image = tuple[str, int, int, str]
 """Shard, offset, size and name."""
 
 
 def locate_corrupt_sample(shards: ShardSet) -> str:
-    """Name the first damage that is found in a split: a shard that is gone or cut short, an index that does not fit it,
-    an image that DALI refuses, by shard, offset and key. Empty when nothing is found in time.
+    """Describe the first damage that is found in a split: a shard that is missing or truncated, an index that does not
+    fit it, or an image that DALI refuses, by shard, offset and key. Empty if nothing is found in time.
 
-    DALI itself is the judge, for it takes much that other decoders warn of, and the other way round. It reads all
-    headers first: over one that it cannot read, decoding may end the process.
+    Images are tried with DALI itself, as other decoders accept and refuse other files. Headers are read first, for all
+    images, as decoding an image with an unreadable header may crash the process (`pipeline/decode.py: decode_crop`).
     """
     for tar, index, samples in zip(shards.tars, shards.indexes, shards.samples, strict=True):
         if problem := find_shard_damage(Path(tar), Path(index), samples):
@@ -47,7 +47,7 @@ def locate_corrupt_sample(shards: ShardSet) -> str:
 
 
 def find_shard_damage(tar: Path, index: Path, samples: int) -> str:
-    """Name what is wrong with a shard's files; empty if nothing is."""
+    """Describe what is wrong with a shard's tar and index; empty if nothing is."""
     try:
         rows = read_index(index)
         size = tar.stat().st_size
@@ -63,7 +63,7 @@ def find_shard_damage(tar: Path, index: Path, samples: int) -> str:
 
 
 def list_image_chunks(shards: ShardSet) -> Iterator[list[Image]]:
-    """The images of a split, some at a time."""
+    """Yield the images of a split, up to `CHUNK` at a time."""
     for tar, index in zip(shards.tars, shards.indexes, strict=True):
         images = [
             (tar, *member[1:])
@@ -77,19 +77,19 @@ def list_image_chunks(shards: ShardSet) -> Iterator[list[Image]]:
 
 @pipeline_def
 def shape_pipeline() -> "DataNode":
-    """Encoded images to int64 height, width and channels, from their headers."""
+    """Read int64 height, width and channels from the headers of images."""
     return fn.peek_image_shape(fn.external_source(name="encoded"), adjust_orientation=False)
 
 
 @pipeline_def
 def decoded_shape_pipeline() -> "DataNode":
-    """The same of images that are decoded as a whole."""
+    """Decode whole images and return their int64 height, width and channels."""
     encoded = fn.external_source(name="encoded")
     return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False).shape()
 
 
 def read_shapes(pipe: "Pipeline", images: list[Image]) -> Any:
-    """Run a pipeline of ours over images; raises `RuntimeError` where DALI does, which a later run need not mind."""
+    """Run one of the pipelines above over images. Raises DALI's `RuntimeError`, after which it can be run again."""
     encoded = []
     for tar, offset, size, _ in images:
         with Path(tar).open("rb") as file:
@@ -100,7 +100,7 @@ def read_shapes(pipe: "Pipeline", images: list[Image]) -> Any:
 
 
 def can_read(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
-    """Return True if DALI reads all of the images, and they have the expected size."""
+    """Return True if DALI reads all of the images and they have the expected size."""
     try:
         found = read_shapes(pipe, images)
     except RuntimeError:
@@ -109,7 +109,7 @@ def can_read(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
 
 
 def describe_fault(pipe: "Pipeline", image: Image) -> str:
-    """Name what is wrong with an image that does not fit; DALI's own reasons are numbers."""
+    """Describe what is wrong with an image that `can_read` refuses, as DALI gives only numbers of errors."""
     tar, offset, _, name = image
     place = f"{name} at offset {offset} of {tar}"
     try:

@@ -9,7 +9,7 @@ from model.alexnet import AlexNet, AlexNetConfig
 from pipeline.errors import UserError
 from tests.helpers import run_python
 from train import device as device_module
-from train.device import can_compile, compile_model, advise_on_gpus, pick_device
+from train.device import advise_on_gpus, can_compile, compile_model, pick_device
 
 KEPT = """
 import ctypes, os, re, threading
@@ -79,7 +79,12 @@ def test_gpus_that_are_used_badly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     gpu = torch.device("cuda", 0)
     assert "1 of 8" in advise_on_gpus(gpu, 1, 1024) and "--nproc-per-node 8" in advise_on_gpus(gpu, 1, 1024)
-    assert [bool(advise_on_gpus(gpu, 8, images)) for images in (16, 63, 64, 128)] == [True, True, False, False]
+    assert [bool(advise_on_gpus(gpu, 8, images)) for images in (16, 63, 64, 128)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

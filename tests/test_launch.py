@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import UserError
 from tests.helpers import TRAIN, rows_of, run_python, shared_run, start_python, train_refuses
 from train.device import pick_device
-from train.launch import PORTS, set_launch_variables, find_task, first_host, local_rank
+from train.launch import PORTS, find_task, first_host, local_rank, set_launch_variables
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
 # shell of salloc, in the shell of salloc under LaunchParameters=use_interactive_step, and in srun's second task.

@@ -143,7 +143,9 @@ def compute_probabilities(
     offset = compute_mean_offset(trained.basis, augmentation)
     offset = None if offset is None else offset.to(device, torch.float32)
     mirrored = augmentation.flip > 0
-    centre_NK, ten_NK = predict_probabilities(model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset)
+    centre_NK, ten_NK = predict_probabilities(
+        model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset
+    )
     return ten_NK if views == "ten" else centre_NK
 
 
