@@ -22,8 +22,8 @@ def processes_here() -> int:
 
 
 def share_of_cores() -> int:
-    """Compute the number of cores for this process. torchrun lets every process use all cores, so they are divided. Slurm
-    may bind a task to fewer cores than the job has on this machine; these belong to this task alone."""
+    """Compute the number of cores for this process. torchrun lets every process use all cores, so they are divided.
+    Slurm may bind a task to fewer cores than the job has on this machine; these belong to this task alone."""
     of_job = os.environ.get("SLURM_CPUS_ON_NODE", "0")
     bound = of_job.isdecimal() and num_cores() < int(of_job)
     return num_cores() if bound else max(1, num_cores() // processes_here())
