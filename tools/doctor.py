@@ -2,14 +2,14 @@
 
     python tools/doctor.py [SHARDS] [--json]
 
-A line per check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training cannot run, or not on the
+A line per check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training fails, or cannot use the
 GPU) or `-` (does not apply), and below it the remedy. Exit code 2 if there is a problem, else 0.
 
 `--json` prints one object: `findings`, a list of objects with `name`, `status`, `value` and `remedy` (may be empty);
 strings `system` and `python`; and the results of the probes `driver`, `torch` and `dali`.
 
-It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in a process each, so that a library that is broken,
-crashes or hangs is a finding. A check that raises becomes a warning.
+It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in one process for each, so that a library that is
+broken, crashes or hangs is a finding. A check that raises becomes a warning.
 """
 
 import json

@@ -82,7 +82,7 @@ def predict(
             print(f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip())
     if errors:
         more = f" (and {len(errors) - 1} more images)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; the others were predicted")
+        raise UserError(f"{errors[0]}{more}; give other files in their place, all others were predicted")
 
 
 def find_images(name: str) -> list[Path]:
@@ -109,7 +109,7 @@ def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassNa
     if shards:
         names = read_classes(shards)
     else:
-        with suppress(Exception):  # the shards were moved, or it is not a run's checkpoint
+        with suppress(Exception):  # the shards were moved, or the file is not in a run directory
             config = yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())
             names = read_classes(Path(config["data"]["shards"]))
     if len(names) == len(wnids) and trained.wnids in (None, [name.wnid for name in names]):

@@ -2,9 +2,10 @@
 
     python tools/preview.py SHARDS
 
-preview.png: above, one stored image and 24 augmentations of it; below, the first 24 training images, of which it is the
-most colourful. Normalization is undone; colours that lighting shifts beyond 0..255 are clipped in the picture, not in
-training. pca.png shows the axes of pca.json as colours; its numbers are printed next to ImageNet's.
+preview.png: above, one stored image and 24 augmentations of it; below, the first 24 training images, of which the upper
+one is the most colourful. Normalization is undone; colours that lighting shifts beyond 0..255 are clipped in the
+picture, not in training. pca.png shows the axes of pca.json as colours; the numbers of pca.json are printed next to
+ImageNet's.
 """
 
 from pathlib import Path

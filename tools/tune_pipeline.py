@@ -47,7 +47,7 @@ SAME_P99, SAME_P99_MS = 0.1, 0.5
 SAME_MEAN, SAME_MEAN_MS = 0.01, 0.05
 """The same for their means."""
 WARM_UP, MIN_BATCHES = 3, 3
-"""Batches before the clock starts, in addition to prefetched ones, and least batches of a measurement."""
+"""Batches before a measurement, in addition to prefetched ones, and the least number of batches in it."""
 IN_FLIGHT = 3
 """Batches that training holds on a GPU: the current one and those of queued steps."""
 

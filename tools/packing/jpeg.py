@@ -1,7 +1,7 @@
 """Read the structure of a JPEG file from its markers (ITU-T T.81, annex B).
 
-libjpeg-turbo also reads lossless and 12-bit frames, which it writes at sizes and depths other than requested, and
-smooths the block edges of files that lack scans. It warns of neither: they show in the markers alone.
+Some files have to be recognized by their markers, as libjpeg-turbo does not warn of them: lossless and 12-bit frames,
+which it decodes to another size or depth than requested, and files that lack scans, whose block edges it smooths.
 """
 
 import re
