@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Activation = Literal["relu", "tanh", "sigmoid", "abs_tanh"]
 Names = Literal["alexnet-dali", "torchvision"]
-"""Whose names the tensors in a file of weights have."""
+"""Naming schemes of the tensors in a file of weights."""
 
 
 @dataclass(frozen=True)

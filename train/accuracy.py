@@ -135,11 +135,11 @@ class Example:
     guesses: list[int]
     """The most probable classes, five at most, best first."""
     probabilities: list[float]
-    """Of these classes."""
+    """Their probabilities."""
 
     @property
     def correct(self) -> bool:
-        """Whether the first guess is right."""
+        """True if the first guess is right."""
         return self.guesses[0] == self.label
 
 
@@ -148,7 +148,7 @@ class EvalStats:
     the device."""
 
     EXAMPLES = 10
-    """Of each kind."""
+    """Number of examples of each kind."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self._num_classes = classes

@@ -28,7 +28,7 @@ from train.config import Config
 from train.metrics import read_metrics
 
 FORMAT_VERSION = 2
-"""Of checkpoints. Of format 1, of version 0.1, train/pretrained.py reads the weights; no run resumes from it."""
+"""Format of checkpoints. Runs resume from this one; of format 1 (version 0.1) train/pretrained.py reads the weights."""
 NAME = r"step-\d{8}\.pt"
 
 
@@ -46,7 +46,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """True while a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(

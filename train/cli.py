@@ -36,7 +36,7 @@ REMEDIES = {
     **dict.fromkeys((errno.EISDIR, errno.EEXIST, errno.ENOTDIR), "move away what is in its place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "set its permissions"),
 }
-"""What a user can do about a file that cannot be written, by errno."""
+"""Remedies for a file that cannot be written, by errno."""
 RECIPES = Path(__file__).resolve().parent / "configs"
 ABLATIONS = RECIPES / "ablations"
 

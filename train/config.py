@@ -148,7 +148,7 @@ class RunConfig:
     keep_every: int = 0
     """Keep the checkpoint of every N-th epoch's end for good; 0: none."""
     profile_steps: int = 0
-    """Record this many steps, from the tenth of the process on, as a Chrome trace in the run directory; 0: none."""
+    """Record this many steps, after the first eleven, as a Chrome trace in the run directory; 0: none."""
 
     def __post_init__(self) -> None:
         if min(self.log_every, self.keep_last) < 1:

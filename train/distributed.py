@@ -73,7 +73,7 @@ class Distributed:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this process prints and writes."""
+        """True on rank 0, which prints and writes files."""
         return self.rank == 0
 
     @property

@@ -31,7 +31,7 @@ class StepTiming(NamedTuple):
     data_time_ms: float
     """The host's time in the loader."""
     saving: bool
-    """Whether a checkpoint was being written meanwhile."""
+    """True if a checkpoint was being written meanwhile."""
 
 
 class StepMeter:

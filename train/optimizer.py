@@ -156,7 +156,7 @@ class LRSchedule:
 
     @property
     def finished(self) -> bool:
-        """Whether the validation error has stalled again after the last drop."""
+        """True once the validation error has stalled again after the last drop."""
         return self._config.schedule == "plateau" and self._drops > self._config.max_drops
 
     def end_epoch(self, top1_error: float) -> None:

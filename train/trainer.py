@@ -39,8 +39,8 @@ from train.optimizer import AlexNetSGD, LossScale, LRSchedule
 from train.pretrained import check_finite, check_shapes, init_from
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PROFILE_FROM = 10
-"""Steps before the profile begins: in them the network is compiled and memory is allocated."""
+PROFILE_WAIT = 10
+"""Steps before the profiler's warm-up of one step: in them the network is compiled and memory is allocated."""
 
 
 class Trainer:
@@ -122,7 +122,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train."""
+        """True once all epochs are trained, or the schedule has ended the training."""
         return self.epoch >= self.config.train.epochs or self.schedule.finished
 
     def fit(self, stop: StopFlag) -> bool:
@@ -260,8 +260,8 @@ class Trainer:
             profiler.export_chrome_trace(str(path))
             log(f"profile of {run.profile_steps} steps: {path}; ui.perfetto.dev opens it")
 
-        wait = torch.profiler.schedule(wait=PROFILE_FROM, warmup=1, active=run.profile_steps, repeat=1)
-        with torch.profiler.profile(schedule=wait, on_trace_ready=write_trace) as profiler:
+        schedule = torch.profiler.schedule(wait=PROFILE_WAIT, warmup=1, active=run.profile_steps, repeat=1)
+        with torch.profiler.profile(schedule=schedule, on_trace_ready=write_trace) as profiler:
             yield profiler
 
     def end_epoch(self, accuracy: Accuracy) -> None:

@@ -46,7 +46,7 @@ class PeerData:
     ffcv_python: Path | None
     """The interpreter of FFCV's environment."""
     show: bool = False
-    """Whether batches are checked: a contender in another process then returns them."""
+    """True while batches are checked: a contender in another process then transfers them."""
 
 
 def make_batch(samples: list[tuple[np.ndarray, int]], basis: Eigenbasis) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,7 +48,7 @@ class Packed(NamedTuple):
     found: str
     """Anomalies of the raw file; empty for a clean one."""
     done: str
-    """What was done about it."""
+    """How each anomaly was handled."""
 
 
 class Decoded(NamedTuple):
@@ -61,7 +61,7 @@ class Decoded(NamedTuple):
     notes: list[tuple[str, str]]
     """(found, done): anomalies and how they are handled."""
     is_valid: bool
-    """Whether a shard may hold the file as it is."""
+    """True if a shard may hold the file unchanged."""
 
 
 class SizeError(ValueError):

@@ -31,7 +31,7 @@ class Jpeg(NamedTuple):
     """First byte after the end marker; -1 where there is none."""
     num_scans: int = 0
     one_scan: bool = False
-    """Whether the first scan of a baseline frame has all components: libjpeg then decodes it row by row."""
+    """True if the first scan of a baseline frame has all components: libjpeg then decodes it row by row."""
     exif: bytes = b""
     """First EXIF block."""
 
