@@ -141,11 +141,11 @@ def rename_torchvision(module: nn.Module, state: dict[str, torch.Tensor], *_: An
 
 
 def normalize_within_channels(x_NCHW: torch.Tensor) -> torch.Tensor:
-    """Divide each unit by the mean square of its 5x5 surroundings in its own channel: the 2012 program's second
-    normalization of layer 2.
+    """Divide each unit by (1 + 1e-3 m)^0.75, with m the mean square of the 5x5 units around it in its channel: the 2012
+    program's second normalization of layer 2 (k 1, alpha 1e-3 / 25 times the sum, beta 0.75).
 
-    Its parameters: k 1, alpha 1e-3 / 25 times the sum (1e-3 times the mean; pixels outside of the image are zero),
-    power 0.75. Computed in at least float32; the result has the dtype of the input.
+    Units outside of the image count as zero in the mean. Computed in at least float32; the result has the dtype of the
+    input.
     """
     x = to_float32(x_NCHW)
     return (x * (1 + 1e-3 * F.avg_pool2d(x * x, 5, stride=1, padding=2)).pow(-0.75)).to(x_NCHW.dtype)

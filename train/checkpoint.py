@@ -124,8 +124,8 @@ def save_checkpoint(
     if best.is_file():
         pinned.add(directory / read_pointer(best))
     old = sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep_last]
-    killed = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
-    for each in (*(each for each in old if each not in pinned), *killed):
+    leftovers = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
+    for each in (*(each for each in old if each not in pinned), *leftovers):
         with suppress(OSError):
             each.unlink()
     return path

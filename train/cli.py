@@ -134,12 +134,11 @@ class Parser(ArgumentParser):
         self._file = ""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add `--samples-per-shard` for a parameter `samples_per_shard` (underscores are taken, too); a bool that is
-        off by default is a plain flag."""
-        ours = all(
-            name.startswith("--") and "." not in name for name in args
-        )  # a list has --name and --name+
-        if args and ours and args != ("--print_config",):
+        """Add `--samples-per-shard` for a parameter `samples_per_shard` (underscores are accepted, too); a bool that is
+        false by default becomes a flag without a value."""
+        # Not settings of train.run, such as --optimizer.lr. For a list jsonargparse gives both --name and --name+.
+        is_option = all(name.startswith("--") and "." not in name for name in args)
+        if args and is_option and args != ("--print_config",):
             args = tuple(dict.fromkeys(each for name in args for each in (name.replace("_", "-"), name)))
             if kwargs.get("type") is bool and kwargs.get("default") is False:
                 del kwargs["type"]
@@ -150,13 +149,13 @@ class Parser(ArgumentParser):
         """Read a --config file. Raises `UserError`."""
         options = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
         check_yaml(Path(path), options)
-        self._file = f"{path}: "  # for `error`
+        self._file = f"{path}: "  # `error` puts it before its message
         settings = super().parse_path(path, *args, **kwargs)
         self._file = ""
         return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong with the command line, once per machine, and exit with code 2."""
+        """Print an error of the command line, once per machine, and exit with code 2."""
         message = self._file + self.format_type_error(" ".join(str(message).split()))
         report_to_torchrun(message)
         if local_rank(os.environ) == 0:

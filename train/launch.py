@@ -57,8 +57,8 @@ def local_rank(environment: Mapping[str, str]) -> int:
 
 
 def set_launch_variables(environment: MutableMapping[str, str], num_gpus: int) -> None:
-    """Under srun, set the variables that torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT.
+    """Set the variables that torchrun sets, if srun started this process: RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
     If RANK or WORLD_SIZE is set already, perhaps by a torchrun that srun started, nothing is changed. A MASTER_ADDR or
     MASTER_PORT that is set stays. `num_gpus`: number of GPUs that this process sees. Raises `UserError` with the name

@@ -67,7 +67,7 @@ class AlexNetSGD(torch.optim.Optimizer):
         return {name: self.state[each]["velocity"] for name, each in self.named_parameters.items()}
 
     def load_velocities(self, velocities: dict[str, torch.Tensor]) -> None:
-        """Copy velocities from a checkpoint."""
+        """Copy the velocities of a checkpoint into the optimizer's."""
         for name, velocity in self.velocities.items():
             velocity.copy_(velocities[name])
 

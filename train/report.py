@@ -171,7 +171,7 @@ def compute_saturation(kernels_C3HW: np.ndarray) -> np.ndarray:
 
 
 def describe_towers(saturations: Sequence[np.ndarray]) -> str:
-    """Say whether the towers split by colour, given the saturations of each one's kernels.
+    """Test whether the towers split by colour, given the saturations of their kernels. Returns text for the page.
 
     The paper's figure 3 and section 6.1: kernels on one GPU were largely colour-agnostic, those on the other largely
     colour-specific, "during every run". A permutation test compares the towers' means with those of random halves of

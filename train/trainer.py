@@ -265,7 +265,7 @@ class Trainer:
             yield profiler
 
     def end_epoch(self, accuracy: Accuracy) -> None:
-        """Count the epoch, log its errors, and pass the error to the learning rate schedule."""
+        """Count the epoch, log its validation errors, and pass the top-1 error to the learning rate schedule."""
         self.epoch += 1
         error = 100 - accuracy.centre_top1
         self.schedule.end_epoch(error)
