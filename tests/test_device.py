@@ -7,7 +7,7 @@ from model.alexnet import AlexNet, AlexNetConfig
 from pipeline.errors import UserError
 from tests.helpers import run_ok, run_python
 from train import device as device_module
-from train.device import can_compile, compile_model, gpu_advice, pick_device
+from train.device import advise_on_gpus, can_compile, compile_model, pick_device
 
 KEPT = """
 import numpy as np
@@ -37,20 +37,25 @@ def test_a_gpu_that_is_not_used(monkeypatch: pytest.MonkeyPatch, cuda: str | Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(device_module, "has_nvidia_gpu", lambda: True)
-    advice = gpu_advice(torch.device("cpu"), 1, 32)
+    advice = advise_on_gpus(torch.device("cpu"), 1, 32)
     assert "ON THE CPU" in advice and named in advice
     with pytest.raises(UserError, match=named):
         pick_device("cuda")
     monkeypatch.setattr(device_module, "has_nvidia_gpu", lambda: False)
-    assert gpu_advice(torch.device("cpu"), 1, 32) == "" and pick_device("auto").type == "cpu"
+    assert advise_on_gpus(torch.device("cpu"), 1, 32) == "" and pick_device("auto").type == "cpu"
 
 
 def test_gpus_that_are_used_badly(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of several, and few images at a time, are worth a line; a full one is not."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     gpu = torch.device("cuda", 0)
-    assert "1 of 8" in gpu_advice(gpu, 1, 1024) and "--nproc-per-node 8" in gpu_advice(gpu, 1, 1024)
-    assert [bool(gpu_advice(gpu, 8, images)) for images in (16, 63, 64, 128)] == [True, True, False, False]
+    assert "1 of 8" in advise_on_gpus(gpu, 1, 1024) and "--nproc-per-node 8" in advise_on_gpus(gpu, 1, 1024)
+    assert [bool(advise_on_gpus(gpu, 8, images)) for images in (16, 63, 64, 128)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import UserError
 from tests.helpers import TRAIN, rows_of, run_python, shared_run, start_python
 from train.device import pick_device
-from train.launch import PORTS, find_launch, find_task, first_host, local_rank
+from train.launch import PORTS, find_task, first_host, local_rank, set_launch_variables
 
 # What Slurm 22.05 set where two tasks were asked for (shortened to what bears on this): in the script of sbatch, in the
 # shell of salloc, in the shell of salloc under LaunchParameters=use_interactive_step, and in srun's second task.
@@ -22,9 +22,9 @@ TASK |= dict(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="node[03-04]")
 
 
 def launched(environment: dict[str, str], num_gpus: int = 0) -> dict[str, str]:
-    """What `find_launch` adds or changes."""
+    """What `set_launch_variables` adds or changes."""
     after = dict(environment)
-    find_launch(after, num_gpus)
+    set_launch_variables(after, num_gpus)
     return {name: value for name, value in after.items() if environment.get(name) != value}
 
 

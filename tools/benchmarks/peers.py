@@ -23,7 +23,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.lighting import Lighting
-from pipeline.machine import num_cores, raise_open_files
+from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
 from tools.benchmarks import common
 
@@ -75,7 +75,7 @@ def bench_peers(
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
         raise UserError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    raise_open_files(len(train.tars))
+    raise_open_file_limit(len(train.tars))
     tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
     workers = workers or num_cores()
