@@ -263,7 +263,9 @@ def crop256(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarr
     `size`: height and width of the file, if it was reduced, which define the geometry.
 
     Torch's antialiased bicubic filter on bytes is Pillow's with its weights rounded to 16 bits: more than three times
-    as fast, and equal up to 2 levels (one in all but a few pixels).
+    as fast, and equal up to 2 levels (one in all but a few pixels). It always resamples the width first. Pillow 13.0
+    begins with the height where that is more than twice the width: noise differs more there, for bytes are clipped
+    between the two.
     """
     import torch
     from torch.nn.functional import interpolate
