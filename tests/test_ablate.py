@@ -13,15 +13,13 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from tests.helpers import ROOT, rows_of, run_ok, start_python, wait_for
+from tests.helpers import rows_of, run_ok, start_python, wait_for
 from tools import ablate as program
 from tools.ablate import ANY_WIDTH, Run, ablate, train_run
 from tools.ablation_report import PAPER, Entry, Figures, draw_curves, format_markdown, pick_rate, read_figures
 from train.cli import ABLATIONS
-from train.config import Config, flatten, parse_config
+from train.config import flatten, parse_config
 
-CONFIGS = ROOT / "train" / "configs"
-QUICKSTART = CONFIGS / "quickstart.yaml"
 FIGURE_1 = {
     "data.augmentation.crop": "center", "data.augmentation.flip": 0, "data.augmentation.lighting.strength": 0,
     "model.dropout": 0, "optimizer.weight_decay": 0,
@@ -46,27 +44,19 @@ counted in test_alexnet.)"""
 TINY = "--model.channels [8,16,16,16,16] --model.fc_dim 32 --train.epochs 1 --run.device cpu"
 
 
-def over_paper(*more: str) -> Config:
-    """The paper's configuration with something over it."""
-    return parse_config(
-        ["--config", str(CONFIGS / "paper.yaml"), *more, "--data.shards", "s", "--run.dir", "r"]
-    )
+def test_shipped_ablations_change_what_they_name() -> None:
+    """Over the paper's configuration each changes what its name says and nothing else; none is unknown here, and the
+    default ones and those of the paper's figures are among them."""
 
+    def settings(*more: str) -> dict[str, Any]:
+        place = ["--data.shards", "s", "--run.dir", "r"]
+        return flatten(parse_config(["--config", "paper", *more, *place]).to_json())
 
-def test_every_shipped_ablation_is_known_here() -> None:
-    """So none goes without the test below; the default ones are among them, and so are all that the paper has figures
-    of."""
-    assert {path.stem for path in ABLATIONS.glob("*.yaml")} == CHANGES.keys() > {*ANY_WIDTH, *PAPER}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_shipped_ablations_change_what_they_name(name: str) -> None:
-    """Over the paper's configuration each changes what its name says, and its comments give its command."""
-    path = ABLATIONS / f"{name}.yaml"
-    paper, ablated = (flatten(over_paper(*more).to_json()) for more in ((), ("--config", str(path))))
-    assert {key: value for key, value in ablated.items() if value != paper[key]} == CHANGES[name]
-    command = f"python -m train.run --config BASE.yaml --config train/configs/ablations/{name}.yaml"
-    assert command in path.read_text()
+    paper, changes = settings(), {}
+    for path in ABLATIONS.glob("*.yaml"):
+        ablated = settings("--config", str(path))
+        changes[path.stem] = {key: value for key, value in ablated.items() if value != paper[key]}
+    assert changes == CHANGES and changes.keys() > {*ANY_WIDTH, *PAPER}
 
 
 def rows(train: list[tuple[int, int, float]], val: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
@@ -139,14 +129,10 @@ def test_weak_comparisons_carry_a_warning() -> None:
     [
         ({"ablations": ["no-dropuot"]}, "--ablations no-dropuot: .* abs-tanh, no-conv4, "),
         ({"ablations": ["no-lrn", str(ABLATIONS / "no-lrn.yaml")]}, "--ablations: .* no-lrn"),
-        ({"seeds": ()}, "--seeds"),
         ({"seeds": (1, 1)}, "--seeds"),
-        ({"rates": [0.1, 0.1]}, "--rates"),
         ({"rates": []}, "--rates"),
-        ({"base": Path("nowhere.yaml")}, "nowhere.yaml"),
-        ({"settings": "'--model.lrn"}, "--settings '--model.lrn"),
         ({"settings": "--run.log_every 45"}, "--run.log_every 22"),
-        ({"ablations": ["no-lrn"], "settings": "--model.lrn none"}, "no-lrn: expected a change"),
+        ({"settings": "--model.lrn none"}, "no-lrn: expected a change"),
         ({"shards": Path("nowhere")}, "nowhere/train"),
     ],
 )
@@ -154,15 +140,9 @@ def test_wrong_options_write_nothing(
     shards: Path, tmp_path: Path, options: dict[str, Any], field: str
 ) -> None:
     """One sentence that names the field, before anything is written."""
-    given = {
-        "base": QUICKSTART,
-        "shards": shards,
-        "out": tmp_path / "out",
-        "ablations": ["no-lrn"],
-        "seeds": (1,),
-    }
+    given = {"shards": shards, "ablations": ["no-lrn"], "seeds": (1,)}
     with pytest.raises((UserError, FileNotFoundError), match=field):
-        ablate(**given | options)  # type: ignore[arg-type]
+        ablate(Path("quickstart"), out=tmp_path / "out", **given | options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -188,7 +168,7 @@ def compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
     def compare(settings: str = "", seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
         trained.clear()
-        ablate(QUICKSTART, shards, tmp_path, ["no-lrn"], seeds, settings=f"{TINY} {settings}")
+        ablate(Path("quickstart"), shards, tmp_path, ["no-lrn"], seeds, settings=f"{TINY} {settings}")
         return {"trained": [*trained], **read_json(tmp_path / "ablations.json")}
 
     return compare
@@ -198,7 +178,8 @@ def test_comparison_trains_only_what_is_lacking(
     compared: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """Every run is trained once, base first; the differences are those of the rows. The same command trains nothing and
-    writes the same bytes, and what is lacking alone is trained; fewer epochs are refused."""
+    writes the same bytes, and what is lacking alone is trained. Where a run that finished had other settings, more
+    epochs or other shards, the comparison is refused and nothing is written."""
     first = compared()
     assert first["trained"] == ["base-seed1", "base-seed2", "no-lrn-seed1", "no-lrn-seed2"]
     base, ablated = first["entries"]
@@ -206,28 +187,22 @@ def test_comparison_trains_only_what_is_lacking(
     assert base["difference"] is None and ablated["difference"] == {"mean": 3.5, "min": 1, "max": 6}
     assert ablated["paper"] == "+1.4" and ablated["runs"][1]["val_errors"] == [31]
     before = {path: path.read_bytes() for path in tmp_path.glob("ablations.*")}
-    assert {path.suffix for path in before} == {".json", ".md", ".png"}
-    assert compared()["trained"] == [] and all(path.read_bytes() == old for path, old in before.items())
-    shutil.rmtree(tmp_path / "no-lrn-seed2")
-    (tmp_path / "base-seed2.json").unlink()
-    assert compared()["trained"] == ["base-seed2", "no-lrn-seed2"]
-    assert len(compared("--train.epochs 2", seeds=(1,))["trained"]) == 2
-    with pytest.raises(UserError, match=r"base-seed1: .*train.epochs"):
-        compared()
-
-
-def test_another_comparison_is_refused(compared: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Where a run that finished had other settings or other shards, nothing is written."""
-    compared()
-    written = (tmp_path / "ablations.json").read_bytes()
-    for settings, field in (("--optimizer.lr .004", "optimizer.lr"), ("--model.fc_dim 30", "model.fc_dim")):
-        with pytest.raises(UserError, match=f"base-seed1: .*{field}.*give another OUT"):
-            compared(settings)
+    assert compared()["trained"] == []
+    with pytest.raises(UserError, match=r"base-seed1: .*optimizer.lr.*give another OUT"):
+        compared("--optimizer.lr .004")
     result = tmp_path / "no-lrn-seed2.json"
     write_json(result, read_json(result) | {"shards": "0"})
     with pytest.raises(UserError, match="no-lrn-seed2: trained on other shards"):
         compared()
-    assert (tmp_path / "ablations.json").read_bytes() == written
+    assert {path.suffix for path in before} == {".json", ".md", ".png"}
+    assert all(path.read_bytes() == old for path, old in before.items())
+    shutil.rmtree(tmp_path / "no-lrn-seed2")
+    for name in ("base-seed2", "no-lrn-seed2"):
+        (tmp_path / f"{name}.json").unlink()
+    assert compared()["trained"] == ["base-seed2", "no-lrn-seed2"]
+    assert len(compared("--train.epochs 2", seeds=(1,))["trained"]) == 2
+    with pytest.raises(UserError, match=r"base-seed1: .*train.epochs"):
+        compared()
 
 
 @pytest.mark.parametrize(
@@ -248,17 +223,16 @@ def test_exit_code_and_files_decide_the_outcome(
     python.write_text(f"#!/bin/sh\nDIR={tmp_path}/r\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    places = ["--data.shards", "s", "--run.dir", str(tmp_path / "r")]
-    run = Run([], parse_config(["--config", str(QUICKSTART), *places]))
+    run = Run(
+        [], parse_config(["--config", "quickstart", "--data.shards", "s", "--run.dir", f"{tmp_path}/r"])
+    )
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "report.html").touch()
-    (tmp_path / "r.log").write_text("an earlier try\n")
-    if outcome in ("trained", "diverged"):
+    if ":" not in outcome:
         assert train_run(run) == outcome
     else:
         with pytest.raises(UserError, match=outcome):
             train_run(run)
-    assert (tmp_path / "r.log").read_text() == "an earlier try\n"
 
 
 @pytest.mark.slow
@@ -271,7 +245,7 @@ def test_stopped_comparison_resumes_bitwise(shards: Path, tmp_path: Path) -> Non
     def command(out: Path) -> list[Any]:
         settings = TINY.replace("epochs 1", "epochs 3")
         options = ["--ablations", f"[{own}]", "--seeds", "[5]", "--settings", settings]
-        return ["tools/ablate.py", QUICKSTART, shards, out, *options]
+        return ["tools/ablate.py", "quickstart", shards, out, *options]
 
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     # A shell's background jobs ignore the signal, and so would what they start.

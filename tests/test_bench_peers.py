@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.shards import ShardSet, open_shards
-from tests.helpers import refuses, run_ok
+from tests.helpers import run_ok
 from tests.test_bench import TURNS, rows_of
 from tools.benchmarks import peers
 from tools.benchmarks.common import read_samples, select_first_shards
@@ -52,7 +52,6 @@ def honest(data: PeerData, **less: Any) -> Batches:
     "less, complaint",
     [
         ({"dtype": np.float64}, "float64"),
-        ({"height": 200}, "16, 200, 224, 3"),
         ({"twice": True}, "expected 128 images in an epoch, got 127"),
         ({"noise": 3.0}, "levels off"),
         ({"divisor": 1.0}, "levels off"),
@@ -62,19 +61,17 @@ def honest(data: PeerData, **less: Any) -> Batches:
     ],
 )
 def test_less_than_the_job_is_refused(data: PeerData, less: dict[str, Any], complaint: str) -> None:
-    """A contender that leaves out a part, or yields an image twice, is not timed; an honest one is."""
+    """A contender that leaves out a part, or yields an image twice, is not timed."""
     with pytest.raises(AssertionError, match=complaint):
         peers.check_batches(honest(data, **less), data, levels=1)
-    found = peers.check_batches(honest(data), data, levels=1)
+
+
+@pytest.mark.parametrize("name", ["honest", "dali", "ours"])
+def test_the_job_done_passes(data: PeerData, name: str) -> None:
+    """The formula itself, DALI's example graph and the trainer's loader do the job, to Pillow's pixels."""
+    batches = honest(data) if name == "honest" else PEERS[name][1](data)
+    found = peers.check_batches(batches, data, levels=1)
     assert "128 of 128 images, once each; pixels 0.00 levels off" in found
-    assert "pixels 3.00 levels off" in peers.check_batches(honest(data, noise=3.0), data, levels=8)
-
-
-@pytest.mark.parametrize("name", ["dali", "ours"])
-def test_dali_and_ours_give_pillows_pixels(data: PeerData, name: str) -> None:
-    """DALI's example graph and the trainer's loader do the job, to Pillow's pixels."""
-    batches = PEERS[name][1](data)
-    assert "pixels 0.00 levels off" in peers.check_batches(batches, data, levels=1)
     batches.close()
 
 
@@ -90,12 +87,6 @@ def test_the_same_bytes_everywhere(numbered_shards: Callable[..., ShardSet], tmp
     few = peers.write_numbered(shards, tmp_path / "few")
     assert [sample[1:] for sample in read_samples(few)] == [(samples[n][1], n) for n in range(peers.CHECKED)]
     assert few.num_samples == peers.CHECKED
-
-
-def test_unknown_peers_are_refused(shards: Path) -> None:
-    """Contenders that there are not, and none that runs here."""
-    assert "tensorflow" in refuses("tools/bench.py", "peers", shards, "--peers", "[ours, tensorflow]")
-    assert "--peers" in refuses("tools/bench.py", "peers", shards, "--peers", "[ffcv]")
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """A report has every part, whatever becomes of one."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,22 +31,6 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path: Path) -> None:
     assert results(tmp_path)["fine"] == "ok" and results(tmp_path)["slow"].startswith("cut off")
     page = (tmp_path / "report.md").read_text()
     assert "ZeroDivisionError" in page and "\n42\n" in page and "\nbegun\n" in page
-
-
-def test_all_runs_each_by_its_own_command(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every benchmark is a part with its data and its own file of rows."""
-    monkeypatch.setattr(sys, "executable", "echo")
-    report.bench_all(few, tmp_path / "raw", tmp_path / "out", Path("python"))
-    page = (tmp_path / "out" / "report.md").read_text()
-    names = ["loader", "peers", "train", "model", "pack"]
-    assert list(results(tmp_path / "out").items()) == [(f"bench {name}", "ok") for name in names]
-    assert [line.split()[3:-1] for line in re.findall(r"^\$ (python tools/bench.*)$", page, re.M)] == [
-        [str(few), "--out"],
-        [str(few), "--ffcv-python", "python", "--out"],
-        [str(few), "--out"],
-        ["--out"],
-        [str(tmp_path / "raw"), "--out"],
-    ]
 
 
 @pytest.mark.slow

@@ -1,12 +1,7 @@
 """Checkpoints are whole or refused, LATEST and BEST name the right ones, old ones go; a run directory has one owner."""
 
-import errno
-import os
 import resource
-import signal
 import threading
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,7 @@ import torch
 from model.alexnet import AlexNet, AlexNetConfig
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
-from tests.helpers import shipped
+from tests.helpers import shipped, start_python, wait_for
 from train.checkpoint import (
     CheckpointWriter,
     RunDirectory,
@@ -74,7 +69,8 @@ def test_best_pinned_and_later_ones_stay(tmp_path: Path) -> None:
 
 
 def test_any_flipped_byte(tmp_path: Path) -> None:
-    """Whichever byte flips, the checkpoint is refused and the one before is offered, or its content is the same."""
+    """Whichever byte flips, the checkpoint is refused and the one before is offered, or its content is the same. A file
+    that was cut, is empty, would run code, or is of another format is refused, too."""
     before = save_checkpoint(tmp_path, 6, content(6), keep_last=3)
     path = save_checkpoint(tmp_path, 7, content(7), keep_last=3)
     intact, refused = path.read_bytes(), 0
@@ -91,28 +87,17 @@ def test_any_flipped_byte(tmp_path: Path) -> None:
             assert loaded["step"] == 7 and loaded["best"] is None, place
             assert torch.equal(loaded["model"]["w"], torch.full((50,), 7.0)), place
     assert refused > len(intact) / 2
-
-
-def test_other_damage(tmp_path: Path) -> None:
-    """A file that was cut, is empty, would run code, or is of another format is refused, and never a crash."""
-    path = save_checkpoint(tmp_path, 7, content(7), keep_last=3)
-    intact = path.read_bytes()
     for damaged in (intact[: len(intact) // 2], intact[:-1], b"", b"PK"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="is damaged or not a checkpoint"):
             load_checkpoint(path)
-    for state in (
-        {"format_version": 2, "step": 1, "x": Path("/")},
-        [2],
-        {"step": 1},
-        {"format_version": 99, "step": 1},
-    ):
+    for state in ({"format_version": 2, "step": 1, "x": Path("/")}, [2], {"format_version": 99, "step": 1}):
         torch.save(state, path)
         with pytest.raises(UserError, match=r"step-00000007\.pt"):
             load_checkpoint(path)
 
 
-@pytest.mark.parametrize("named", [b"step-00000008.pt", b"garbage", b"\xff\xfe", b"../../secret", b"", None])
+@pytest.mark.parametrize("named", [b"step-00000008.pt", b"\xff\xfe", b"../../secret", None])
 def test_latest_that_names_no_checkpoint(tmp_path: Path, named: bytes | None) -> None:
     """A missing one, another path, and a directory in its place are refused."""
     latest = save_checkpoint(tmp_path, 7, content(7), keep_last=3).with_name("LATEST")
@@ -149,27 +134,17 @@ def test_a_checkpoint_of_version_01(tmp_path: Path) -> None:
         RunDirectory(tmp_path).claim()
 
 
-def test_written_on_a_thread(tmp_path: Path) -> None:
-    """`start` returns while the checkpoint is being written, `finish` when it is; a mistake of ours is raised there."""
+@pytest.mark.parametrize("limit", [1, 100_000])
+def test_full_disk(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """`start` returns while a checkpoint is being written, `finish` when it is. One that cannot be written, because the
+    disk is full at its beginning or within it, raises `OSError` and is logged once; the one before stays the latest,
+    nothing half-written lies there; then saving works again."""
     writer, resume = CheckpointWriter(tmp_path, keep_last=3), threading.Event()
     writer.start(1, content(1), before=lambda: resume.wait(20) and None)
     assert writer.busy and find_checkpoint(tmp_path) is None
     resume.set()
     writer.finish()
     assert not writer.busy
-    assert find_checkpoint(tmp_path) == writer.latest == tmp_path / "checkpoints" / "step-00000001.pt"
-    writer.start(2, {"model": lambda: None}, before=lambda: None)  # cannot be pickled
-    with pytest.raises(Exception, match="lambda"):
-        writer.finish()
-
-
-@pytest.mark.parametrize("limit", [1, 1000, 10_000, 100_000, 400_000])
-def test_full_disk(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint that cannot be written, because the disk is full at its beginning or within it, raises `OSError` and
-    is logged once; the one before stays the latest, nothing half-written lies there; then saving works again."""
-    writer = CheckpointWriter(tmp_path, keep_last=3)
-    writer.start(1, content(1), before=lambda: None)
-    writer.finish()
     large, limits = content(2, large=torch.rand(100_000)), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
@@ -177,11 +152,10 @@ def test_full_disk(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str
             writer.start(2, large, before=lambda: None)
             writer.log_save_error()
         writer.start(2, large, before=lambda: None)
-        with pytest.raises(OSError) as raised:
+        with pytest.raises(OSError, match="File too large") as raised:
             writer.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.errno in (errno.EFBIG, errno.ENOSPC)
     assert str(raised.value.filename).endswith("step-00000002.pt")
     assert names(tmp_path) == ["LATEST", "step-00000001"] and writer.latest == find_checkpoint(tmp_path)
     assert capsys.readouterr().out.count(f"the last good checkpoint is {writer.latest}; free some space") == 1
@@ -193,8 +167,7 @@ def test_full_disk(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str
 def test_last_epoch_end(tmp_path: Path) -> None:
     """The newest before a checkpoint that ends an epoch; an intact file of another form is none."""
     path = save_checkpoint(tmp_path, 1, content(1, ranks=[{"loader": {"ended": True}}]), keep_last=99)
-    forms: list[object] = [[], {}, None, 3, [3], [{}], [{"loader": None}], [{"loader": {"ended": False}}]]
-    for step, ranks in enumerate(forms, start=2):
+    for step, ranks in enumerate(([], None, [3], [{"loader": {"ended": False}}]), start=2):
         newest = save_checkpoint(tmp_path, step, content(step, ranks=ranks), keep_last=99)
     assert last_epoch_end(newest) == path
     with pytest.raises(UserError, match="none was written at an epoch's end"):
@@ -208,27 +181,20 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     late = RunDirectory(path)
     late.claim()
     assert not path.exists()
-    child = os.fork()
-    if child == 0:
-        first = RunDirectory(path)
-        first.prepare(config)
-        time.sleep(60)
-        os._exit(0)
-    try:
-        while not (path / "checkpoints").exists():
-            assert os.waitpid(child, os.WNOHANG) == (0, 0)
-        for refused in (RunDirectory(path).claim, lambda: late.prepare(config)):
-            with pytest.raises(UserError, match="another run is writing to"):
-                refused()
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    code = "import sys, time; from pathlib import Path; from train.checkpoint import RunDirectory\n"
+    code += "from tests.helpers import shipped; run = RunDirectory(Path(sys.argv[1]))\n"
+    first = start_python("-c", f"{code}run.prepare(shipped('quickstart')); time.sleep(60)", path)
+    wait_for((path / "checkpoints").exists, first)
+    for refused in (RunDirectory(path).claim, lambda: late.prepare(config)):
+        with pytest.raises(UserError, match="another run is writing to"):
+            refused()
+    first.kill()
+    first.communicate()
     RunDirectory(path).claim()
     late.prepare(config)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "checkpoints", "config.yaml"])
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml"])
 def test_another_programs_directory(tmp_path: Path, name: str) -> None:
     """Without a run's lock it is refused by name, and nothing is added; so is a file in its place."""
     (tmp_path / name).write_text("data: 1\n")
@@ -239,17 +205,13 @@ def test_another_programs_directory(tmp_path: Path, name: str) -> None:
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
-    """A place, checkpoints or a lock that cannot be written are an error that names them, before training."""
+    """A place or checkpoints that cannot be written are an error that names them, before training."""
     with pytest.raises(OSError, match="/proc/run"):
         RunDirectory(Path("/proc/run")).prepare(shipped("quickstart"))
     RunDirectory(tmp_path).prepare(shipped("quickstart"))
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").symlink_to("/proc")
     with pytest.raises(OSError, match="checkpoints"):
-        RunDirectory(tmp_path).claim()
-    (tmp_path / "run.lock").unlink()
-    os.mkfifo(tmp_path / "run.lock")
-    with pytest.raises(OSError, match=r"run\.lock"):
         RunDirectory(tmp_path).claim()
 
 

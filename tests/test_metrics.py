@@ -78,38 +78,46 @@ def steps_of(path: Path) -> list[int]:
 
 
 def test_rows_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
-    """Resuming from step 20, before that epoch's evaluation, drops later rows, that evaluation, and a half-written
-    line; TensorBoard, too, shows what is done a second time once."""
+    """Resuming from step 20, before that epoch's evaluation, drops later rows, that evaluation, and damaged lines, but
+    no other; TensorBoard, too, shows what is done a second time once."""
     log = MetricsLog(tmp_path, 0, 0)
-    for step in (10, 20):
+    for step in (10, 15, 20):
         log.write("train", step, epoch=0, loss=1.23456789)
     log.write("eval", 20, epoch=1, centre_top1_error=50.0)
     log.write("train", 30, epoch=1, loss=1.0)
     log.close()
-    with log.path.open("a") as file:
-        file.write('[1]\n{"kind": "tra')
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    odd = b'{"kind": "train", "step": null, "epoch": 0}\n' + b"[" * 100_000 + b"\n{}\n[1]\n"
+    log.path.write_bytes(b"".join([lines[0], b"\xff", lines[1][1:], odd, *lines[2:], b'{"kind": "tra']))
+    assert [row["step"] for row in read_metrics(log.path)] == [10, 20, 20, 30]
     log = MetricsLog(tmp_path, 20, 0)
     assert steps_of(log.path) == [10, 20] and read_metrics(log.path)[0]["loss"] == 1.23457
     log.write("train", 30, epoch=1, loss=2.0)
     log.close()
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    points = [(point.step, point.value) for point in curves.Scalars("train/loss")]
-    assert points == [(10, pytest.approx(1.23456789)), (20, pytest.approx(1.23456789)), (30, 2)]
+    points = [(point.step, pytest.approx(point.value)) for point in curves.Scalars("train/loss")]
+    assert points == [(10, 1.23456789), (15, 1.23456789), (20, 1.23456789), (30, 2)]
 
 
-def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
-    """Rows after a line that a disk damaged are still there, also after resuming."""
-    log = MetricsLog(tmp_path, 0, 0)
-    for step in (1, 2, 3):
-        log.write("train", step, epoch=0, loss=float(step))
-    log.close()
-    lines = log.path.read_bytes().splitlines(keepends=True)
-    odd = b'{"kind": "train", "step": null, "epoch": 0}\n' + b"[" * 100_000 + b"\n{}\n"
-    log.path.write_bytes(lines[0] + b"\xff" + lines[1][1:] + odd + lines[2])
-    for _ in range(2):
-        assert [row["step"] for row in read_metrics(log.path)] == [1, 3]
-        MetricsLog(tmp_path, 3, 0).close()
-    assert steps_of(log.path) == [1, 3]
+def test_two_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Waiting is logged over 500 steps, once an epoch, a little waiting not; a loss of ln(classes) once, after some
+    thousand steps, and no other loss."""
+
+    def check(warnings: Warnings, wait: float, loss: float = 1.0, epoch: int = 0) -> None:
+        for k in range(1, 11):  # ten rows of 100 steps
+            warnings.check(1000 * epoch + 100 * k, epoch, 100, {"loss": loss, "wait_percent": wait})
+
+    warnings = Warnings(10)
+    for epoch, wait in enumerate((38.0, 38.0, 10.0)):
+        check(warnings, wait, epoch=epoch)
+    output = capsys.readouterr().out
+    assert output.count("input-bound: waited 38 % of 500 steps") == len(output.splitlines()) == 2
+    for factor, count in ((1, 1), (1.005, 1), (0.9, 0), (1.1, 0)):
+        warnings = Warnings(100)
+        for epoch in range(2 * Warnings.PATIENCE // 1000 + 2):
+            check(warnings, 0, factor * math.log(100), epoch)
+            assert epoch or not capsys.readouterr().out
+        assert capsys.readouterr().out.count("guessing, 4.61,") == count
 
 
 def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,28 +163,3 @@ def test_rows_and_syncs_from_two_threads(tmp_path: Path) -> None:
         thread.join()
     log.close()
     assert steps_of(log.path) == list(range(1, 1001))
-
-
-def check_ten(warnings: Warnings, wait: float, loss: float = 1.0, first: int = 0, epoch: int = 0) -> None:
-    """Ten rows of 100 steps each."""
-    for k in range(1, 11):
-        warnings.check(first + 100 * k, epoch, 100, {"loss": loss, "wait_percent": wait})
-
-
-def test_input_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    """Logged over 500 steps, once an epoch, with the share waited; a little waiting is not."""
-    warnings = Warnings(10)
-    for epoch, wait in ((0, 38.0), (1, 38.0), (2, 10.0)):
-        check_ten(warnings, wait, epoch=epoch)
-    output = capsys.readouterr().out
-    assert output.count("input-bound: waited 38 % of 500 steps") == len(output.splitlines()) == 2
-
-
-@pytest.mark.parametrize(("factor", "count"), [(1, 1), (1.005, 1), (0.9, 0), (1.1, 0)])
-def test_loss_of_guessing(factor: float, count: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A loss of ln(classes) is logged once, after some thousand steps, neither before nor where the loss is another."""
-    warnings = Warnings(100)
-    for first in (0, Warnings.PATIENCE, 2 * Warnings.PATIENCE):
-        check_ten(warnings, 0, factor * math.log(100), first)
-        assert first or not capsys.readouterr().out
-    assert capsys.readouterr().out.count("guessing, 4.61,") == count

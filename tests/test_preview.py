@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,17 +15,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError
 from pipeline.files import read_json
 from pipeline.lighting import Lighting
-from pipeline.loader import train_loader
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet
-from tests.helpers import jpeg, photo, refuses, run_ok
+from tests.helpers import jpeg, loaders, photo, refuses, run_ok
 from tools.preview import (
     IMAGENET,
-    View,
-    draw_sheet,
     format_eigenbasis,
     preview,
     read_class_word,
@@ -88,34 +86,29 @@ def test_views_are_windows_of_the_named_images(numbered_shards: Make, plain_basi
 
 @pytest.mark.parametrize("convention", ["stddev", "eigenvalue"])
 def test_first_views_equal_the_loaders_batch(
-    numbered_shards: Make, plain_basis: Eigenbasis, convention: str
+    numbered_shards: Make, plain_basis: Eigenbasis, convention: Literal["stddev", "eigenvalue"]
 ) -> None:
     """The lower half is the first images of training with the same seed, whatever the batch size, lighting included."""
-    shards = numbered_shards(60, 3)
-    lighting = Lighting(convention, 0.5)  # type: ignore[arg-type]
+    shards, lighting = numbered_shards(60, 3), Lighting(convention, 0.5)
     augmentation = Augmentation(lighting=lighting)
-    views = render_views(shards, plain_basis, augmentation, 5)
-    config = DataConfig(Path(), augmentation=augmentation)
-    loader = train_loader(
-        shards, plain_basis, config, batch_size=40, seed=5, rank=0, num_ranks=1, device="cpu"
-    )
+    options = {"augmentation": augmentation, "shuffle_buffer": DataConfig(Path()).shuffle_buffer}
+    (loader,) = loaders(shards, plain_basis, 1, True, batch_size=40, **options)
     images, labels = next(iter(loader))
-    assert labels[:24].tolist() == [view.label for view in views]
     levels = images[:24].permute(0, 2, 3, 1).double().numpy() * lighting.divisor + plain_basis.mean
-    difference = np.stack([view.pixels for view in views]) - levels.clip(0, 255)
-    assert np.abs(difference).max() < 0.51
-    plain = np.stack([view.pixels for view in render_views(shards, plain_basis, NO_LIGHTING, 5)])
-    assert np.abs(plain - levels.clip(0, 255)).max() > 5, "lighting can be seen"
+    views, plain = (render_views(shards, plain_basis, each, 3) for each in (augmentation, NO_LIGHTING))
+    assert labels[:24].tolist() == [view.label for view in views]
+    assert np.abs(np.stack([view.pixels for view in views]) - levels.clip(0, 255)).max() < 0.51
+    difference = np.stack([view.pixels for view in plain]) - levels.clip(0, 255)
+    assert np.abs(difference).max() > 5, "lighting can be seen"
 
 
 def test_originals_are_shown_at_256(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """Images that are kept as they came are shown as the central 256x256 of which training cuts its windows."""
-    shards = replace(numbered_shards(2, 1, jpeg(photo(np.random.default_rng(4), 300, 420))), store="original")
-    (first, second) = render_views(shards, plain_basis, NO_LIGHTING, 5)
-    assert first.stored.shape == (256, 256, 3) and first.key != second.key
-    cut = first.stored[first.top : first.top + 224, first.left : first.left + 224].astype(int)
-    shown = first.pixels[:, ::-1] if first.mirrored else first.pixels
-    assert np.abs(cut - shown).max() <= 3
+    shards = replace(numbered_shards(1, 1, jpeg(photo(np.random.default_rng(4), 300, 420))), store="original")
+    (view,) = render_views(shards, plain_basis, NO_LIGHTING, 5)
+    assert view.stored.shape == (256, 256, 3)
+    cut = view.stored[view.top : view.top + 224, view.left : view.left + 224].astype(int)
+    assert np.abs(cut - (view.pixels[:, ::-1] if view.mirrored else view.pixels)).max() <= 3
 
 
 @pytest.mark.parametrize("num_samples", [3, 30])
@@ -124,29 +117,20 @@ def test_sheet_shows_one_image_repeated_and_the_first_ones_once(
 ) -> None:
     """The sheet shows one image 24 times and the first images once; where there are fewer than 24 none is repeated."""
     folder, drawn = add_basis(numbered_shards(num_samples, 1)), []
-
-    def spy(path: Path, halves: dict[str, list[tuple[View, str]]]) -> None:
-        drawn.extend([view for view, _ in cells] for cells in halves.values())
-        draw_sheet(path, halves)
-
-    monkeypatch.setattr("tools.preview.draw_sheet", spy)
+    monkeypatch.setattr("tools.preview.draw_sheet", lambda path, halves: drawn.extend(halves.values()))
     preview(folder, folder / "out", seed=9, strength=0.3)
-    repeated, training = drawn
-    assert len(repeated) == 25 and len({view.key for view in repeated}) == 1
-    assert len({view.key for view in training}) == len(training) == min(24, num_samples)
-    with Image.open(folder / "out" / "preview.png") as image:
-        assert image.format == "PNG" and image.size == (18 * 120, 15 * 120)
+    repeated, training = ([view.key for view, _ in half] for half in drawn)
+    assert len(repeated) == 25 and len({*repeated}) == 1
+    assert len({*training}) == len(training) == min(24, num_samples)
 
 
 def test_wrong_input_draws_nothing(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """A basis that is missing or of other shards, a seed out of range, and labels beyond the classes get one sentence
-    that names them, and no picture."""
+    """A basis that is missing or of other shards, and labels beyond the classes get one sentence that names them, and
+    no picture."""
     shards = numbered_shards(3, 2)
     assert f"{tmp_path}/pca.json" in refuses("tools/preview.py", tmp_path)
-    with pytest.raises(ValueError, match=r"pca\.json"):
-        preview(add_basis(shards, "0" * 64))
-    with pytest.raises(UserError, match="--seed"):
-        preview(tmp_path, seed=-1)
+    add_basis(shards, "0" * 64)
+    assert f"{tmp_path}/pca.json" in refuses("tools/preview.py", tmp_path)
     (view,) = [view for view in render_views(shards, plain_basis, NO_LIGHTING, 5) if view.label == 2]
     with pytest.raises(DataError, match="s2: expected a label below 2"):
         read_class_word(view, replace(shards, classes=shards.classes[:2]))
@@ -158,17 +142,16 @@ def test_published_eigenbasis() -> None:
     variances on 0..1 are those that fb.resnet's readers know (.228, .0212, .0060)."""
     vectors, stddev = np.array(IMAGENET["eigenvectors"]), np.array(IMAGENET["axis_stddev"])
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=2e-4)
-    assert (vectors[np.abs(vectors).argmax(0), range(3)] > 0).all()
     np.testing.assert_allclose(stddev**2 / 255**2, [0.228, 0.0212, 0.0060], rtol=0.01)
     content = {"num_images": 1, "mean": IMAGENET["mean"]}
     content |= {"eigenvalues": (stddev**2).tolist(), "eigenvectors": vectors.tolist()}
     lines = format_eigenbasis(content).splitlines()
     assert all(float(cell.split(" (")[0]) < 1 for cell in lines[-1].split("degrees")[1].split(")")[:3])
-    assert "121.78 (121.78)" in lines[3] and "89.37 (89.37)" in lines[4]
 
 
 def test_program_shows_the_eigenbasis(few: Path, tmp_path: Path) -> None:
-    """It prints the figures of pca.json, and draws a picture in which the middle of each ramp is the mean colour."""
+    """It prints the figures of pca.json, and draws a picture in which the middle of each ramp is the mean colour, and
+    the sheet."""
     shards = tmp_path / "shards"
     shutil.copytree(few, shards)
     output, content = run_ok("tools/preview.py", shards), read_json(shards / "pca.json")
@@ -179,4 +162,6 @@ def test_program_shows_the_eigenbasis(few: Path, tmp_path: Path) -> None:
     close = (np.abs(middle - np.array(content["mean"])) <= 2).all(1)
     runs = np.flatnonzero(np.diff(np.concatenate([[0], close, [0]])) == 1)
     assert len(runs) >= 3, "three ramps cross the mean colour in the middle of the picture"
+    with Image.open(shards / "preview.png") as sheet:
+        assert sheet.format == "PNG" and sheet.size == (18 * 120, 15 * 120)
     assert "note:" not in run_ok("tools/make_shards.py", "verify", shards, "--fast")
