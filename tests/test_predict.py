@@ -14,6 +14,7 @@ from pipeline.loader import val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
+from train.accuracy import predict_probabilities
 from train.pretrained import read_pretrained
 
 
