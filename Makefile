@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use; once it is made, nothing below needs the network.
+# Everything runs in .venv, which `make install` makes; once it exists, no target needs the network.
 PYTHON ?= python3
 BIN ?= .venv/bin
 DEMO ?= demo
@@ -19,16 +19,16 @@ quickstart: install
 	"$(BIN)/python" tools/compute_pca.py "$(DEMO)/shards"
 	"$(BIN)/python" -m train.run --config train/configs/quickstart.yaml --data.shards "$(DEMO)/shards" --run.dir "$(RUN)"
 
-# A process per core, and one thread in each: those of OpenMP wait by spinning.
+# A process per core with one thread each, as further threads of OpenMP would wait by spinning.
 test: install
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest --numprocesses auto --dist loadfile
 
-# A page about this machine, to be attached to an issue: ten minutes at most on one GPU.
+# A report about this machine, to be attached to an issue; takes ten minutes at most on one GPU.
 gpu-report: install
 	"$(BIN)/python" tools/bench.py report --out gpu-report
 
-# Branches that the tests take, the slow ones too, but for those that kill, train or measure memory for many minutes, and one
-# whose full disk keeps coverage from writing, too.
+# Branch coverage of all tests, also slow ones, except those that kill, train or measure memory for many minutes, and one that
+# fills a disk, on which coverage could not write either.
 LONG = --deselect tests/test_run.py::test_disk_full_at_the_end --ignore tests/test_chaos.py --ignore tests/test_quickstart.py \
 	--deselect tests/test_pack.py::test_fifty_kills --deselect tests/test_loader.py::test_memory_stays_flat
 

@@ -1,7 +1,7 @@
 """AlexNet with two towers (Krizhevsky, Sutskever, Hinton 2012), on one device.
 
 The two towers are groups: conv2, conv4 and conv5 see the channels of their own tower, conv3 and the fully connected
-layers see both. 60,965,224 parameters at 1,000 classes. Memory is channels-last throughout.
+layers see both. 60,965,224 parameters with 1,000 classes. All memory is channels-last.
 
     images            (N,   3, 224, 224)   RGB, 0..255 minus the mean
     conv1  11x11/4    (N,  96,  55,  55)   padded by 3 at right and bottom, as the 2012 program did; then pool -> 27
@@ -12,8 +12,8 @@ layers see both. 60,965,224 parameters at 1,000 classes. Memory is channels-last
     fc6, fc7          (N, 4096)
     fc8               (N, classes)         raw logits
 
-Dropout multiplies by a 0/1 mask in training and by one half in evaluation, as in 2012. (torch's dropout doubles what it
-keeps: with N(0, 0.01) weights that is another network, which does not train at the 2012 rate.)
+Dropout multiplies by a 0/1 mask in training and by one half in evaluation, as in 2012. (torch's dropout doubles the
+activations that it keeps; with N(0, 0.01) weights that network does not train at the learning rate of 2012.)
 
 Shape suffixes: N images, C channels, H and W height and width, K classes.
 """
@@ -40,7 +40,7 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 class AlexNet(nn.Module):
     """`model(images_NCHW) -> logits_NK`: (N, 3, 224, 224) in any floating dtype to (N, num_classes), at least float32.
 
-    A state dict of torchvision's `alexnet` fits as it is.
+    With `variant: torchvision`, `load_state_dict` also takes a state dict of torchvision's `alexnet`.
     """
 
     def __init__(self, config: AlexNetConfig) -> None:
@@ -62,14 +62,14 @@ class AlexNet(nn.Module):
         self.register_load_state_dict_pre_hook(rename_torchvision)
 
     def init_weights(self) -> None:
-        """Weights from N(0, std), biases constant (section 5).
+        """Draw weights from N(0, std) and set biases to constants (section 5).
 
         layer                     std                                            bias
         conv1, conv2, fc6-8       .01                                            conv2, fc6, fc7: 1; else 0
         conv3, conv4, conv5       .01 in the paper, .03 in the 2012 program      conv4, conv5: 1; conv3: 0
 
-        A net with fewer channels sums fewer terms: std is divided by sqrt(channels of conv1 in a tower / 48) when its
-        towers are slimmer than the paper's, whose net for one GPU is one such tower.
+        A narrower net sums fewer terms. If a tower has fewer channels in conv1 than the paper's 48 (which its net for
+        one GPU has, too), std is divided by sqrt(channels / 48).
         """
         width = min(1.0, self.config.conv_channels[0] / self.config.num_towers / 48)
         middle = 0.03 if self.config.variant == "original" else 0.01
@@ -115,11 +115,11 @@ class AlexNet(nn.Module):
         return x_NCHW if none else normalize_within_channels(self.normalize(x_NCHW))
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """Max pooling; 55 -> 27 -> 13 -> 6 either way."""
+        """Apply max pooling: 55 -> 27 -> 13 -> 6, overlapping or not."""
         return F.max_pool2d(x, 3 if self.config.pooling == "overlapping" else 2, 2)
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """Dropout without scaling in training; in evaluation each unit's expectation."""
+        """Apply dropout without scaling in training; in evaluation multiply by the probability to keep a unit."""
         if self.training:
             return x * torch.empty_like(x).bernoulli_(1 - self.config.dropout)
         return x * (1 - self.config.dropout)
@@ -129,7 +129,7 @@ TORCHVISION_NAMES = {
     "features.0": "conv1", "features.3": "conv2", "features.6": "conv3", "features.8": "conv4", "features.10": "conv5",
     "classifier.1": "fc6", "classifier.4": "fc7", "classifier.6": "fc8",
 }  # fmt: skip
-"""Layers of torchvision's `alexnet`, read off its state dict."""
+"""Layers of torchvision's `alexnet`, as named in its state dict, and ours."""
 
 
 def rename_torchvision(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
@@ -141,11 +141,11 @@ def rename_torchvision(module: nn.Module, state: dict[str, torch.Tensor], *_: An
 
 
 def normalize_within_channels(x_NCHW: torch.Tensor) -> torch.Tensor:
-    """Divide each unit by the mean square of its 5x5 surroundings in its own channel: the 2012 program's second
-    normalization of layer 2.
+    """Divide each unit by (1 + 1e-3 m)^0.75, with m the mean square of the 5x5 units around it in its channel: the 2012
+    program's second normalization of layer 2 (k 1, alpha 1e-3 / 25 times the sum, beta 0.75).
 
-    Its parameters: k 1, alpha 1e-3 / 25 over the sum (1e-3 over the mean; outside of the image counts as zero),
-    power 0.75. In at least float32; the result has the dtype of the input.
+    Units outside of the image count as zero in the mean. Computed in at least float32; the result has the dtype of the
+    input.
     """
     x = to_float32(x_NCHW)
     return (x * (1 + 1e-3 * F.avg_pool2d(x * x, 5, stride=1, padding=2)).pow(-0.75)).to(x_NCHW.dtype)

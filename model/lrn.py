@@ -2,13 +2,13 @@
 
     y_i = x_i / (k + a * sum of x_j^2 over the 5 channels j around i)^0.75,   k = 2
 
-Two conventions: `paper`, a = 1e-4 over the sum; `original`, the 2012 program, which divided alpha by the 5 channels,
-a = 2e-5: the rule of `torch.nn.functional.local_response_norm`. Neighbours never cross from one tower into the other.
+Two conventions: `paper`, a = 1e-4; `original`, the 2012 program, which divided alpha by the 5 channels, a = 2e-5, as
+`torch.nn.functional.local_response_norm` does. Channels of the other tower are not neighbours.
 
 With d = k + a B(x^2), B the band sum (symmetric in the channels), the gradient is one more band sum:
     dx = g d^-0.75 - 1.5 a x B(g x d^-1.75)
-d^-0.75 is r * sqrt(r) with r = rsqrt(d): `pow` is slow. Half and bfloat16 are computed in float32. Memory may be
-channels-last: nothing is transposed.
+d^-0.75 is r * sqrt(r) with r = rsqrt(d), as `pow` is slow. float16 and bfloat16 are computed in float32. Inputs may be
+channels-last; nothing is transposed.
 
 Shape suffixes: N images, C channels, H and W height and width.
 """
@@ -44,7 +44,7 @@ class LocalResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NCHW: torch.Tensor, alpha: float, towers: int) -> torch.Tensor:
-        """(N, C, H, W) -> the same."""
+        """Normalize (N, C, H, W); the result has the same shape."""
         ctx.save_for_backward(x_NCHW)
         ctx.alpha, ctx.towers = alpha, towers
         x = to_float32(x_NCHW)
@@ -53,7 +53,7 @@ class LocalResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Gradient with respect to the input."""
+        """Compute the gradient with respect to the input."""
         (x_NCHW,) = ctx.saved_tensors
         x, g = to_float32(x_NCHW), to_float32(grads[0])
         r = band_sum(x * x, ctx.towers, ctx.alpha, K).rsqrt_()
@@ -63,7 +63,7 @@ class LocalResponseNorm(torch.autograd.Function):
 
 
 def to_float32(x: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
+    """Convert float16 and bfloat16 to float32; return other dtypes unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -74,7 +74,7 @@ def band_sum(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float = 0.
 
 
 def band_sum_by_convolution(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float) -> torch.Tensor:
-    """One 1x1 convolution with a band matrix: what a CPU's library runs fastest."""
+    """Compute it as a 1x1 convolution with a band matrix, the fastest way on a CPU."""
     channels = x_NCHW.shape[1] // towers
     index = torch.arange(channels, device=x_NCHW.device)
     band = ((index[:, None] - index[None, :]).abs() <= SIZE // 2).to(x_NCHW.dtype) * scale
@@ -84,7 +84,7 @@ def band_sum_by_convolution(x_NCHW: torch.Tensor, towers: int, scale: float, off
 
 
 def band_sum_of_slices(x_NCHW: torch.Tensor, towers: int, scale: float, offset: float) -> torch.Tensor:
-    """Five shifted slices: on a GPU a compiler fuses them with what surrounds them, and nothing is rounded to TF32."""
+    """Compute it as a sum of five shifted slices, which torch.compile fuses on a GPU, and which no TF32 rounds."""
     channels, reach = x_NCHW.shape[1] // towers, SIZE // 2
     padded = F.pad(x_NCHW.unflatten(1, (towers, channels)), (0, 0, 0, 0, reach, reach))
     total = padded.narrow(2, 0, channels)

@@ -1,4 +1,4 @@
-"""The network's configuration: what its variants preset. Without torch, so that a command line is parsed at once."""
+"""The network's configuration and the presets of its variants. Does not import torch, so that --help comes at once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -6,27 +6,27 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Activation = Literal["relu", "tanh", "sigmoid", "abs_tanh"]
 Names = Literal["alexnet-dali", "torchvision"]
-"""Of tensors in a file of weights."""
+"""Naming schemes of the tensors in a file of weights."""
 
 
 @dataclass(frozen=True)
 class AlexNetConfig:
-    """Architecture. `variant` presets what its versions disagree on; fields that are given win over it, those that
-    are not take its values (see `PRESETS`)."""
+    """Architecture. `variant` sets the differences between versions of AlexNet; its values for `towers`, `channels` and
+    `lrn` (see `PRESETS`) apply unless these are given."""
 
     variant: Literal["paper", "original", "torchvision"] = "paper"
-    """paper: ReLU, normalization, pool; N(0, .01). original: the 2012 program, with pooling before layer 1's ReLU, a
-    second normalization within channels in layer 2, alpha / 5, and N(0, .03) in conv3-5. torchvision: one tower without
-    normalization, padding of 2, dropout before fc6 and fc7 that doubles what it keeps, and torch's initialization,
-    which wants images divided by a std of about 58 (Krizhevsky 2014, as torchvision has it)."""
+    """paper: the paper's text: ReLU, normalization, pooling; N(0, .01) weights. original: the 2012 program: pooling
+    before layer 1's ReLU, a second normalization within channels in layer 2, alpha / 5, N(0, .03) in conv3-5.
+    torchvision: one tower without normalization, padding of 2, torch's dropout before fc6 and fc7, and torch's
+    initialization, for which images have to be divided by a std of about 58 (Krizhevsky 2014, as in torchvision)."""
     towers: Literal[1, 2] | None = None
     """Groups of channels that meet only in conv3 and the fully connected layers; 1: every layer sees all channels."""
     channels: tuple[int, int, int, int, int] | None = None
-    """Channels of conv1-5, counted over both towers; 0 leaves one of conv3-5 out."""
+    """Channels of conv1-5, counted over both towers; a 0 in conv3-5 leaves that layer out."""
     fc_dim: int = 4096
     """Units of fc6 and of fc7, counted over both towers."""
     num_classes: int | None = None
-    """Outputs of fc8; a run takes the number of classes in its shards, else it is ImageNet's 1000."""
+    """Outputs of fc8; by default the number of classes in a run's shards (without shards 1000, ImageNet's)."""
     activation: Activation = "relu"
     """After conv1-5, fc6 and fc7 (section 3.1)."""
     lrn: Literal["none", "paper", "original"] | None = None
@@ -34,33 +34,36 @@ class AlexNetConfig:
     pooling: Literal["overlapping", "plain"] = "overlapping"
     """overlapping: 3x3 every 2 (section 3.4); plain: 2x2 every 2."""
     dropout: float = 0.5
-    """Probability that a unit of fc6 or fc7 is silenced in training (section 4.2)."""
+    """Probability that a unit of fc6 or fc7 is set to zero in training (section 4.2)."""
 
     def __post_init__(self) -> None:
         choices: dict[str, Iterable[Any]] = {
             "variant": PRESETS, "towers": (None, 1, 2), "activation": get_args(Activation),
             "lrn": (None, "none", "paper", "original"), "pooling": ("overlapping", "plain"),
         }  # fmt: skip
-        for name, allowed in choices.items():  # not all of them come through a command line
+        for (
+            name,
+            allowed,
+        ) in choices.items():  # files of weights hold configurations that no parser has checked
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name}: expected one of {[*allowed]}, got {getattr(self, name)}")
         if any(c % self.num_towers or c < 0 for c in self.conv_channels) or not all(self.conv_channels[:2]):
             raise ValueError(
-                f"model.channels must divide by {self.num_towers} towers and be positive, in conv3-5 or 0, "
-                f"not {self.conv_channels}"
+                f"model.channels: expected positive multiples of {self.num_towers}, the towers (0 leaves conv3, 4 or 5 "
+                f"out), got {self.conv_channels}"
             )
         if self.fc_dim < 1 or self.fc_dim % self.num_towers:
             raise ValueError(
-                f"model.fc_dim must be positive and divide by {self.num_towers} towers, not {self.fc_dim}"
+                f"model.fc_dim: expected a positive multiple of {self.num_towers}, the towers, got {self.fc_dim}"
             )
         if self.outputs < 2:
-            raise ValueError(f"model.num_classes must be at least 2, not {self.num_classes}")
+            raise ValueError(f"model.num_classes: expected at least 2, got {self.num_classes}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must lie in 0..1, 1 excluded, not {self.dropout}")
+            raise ValueError(f"model.dropout: expected 0 to 1, 1 excluded, got {self.dropout}")
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "AlexNetConfig":
-        """From what `dataclasses.asdict` gave, by way of JSON or YAML. Raises `TypeError` for other fields."""
+        """Read what `dataclasses.asdict` returned from JSON or YAML. Raises `TypeError` for unknown fields."""
         fields = {
             "fc_dim" if name == "hidden" else name: value for name, value in content.items()
         }  # as of 0.1
@@ -68,9 +71,9 @@ class AlexNetConfig:
         return cls(**{**fields, "channels": tuple(channels) if channels else None})
 
     def resolved(self) -> "AlexNetConfig":
-        """Fill fields that are not given with the variant's values."""
-        silent = {"channels": self.conv_channels, "lrn": self.normalization, "num_classes": self.outputs}
-        return replace(self, towers=self.num_towers, **silent)  # type: ignore[arg-type]
+        """Return the configuration with the variant's values for fields that are not given."""
+        values = {"channels": self.conv_channels, "lrn": self.normalization, "num_classes": self.outputs}
+        return replace(self, towers=self.num_towers, **values)  # type: ignore[arg-type]
 
     @property
     def conv_channels(self) -> tuple[int, int, int, int, int]:
@@ -84,7 +87,7 @@ class AlexNetConfig:
 
     @property
     def padding(self) -> int:
-        """Of conv1, on all sides."""
+        """Padding of conv1, on all sides."""
         return 2 if self.variant == "torchvision" else 0
 
     @property

@@ -4,16 +4,16 @@
     model = TowerAlexNet(config, mesh)       # this process's half of every layer
     logits = mesh.wrap_ddp(model)(images)    # of all classes, on both processes
 
-Every layer's outputs are split along their first dimension; each process holds its half of the parameters, and so of
-gradients, optimizer state and activations. Where the towers meet (conv3, fc6, fc7, fc8), a layer needs the other
-tower's inputs, too. They travel while the process computes with its own:
+Every layer's output channels or units are split between the two processes; each holds its half of the parameters, and
+so of gradients, optimizer state and activations. Where the towers meet (conv3, fc6, fc7, fc8), a layer also needs the
+other tower's inputs. They are sent while the process computes with its own:
 
     forward      start sending own x                    | layer of own half         | wait, add the layer of other x
     backward     gradient of other x, start sending it  | gradients of own half     | wait, add the gradient of own x
 
-The exchange is a functional collective (an all-to-all in which nothing is sent to oneself), so torch.compile takes the
-whole model (with `COMPILE_OPTIONS` in the same order). Both processes compute the loss from all logits, so its gradient
-with respect to own logits is complete, and nothing is exchanged for it.
+The exchange is a functional collective (an all-to-all in which a process sends nothing to itself), so torch.compile
+compiles the whole model (with `COMPILE_OPTIONS` in this order). Both processes compute the loss from all logits, so the
+gradient with respect to a process's own logits is complete, and no exchange is needed for it.
 
 Shapes: N images, C channels of this tower, H, W, K classes.
 """
@@ -42,7 +42,7 @@ COMPILE_OPTIONS: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
 }
-"""For torch.compile, whose Inductor otherwise waits for an exchange as soon as it has started."""
+"""Options for torch.compile; without them Inductor waits for an exchange immediately after its start."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class TowerMesh:
 
     @classmethod
     def create(cls, timeout: timedelta = TIMEOUT) -> "TowerMesh":
-        """Make the process groups, in all processes together, of which there has to be an even number."""
+        """Make the process groups. All processes call this together; their number has to be even."""
         world = dist.get_world_size()
         replica, tower = divmod(dist.get_rank(), TOWERS)
-        # Not `init_device_mesh`, whose groups wait for half an hour. Every process takes part in making every group.
+        # Not `init_device_mesh`, whose timeout is half an hour. Every process has to call `new_group` for every group.
         pairs = [dist.new_group([first, first + 1], timeout) for first in range(0, world, TOWERS)]
         same_tower = [dist.new_group(list(range(first, world, TOWERS)), timeout) for first in range(TOWERS)]
         return cls(tower, pairs[replica], replica, world // TOWERS, same_tower[tower])
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """Average gradients over replicas, in buckets that travel while others are computed. DDP's rule holds: one
-        backward pass for each forward pass."""
+        """Wrap a model so that gradients are averaged over replicas, in buckets that are sent while others are
+        computed. As always with DDP, each forward pass needs one backward pass."""
         if self.num_replicas == 1:
             return model
-        # Dynamo would cut the compiled model at the borders of buckets, and an exchange in two: wrong gradients.
+        # Else Dynamo splits the compiled model between buckets, and also an exchange, which makes gradients wrong.
         torch._dynamo.config.optimize_ddp = False
         return DistributedDataParallel(model, process_group=self.replica_group, gradient_as_bucket_view=True)
 
@@ -94,7 +94,7 @@ class TowerMesh:
     def gather_batch(
         self, images_NCHW: torch.Tensor, labels_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair's batch, tower 0's half first, from the halves that they have loaded."""
+        """Concatenate the halves of a batch that the two processes have loaded, tower 0's first."""
         rows = TOWERS * len(labels_N)
         images_NHWC = self.all_gather(images_NCHW.permute(0, 2, 3, 1), rows)
         return images_NHWC.permute(0, 3, 1, 2), self.all_gather(labels_N, rows)
@@ -103,18 +103,18 @@ class TowerMesh:
 class StartExchange(torch.autograd.Function):
     """Start to exchange activations; backward: wait for their gradient.
 
-    Autograd runs the newest operation that is ready first: in the backward pass `FinishExchange`, which is newer than
-    the layer of the own half, before that layer, and `StartExchange`, which is older, after it.
+    In the backward pass autograd runs the newest operation that is ready first: `FinishExchange`, which is newer than
+    the layer of the own half, runs before that layer, and `StartExchange`, which is older, after it.
     """
 
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor, mesh: TowerMesh) -> torch.Tensor:
-        """Return the other tower's activations, still on their way."""
+        """Return the other tower's activations, which must not be used before `wait_tensor`."""
         return mesh.start_exchange(own, own.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Wait for what the other tower computed."""
+        """Wait for the gradient that the other tower has computed."""
         return wait_tensor(grads[0]), None
 
 
@@ -123,13 +123,13 @@ class FinishExchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, other: torch.Tensor, mesh: TowerMesh) -> torch.Tensor:
-        """Return them."""
+        """Return the other tower's activations once they have arrived."""
         ctx.mesh = mesh
         return wait_tensor(other)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the gradient of own activations, still on its way."""
+        """Return the gradient of own activations, which must not be used before `wait_tensor`."""
         return ctx.mesh.start_exchange(grads[0], grads[0].shape[0]), None
 
 
@@ -149,12 +149,12 @@ def apply_to_both(
 
 
 class TowerConv2d(nn.Conv2d):
-    """A convolution over the channels of both towers, given this one's."""
+    """A convolution over the channels of both towers, given those of this tower."""
 
     mesh: TowerMesh
 
     def forward(self, own_NCHW: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels / 2, H, W) in channels-last memory -> (N, out_channels, H, W)."""
+        """Convolve (N, in_channels / 2, H, W), in channels-last memory, to (N, out_channels, H, W)."""
 
         def convolve(x_NHWC: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return F.conv2d(x_NHWC.permute(0, 3, 1, 2), weight, bias, padding=self.padding)
@@ -163,24 +163,24 @@ class TowerConv2d(nn.Conv2d):
 
 
 class TowerLinear(nn.Linear):
-    """A fully connected layer over the units of both towers, given this one's."""
+    """A fully connected layer over the units of both towers, given those of this tower."""
 
     mesh: TowerMesh
 
     def forward(self, own_NC: torch.Tensor) -> torch.Tensor:
-        """(N, in_features / 2) -> (N, out_features)."""
+        """Map (N, in_features / 2) to (N, out_features)."""
         return apply_to_both(F.linear, own_NC, self.weight, self.bias, self.mesh)
 
 
 class TowerAlexNet(AlexNet):
-    """This process's tower; drop-in for `AlexNet` of the same configuration, with its initial weights and its logits.
+    """This process's tower of an `AlexNet`, with the same initial weights and the same logits.
 
-    Gradients with respect to images are this tower's part alone. Raises `ValueError` when the network has not two
+    Gradients with respect to images are those of this tower alone. Raises `ValueError` unless the network has two
     towers that meet in conv3.
     """
 
     def __init__(self, config: AlexNetConfig, mesh: TowerMesh) -> None:
-        super().__init__(config)  # draws the whole network's weights
+        super().__init__(config)  # draws the weights of both towers, so that they are those of `AlexNet`
         if config.num_towers != TOWERS or not self.conv3:
             raise ValueError("parallel.mode towers needs model.towers=2 and a conv3, where the towers meet")
         self.mesh, self.towers = mesh, 1
@@ -198,26 +198,26 @@ class TowerAlexNet(AlexNet):
         self.load_state_dict(state)
 
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Raw logits of all classes, (N, K)."""
+        """Compute raw logits of all classes, (N, K)."""
         own_NK = super().forward(images_NCHW)
         return self.mesh.all_gather(own_NK.T, self.config.outputs).T
 
 
 def shard_state_dict(state: Mapping[str, torch.Tensor], tower: int) -> dict[str, torch.Tensor]:
-    """One tower's part of a state of the whole network (weights, or velocities by parameter name)."""
+    """Return one tower's part of the state of the whole network (weights, or velocities by parameter name)."""
     return {name: tensor.tensor_split(TOWERS)[tower] for name, tensor in state.items()}
 
 
 def gather_state_dict(
     state: Mapping[str, torch.Tensor], config: AlexNetConfig, mesh: TowerMesh
 ) -> dict[str, torch.Tensor]:
-    """The state of the whole network from both towers' parts, on both processes; both have to call it."""
+    """Gather the state of the whole network from both towers' parts; both processes call this, and both get it."""
     with torch.device("meta"):
         whole = AlexNet(config).state_dict()
     return {name: mesh.all_gather(own.detach(), len(whole[name])) for name, own in state.items()}
 
 
 def seed_process(*numbers: int) -> None:
-    """Seed torch with a stream of its own for every (seed, rank, ...)."""
+    """Seed torch with an independent random stream for every (seed, rank, ...)."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))

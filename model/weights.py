@@ -8,7 +8,7 @@ A safetensors file holds tensors under our names (`conv1.weight`, layer by layer
 (`features.0.weight`), in the single-device layout, and as metadata, with the usual `format: pt`:
 
     config    the `AlexNetConfig`, as JSON
-    input     what images are, as JSON: RGB on 0..255, minus `mean` (three levels), divided by `std`
+    input     `mean` (three levels) and `std`, as JSON: images are RGB on 0..255, minus `mean`, divided by `std`
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ TORCHVISION_INPUT = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 5
 
 
 class Weights(NamedTuple):
-    """A network of a file."""
+    """The network in a file."""
 
     config: AlexNetConfig
     state: dict[str, torch.Tensor]
     """Under our names, on the CPU."""
     mean: tuple[float, float, float]
-    """Levels of 0..255, RGB, that are subtracted from images."""
+    """RGB levels, 0..255, that are subtracted from images."""
     std: tuple[float, float, float]
-    """Their divisors after that."""
+    """Divisors of R, G and B after that."""
 
     def for_std(self, std: float) -> dict[str, torch.Tensor]:
-        """The state for images that are divided by `std` instead: conv1 makes up for it, exactly but for rounding."""
+        """Return the state for images divided by `std` instead: conv1 is scaled, logits are equal up to rounding."""
         factors = torch.tensor([std / own for own in self.std], dtype=torch.float64).reshape(1, 3, 1, 1)
         conv1 = self.state["conv1.weight"]
         return self.state | {"conv1.weight": (conv1 * factors).to(conv1.dtype)}
@@ -65,7 +65,7 @@ def weights_bytes(
         state: state dict of `AlexNet(config)`.
         config: The network; written with all values resolved.
         inputs: {"mean": [red, green, blue], "std": divisor}, on 0..255.
-        names: Of tensors. "torchvision" is for `variant: torchvision` alone: nothing else fits its `alexnet`.
+        names: Names of the tensors; "torchvision" only for `variant: torchvision`, as no other fits its `alexnet`.
 
     Raises `ValueError` where the state is of another network, or torchvision's names do not fit.
     """
@@ -90,7 +90,7 @@ def weights_bytes(
 def read_weights(path: Path) -> Weights:
     """Read a .safetensors file, or a state dict that torch saved, onto the CPU, under our names.
 
-    Without a configuration in the file, it has to be torchvision's `alexnet`, whose sizes are those of its tensors.
+    A file without a configuration has to be of torchvision's `alexnet`; sizes are inferred from its tensors.
     Tensors may have any floating dtype; a network that loads them keeps its own. Loading runs no code from the file.
     Raises `FileNotFoundError`, or `ValueError` when it is damaged or of another network.
     """
@@ -108,14 +108,14 @@ def read_weights(path: Path) -> Weights:
         if "config" in metadata:
             config = AlexNetConfig.from_json(json.loads(metadata["config"]))
         else:
-            config = torchvision_config(state)
+            config = infer_torchvision_config(state)
         state = {OURS.get(name, name): tensor for name, tensor in state.items()}
         check_tensors(state, config)
         mean, std = (np.broadcast_to(np.array(inputs[name], np.float64), 3) for name in ("mean", "std"))
         if not np.isfinite([mean, std]).all():
             raise ValueError("mean and std of its images are not finite")
         return Weights(config, state, tuple(mean.tolist()), tuple(std.tolist()))
-    except Exception as error:  # files of all kinds get here; what is raised depends on where they are odd
+    except Exception as error:  # json, torch and safetensors raise many kinds for other or damaged files
         reason = str(error).partition("\n")[0] if isinstance(error, ValueError | SafetensorError) else ""
         raise ValueError(
             f"{path} holds no weights of this network{reason and f' ({reason})'}; give a .safetensors file that "
@@ -142,8 +142,8 @@ def check_tensors(state: Mapping[str, torch.Tensor], config: AlexNetConfig) -> N
         raise ValueError("its tensors have other names, shapes or types than those of its network")
 
 
-def torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
-    """The configuration that fits a state dict under torchvision's names. Raises `ValueError` for other names."""
+def infer_torchvision_config(state: Mapping[str, torch.Tensor]) -> AlexNetConfig:
+    """Infer the configuration of a state dict under torchvision's names. Raises `ValueError` for other names."""
     if set(state) != set(OURS):
         raise ValueError("it has no configuration, and not the names of torchvision's alexnet")
     sizes = {layer: len(state[f"{name}.weight"]) for name, layer in TORCHVISION_NAMES.items()}

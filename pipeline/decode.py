@@ -1,8 +1,8 @@
-"""DALI operators that decode: whole images, and windows of images of any size.
+"""DALI operators that decode images: whole ones, and windows (crops) of images of any size.
 
-An image of any size is brought to the geometry of packed ones in one resampling of the window alone: shorter side to
-256, antialiased bicubic, central 256x256, and of that the window. So the window is traced back to the stored image, and
-on a CPU only what its pixels are made of is decoded.
+A window of an image of any size has to be what packing and cropping would give: shorter side resized to 256
+(antialiased bicubic), of this the central 256x256, and of these the window. Here one resampling makes only the window:
+it is traced back to a region of the stored image, and on a CPU only that region is decoded.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 
 class Decoder(NamedTuple):
-    """Where and how images are decoded."""
+    """Device and size of images to decode."""
 
-    where: str = "cpu"
+    device: str = "cpu"
     """"gpu" (whole images, nvJPEG) or "cpu" (in training the window alone)."""
     any_size: bool = False
     """True if images are of any size; else they are 256x256."""
     hw_load: float = 0.65
-    """See `Speed.hw_decoder_load`."""
+    """Share of the images for a GPU's JPEG engine (`Speed.hw_decoder_load`)."""
 
 
 def decode_crop(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataNode | float") -> "DataNode":
-    """Decode on the CPU the window of side x side at (x, y), from 0 to 1, of 256x256 images; uint8 HWC RGB.
+    """Decode on the CPU a window of side x side of 256x256 images, at (x, y) from 0 to 1; uint8 HWC RGB.
 
-    The window waits for a look at every header: over one that cannot be read, DALI's decoder (2.4, image_decoder.h,
-    "Prepare descs") may leave a function whose variables its other threads still use, and end the process.
+    The position depends on `peek_image_shape`, so that it reads every header first and raises for a damaged one. DALI's
+    decoder alone may crash the process then: it leaves a function whose variables its other threads still use (2.4,
+    image_decoder.h, "Prepare descs").
     """
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     return fn.decoders.image_crop(
@@ -45,9 +46,9 @@ def decode_crop(encoded: "DataNode", side: int, x: "DataNode | float", y: "DataN
 
 
 def decode_image(encoded: "DataNode", decoder: Decoder) -> "DataNode":
-    """Encoded images to uint8 HWC RGB, where they are decoded: on a CPU 256x256 ones, on a GPU any. EXIF orientation is
-    ignored."""
-    if decoder.where == "cpu":
+    """Decode whole images to uint8 HWC RGB, which stay on the decoder's device: on a CPU 256x256 ones, on a GPU of any
+    size. EXIF orientation is ignored."""
+    if decoder.device == "cpu":
         return decode_crop(encoded, IMAGE_SIDE, 0.5, 0.5)
     return fn.decoders.image(
         encoded,
@@ -56,21 +57,21 @@ def decode_image(encoded: "DataNode", decoder: Decoder) -> "DataNode":
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # interpolated chroma, as libjpeg and Pillow have it
         hw_decoder_load=decoder.hw_load,
-        preallocate_width_hint=IMAGE_SIDE,  # else the JPEG engine allocates for each larger image
+        preallocate_width_hint=IMAGE_SIDE,  # else the JPEG engine allocates again for each larger image
         preallocate_height_hint=IMAGE_SIDE,
-        affine=False,  # its threads are not the only ones on the cores
+        affine=False,  # do not pin threads to cores, which other threads use, too
     )
 
 
 class Roi(NamedTuple):
-    """Region of the stored image that a window is made of, in one direction, in its pixels; float32."""
+    """Region of a stored image that a window is resampled from, in one direction, in pixels of the image; float32."""
 
     start: "DataNode"
     end: "DataNode"
     """Edges of the window."""
     first: "DataNode"
     last: "DataNode"
-    """Whole pixels that it is made of."""
+    """First and last whole pixel that the filter reads for the window."""
 
 
 def decode_resize_crop(
@@ -81,13 +82,13 @@ def decode_resize_crop(
     top: "DataNode | float",
     device: str,
 ) -> "DataNode":
-    """A window of side x side at (left, top) of the central 256x256 of an image of any size, uint8 HWC RGB.
+    """Decode and resample a window of side x side at (left, top) of the central 256x256 of an image of any size.
 
-    What `tools/make_shards.py pack` does, seen from its end: the window is traced back to the stored image, and only
-    what its pixels are made of is decoded (on a CPU) and resampled, on the GPU if there is one.
+    The geometry is that of `tools/make_shards.py pack`. On a CPU only the region that the window needs is decoded. It
+    is resampled on `device`. Returns uint8 HWC RGB.
     """
     rois = trace_window(encoded, side, left, top)
-    if decoder.where == "cpu":
+    if decoder.device == "cpu":
         images, corner = decode_rois(encoded, rois), [each.first for each in rois]
     else:
         images, corner = decode_image(encoded, decoder), [0.0, 0.0]
@@ -126,19 +127,21 @@ def decode_rois(encoded: "DataNode", rois: tuple[Roi, Roi]) -> "DataNode":
 
 def trace_side(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Roi:
     """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
-    scaled = rounded_quotient(size * IMAGE_SIDE, shorter)
-    pixels = fn.cast(size, dtype=types.FLOAT)  # whose thousandths float32 has to spare up to ten thousand
+    scaled = divide_rounded(size * IMAGE_SIDE, shorter)
+    pixels = fn.cast(
+        size, dtype=types.FLOAT
+    )  # float32 is exact to a thousandth of a pixel up to ten thousand pixels
     scale = pixels / scaled
     start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
     end = start + side * scale
-    support = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider where an image is reduced
+    support = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider if an image is reduced
     return Roi(
         start, end, math.max(math.floor(start - support), 0.0), math.min(math.ceil(end + support), pixels)
     )
 
 
-def rounded_quotient(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
-    """`round(dividend / divisor)` of positive int64, a half to the even neighbour as Python does."""
+def divide_rounded(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
+    """Compute Python's `round(dividend / divisor)` of positive int64: halves go to the even neighbour."""
     doubled = 2 * dividend + divisor
     quotient = doubled // (2 * divisor)
     is_tie = quotient * (2 * divisor) == doubled

@@ -1,4 +1,4 @@
-"""Which sample it was: after DALI failed, whose report does not name it, look for the image that DALI refuses."""
+"""Find the sample that DALI failed on, whose name its error lacks: try the images of a split until DALI refuses one."""
 
 import time
 from collections.abc import Iterator
@@ -16,38 +16,38 @@ if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
 PATIENCE_S = 120
-"""Seconds after which the search is given up: a header takes 20 microseconds, an image a millisecond."""
+"""Seconds after which the search gives up; a header takes 20 microseconds, an image a millisecond."""
 CHUNK = 64
-"""Images that are decoded at a time; of those that fail together each is then decoded alone."""
+"""Images decoded at a time; if that fails, each of them is decoded alone."""
 Image = tuple[str, int, int, str]
 """Shard, offset, size and name."""
 
 
 def locate_corrupt_sample(shards: ShardSet) -> str:
-    """Name the first damage that is found in a split: a shard that is gone or cut short, an index that does not fit it,
-    an image that DALI refuses, by shard, offset and key. Empty when nothing is found in time.
+    """Describe the first damage that is found in a split: a shard that is missing or truncated, an index that does not
+    fit it, or an image that DALI refuses, by shard, offset and key. Empty if nothing is found in time.
 
-    DALI itself is the judge, for it takes much that other decoders warn of, and the other way round. It reads all
-    headers first: over one that it cannot read, decoding may end the process.
+    Images are tried with DALI itself, as other decoders accept and refuse other files. Headers are read first, for all
+    images, as decoding an image with an unreadable header may crash the process (`pipeline/decode.py: decode_crop`).
     """
     for tar, index, samples in zip(shards.tars, shards.indexes, shards.samples, strict=True):
-        if problem := shard_damage(Path(tar), Path(index), samples):
+        if problem := find_shard_damage(Path(tar), Path(index), samples):
             return problem
     deadline = time.monotonic() + PATIENCE_S
     for graph in (shape_pipeline, decoded_shape_pipeline):
         pipe = graph(batch_size=CHUNK, num_threads=share_of_cores(), device_id=None, prefetch_queue_depth=1)
-        for images in chunked(shards):
+        for images in list_image_chunks(shards):
             if time.monotonic() > deadline:
                 return ""
-            if not fits(pipe, images, shards.any_size):
+            if not can_read(pipe, images, shards.any_size):
                 for image in images:
-                    if not fits(pipe, [image], shards.any_size):
-                        return describe(pipe, image)
+                    if not can_read(pipe, [image], shards.any_size):
+                        return describe_fault(pipe, image)
     return ""
 
 
-def shard_damage(tar: Path, index: Path, samples: int) -> str:
-    """Name what is wrong with a shard's files; empty if nothing is."""
+def find_shard_damage(tar: Path, index: Path, samples: int) -> str:
+    """Describe what is wrong with a shard's tar and index; empty if nothing is."""
     try:
         rows = read_index(index)
         size = tar.stat().st_size
@@ -62,8 +62,8 @@ def shard_damage(tar: Path, index: Path, samples: int) -> str:
     return ""
 
 
-def chunked(shards: ShardSet) -> Iterator[list[Image]]:
-    """The images of a split, some at a time."""
+def list_image_chunks(shards: ShardSet) -> Iterator[list[Image]]:
+    """Yield the images of a split, up to `CHUNK` at a time."""
     for tar, index in zip(shards.tars, shards.indexes, strict=True):
         images = [
             (tar, *member[1:])
@@ -77,19 +77,19 @@ def chunked(shards: ShardSet) -> Iterator[list[Image]]:
 
 @pipeline_def
 def shape_pipeline() -> "DataNode":
-    """Encoded images to int64 height, width and channels, from their headers."""
+    """Read int64 height, width and channels from the headers of images."""
     return fn.peek_image_shape(fn.external_source(name="encoded"), adjust_orientation=False)
 
 
 @pipeline_def
 def decoded_shape_pipeline() -> "DataNode":
-    """The same of images that are decoded as a whole."""
+    """Decode whole images and return their int64 height, width and channels."""
     encoded = fn.external_source(name="encoded")
     return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False).shape()
 
 
-def shapes(pipe: "Pipeline", images: list[Image]) -> Any:
-    """Run a pipeline of ours over images; raises `RuntimeError` where DALI does, which a later run need not mind."""
+def read_shapes(pipe: "Pipeline", images: list[Image]) -> Any:
+    """Run one of the pipelines above over images. Raises DALI's `RuntimeError`, after which it can be run again."""
     encoded = []
     for tar, offset, size, _ in images:
         with Path(tar).open("rb") as file:
@@ -99,21 +99,21 @@ def shapes(pipe: "Pipeline", images: list[Image]) -> Any:
     return pipe.run()[0].as_array()
 
 
-def fits(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
-    """Return True if DALI reads all of the images, and they have the expected size."""
+def can_read(pipe: "Pipeline", images: list[Image], any_size: bool) -> bool:
+    """Return True if DALI reads all of the images and they have the expected size."""
     try:
-        found = shapes(pipe, images)
+        found = read_shapes(pipe, images)
     except RuntimeError:
         return False
     return any_size or bool((found[:, :2] == IMAGE_SIDE).all())
 
 
-def describe(pipe: "Pipeline", image: Image) -> str:
-    """Name what is wrong with an image that does not fit; DALI's own reasons are numbers."""
+def describe_fault(pipe: "Pipeline", image: Image) -> str:
+    """Describe what is wrong with an image that `can_read` refuses, as DALI gives only numbers of errors."""
     tar, offset, _, name = image
     place = f"{name} at offset {offset} of {tar}"
     try:
-        ((height, width, _),) = shapes(pipe, [image])
+        ((height, width, _),) = read_shapes(pipe, [image])
     except RuntimeError:
         return f"{place} cannot be decoded"
     return f"{place} is {width}x{height}, not {IMAGE_SIDE}x{IMAGE_SIDE}"

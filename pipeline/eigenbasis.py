@@ -1,8 +1,10 @@
 """The RGB eigenbasis of a data set (`pca.json`), from exact integer moments.
 
-Fancy PCA (Krizhevsky et al. 2012, section 4.1) moves an image's colour along the principal axes of the RGB values of
-the whole training set. Sums of uint8 pixels and of their products are integers, so they are kept as such: the result
-does not depend on the order of images, batches, workers or machines, and the file has the same bytes whatever made it.
+Fancy PCA (Krizhevsky et al. 2012, section 4.1) shifts an image's colours along the principal axes of the RGB values of
+the whole training set. Sums of uint8 pixels and of their products are kept as integers, so the result and the bytes of
+the file do not depend on the order of images, on batches, workers or machines.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ FORMAT_VERSION = 1
 CENTRE, BLOCK = 128, 1024
 """See `Moments.of`."""
 ROUNDING = 1e-12
-"""Variances below this share of the largest are zero: eigh is exact to a few 1e-16 of it."""
+"""Variances below this share of the largest count as zero; eigh's errors are a few 1e-16 of the largest."""
 GEOMETRY = "shorter side 256, central 256x256"
 
 
@@ -38,7 +40,7 @@ class Moments:
     """Sum of the products, 3x3 row by row."""
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Moments of both sets of pixels together."""
+        """Add the moments of two sets of pixels."""
         return Moments(
             self.num_images + other.num_images,
             self.num_pixels + other.num_pixels,
@@ -48,22 +50,22 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Over N, float64 (3, 3). Integers until the one division: count * sum_products - sum * sum cancels exactly,
-        where floats would lose digits."""
+        """Covariance with denominator N, float64 (3, 3). It is computed in integers up to one division, as count *
+        sum_products - sum * sum cancels exactly, while floats would lose digits."""
         count, sums, products = self.num_pixels, self.sum, self.sum_products
         scatter = [count * products[3 * i + j] - sums[i] * sums[j] for i in range(3) for j in range(3)]
         return np.array([value / count**2 for value in scatter]).reshape(3, 3)
 
     @staticmethod
     def of(images_NHWC: "np.ndarray | torch.Tensor", at_a_time: int = 1) -> "Moments":
-        """Moments of uint8 RGB images, shape (N, height, width, 3), summed where they lie, `at_a_time` at once: one
-        stays in a core's cache, a GPU wants many.
+        """Compute the moments of uint8 RGB images, shape (N, height, width, 3), on their device.
 
-        Summed in float32, yet exact: pixels are moved to -128..127, so that the products of a block of 1024 pixels add
-        up to 1024 * 128^2 = 2^24 at most, and float32 holds every integer up to there, in whatever order they are
-        added; TF32 and bfloat16, where a GPU rounds factors to them, hold -128..127 as well. Blocks are added as int64,
-        which a call of fewer than 2^63 / 128^2 = 5.6e14 pixels cannot overflow, batches as Python integers. Back on
-        0..255, sums of up to 2.1e9 images of 256x256 fit int64: 2^63 / (256^2 * 255^2).
+        `at_a_time`: images summed in one operation; one image stays in a core's cache, a GPU is faster with many.
+
+        Sums in float32 are exact here: 128 is subtracted from pixels, so that the products of a block of 1024 pixels
+        add up to 1024 * 128^2 = 2^24 at most, and float32 represents every integer up to there, in any order of
+        addition. TF32 and bfloat16, to which a GPU may round factors, represent -128..127, too. Blocks are added as
+        int64, which fewer than 2^63 / 128^2 = 5.6e14 pixels in a call cannot overflow; calls as Python integers.
         """
         import torch
 
@@ -74,7 +76,7 @@ class Moments:
         device, image_pixels = images_NHWC.device, images_NHWC[0].numel() // 3
         num_pixels = len(images_NHWC) * image_pixels
         sums, products = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((3,), (3, 3)))
-        # What an image does not fill of the last block stays zero.
+        # The part of the last block that an image does not fill stays zero.
         planes_N3P = torch.zeros(at_a_time, 3, -(-image_pixels // BLOCK) * BLOCK, device=device)
         for images_NP3 in images_NHWC.reshape(-1, image_pixels, 3).split(at_a_time):
             planes_N3P = planes_N3P[: len(images_NP3)]
@@ -107,7 +109,7 @@ class Eigenbasis:
     eigenvectors: np.ndarray
     """Shape (3, 3): the axes are the columns; the largest component of each is positive."""
     mean_image: np.ndarray | None = None
-    """float32 (256, 256, 3): mean of every pixel, where it was asked for."""
+    """float32 (256, 256, 3): mean of every pixel; None unless it was loaded."""
 
     @property
     def axis_stddev(self) -> np.ndarray:
@@ -116,10 +118,10 @@ class Eigenbasis:
 
     @staticmethod
     def of(moments: Moments) -> "Eigenbasis":
-        """Of at least one pixel."""
+        """Compute the basis of at least one pixel."""
         eigenvalues, eigenvectors = np.linalg.eigh(moments.covariance)
         eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
-        # What eigh gives for an axis without variance is its rounding error, negative as often as not.
+        # For an axis without variance eigh returns its rounding error, which may be negative.
         eigenvalues = np.where(eigenvalues < ROUNDING * eigenvalues[0], 0, eigenvalues)
         largest = eigenvectors[np.abs(eigenvectors).argmax(0), range(3)]
         mean = np.array([value / moments.num_pixels for value in moments.sum])
@@ -127,7 +129,7 @@ class Eigenbasis:
 
     @staticmethod
     def load(path: Path, manifest_sha256: str, *, with_mean_image: bool = False) -> "Eigenbasis":
-        """Read `pca.json`, and if asked for `mean_image.npy` next to it.
+        """Read `pca.json`, and with `with_mean_image` also `mean_image.npy` next to it.
 
         Raises as `read_eigenbasis`, and `ValueError` for a mean image that is missing or of other images.
         """
@@ -144,9 +146,9 @@ class Eigenbasis:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Eigenbasis":
-        """From the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`."""
+        """Make a basis of the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`. Raises `UserError`."""
         found = [np.asarray(content[name]) for name in ("mean", "eigenvalues", "eigenvectors")]
-        if not all(array.dtype.kind in "if" for array in found):  # "1" and true would do
+        if not all(array.dtype.kind in "if" for array in found):  # numpy would also convert "1" and true
             raise UserError(
                 "mean, eigenvalues or eigenvectors are no numbers; run tools/compute_pca.py again"
             )
@@ -161,7 +163,7 @@ class Eigenbasis:
         return Eigenbasis(mean, eigenvalues, eigenvectors)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that `from_json` reads."""
+        """Return the fields that `from_json` reads."""
         return {
             "mean": self.mean.tolist(),
             "eigenvalues": self.eigenvalues.tolist(),
@@ -170,10 +172,10 @@ class Eigenbasis:
 
 
 def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
-    """The content of a sound `pca.json`.
+    """Read and check `pca.json`.
 
-    Raises `FileNotFoundError` where there is none, `ValueError` where it is damaged or made from other shards than the
-    manifest with this checksum.
+    Raises `FileNotFoundError` if it is missing, `UserError` if it is damaged or was made from other shards than those
+    of the manifest with this checksum.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; remove it")
@@ -187,7 +189,7 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
         raise UserError(f"{path} was made from other shards; {advice}")
     pixels = [content.get(name) for name in ("scale", "channel_order", "geometry")]
     if pixels != [255, "RGB", GEOMETRY]:
-        raise UserError(f"{path} is of other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
+        raise UserError(f"{path} was not made from RGB pixels on 0..255, {GEOMETRY}; {advice}")
     try:
         Eigenbasis.from_json(content)
         if type(content["num_images"]) is not int or not isinstance(content["decoder"], str):
@@ -199,10 +201,10 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
 
 
 def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:
-    """The mean image, float32 (256, 256, 3); None unless it is there and its mean is that of the pixels."""
+    """Read the mean image, float32 (256, 256, 3); None if it is missing or damaged, or its mean is not `mean`."""
     try:
         image = np.load(path, allow_pickle=False)
-    except Exception:  # zipfile and numpy raise a dozen kinds of them over damaged bytes
+    except Exception:  # zipfile and numpy raise many kinds for damaged files
         return None
     shape = (IMAGE_SIDE, IMAGE_SIDE, 3)
     if not isinstance(image, np.ndarray) or image.dtype != np.float32 or image.shape != shape:
@@ -212,13 +214,13 @@ def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:
 
 
 def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder: str) -> dict[str, Any]:
-    """Derive the basis from `moments` and write `pca.json`; returns its content.
+    """Compute the basis from `moments` and write `pca.json`; returns its content.
 
     Args:
         path: File to write.
         moments: Of at least one pixel.
         manifest_sha256: Checksum of the shards' manifest.
-        decoder: What decoded the pixels, for example "DALI 2.4.0 cpu".
+        decoder: Decoder of the pixels, such as "DALI 2.4.0 cpu".
     """
     basis, covariance = Eigenbasis.of(moments), moments.covariance
     content = {
@@ -232,18 +234,18 @@ def write_eigenbasis(path: Path, moments: Moments, manifest_sha256: str, decoder
         "geometry": GEOMETRY,
         "decoder": decoder,
         "manifest_sha256": manifest_sha256,
-        "mean": rounded(basis.mean),
-        "channel_stddev": rounded(np.sqrt(np.diag(covariance))),
-        "covariance": rounded(covariance),
-        "eigenvalues": rounded(basis.eigenvalues),
-        "axis_stddev": rounded(basis.axis_stddev),
-        "eigenvectors": rounded(basis.eigenvectors),
+        "mean": round_values(basis.mean),
+        "channel_stddev": round_values(np.sqrt(np.diag(covariance))),
+        "covariance": round_values(covariance),
+        "eigenvalues": round_values(basis.eigenvalues),
+        "axis_stddev": round_values(basis.axis_stddev),
+        "eigenvectors": round_values(basis.eigenvectors),
     }
     write_json(path, content)
     return content
 
 
-def rounded(values: Any) -> Any:
-    """Nested lists of floats with 12 significant digits: beyond them, eigh differs between machines."""
+def round_values(values: Any) -> Any:
+    """Round an array to nested lists of floats with 12 significant digits, as more differ between machines (eigh)."""
     array = np.asarray(values)
-    return [rounded(row) for row in array] if array.ndim else float(f"{float(array):.12g}")
+    return [round_values(row) for row in array] if array.ndim else float(f"{float(array):.12g}")

@@ -1,4 +1,4 @@
-"""Errors with a meaning at the command line (train/cli.py): one sentence, no traceback."""
+"""Errors that a command line prints as one sentence, without a traceback (train/cli.py)."""
 
 
 class UserError(ValueError):

@@ -1,8 +1,8 @@
-"""Files that are either whole or not there.
+"""Atomic writes: a file is either complete or does not exist.
 
-Every file that another program may read while ours is being killed (shards, indexes, manifests, `pca.json`,
-checkpoints, pictures) is written under a temporary name, flushed to the disk and renamed. A reader sees the old file or
-the new one.
+Every file that other programs may read (shards, indexes, manifests, `pca.json`, checkpoints, pictures) is written under
+a temporary name, flushed to the disk and renamed. Whenever our process is killed, a reader sees the old file or the new
+one.
 """
 
 import errno
@@ -23,9 +23,9 @@ from pipeline.errors import UserError
 def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
     """Open `path` for writing in binary; it appears under its name only when the block ends without an exception.
 
-    The temporary name is the same at every try, so a killed process leaves at most one `.tmp` that the next one
-    replaces. A lock on it, which dies with its process, keeps two programs from writing the same file at a time: the
-    second waits, or with `wait=False` raises `BlockingIOError`. Every `OSError` names the file.
+    The temporary name is always the same, so a killed process leaves at most one `.tmp`, which the next one overwrites.
+    A lock on it, released when its process ends, keeps two programs from writing the same file at a time: the second
+    waits, or with `wait=False` raises `BlockingIOError`. Every `OSError` names the file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -46,14 +46,16 @@ def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
         finally:
             os.close(directory)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # of a write: a full disk, a file size limit
+        if (
+            error.filename is None and error.errno is not None
+        ):  # raised by a write: a full disk, a file size limit
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 def check_writable(path: Path) -> None:
-    """Raise the `OSError` that `atomic_writer` would raise at once, before the work whose result is to be written.
-    Makes the folder; leaves no file."""
+    """Raise `OSError` if `atomic_writer` could not open `path`; for use before a long computation. Makes the folder,
+    but leaves no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open_locked(temporary, wait=True):
@@ -61,7 +63,7 @@ def check_writable(path: Path) -> None:
 
 
 def open_locked(path: Path, wait: bool) -> BinaryIO:
-    """Open or create `path` and lock it; a file that its owner renamed while we waited is closed. Raises `OSError`."""
+    """Open or create `path` and lock it; opens it again if its owner renamed it while we waited. Raises `OSError`."""
     while True:
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -71,7 +73,7 @@ def open_locked(path: Path, wait: bool) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
-        except FileNotFoundError:  # renamed just now
+        except FileNotFoundError:  # its owner has just renamed it
             pass
         except BlockingIOError:
             file.close()
@@ -89,7 +91,7 @@ def open_locked(path: Path, wait: bool) -> BinaryIO:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` to `path` atomically."""
     with atomic_writer(path) as file:
         file.write(content)
 
@@ -108,5 +110,5 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(content: bytes) -> str:
-    """SHA-256 of `content`, in hexadecimal."""
+    """Hash `content` by SHA-256, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

@@ -3,12 +3,12 @@
     reader -> decode -> 224x224 window -> flip -> lighting and normalization    (train_graph)
     reader -> decode the 256x256 image -> normalization                         (val_graph)
 
-On a CPU the graphs end before the flip: `normalize.py` does the rest faster there.
+On a CPU the graphs end before the flip, as `normalize.py` does the rest faster there.
 
-One graph serves both backends. `decode="gpu"` is the `mixed` decoder on whole images, `decode="cpu"` decodes on the
-host, in training the window alone, and augments on the GPU if there is one; without a GPU everything runs on the CPU
-with the same semantics. Pixels are RGB on the 0..255 scale minus the mean. Images leave as HWC: channels-last memory
-for PyTorch.
+The same graphs serve CPU and GPU. `decode="gpu"` is DALI's `mixed` decoder on whole images; `decode="cpu"` decodes on
+the host, in training only the window, and augments on the GPU if there is one. Without a GPU everything runs on the CPU
+with the same result. Pixels are RGB on the 0..255 scale minus the mean. Images come out as HWC, which for PyTorch is
+channels-last memory.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,23 +34,23 @@ def train_graph(
     decoder: Decoder,
     device: str,
 ) -> "tuple[DataNode, ...]":
-    """Encoded images to augmented windows.
+    """Decode and augment images.
 
     Args:
         encoded: the file's bytes, on the CPU.
         params: from `sample_params`.
         basis: Mean and RGB axes.
-        augmentation: What to do.
-        decoder: How to decode.
-        device: where images end up, "gpu" or "cpu".
+        augmentation: Settings of lighting and normalization.
+        decoder: Decoder's device and the size of images.
+        device: Device of the result, "gpu" or "cpu".
 
-    Returns on a GPU finished (224, 224, 3) HWC RGB windows, float16. On a CPU what `normalize` takes: uint8 windows,
-    int32 whether each is to be flipped, and its draw of lighting (see `AugmentParams`).
+    Returns on a GPU normalized windows, float16 (224, 224, 3) HWC RGB. On a CPU the arguments of `normalize`: uint8
+    windows, int32 flags of a flip, and the random numbers of lighting (see `AugmentParams`).
     """
     if device == "cpu":
         return window_graph(encoded, params, decoder, device), params.mirror, params.pca_noise
     window: dict[str, Any] = {"mirror": params.mirror}
-    if decoder.where == "cpu" or decoder.any_size:
+    if decoder.device == "cpu" or decoder.any_size:
         images = window_graph(encoded, params, decoder, device).gpu()
     else:
         images = decode_image(encoded, decoder)
@@ -74,7 +74,7 @@ def normalize_graph(
 
 
 def window_graph(encoded: "DataNode", params: AugmentParams, decoder: Decoder, device: str) -> "DataNode":
-    """Encoded images to uint8 (224, 224, 3) windows, HWC RGB; 256x256 ones are decoded on a CPU and stay there."""
+    """Decode windows, uint8 (224, 224, 3) HWC RGB; those of 256x256 images are decoded on the CPU and stay there."""
     if decoder.any_size:
         return decode_resize_crop(
             encoded, decoder, CROP_SIDE, params.crop_x * OFFSETS, params.crop_y * OFFSETS, device
@@ -85,7 +85,7 @@ def window_graph(encoded: "DataNode", params: AugmentParams, decoder: Decoder, d
 def val_graph(
     encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
 ) -> "tuple[DataNode, ...]":
-    """Encoded images to normalized 256x256 ones, HWC RGB float16, on a GPU; on a CPU to uint8 ones."""
+    """Decode images to 256x256 HWC RGB: on a GPU normalized, in float16; on a CPU in uint8."""
     images = decode_full(encoded, decoder, device)
     if device == "cpu":
         return (images,)
@@ -93,7 +93,7 @@ def val_graph(
 
 
 def decode_full(encoded: "DataNode", decoder: Decoder, device: str = "cpu") -> "DataNode":
-    """Encoded images to uint8 (256, 256, 3) HWC RGB; 256x256 ones stay where they are decoded."""
+    """Decode images to uint8 (256, 256, 3) HWC RGB; 256x256 ones stay on the decoder's device."""
     if decoder.any_size:
         return decode_resize_crop(encoded, decoder, IMAGE_SIDE, 0.0, 0.0, device)
     return decode_image(encoded, decoder)
@@ -108,13 +108,13 @@ def read_graph(
     num_ranks: int = 1,
     reader_queue_depth: int = 1,
 ) -> "tuple[DataNode, DataNode]":
-    """Read (encoded image, label): its file's bytes and uint8 (6,), ASCII digits and then zeros.
+    """Read (encoded image, label): the bytes of the JPEG, and uint8 (6,), ASCII digits followed by zeros.
 
-    In training the order of shards is permuted every epoch by a seed that all ranks share (they cut one permuted list),
-    and samples are drawn from a buffer. `pad_last_batch` is what makes epochs exact over several ranks: without it the
-    tail of one epoch takes from the head of the next.
-    Without mmap a truncated shard is an error, not a SIGBUS. Buffers begin with a page and follow their files:
-    DALI's default, a MiB at first for each member of each sample in the shuffle buffer, makes gigabytes.
+    In training the order of shards is permuted every epoch with a seed that all ranks share, as each rank takes its
+    part of one permuted list; samples are drawn from a buffer. With `pad_last_batch` epochs are exact over several
+    ranks; without it the end of an epoch would be filled with samples of the next one. Without mmap a truncated shard
+    raises an error instead of SIGBUS. `tensor_init_bytes` starts a buffer with a page; DALI's default, a MiB for each
+    member of each sample in the shuffle buffer, takes gigabytes.
     """
     shuffling: dict[str, Any] = {
         "random_shuffle": True,
@@ -180,7 +180,7 @@ def val_pipeline(
 
 
 @pipeline_def
-def decode_pipeline(shards: ShardSet, where: str) -> "DataNode":
-    """Uint8 256x256 images in stored order."""
+def decode_pipeline(shards: ShardSet, device: str) -> "DataNode":
+    """Decode images to uint8 256x256 in stored order."""
     encoded, _ = read_graph(shards, False)
-    return decode_full(encoded, Decoder(where, shards.any_size))
+    return decode_full(encoded, Decoder(device, shards.any_size))

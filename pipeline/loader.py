@@ -1,18 +1,19 @@
-"""The loader: the one place that wraps DALI for the trainer.
+"""The loader of training and validation batches; the trainer uses DALI only through it.
 
     loader = train_loader(shards, basis, config, batch_size=128, seed=0, rank=0, num_ranks=1, device="cpu")
     for epoch in range(90):
         for images, labels in loader.epoch(epoch): ...
 
 `images`: (N, 3, 224, 224), in validation (N, 3, 256, 256), in channels-last memory, float16 on a GPU, float32 on a CPU.
-`labels`: int64 (N,), -1 = padding. The batch shape never varies. Over all ranks a training epoch shows no sample twice;
-what does not fill a batch on every rank is dropped, another tail every epoch. In validation every sample counts exactly
-once.
+`labels`: int64 (N,), -1 = padding. All batches have the same shape. Over all ranks a training epoch has no sample
+twice; samples that do not fill a batch on every rank are dropped, others every epoch. In validation every sample counts
+exactly once.
 
-`rank` and `num_ranks` are those of loading, which is not the rank of the process where two processes share a batch. A
-state taken after any batch continues with the next one, bit for bit.
+`rank` and `num_ranks` count the loaders that share a split. In validation with two towers both processes of a pair load
+the same images, so there the number of ranks is half the number of processes. From a state taken after any batch a
+loader continues with the next batch, bit for bit.
 
-Over 250 lines, as batches, the position in them and resuming there cannot be understood apart.
+Shapes: N images, C colours, H rows, W columns.
 """
 
 import base64
@@ -30,20 +31,20 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.graph import train_pipeline, val_pipeline
 from pipeline.lighting import Lighting, shifted_means
-from pipeline.machine import raise_open_files, resident_bytes
+from pipeline.machine import raise_open_file_limit, resident_bytes
 from pipeline.normalize import BufferPool, normalize
-from pipeline.reader import check_index, check_memory, data_errors, parse_labels
+from pipeline.reader import check_index, data_errors, parse_labels, warn_if_memory_is_short
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import IMAGE_SIDE, ShardSet
 
 PADDING = -1
-"""Label of a sample that only fills up a batch; it is the `ignore_index` of a loss."""
+"""Label of a sample that only fills a batch; use it as the `ignore_index` of a loss."""
 
 
 WORLD = {"rank", "num_ranks", "batch_size"}
-"""Fields of a state that may change from one epoch to the next."""
+"""Fields of a fingerprint that may differ if `allow_world_change` is set."""
 GRAPH_VERSION = 4
-"""Counts up whenever the operations of the training graph change: DALI's checkpoints fit one list of them."""
+"""Increase it when operations of the training graph change, as DALI's checkpoints fit only the same operations."""
 
 
 class Batch(NamedTuple):
@@ -56,7 +57,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of one split for one loader rank; made by `train_loader` and `val_loader`."""
+    """Batches of one split for one rank; `train_loader` and `val_loader` make it."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Loader:
         if not 0 <= rank < num_ranks:
             raise UserError(f"loader rank: expected 0..{num_ranks - 1}, got {rank}")
         if batch_size < 1:
-            raise UserError(f"the batch size must be at least 1, not {batch_size}")
+            raise UserError(f"batch size: expected at least 1, got {batch_size}")
         if shards.num_samples < num_ranks:
             raise UserError(
                 f"{shards.split} has {shards.num_samples} images for {num_ranks} processes; start fewer of them"
@@ -91,20 +92,20 @@ class Loader:
             config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
         )
         if self._decode == "gpu" and self.device.type != "cuda":
-            raise UserError("data.decode=gpu needs a GPU; say data.decode=cpu")
-        offset = mean_offset(basis, config.augmentation)
+            raise UserError("data.decode gpu: expected a GPU, got none; set --data.decode cpu")
+        offset = compute_mean_offset(basis, config.augmentation)
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
-        """Subtracted from windows after the mean colour, (3, 224, 224); None with `mean: channel`. In
-        training the loader does it, validation windows are cut by the evaluation."""
+        """Subtracted from crops after the mean colour, (3, 224, 224); None with `mean: channel`. In training the loader
+        subtracts it; in validation the evaluation does, which makes the crops."""
         self._pipe: Pipeline | None = None
         self._opening_bytes = 0
         self._buffers = BufferPool()
         self._checkpoint: bytes | None = None
-        """DALI's state after the last batch; taken with each (0.1 ms, under a kilobyte), as a pipeline that failed has
-        none."""
+        """DALI's state after the last batch. It is taken with each batch (0.1 ms, less than a kilobyte), as a pipeline
+        that has failed cannot give it."""
 
-        # DALI cuts the list of N samples at rank * N // num_ranks.
+        # DALI's rank r of n reads samples r * N // n to (r + 1) * N // n of N.
         first, last = (r * shards.num_samples // num_ranks for r in (rank, rank + 1))
         largest = -(-shards.num_samples // num_ranks)
         self._padded_steps = -(-largest // batch_size)
@@ -112,31 +113,31 @@ class Loader:
         self.steps_per_epoch = (
             shards.num_samples // num_ranks // batch_size if training else self._padded_steps
         )
-        """Batches an epoch, the same on every rank."""
+        """Batches per epoch, equal on all ranks."""
         self.dropped_per_epoch = (
             shards.num_samples - self.steps_per_epoch * batch_size * num_ranks if training else 0
         )
-        """Training samples, over all ranks, that an epoch leaves out; each epoch leaves out others."""
+        """Number of training samples, over all ranks, that an epoch leaves out; other samples every epoch."""
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"{shards.num_samples} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; "
                 "take a smaller batch size"
             )
         self.at_epoch, self.at_step = 0, 0
-        """Position: `at_step` batches of epoch `at_epoch` have been handed out."""
+        """Position: `at_step` batches of epoch `at_epoch` have been returned."""
         self._first_epoch = 0
-        """With which epoch the present order began: not 0 after a change of the world."""
+        """First epoch of the present order of images; not 0 if the number of ranks has changed during the run."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield what is left of an epoch, which must be the present one or, where that is finished, the next."""
+        """Yield the rest of an epoch, which must be the present one or, if that is finished, the next."""
         if epoch == self.at_epoch + 1 and self.at_step == self.steps_per_epoch:
             for _ in range(self._padded_steps - self.steps_per_epoch):
                 self._run()  # the tail that does not fill a batch on every rank
             self.at_epoch, self.at_step = epoch, 0
-            ended = self._training and self._lighting() != self._config.augmentation.lighting.at_epoch(
-                epoch - 1
+            lighting_ended = (
+                self._training and self._lighting() != self._config.augmentation.lighting.at_epoch(epoch - 1)
             )
-            if self._pipe and ended:  # the same graph with other constants, from the same state
+            if self._pipe and lighting_ended:  # the same graph with other constants, from the same state
                 self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
             raise UserError(
@@ -152,19 +153,19 @@ class Loader:
             yield Batch(images.permute(0, 3, 1, 2), labels)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield what is left of the present epoch or, where that is finished, the next one."""
+        """Yield the rest of the present epoch or, if that is finished, the next one."""
         return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
 
     def open(self) -> int:
-        """Build the pipeline now rather than for the first batch. Returns the bytes of memory that building took, which
-        grow with DALI's index: every process holds it as a whole. Raises `DataError`."""
+        """Build the pipeline now rather than at the first batch. Returns the bytes of memory that this took; most are
+        DALI's index of all samples, which every process holds. Raises `DataError`."""
         if self._pipe is None:
             with data_errors(self._shards):
                 self._pipe = self._build(None)
         return self._opening_bytes
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
+        """Return the next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
         with data_errors(self._shards):
             if self._pipe is None:
                 self._pipe = self._build(None)
@@ -189,13 +190,13 @@ class Loader:
         return batch, labels
 
     def _lighting(self) -> Lighting:
-        """The lighting of the present epoch."""
+        """Return the lighting of the present epoch."""
         return self._config.augmentation.lighting.at_epoch(self.at_epoch)
 
     def _build(self, checkpoint: bytes | None) -> Pipeline:
         """Build the DALI pipeline, at its start or at one of its checkpoints."""
-        raise_open_files(len(self._shards.tars))
-        check_memory(self._shards)
+        raise_open_file_limit(len(self._shards.tars))
+        warn_if_memory_is_short(self._shards)
         on_gpu, speed = self.device.type == "cuda", self._config.speed
         common = {
             "batch_size": self._batch_size,
@@ -225,14 +226,15 @@ class Loader:
 
     @property
     def _data_seed(self) -> int:
-        """Seed of order and augmentation; another one is derived where the number of ranks changed within a run."""
+        """Seed of order and augmentation; a derived one if the number of ranks has changed during the run."""
         if self._first_epoch == 0:
             return self._seed
         return op_seed(self._seed, self._first_epoch, "another world")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Settings and versions that decide the sequence of batches: not speed, nor strength and end of lighting."""
+        """Settings and versions that determine the sequence of batches: not those of speed, nor strength and end of
+        lighting."""
         augmentation = asdict(self._config.augmentation)
         del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
         return {
@@ -250,7 +252,7 @@ class Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was handed out; plain JSON types."""
+        """Return the position after the last batch that was returned, in JSON types."""
         assert self._training, "validation always starts at its beginning"
         return {
             "fingerprint": self.fingerprint,
@@ -262,11 +264,11 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, allow_world_change: bool = False) -> None:
-        """Go to a position.
+        """Go to a saved position.
 
-        Raises `UserError` that names the field when the state belongs to another sequence of batches. With
-        `allow_world_change` other ranks and another batch size are taken: the loader is then at the edge of the
-        state's epoch, the next one if that was finished, from where its order is a new one.
+        Raises `UserError` with the name of the field in which the state belongs to another sequence of batches. With
+        `allow_world_change` the ranks and the batch size may differ: the loader then goes to the start of the state's
+        epoch, or of the next one if that was finished, and has a new order from there on.
         """
         free = WORLD if allow_world_change else set()
         theirs, mine = state["fingerprint"], self.fingerprint
@@ -294,19 +296,22 @@ class Loader:
                 self._pipe = self._build(self._checkpoint)
 
     def close(self) -> None:
-        """Stop DALI's threads and free its memory; the position is kept only in a state."""
+        """Stop DALI's threads, release its memory, and go back to the start; `state_dict` saves the position before."""
         self._pipe = self._checkpoint = None
         self._buffers = BufferPool()
         self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
 
 
-def mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
-    """Compute the centre of the mean image minus the mean colour, divided like pixels, float64 (3, 224, 224) (2012
-    program: neither windowed nor flipped); None with `mean: channel`. Raises `UserError` without a mean image."""
+def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
+    """Compute the centre of the mean image minus the mean colour, divided by `std`, float64 (3, 224, 224). It is not
+    cropped at random or flipped, as in the 2012 program. None with `mean: channel`. Raises `UserError` without a mean
+    image."""
     if augmentation.mean == "channel":
         return None
     if basis.mean_image is None:
-        raise UserError("augmentation.mean=image needs mean_image.npy; run tools/compute_pca.py --mean-image")
+        raise UserError(
+            "data.augmentation.mean image: expected mean_image.npy, found none; run tools/compute_pca.py --mean-image"
+        )
     first = (IMAGE_SIDE - CROP_SIDE) // 2
     centre_HWC = basis.mean_image[first : first + CROP_SIDE, first : first + CROP_SIDE] - basis.mean
     return torch.from_numpy(centre_HWC / augmentation.std).permute(2, 0, 1)
@@ -323,7 +328,7 @@ def train_loader(
     num_ranks: int,
     device: torch.device | str,
 ) -> Loader:
-    """Make a loader of shuffled, augmented windows; `rank` and `num_ranks` are those of loading."""
+    """Make a loader of shuffled, augmented crops; `rank` of `num_ranks` loaders of the split."""
     return Loader(
         shards, basis, config, training=True, batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks,
         device=device,
@@ -340,7 +345,7 @@ def val_loader(
     num_ranks: int,
     device: torch.device | str,
 ) -> Loader:
-    """Make a loader of whole 256x256 images in stored order; `rank` and `num_ranks` are those of loading."""
+    """Make a loader of whole 256x256 images in stored order; `rank` of `num_ranks` loaders of the split."""
     return Loader(
         shards, basis, config, training=False, batch_size=batch_size, seed=0, rank=rank, num_ranks=num_ranks,
         device=device,

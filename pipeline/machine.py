@@ -1,4 +1,4 @@
-"""Resources of this process on the machine: cores, memory, open files, and how many others of ours are on it."""
+"""Resources of this process on its machine: cores, memory, open files, and the number of processes of the same run."""
 
 import os
 import resource
@@ -7,40 +7,40 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 OTHER_FILES = 256
-"""Open files of a process other than its shards: libraries, pipes, logs."""
+"""Allowance for open files of a process in addition to its shards: libraries, pipes, logs."""
 
 
 def num_cores() -> int:
-    """Cores that this process may use (its affinity: `taskset`, Slurm and containers narrow it)."""
+    """Count the cores that this process may use (its affinity, which `taskset`, Slurm and containers restrict)."""
     return len(os.sched_getaffinity(0))
 
 
 def processes_here() -> int:
-    """Processes that one launch started on this machine, ours among them: torchrun's LOCAL_WORLD_SIZE, or 1."""
+    """Count the processes of this run on this machine, this one included: torchrun's LOCAL_WORLD_SIZE, or 1."""
     sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(sharing)) if sharing.isdecimal() else 1
 
 
 def share_of_cores() -> int:
-    """Cores for each of `processes_here`. torchrun leaves all of them to every process; what Slurm has bound to one of
-    its tasks, fewer than the job has on this machine, is that task's own."""
+    """Compute the number of cores for this process. torchrun lets every process use all cores, so they are divided.
+    Slurm may bind a task to fewer cores than the job has on this machine; these belong to this task alone."""
     of_job = os.environ.get("SLURM_CPUS_ON_NODE", "0")
     bound = of_job.isdecimal() and num_cores() < int(of_job)
     return num_cores() if bound else max(1, num_cores() // processes_here())
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds."""
+    """Read the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def available_bytes() -> int:
-    """Memory that the kernel thinks programs could still take."""
+    """Read the memory that programs can still take, by the kernel's estimate (MemAvailable)."""
     return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
 
 
-def raise_open_files(num_shards: int) -> None:
-    """Make sure that every shard can stay open (DALI holds one handle a shard without mmap). Raises `UserError`."""
+def raise_open_file_limit(num_shards: int) -> None:
+    """Raise the limit of open files if needed, as DALI keeps every shard open without mmap. Raises `UserError`."""
     needed = num_shards + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -1,4 +1,7 @@
-"""Checks and errors of every DALI pipeline that reads shards, and the plain reader, which decodes each image once."""
+"""Checks and errors for all DALI pipelines that read shards, and a reader that decodes every image once, in order.
+
+Shapes: N images, H rows, W columns, C colours.
+"""
 
 import re
 from collections.abc import Iterator
@@ -11,11 +14,11 @@ from nvidia.dali import Pipeline
 from pipeline.diagnose import locate_corrupt_sample
 from pipeline.errors import DataError
 from pipeline.graph import decode_pipeline
-from pipeline.machine import available_bytes, processes_here, raise_open_files, share_of_cores
+from pipeline.machine import available_bytes, processes_here, raise_open_file_limit, share_of_cores
 from pipeline.shards import ShardSet
 
 INDEX_BYTES = 455
-"""Memory of DALI's index per sample, measured with 1.28 million samples: 707 MB with the rest of the process."""
+"""Memory of DALI's index per sample, measured with 14.2 million samples (docs/benchmarks/details.md)."""
 
 
 def decoded_batches(
@@ -24,14 +27,14 @@ def decoded_batches(
     """Yield every image of a split once as uint8 (n, 256, 256, 3) RGB, in stored order; the last batch is shorter.
 
     Args:
-        shards: What to read.
-        batch_size: Images at a time.
+        shards: The split to read.
+        batch_size: Images per batch.
         threads: DALI's CPU threads; one per core by default.
-        device: Where images are decoded and stay.
+        device: Device that decodes the images, and on which they stay.
 
     Raises `DataError` when DALI fails.
     """
-    raise_open_files(len(shards.tars))
+    raise_open_file_limit(len(shards.tars))
     device = torch.device(device)
     pipe = decode_pipeline(
         shards,
@@ -52,7 +55,7 @@ def decoded_batches(
 
 
 def parse_labels(digits: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 6), ASCII digits and then zeros, to int64 (N,)."""
+    """Parse labels, uint8 (N, 6) of ASCII digits followed by zeros, to int64 (N,)."""
     labels = torch.zeros(len(digits), dtype=torch.int64)
     for column in (digits.long() - ord("0")).unbind(1):
         labels = torch.where(column >= 0, 10 * labels + column, labels)
@@ -60,7 +63,7 @@ def parse_labels(digits: torch.Tensor) -> torch.Tensor:
 
 
 def check_index(pipe: Pipeline, shards: ShardSet) -> None:
-    """Raise `DataError` unless the indexes list as many samples as the manifest: epochs would not be exact."""
+    """Raise `DataError` unless the indexes list as many samples as the manifest; else epochs would not be exact."""
     indexed = pipe.reader_meta()["reader"]["epoch_size"]
     if indexed != shards.num_samples:
         place = Path(shards.tars[0]).parent
@@ -71,8 +74,11 @@ def check_index(pipe: Pipeline, shards: ShardSet) -> None:
 
 @contextmanager
 def data_errors(shards: ShardSet) -> Iterator[None]:
-    """Turn what DALI raises into `DataError`: one sentence from its report, whose reason follows the word
-    "encountered", or from what we find ourselves by looking through the shards, as it does not name a damaged image."""
+    """Turn DALI's `RuntimeError` into a `DataError` of one sentence.
+
+    If decoding or reading failed, the shards are searched for the damaged image, which DALI does not name. Otherwise
+    the reason is the line after the word "encountered" in DALI's report.
+    """
     try:
         yield
     except DataError:
@@ -89,7 +95,7 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
             ) from None
         of_data = any(
             name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")
-        )  # not, say, of a GPU's memory
+        )  # other errors, such as a lack of memory, are not of the data
         reason = (locate_corrupt_sample(shards) if of_data else "") or (
             lines[0] if lines else report.splitlines()[0]
         )
@@ -100,12 +106,13 @@ def data_errors(shards: ShardSet) -> Iterator[None]:
         ) from None
 
 
-def check_memory(shards: ShardSet) -> None:
-    """Warn when the index, which every process holds as a whole, takes a large part of the free memory."""
+def warn_if_memory_is_short(shards: ShardSet) -> None:
+    """Print a warning if DALI's index, which every process holds, takes more than a quarter of the free memory."""
     needed = INDEX_BYTES * shards.num_samples
     processes, free = processes_here(), available_bytes()
     if needed * processes > free / 4:
         print(
             f"warning: DALI's index of {shards.num_samples} samples takes about {needed / 1e9:.1f} GB in each of "
-            f"{processes} processes here, {free / 1e9:.0f} GB are free; use fewer processes a machine, or a larger one"
+            f"{processes} processes on this machine, which has {free / 1e9:.0f} GB free; start fewer processes on it, "
+            "or use a machine with more memory"
         )

@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""Settings of the section `data`: shards, augmentation, speed."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,45 +10,45 @@ from pipeline.machine import share_of_cores
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes to a training image between its file and the network."""
+    """Augmentation of training images, and what is subtracted from all images."""
 
     crop: Literal["random", "center"] = "random"
-    """random: a 224x224 window at offsets drawn evenly from 0..32; center: always the middle one."""
+    """random: a 224x224 crop at offsets drawn uniformly from 0..32; center: always the central one."""
     flip: float = 0.5
     """Probability of a horizontal flip. With 0, evaluation leaves the mirrored views out."""
     images_per_crop: int = 1
-    """So many consecutive images of a batch get the same window and the same flip (the 2012 program: 32)."""
+    """Number of consecutive images of a batch that get the same crop and the same flip (the 2012 program: 32)."""
     lighting: Lighting = field(default_factory=Lighting)
     """Colour shifts along the principal RGB axes."""
     mean: Literal["channel", "image"] = "channel"
-    """Subtracted from pixels: the mean colour, or the centre of the mean image (the paper, section 2), for which
-    compute_pca --mean-image is needed."""
+    """Subtracted from pixels: channel: the mean colour; image: the centre of the mean image (the paper, section 2),
+    which tools/compute_pca.py --mean-image makes."""
     std: float = 1.0
-    """Divisor of pixels after the mean is subtracted; the 2012 initialization is made for 1."""
+    """Divisor of pixels after the mean is subtracted; the initialization of 2012 needs 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"augmentation.flip is a probability, 0 to 1, not {self.flip}")
+            raise ValueError(f"augmentation.flip: expected a probability, 0 to 1, got {self.flip}")
         if self.images_per_crop < 1:
-            raise ValueError(f"augmentation.images_per_crop must be at least 1, not {self.images_per_crop}")
+            raise ValueError(f"augmentation.images_per_crop: expected at least 1, got {self.images_per_crop}")
         if not 0 < self.std < float("inf"):
-            raise ValueError(f"augmentation.std must be positive, not {self.std}")
+            raise ValueError(f"augmentation.std: expected a finite number above 0, got {self.std}")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Knobs that change how fast batches come and never what is in them. `tools/tune_pipeline.py` finds the best ones
-    for a machine."""
+    """Settings that change only the speed of loading, never the content of batches. `tools/tune_pipeline.py` finds the
+    best ones for a machine."""
 
     threads: int | None = None
-    """DALI's CPU threads; by default one more than the cores of this process (those of the machine are shared among
-    the processes on it), so that none idles while a thread waits."""
+    """DALI's CPU threads; by default one more than this process's share of the machine's cores, so that no core idles
+    while a thread waits."""
     prefetch_queue_depth: int = 2
     """Batches that DALI prepares ahead."""
     reader_queue_depth: int = 1
-    """Batches of encoded images read ahead of the decoder; a network disk wants 4 or more."""
+    """Batches of encoded images read ahead of the decoder; for a network disk 4 or more."""
     hw_decoder_load: float = 0.65
-    """Share of the images that a GPU's own JPEG decoder takes (A100, H100 and later); its SMs decode the rest."""
+    """Share of the images that a GPU's JPEG engine decodes (A100, H100 and later); its SMs decode the others."""
 
     @property
     def num_threads(self) -> int:
@@ -59,27 +59,27 @@ class Speed:
         for name in ("threads", "prefetch_queue_depth", "reader_queue_depth"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"speed.{name} must be at least 1, not {value}")
+                raise ValueError(f"speed.{name}: expected at least 1, got {value}")
         if not 0 <= self.hw_decoder_load <= 1:
-            raise ValueError(f"speed.hw_decoder_load is a share, 0 to 1, not {self.hw_decoder_load}")
+            raise ValueError(f"speed.hw_decoder_load: expected a share, 0 to 1, got {self.hw_decoder_load}")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and what happens to them."""
+    """Source of the images, and how they are decoded, shuffled and augmented."""
 
     shards: Path
     """Folder written by tools/make_shards.py and tools/compute_pca.py."""
     decode: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where JPEGs are decoded: gpu (nvJPEG), cpu (libjpeg-turbo; augmented on the GPU if there is one), auto: where
-    the network is."""
+    """Where JPEGs are decoded: gpu: nvJPEG; cpu: libjpeg-turbo (augmented on the GPU if there is one); auto: on the
+    device of the network."""
     shuffle_buffer: int = 4096
-    """Encoded images from which each next one is drawn; the order of shards is shuffled, too."""
+    """Number of encoded images from which the next one is drawn; the order of shards is shuffled, too."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """Changes to a training image."""
+    """Augmentation of training images."""
     speed: Speed = field(default_factory=Speed)
-    """How fast it happens."""
+    """Settings that change only the speed."""
 
     def __post_init__(self) -> None:
         if self.shuffle_buffer < 1:
-            raise ValueError(f"data.shuffle_buffer must be at least 1, not {self.shuffle_buffer}")
+            raise ValueError(f"data.shuffle_buffer: expected at least 1, got {self.shuffle_buffer}")

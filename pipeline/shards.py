@@ -1,4 +1,4 @@
-"""Shard sets: what `tools/make_shards.py` writes and every reader opens.
+"""Shards on disk: `tools/make_shards.py` writes them, training and the tools open them.
 
     shards/
       train/train-000000.tar, train-000000.idx, ...   WebDataset shards with DALI indexes (wds2idx format v1.2)
@@ -7,8 +7,8 @@
       classes.json                                    index -> wnid -> words, in the order of the sorted wnids
 
 One sample is `<key>.jpg` and `<key>.cls`, the class index in ASCII decimal. A directory without a manifest, with a
-shard missing or of another size is refused: it is half-written or half-copied, and training on it would silently be on
-other data.
+shard missing or of another size is refused, as it was written or copied incompletely, and training would silently miss
+some of the data.
 """
 
 import re
@@ -22,7 +22,7 @@ from pipeline.files import read_json, sha256
 
 FORMAT_VERSION = 1
 IMAGE_SIDE = 256
-"""Side of a packed image, and of the square that is taken of any other (paper, section 2)."""
+"""Side of a packed image, and of the square that is cropped from other images (paper, section 2)."""
 MAX_LABEL_DIGITS = 6
 KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
 
@@ -48,21 +48,21 @@ class ShardSet:
     indexes: tuple[str, ...]
     """Paths of their DALI indexes."""
     samples: tuple[int, ...]
-    """Samples of each."""
+    """Number of samples of each shard."""
     classes: tuple[ClassName, ...]
-    """Every class; `label` indexes it."""
+    """All classes; labels are indexes of this."""
     manifest_sha256: str
-    """SHA-256 of the manifest's bytes: names the data set, through the shards' own checksums."""
+    """SHA-256 of the manifest's bytes. It identifies the data, as the manifest has the checksums of all shards."""
     store: str
-    """"crop256" (256x256 images), "original" (of any size), "adopted" (whatever others packed) or "unknown"."""
+    """"crop256" (256x256 images), "original" (of any size), "adopted" (shards of other programs) or "unknown"."""
 
     @property
     def num_samples(self) -> int:
-        """Samples over all shards."""
+        """Number of samples in all shards."""
         return sum(self.samples)
 
     def only(self, numbers: Sequence[int]) -> "ShardSet":
-        """These shards alone, by their numbers, in this order."""
+        """Return a split of only the shards with these numbers, in this order."""
         return replace(
             self,
             tars=tuple(self.tars[k] for k in numbers),
@@ -79,19 +79,19 @@ class ShardSet:
 def open_shards(shards: Path, split: str) -> ShardSet:
     """Open one split of a shard directory.
 
-    Raises `FileNotFoundError` or `ValueError`, each with a remedy, when something is missing or does not fit.
+    Raises `FileNotFoundError` or `UserError`, each with a remedy, if something is missing or does not fit.
     """
     directory = Path(shards) / split
     path = directory / "manifest.json"
     if not path.is_file():
         if split == "val" and (Path(shards) / "train" / "manifest.json").is_file():
             raise FileNotFoundError(
-                f"{directory} holds no manifest.json: there are no validation shards; finish the pack, or pack into "
+                f"{directory} holds no manifest.json: there are no validation shards; finish packing, or pack into "
                 "another folder without --val-fraction 0"
             )
         raise FileNotFoundError(
-            f"{directory} holds no manifest.json: no finished shards lie there; run tools/make_shards.py pack RAW "
-            "SHARDS, or give the folder where SHARDS lie now"
+            f"{directory} holds no manifest.json, so no finished shards; run tools/make_shards.py pack RAW SHARDS, or "
+            "give the folder that has them"
         )
     content = path.read_bytes()
     manifest = read_json(path)
@@ -169,16 +169,16 @@ def read_classes(shards: Path) -> tuple[ClassName, ...]:
 
 
 def classes_json(classes: tuple[ClassName, ...]) -> dict[str, Any]:
-    """The content of `classes.json`."""
+    """Make the content of `classes.json`."""
     rows = [{"index": index, "wnid": name.wnid, "words": name.words} for index, name in enumerate(classes)]
     return {"format_version": FORMAT_VERSION, "classes": rows}
 
 
 def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
-    """A DALI webdataset index (format v1.2, as `wds2idx` of DALI 2.4 writes it).
+    """Format a DALI webdataset index (format v1.2, as `wds2idx` of DALI 2.4 writes it).
 
     Args:
-        samples: per sample its members as (extension, offset of the data in bytes, size in bytes, member name).
+        samples: For each sample its members as (extension, offset of the data in bytes, size in bytes, member name).
     """
     lines = [
         " ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in members)

@@ -1,8 +1,8 @@
 """Fixtures: the demo, packed once for all tests, and small shard sets whose labels name each sample."""
 
-import io
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,25 +95,20 @@ def numbered_shards(tmp_path: Path) -> Callable[..., ShardSet]:
     one given JPEG."""
 
     def make(num_samples: int, num_shards: int, image: bytes | None = None) -> ShardSet:
-        import tarfile
-
         rng = np.random.default_rng(0)
         images = [image or jpeg(photo(rng)) for _ in range(8)]
         for split in ("train", "val"):
-            (tmp_path / split).mkdir(exist_ok=True)
             rows = []
             for shard in range(num_shards):
                 numbers = range(shard * num_samples // num_shards, (shard + 1) * num_samples // num_shards)
-                path, index = tmp_path / split / f"{split}-{shard:06d}.tar", []
-                with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                    for number in numbers:
-                        members = []
-                        for extension, data in (("jpg", images[number % 8]), ("cls", str(number).encode())):
-                            info = tarfile.TarInfo(f"s{number}.{extension}")
-                            info.size = len(data)
-                            members.append((extension, tar.offset + 512, len(data), info.name))
-                            tar.addfile(info, io.BytesIO(data))
-                        index.append(members)
+                path = tmp_path / split / f"{split}-{shard:06d}.tar"
+                content = {}
+                for n in numbers:
+                    content |= {f"s{n}.jpg": images[n % 8], f"s{n}.cls": str(n).encode()}
+                write(path, tar_of(content, tarfile.USTAR_FORMAT))
+                with tarfile.open(path) as tar:
+                    places = [(each.name[-3:], each.offset_data, each.size, each.name) for each in tar]
+                index = [places[n : n + 2] for n in range(0, len(places), 2)]
                 write_bytes(path.with_suffix(".idx"), index_text(index).encode())
                 rows.append(
                     {

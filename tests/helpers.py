@@ -5,6 +5,7 @@ Longer than others: many short functions, of which a test file takes a few; in o
 
 import io
 import json
+import os
 import re
 import runpy
 import signal
@@ -15,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from train.config import Config, parse_config
 from train.metrics import read_metrics
 
 Members = list[tuple[str, bytes]]
-Make = Callable[[int, int], ShardSet]
+Make = Callable[..., ShardSet]
 """The fixture `numbered_shards`."""
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,33 +129,30 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return read_metrics(directory / "metrics.jsonl")
 
 
+def signal_worker(launcher: "subprocess.Popen[str]", rank: int, number: int = 0) -> bool:
+    """Send a signal to the process of a rank that torchrun has started; returns whether it is there."""
+    for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                os.kill(int(pid), number)
+                return True
+    return False
+
+
 TRAIN = ("-m", "train.run")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EPOCHS, BATCH = 3, 32
 STEPS = 539 // BATCH
-SHARED = (
-    "--model.channels [8,16,16,16,16] --model.fc_dim 64 --model.num_classes 10 --optimizer.lr 0.001 --run.log_every 2 "
-    "--train.compile false --run.device cpu --train.batch_size 128 --train.epochs 1 --train.seed 5"
-)
+NETWORK = "--model.channels [8,16,16,16,16] --model.fc_dim 64 --model.num_classes 10 --train.compile false "
+NETWORK += "--train.seed 5 --run.device cpu "  # where bitwise equality is promised
+SMALL = f"{NETWORK} --model.variant original --optimizer.lr 0.005 --train.batch_size {BATCH} --train.epochs {EPOCHS} "
+SMALL += "--run.log_every 4 --run.save_minutes 0.002 --run.keep_last 2 --run.keep_every 1"
+SHARED = f"{NETWORK} --optimizer.lr 0.001 --train.batch_size 128 --train.epochs 1 --run.log_every 2"
 
 
 def small_run(shards: Path, directory: Path, *more: str) -> list[str]:
     """A small network on `few`, STEPS steps an epoch: dropout, lighting, flip and shuffling are on."""
-    small = (
-        "--model.channels [8,16,16,16,16] --model.fc_dim 64 --model.num_classes 10 --model.variant original"
-    )
-    small += " --train.compile false --optimizer.lr 0.005 --run.log_every 4"
-    small += " --run.save_minutes 0.002 --run.keep_last 2 --run.keep_every 1"
-    small += " --run.device cpu"  # bitwise equality is promised there
-    run = f"--train.batch_size {BATCH} --train.epochs {EPOCHS} --train.seed 5"
-    return [
-        "--data.shards",
-        str(shards),
-        "--run.dir",
-        str(directory),
-        *small.split(),
-        *run.split(),
-        *more,
-    ]
+    return ["--data.shards", str(shards), "--run.dir", str(directory), *SMALL.split(), *more]
 
 
 def shared_run(shards: Path, directory: Path, *more: str) -> list[str]:
@@ -215,6 +213,13 @@ def collect(loader: Loader, epochs: range) -> list[tuple[torch.Tensor, torch.Ten
     return [(batch.images.clone(), batch.labels.clone()) for epoch in epochs for batch in loader.epoch(epoch)]
 
 
+def same_batches(
+    one: list[tuple[torch.Tensor, torch.Tensor]], two: list[tuple[torch.Tensor, torch.Tensor]]
+) -> bool:
+    """Bitwise, images and labels."""
+    return all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in zip(one, two, strict=True))
+
+
 TORCHVISION = {
     "features.0": (64, 3, 11, 11), "features.3": (192, 64, 5, 5), "features.6": (384, 192, 3, 3),
     "features.8": (256, 384, 3, 3), "features.10": (256, 256, 3, 3),
@@ -247,6 +252,13 @@ def tar_of(members: Members | dict[str, bytes], format: int = tarfile.GNU_FORMAT
                 setattr(info, field, value)
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def read_tar(tar: Path | bytes) -> dict[str, bytes]:
+    """Names and contents of the files in a tar, by Python's tarfile."""
+    content = tar if isinstance(tar, bytes) else tar.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(content)) as opened:
+        return {member.name: opened.extractfile(member).read() for member in opened if member.isfile()}  # type: ignore[union-attr]
 
 
 def write(path: Path, data: bytes) -> None:

@@ -1,10 +1,10 @@
-"""The same few images in each of the layouts that raw ImageNet comes in."""
+"""The same few images in each of the layouts that raw ImageNet comes in, and what is to become of them."""
 
-import csv
 import io
 from pathlib import Path
 
 import numpy as np
+import webdataset
 from PIL import Image
 
 from tests.helpers import jpeg, photo, tar_of, write
@@ -13,10 +13,10 @@ WNIDS = ["n00000011", "n00000022", "n00000033"]
 Images = dict[str, tuple[str, str, bytes]]  # stem -> (split, wnid, file)
 
 
-def image_set() -> Images:
-    """24 files with the oddities of the real thing, each of another colour."""
+def image_set(size: int = 24) -> Images:
+    """Files with the oddities of the real thing, each of another colour."""
     rng, images = np.random.default_rng(0), {}
-    for number in range(24):
+    for number in range(size):
         split, wnid = ("val" if number % 4 == 3 else "train"), WNIDS[number % 3]
         pixels = photo(rng, int(rng.integers(90, 200)), int(rng.integers(90, 200)))
         stem = f"ILSVRC2012_val_{number:08d}" if split == "val" else f"{wnid}_{number}"
@@ -35,12 +35,8 @@ def kaggle(raw: Path, images: Images) -> None:
     for stem, (split, wnid, data) in images.items():
         write(tree / (f"train/{wnid}" if split == "train" else "val") / f"{stem}.JPEG", data)
     write(tree / "test/ILSVRC2012_test_00000001.JPEG", b"not used")
-    with (raw / "LOC_val_solution.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["ImageId", "PredictionString"])
-        rows.writerows(
-            [stem, f"{wnid} 1 2 3 4 "] for stem, (split, wnid, _) in images.items() if split == "val"
-        )
+    solution = [f"{stem},{wnid} 1 2 3 4 \n" for stem, (split, wnid, _) in images.items() if split == "val"]
+    (raw / "LOC_val_solution.csv").write_text("".join(["ImageId,PredictionString\n", *solution]))
     (raw / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} thing, {wnid[-1]}\n" for wnid in WNIDS))
 
 
@@ -67,6 +63,13 @@ def class_tars(raw: Path, images: Images) -> None:
         write(raw / f"{wnid}.tar", tar_of(files))
 
 
+def split_tars(raw: Path, images: Images) -> None:
+    """Class folders in a tar for each split."""
+    for split in ("train", "val"):
+        files = {f"{wnid}/{stem}.JPEG": data for stem, (of, wnid, data) in images.items() if of == split}
+        write(raw / f"{split}.tar", tar_of(files))
+
+
 def parquet(raw: Path, images: Images) -> None:
     """Hugging Face's files: several a split, several row groups a file."""
     import pyarrow
@@ -83,3 +86,20 @@ def parquet(raw: Path, images: Images) -> None:
             table = pyarrow.Table.from_pylist(rows[part::2])
             path = raw / "data" / f"{name}-{part:05d}-of-00002.parquet"
             pyarrow.parquet.write_table(table, path, row_group_size=4)
+
+
+def expected_square(data: bytes) -> np.ndarray:
+    """The 256x256 image by Pillow alone."""
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = image.convert("RGB")
+    width, height = (round(side * 256 / min(rgb.size)) for side in rgb.size)
+    left, top = (width - 256) // 2, (height - 256) // 2
+    resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + 256, top + 256)))
+
+
+def read_shards(shards: Path, split: str) -> list[tuple[str, int, bytes]]:
+    """Key, label and image of every sample, by the webdataset library."""
+    tars = [str(path) for path in sorted((shards / split).glob("*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False) if tars else ()
+    return [(sample["__key__"], int(sample["cls"]), sample["jpg"]) for sample in samples]

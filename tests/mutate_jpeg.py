@@ -24,11 +24,8 @@ def sound_jpegs() -> list[bytes]:
     pixels = np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    files = [
-        jpeg(pixels, progressive=progressive, subsampling=s)
-        for progressive in (0, 1)
-        for s in ("4:2:0", "4:4:4")
-    ]
+    kinds = [(progressive, sampling) for progressive in (0, 1) for sampling in ("4:2:0", "4:4:4")]
+    files = [jpeg(pixels, progressive=progressive, subsampling=sampling) for progressive, sampling in kinds]
     files += [simplejpeg.encode_jpeg(pixels, 80, "RGB", sampling) for sampling in ("422", "440", "411")]
     files += [jpeg(pixels, "L"), jpeg(pixels, "L", progressive=True), jpeg(pixels, "CMYK")]
     files += [jpeg(pixels, keep_rgb=True), jpeg(pixels, restart_marker_blocks=3), jpeg(pixels, exif=exif)]
@@ -70,17 +67,9 @@ def segment(marker: int, body: bytes) -> Part:
 ADOBE = b"Adobe\0\x64\0\0\0\0"
 ICC = b"ICC_PROFILE\0"
 TIFF = b"II*\0\x08\0\0\0"
-EXIF = (
-    b"",
-    b"II*\0",
-    b"MM\0*\0\0\0\x08\xff\xff\1\2",
-    b"XX*\0junk",
-    b"II*\0\xff\xff\xff\xff",
-    TIFF + b"\xff\xff" * 9,
-)
-EXIF += tuple(
-    TIFF + b"\1\0\x12\1" + entry for entry in (b"\3\0\1\0\0\0\x09\0\0\0", b"\2\0\xff\xff\xff\x7f\0\0\0\0")
-)
+EXIF = (b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff\1\2", b"XX*\0junk", b"II*\0\xff\xff\xff\xff")
+EXIF += (TIFF + b"\xff" * 18, TIFF + b"\1\0\x12\1\3\0\1\0\0\0\x09\0\0\0")
+EXIF += (TIFF + b"\1\0\x12\1\2\0\xff\xff\xff\x7f\0\0\0\0",)
 INSERTED = (
     *(segment(0xE0, b"JFIF\0" + revision + b"\0\0\1\0\1\0\0") for revision in (b"\0\0", b"\1\2", b"\2\0", b"\xff\xff")),
     *(segment(0xE0, body) for body in (b"", b"JFIF\0", b"JFXX\0\x13", b"AVI1\0\0")),
@@ -99,8 +88,10 @@ INSERTED = (
 def change(rng: random.Random, parts: list[Part]) -> None:
     """One change, in place."""
     at = rng.randrange(1, len(parts))
-    of = lambda *markers: [part for part in parts if part[0][0] in markers]  # noqa: E731
-    frames, tables, scans = of(*range(0xC0, 0xC4), 0xC9, 0xCA), of(0xC4, 0xDB), of(0xDA)
+    frames, tables, scans = (
+        [part for part in parts if part[0][0] in markers]
+        for markers in ((*range(0xC0, 0xC4), 0xC9, 0xCA), (0xC4, 0xDB), (0xDA,))
+    )
     match rng.randrange(13):
         case 0:
             parts[at][0] = bytes([rng.choice((*range(0xC0, 0xFF), 0x01, 0x02, 0x00, 0xFF))])
@@ -113,25 +104,13 @@ def change(rng: random.Random, parts: list[Part]) -> None:
         case 5:
             for part in frames:
                 part[0] = bytes([rng.randrange(0xC0, 0xD0)])
-        case 6:
-            for part in frames:
-                body = bytearray(part[2] or b"x")
-                place = rng.randrange(len(body))
-                body[place] = rng.choice(
-                    (0, 1, 2, 8, 12, 16, *b"\x11\x12\x21\x22\x41\x14\x44", rng.randrange(256))
-                )
-                part[2] = bytes(body)
-        case 7 if tables:
-            edit(rng, rng.choice(tables), 2)
-        case 8 if scans:
-            edit(rng, rng.choice(scans), 2)
-        case 9 if scans:
-            edit(rng, rng.choice(scans), 3)
+        case 6 | 7 | 8 | 9:
+            group = rng.choice([each for each in (frames, tables, scans) if each] or [parts])
+            edit(rng, rng.choice(group), 3 if group is scans and rng.random() < 0.5 else 2)
         case 10 if scans:  # a scan again, of other coefficients or bits
             again = list(rng.choice(scans))
-            again[2] = again[2][:-3] + rng.choice(
-                (again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02")
-            )
+            endings = (again[2][-3:], b"\x01\x3f\x01", b"\0\0\x01", b"\x01\x05\x02")
+            again[2] = again[2][:-3] + rng.choice(endings)
             again[3] = rng.choice((again[3], b"", b"\0" * 40))
             parts.insert(len(parts) - 1, again)
         case 11:
@@ -152,7 +131,8 @@ def edit(rng: random.Random, part: Part, field: int) -> None:
         case 0 if data:
             data[place - 1] ^= 1 << rng.randrange(8)
         case 1 if data:
-            data[place - 1] = rng.choice((0, 0xFF, rng.randrange(256)))
+            values = (0, 1, 2, 8, 12, 0xFF, *b"\x11\x12\x21\x22\x41\x44", rng.randrange(256))
+            data[place - 1] = rng.choice(values)
         case 2:
             del data[place : place + rng.choice((1, 2, 9, 300))]
         case 3:
@@ -167,12 +147,8 @@ def corpus(number: int) -> Iterator[bytes]:
     """The first `number` files: sound ones, then mutated ones, a quarter of them cut at a marker, as long as there are
     such."""
     rng, sound = random.Random(18), sound_jpegs()
-    cut = [
-        joined(parts_of(data)[:k]) + tail
-        for data in sound
-        for k in range(1, len(parts_of(data)))
-        for tail in TAILS
-    ]
+    starts = [parts[:k] for parts in map(parts_of, sound) for k in range(1, len(parts))]
+    cut = [joined(start) + tail for start in starts for tail in (b"", b"\xff")]
     rng.shuffle(cut)
     endings = (b"\0" * 70, b"trailing", sound[0], b"\xff", b"\xff\xd9")
     first = [*sound, *(sound[k] + tail for k, tail in enumerate(endings))]
@@ -182,7 +158,3 @@ def corpus(number: int) -> Iterator[bytes]:
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             change(rng, parts)
         yield cut.pop() if cut and k % 4 == 0 else joined(parts)
-
-
-TAILS = (b"", b"\xff")
-"""Behind the place where a file is cut."""

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.shards import ClassName, open_shards
 from tests.helpers import Make, collect, loaders, refuses, run_ok, run_python, tiny
-from train.accuracy import EvalStats, evaluate, probabilities
+from train.accuracy import EvalStats, evaluate, predict_probabilities
 from train.config import ParallelConfig
 from train.distributed import Distributed
 from train.evaluate import evaluate_checkpoint
@@ -47,7 +47,7 @@ def test_ten_views(mean_image: bool) -> None:
             exp = np.exp(np.concatenate([view[:, :, 0, 0], view[:, :, 3, 220]], 1))
             expected.append(exp / exp.sum(1, keepdims=True))
     for views in (5, 10):
-        centre, average = probabilities(Corner(), images, views == 10, offset if mean_image else None)
+        centre, average = predict_probabilities(Corner(), images, views == 10, offset if mean_image else None)
         np.testing.assert_allclose(average.numpy(), np.mean(expected[:views], 0), rtol=1e-5)
         np.testing.assert_allclose(centre.numpy(), expected[4], rtol=1e-5)
 
@@ -71,7 +71,7 @@ def test_over_ranks_with_the_real_loader(
     model = nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(147, 41))
     model[2].weight.data /= 10
     with torch.no_grad():
-        orders = [np.argsort(-each.numpy(), 1) for each in probabilities(model, images, True)]
+        orders = [np.argsort(-each.numpy(), 1) for each in predict_probabilities(model, images, True)]
     hits = [(order[:, :k] == labels.numpy()[:, None]).sum() for order in orders for k in (1, 5)]
     assert 0 < hits[1] < 41 and 0 < hits[3] < 41
     for num_ranks in (1, 3):

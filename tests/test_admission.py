@@ -14,9 +14,8 @@ import pytest
 import simplejpeg
 
 from pipeline.files import read_json
-from tests.helpers import files, jpeg, run_python, tar_of, write
-from tests.mutate_jpeg import corpus, joined, parts_of, segment, sound_jpegs
-from tests.test_images import claiming
+from tests.helpers import files, jpeg, run_ok, run_python, tar_of, write
+from tests.mutate_jpeg import corpus, joined, segment, sound_jpegs
 from tools.packing.images import find_fault
 
 FEW, MANY = 500, 4000
@@ -25,12 +24,15 @@ FEW, MANY = 500, 4000
 def windows_of(height: int, width: int) -> list[tuple[slice, slice]]:
     """A window at each corner, more than half as high and as wide as the image, and small ones within."""
     tall, wide = height // 2 + 1, width // 2 + 1
-    rows, columns = (slice(tall), slice(height - tall, height)), (slice(wide), slice(width - wide, width))
-    inner = [
-        (slice(k * height // 4, (k + 1) * height // 4), slice(width // 3, width // 2 + 1)) for k in (1, 2)
-    ]
-    inner = [place for place in inner if all(side.start < side.stop for side in place)]
-    return [(row, column) for row in rows for column in columns] + inner
+    rows, columns = (
+        (slice(0, tall), slice(height - tall, height)),
+        (slice(0, wide), slice(width - wide, width)),
+    )
+    found = [(row, column) for row in rows for column in columns]
+    for k in (1, 2):
+        inner = slice(k * height // 4, (k + 1) * height // 4), slice(width // 3, width // 2 + 1)
+        found += [inner] * all(side.start < side.stop for side in inner)
+    return found
 
 
 def decode_admitted(device: str, first: int, last: int) -> None:
@@ -76,11 +78,9 @@ def decode_admitted(device: str, first: int, last: int) -> None:
             continue
         assert np.array_equal(got, expected), number
         for place in windows_of(*expected.shape[:2]):
-            start = np.array([side.start or 0 for side in place], np.int32)
-            end = np.array([side.stop for side in place], np.int32)
-            assert np.array_equal(
-                decoded(pipes[1], encoded=encoded, start=start, end=end), expected[place]
-            ), number
+            start, end = np.array([(side.start, side.stop) for side in place], np.int32).T.copy()
+            got = decoded(pipes[1], encoded=encoded, start=start, end=end)
+            assert np.array_equal(got, expected[place]), number
     print("admitted", *numbers)
 
 
@@ -97,7 +97,7 @@ NOISE = np.random.default_rng(5).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 def with_segment(data: bytes, marker: int, body: bytes) -> bytes:
     """A file with one segment more, after its start marker."""
-    return data[:2] + b"\xff" + joined([segment(marker, body)])[1:] + data[2:]
+    return data[:2] + joined([segment(marker, body)]) + data[2:]
 
 
 def subsampled(factors: bytes) -> bytes:
@@ -109,17 +109,11 @@ def subsampled(factors: bytes) -> bytes:
     return bytes(file)
 
 
-def without_scans(data: bytes, kept: int) -> bytes:
-    """A file with its first scans alone."""
-    parts = parts_of(data)
-    last = [k for k, part in enumerate(parts) if part[0] == b"\xda"][kept - 1]
-    return joined([*parts[: last + 1], parts[-1]])
-
-
-def refined(data: bytes) -> bytes:
-    """A complete progressive file with one scan more, an empty one that would leave a bit to come."""
-    scan = segment(0xDA, b"\1\1\0\1\x3f\1")
-    return data[:-2] + joined([scan]) + b"\xff\xd9"
+SOS, EOI = b"\xff\xda", b"\xff\xd9"
+SCANS = SOUND[2][:-2].split(SOS)
+"""A progressive file, cut before each of its scans."""
+EMPTY = b"\0\x08\1\1\0\1\x3f\1"
+"""A scan that would leave a bit to come."""
 
 
 @pytest.mark.parametrize(
@@ -135,22 +129,16 @@ def refined(data: bytes) -> bytes:
         (subsampled(b"\x14\x11\x11"), "sampling"),
         (subsampled(b"\x22\x11\x12"), "subsampling"),
         (subsampled(b"\x44\x11\x11"), "subsampling"),
-        (
-            SOUND[2][:-2] + b"".join([SOUND[2][SOUND[2].rindex(b"\xff\xda") : -2]] * 300) + b"\xff\xd9",
-            "scans",
-        ),
-        (without_scans(SOUND[2], 3), "lacks scans"),
-        (refined(SOUND[2]), "lacks scans"),
+        (SOS.join([*SCANS, *SCANS[-1:] * 300]) + EOI, "scans"),
+        (SOS.join([*SCANS, EMPTY]) + EOI, "lacks scans"),
+        (SOS.join(SCANS[:4]) + EOI, "lacks scans"),
         (with_segment(SOUND[0], 0xE0, b"JFIF\0\0\0\0\0\1\0\1\0\0"), "JFIF"),
         (with_segment(SOUND[0], 0xE2, b"ICC_PROFILE\0\2\3"), "bad ICC marker"),
         (with_segment(SOUND[0], 0xE1, b"Exif"), ""),
         (SOUND[0][:2] + b"\xff\xe1\0\3Exif\0\0" + SOUND[0][2:], "EXIF"),
         (SOUND[0].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "12 bits"),
-        (SOUND[0].replace(b"\xff\xc0", b"\xff\xc3"), "SOF3"),
         (SOUND[0][: SOUND[0].index(b"\xff\xda")] + b"\xff\xda\0\2", "no end marker"),
         (b"\xff\xd8" + b"\xff" * 1_000_000 + b"\0", "no end marker"),
-        (claiming(jpeg(NOISE), 50, 60_000), "too narrow"),
-        (claiming(jpeg(NOISE), 20_000, 20_000), "too large"),
         (SOUND[0][:-2], "no end marker"),
     ],
 )
@@ -183,11 +171,8 @@ def test_packing_mutated_jpegs_is_deterministic(tmp_path: Path, number: int, sto
         results.append(files(shards))
     assert results[0] == results[1]
     manifest = read_json(shards / "train" / "manifest.json")
-    assert (
-        manifest["num_samples"] + len(manifest["skipped"]) == number and manifest["num_samples"] > number / 4
-    )
-    done = run_python("tools/make_shards.py", "verify", shards)
-    assert done.returncode == 0, done.stdout
+    assert manifest["num_samples"] + len(manifest["skipped"]) == number < 4 * manifest["num_samples"]
+    run_ok("tools/make_shards.py", "verify", shards)
 
 
 @pytest.mark.gpu

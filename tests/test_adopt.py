@@ -1,12 +1,10 @@
 """Adoption: shards that the webdataset library wrote give through DALI what that library reads; what the loader would
-misread is refused with shard and sample, and SRC is never touched.
-
-Longer than others: it is one command, with two long tables of what it refuses.
-"""
+misread is refused with shard and sample, and SRC is never touched."""
 
 import io
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +14,17 @@ import webdataset
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
 from pipeline.loader import train_loader, val_loader
 from pipeline.reader import decoded_batches
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
-from tests.helpers import Members, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
+from tests.helpers import Members, files, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
 from tools.packing.adopt import adopt
 from tools.packing.verify import verify
 
 IMAGE = jpeg(photo(np.random.default_rng(9)))
-
-
-def read_foreign(src: Path, glob: str, extension: str) -> list[tuple[bytes, int]]:
-    """(image file, label) of every sample in stored order, as the webdataset library reads them."""
-    samples = webdataset.WebDataset([str(path) for path in sorted(src.glob(glob))], shardshuffle=False)
-    return [(sample[extension], int(sample["cls"])) for sample in samples]
-
-
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of everything in a folder."""
-    found = [(path, path.lstat()) for path in sorted(folder.rglob("*"))]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
 @pytest.mark.parametrize(("extension", "newline"), [("jpg", b""), ("JPEG", b"\n"), ("jpeg", b" \r\n")])
@@ -51,12 +37,12 @@ def test_dali_reads_what_webdataset_reads(
     labels = [(7 * number) % 13 + 990 * (number % 2) for number in range(60)]
     write_foreign(src, "imagenet1k-train", labels, 22, extension, newline)
     write_foreign(src, "imagenet1k-validation", labels[:9], 5, extension, newline)
-    before = listing(src)
+    before = files(src)
     src.chmod(0o555)
     adopt(src, shards, split="train", pattern="imagenet1k-train-{0000..0002}.tar", workers=2)
     adopt(src, shards, split="val", pattern="imagenet1k-validation-*.tar", workers=1)
     src.chmod(0o755)
-    assert listing(src) == before
+    assert files(src) == before
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
     assert [Path(tar).name for tar in train.tars] == [f"imagenet1k-train-000{n}.tar" for n in range(3)]
     assert all(Path(tar).is_symlink() and Path(tar).readlink().is_absolute() for tar in train.tars)
@@ -64,12 +50,14 @@ def test_dali_reads_what_webdataset_reads(
 
     config = DataConfig(shards, shuffle_buffer=16)
     place = {"rank": 0, "num_ranks": 1, "device": "cpu"}
-    expected = read_foreign(src, "imagenet1k-validation-*.tar", extension.lower())
-    assert [label for _, label in expected] == labels[:9]
+    tars = [str(path) for path in sorted(src.glob("imagenet1k-validation-*.tar"))]
+    expected = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert [int(sample["cls"]) for sample in expected] == labels[:9]
     (batch,) = val_loader(val, plain_basis, config, batch_size=9, **place)
     assert batch.labels.tolist() == labels[:9]
-    for decoded, (content, _) in zip(next(decoded_batches(val, 9)).numpy(), expected, strict=True):
-        assert np.abs(decoded.astype(int) - np.asarray(Image.open(io.BytesIO(content)))).max() <= 2
+    for decoded, sample in zip(next(decoded_batches(val, 9)).numpy(), expected, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(sample[extension.lower()])))
+        assert np.abs(decoded.astype(int) - pixels).max() <= 2
     seen = torch.cat(
         [batch.labels for batch in train_loader(train, plain_basis, config, batch_size=6, seed=1, **place)]
     )
@@ -81,70 +69,59 @@ def test_again_and_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     holds anything else is left alone."""
     src, shards = tmp_path / "src", tmp_path / "shards"
     write_foreign(src, "x", [0, 1, 2, 1, 0], 2)
-    command = {"split": "train", "pattern": "x-*.tar", "workers": 1}
-    adopt(src, shards, **command)  # type: ignore[arg-type]
-    files = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
-    assert len(files) == 3 + 3 + 2
+    command = partial(adopt, src, shards, split="train", workers=1)
+    command(pattern="x-*.tar")
+    before = files(shards)
+    assert len(before) == 3 + 3 + 2
     capsys.readouterr()
-    adopt(src, shards, **command)  # type: ignore[arg-type]
+    command(pattern="x-*.tar")
     assert "nothing to do" in capsys.readouterr().out
     for name in ("manifest.json", "x-0001.tar", "x-0002.idx"):
         (shards / "train" / name).unlink()
-    adopt(src, shards, **command)  # type: ignore[arg-type]
-    assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == files
-
+    command(pattern="x-*.tar")
+    assert files(shards) == before
     with pytest.raises(ValueError, match="packed, or adopted from elsewhere"):
-        adopt(src, shards, split="train", pattern="x-000*.tar", workers=1)
-    with pytest.raises(ValueError, match="expected the shards of"):
-        adopt(src, shards, split="train", pattern="x-{0000..0001}.tar", workers=1)
+        command(pattern="x-000*.tar")
     link = shards / "train" / "x-0000.tar"
     link.unlink()
     link.write_bytes(b"somebody's own")
     with pytest.raises(ValueError, match=r"expected the shards of .*, got x-0000.tar"):
-        adopt(src, shards, **command)  # type: ignore[arg-type]
+        command(pattern="x-*.tar")
     assert link.read_bytes() == b"somebody's own"
 
 
 def test_classes(tmp_path: Path) -> None:
     """Names come from a sorted list or a classes.json; an existing classes.json is kept, and labels have to fit it."""
-    src, names = tmp_path / "src", tmp_path / "synsets.txt"
+    src, names, shards = tmp_path / "src", tmp_path / "synsets.txt", tmp_path / "named"
     write_foreign(src, "train", [0, 1, 2], 5)
     write_foreign(src, "val", [0, 3], 5)
+    adopt_train = partial(adopt, src, split="train", pattern="train-*.tar", workers=1)
+    adopt_val = partial(adopt, src, shards, split="val", pattern="val-*.tar", workers=1)
     names.write_text("n01\nn02 tench, Tinca tinca\nn05  goldfish \n")
-    shards = tmp_path / "named"
-    adopt(src, shards, split="train", pattern="train-*.tar", classes=names, workers=1)
+    adopt_train(shards, classes=names)
     classes = open_shards(shards, "train").classes
-    assert [(name.wnid, name.words) for name in classes] == [
-        ("n01", "n01"),
-        ("n02", "tench, Tinca tinca"),
-        ("n05", "goldfish"),
-    ]
+    expected = [("n01", "n01"), ("n02", "tench, Tinca tinca"), ("n05", "goldfish")]
+    assert [(name.wnid, name.words) for name in classes] == expected
     with pytest.raises(
-        ValueError, match=r"classes.json: expected more than 3 classes, .* got 3; adopt the split with all"
+        ValueError, match=r"classes.json: expected more than 3 classes, .* got 3; adopt the split"
     ):
-        adopt(src, shards, split="val", pattern="val-*.tar", workers=1)
-    assert not (shards / "val").exists()
-    adopt(
-        src, tmp_path / "b", split="train", pattern="train-*.tar", classes=shards / "classes.json", workers=1
-    )
+        adopt_val()
+    adopt_train(tmp_path / "b", classes=shards / "classes.json")
     assert open_shards(tmp_path / "b", "train").classes == classes
     for content, message in [
         (b"n02\nn01\nn03\n", "in sorted order"),
         (b"n01\nn02\n", "expected more than 2 classes"),
-        (b"", "in sorted order"),
         (b"n01\nn02 \xff\nn03\n", "in sorted order"),
-        (None, "not found; give --classes a text file"),
     ]:
-        names.unlink()
-        if content is not None:
-            names.write_bytes(content)
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            adopt(src, tmp_path / "c", split="train", pattern="train-*.tar", classes=names, workers=1)
-        names.touch()
+        names.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            adopt_train(tmp_path / "c", classes=names)
     names.write_text("n01\nn02\nn03\nn04\n")
     with pytest.raises(ValueError, match="expected the classes of"):
-        adopt(src, shards, split="val", pattern="val-*.tar", classes=names, workers=1)
-    assert not (tmp_path / "c").exists()
+        adopt_val(classes=names)
+    with pytest.raises(FileNotFoundError, match="not found; give --classes a text file"):
+        adopt_train(tmp_path / "c", classes=tmp_path / "none.txt")
+    assert not (tmp_path / "c").exists() and not (shards / "val").exists()
 
 
 def sample(label: bytes) -> Members:
@@ -161,19 +138,11 @@ GOOD = tar_of(sample(b"1"))
         (tar_of(sample(b"-1")), r"sample b at byte \d+: expected a class index .* in b.cls, got b'-1'"),
         (tar_of(sample(b"7.0")), r"b'7.0'"),
         (tar_of(sample(b"")), r"got b''"),
-        (tar_of(sample(b"\x00\x00\x00\x07")), "expected a class index"),
         (tar_of(sample(b"1234567")), "expected a class index"),
-        (tar_of(sample(b"7" + b" " * 5000)), "expected a class index"),
-        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
         (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls, got a.jpg, a.txt"),
-        (
-            tar_of([("a.jpg", IMAGE), ("a.jpeg", IMAGE), ("a.cls", b"0")]),
-            "one .jpg or .jpeg, got a.jpg, a.jpeg",
-        ),
-        (
-            tar_of([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0"), ("b.cls", b"0")]),
-            "one .cls, got a.jpg",
-        ),
+        (tar_of([("a.jpg", IMAGE), ("a.jpeg", IMAGE), ("a.cls", b"0")]), "got a.jpg, a.jpeg"),
+        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
+        (tar_of([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0")]), "one .cls, got a.jpg"),
         (tar_of([("a.jpg", b""), ("a.cls", b"0")]), r"\(empty\)"),
         (tar_of([("notes", b"x")]), "no sample found"),
         (GOOD[: len(IMAGE) // 2], "truncated inside 'a.jpg'"),
@@ -193,83 +162,64 @@ def test_bad_shards_are_refused(tmp_path: Path, content: bytes, message: str) ->
     adopt(src, shards, split="train", pattern="a.tar", workers=1)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "AVIF", "ICO", "TGA", "PNG", "CMYK", "stray", "warns", "lossless"])
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "TGA", "CMYK", "stray", "warns", "lossless"])
 def test_images_that_others_would_misread(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other formats under a JPEG's name, CMYK, stray bytes and damage are refused by key, or left out of the index and
     listed; what is left verifies, and DALI reads it whole."""
-    out, pixels = io.BytesIO(), photo(np.random.default_rng(1))
+    out, pixels, shards = io.BytesIO(), photo(np.random.default_rng(1)), tmp_path / "shards"
     odd = {"CMYK": jpeg(pixels, "CMYK"), "stray": IMAGE[:20] + bytes(11) + IMAGE[20:]}
     odd |= {"warns": IMAGE[:-2] + bytes(40) + IMAGE[-2:], "lossless": IMAGE.replace(b"\xff\xc0", b"\xff\xc3")}
     if kind not in odd:
         Image.fromarray(pixels).save(out, kind)
-    members = [
-        (f"k{k}.{end}", data) for k in range(6) for end, data in (("jpg", IMAGE), ("cls", b"%d" % (k % 2)))
-    ]
+    members = []
+    for k in range(6):
+        members += [(f"k{k}.jpg", IMAGE), (f"k{k}.cls", b"%d" % (k % 2))]
     members[6] = ("k3.jpg", odd.get(kind, out.getvalue()))
     write(tmp_path / "src" / "a-0.tar", tar_of(members))
-    command = (
-        "tools/make_shards.py",
-        "adopt",
-        tmp_path / "src",
-        tmp_path / "shards",
-        "--split",
-        "train",
-        "--pattern",
-    )
-    message = refuses(*command, "a-*.tar", "--workers", "1")
-    assert (
-        "a-0.tar: k3.jpg at byte" in message
-        and "--on-bad skip" in message
-        and not (tmp_path / "shards").exists()
-    )
-    run_ok(*command, "a-*.tar", "--workers", "1", "--on-bad", "skip")
-    manifest = read_json(tmp_path / "shards" / "train" / "manifest.json")
+    options = ("--split", "train", "--pattern", "a-*.tar", "--workers", "1")
+    command = ("tools/make_shards.py", "adopt", tmp_path / "src", shards, *options)
+    message = refuses(*command)
+    assert "a-0.tar: k3.jpg at byte" in message and "--on-bad skip" in message and not shards.exists()
+    output = run_ok(*command, "--on-bad", "skip")
+    assert "5 images in 1 shards" in output and "2 classes (numbered" in output
+    path = shards / "train" / "manifest.json"
+    manifest = read_json(path)
     assert manifest["num_samples"] == 5 and [row["key"] for row in manifest["skipped"]] == ["k3"]
-    verify(tmp_path / "shards", workers=1)
-    capsys.readouterr()
-    assert sum(len(batch) for batch in decoded_batches(open_shards(tmp_path / "shards", "train"), 4)) == 5
-    manifest["skipped"] = []
-    write_json(tmp_path / "shards" / "train" / "manifest.json", manifest)
+    verify(shards, workers=1)
+    assert sum(len(batch) for batch in decoded_batches(open_shards(shards, "train"), 4)) == 5
+    write_json(path, manifest | {"skipped": []})
     with pytest.raises(DataError):
-        verify(tmp_path / "shards", workers=1)
+        verify(shards, workers=1)
     assert "k3.jpg" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_unusual_names(tmp_path: Path, plain_basis: Eigenbasis, format: int) -> None:
     """Folders, long names, spaces, other scripts, several dots, notes and directories: DALI reads the right labels."""
-    longs = (
-        ["d" * 60 + "/" + "k" * 90, "b/sp ace", "ü" * 20] if format != tarfile.USTAR_FORMAT else ["x/sp ace"]
-    )
+    keys = ["x/sp ace"]
+    if format != tarfile.USTAR_FORMAT:
+        keys += ["d" * 60 + "/" + "k" * 90, "b/sp ace", "ü" * 20]
     members = [("__meta__", b"x"), ("README", b"x"), (".hidden", b"x")]
-    for number, key in enumerate(longs):
+    for number, key in enumerate(keys):
         members += [(f"{key}.seg.png", b"x"), (f"{key}.cls", b"%d" % (number + 3)), (f"{key}.JPG", IMAGE)]
-    (tmp_path / "a.tar").write_bytes(tar_of(members, format))
-    adopt(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", split="val", pattern="a.tar", workers=1)
-    opened = open_shards(tmp_path.parent / f"{tmp_path.name}-out", "val")
-    place = {"rank": 0, "num_ranks": 1, "device": "cpu", "batch_size": len(longs)}
-    (batch,) = val_loader(opened, plain_basis, DataConfig(Path("x")), **place)
-    assert batch.labels.tolist() == list(range(3, 3 + len(longs)))
-
-
-def rename(name: str) -> Callable[[Path], object]:
-    """Give SRC's second shard another name."""
-    return lambda src: (src / "x-0001.tar").rename(src / name)
+    write(tmp_path / "src" / "a.tar", tar_of(members, format))
+    adopt(tmp_path / "src", tmp_path / "out", split="val", pattern="a.tar", workers=1)
+    place = {"rank": 0, "num_ranks": 1, "device": "cpu", "batch_size": len(keys)}
+    (batch,) = val_loader(open_shards(tmp_path / "out", "val"), plain_basis, DataConfig(Path("x")), **place)
+    assert batch.labels.tolist() == list(range(3, 3 + len(keys)))
 
 
 @pytest.mark.parametrize(
     ("pattern", "change", "message"),
     [
         ("x-{0000..0002}.tar", None, "x-0002.tar: not found"),
-        ("y-*.tar", None, "not found"),
         ("x-{0000", None, "close every brace"),
         ("../*.tar", None, "expected names relative"),
         ("{0..999999999}.tar", None, "at most 100000 names"),
         ("/x.tar", None, "expected names relative"),
-        ("x-*", rename("x-1.tar.gz"), "expected NAME.tar"),
-        ("*.tar", rename("a b.tar"), "expected NAME.tar"),
+        ("*.tar", lambda src: write(src / "a b.tar", GOOD), "expected NAME.tar"),
         ("**/*.tar", lambda src: write(src / "more" / "x-0000.tar", GOOD), "the same name as"),
     ],
 )
@@ -290,21 +240,13 @@ def test_bad_patterns(
 
 
 def test_labels_that_are_not_classes(tmp_path: Path) -> None:
-    """A label far beyond the number of images is refused with it, not taken for a million classes."""
-    (tmp_path / "a.tar").write_bytes(tar_of([("k.jpg", IMAGE), ("k.cls", b"999999")]))
-    with pytest.raises(UserError, match="999999"):
-        adopt(tmp_path, tmp_path.parent / "labels", split="train", pattern="a.tar", workers=1)
-    assert not (tmp_path.parent / "labels" / "train" / "manifest.json").exists()
-
-
-def test_command_line(tmp_path: Path) -> None:
-    """Exit code 0 with a sentence on what was done; 2 with one sentence and no traceback, from a worker too."""
+    """A label far beyond the number of images is refused with it, not taken for a million classes; from a worker, too,
+    one sentence."""
     src, shards = tmp_path / "src", tmp_path / "shards"
     write_foreign(src, "x", [0, 1, 2], 2)
-    options = ("--split", "train", "--pattern", "x-*.tar", "--workers", "2")
-    message = run_ok("tools/make_shards.py", "adopt", src, shards, *options)
-    assert "3 images in 2 shards" in message and "3 classes (numbered" in message
-    assert read_json(shards / "train" / "manifest.json")["options"] == {"store": "adopted"}
+    (src / "x-0001.tar").write_bytes(tar_of([("k.jpg", IMAGE), ("k.cls", b"999999")]))
+    command = ("tools/make_shards.py", "adopt", src, shards, "--split", "train", "--pattern", "x-*.tar")
+    assert "999999" in refuses(*command, "--workers", "2")
+    assert not (shards / "train" / "manifest.json").exists()
     (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
-    message = refuses("tools/make_shards.py", "adopt", src, tmp_path / "other", *options)
-    assert "x-0001.tar: sample b at byte" in message
+    assert "x-0001.tar: sample b at byte" in refuses(*command, "--workers", "2")

@@ -4,62 +4,39 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DataError, UserError
-from tests.helpers import ROOT, refuses, run_ok, run_python, train_refuses
+from tests.helpers import ROOT, TORCHRUN, TRAIN, refuses, run_ok, run_python, train_refuses
 from train.cli import BROKEN_PIPE, DIVERGED, RECIPES, DivergedError, find_recipe, run_main
 from train.config import parse_config
 
-PROGRAMS = sorted(
-    f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()
-)
+PROGRAMS = [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()]
 RUN = ("--config", "quickstart", "--data.shards", "s", "--run.dir", "r")
+ENDS: list[tuple[BaseException, int, str]] = [
+    (UserError("give a folder"), 2, "error: give a folder\n"),
+    (FileNotFoundError("no such shard"), 2, "error: no such shard\n"),
+    (DataError("shard 3 is cut"), 3, "error: shard 3 is cut\n"),
+    (DivergedError("the loss is nan"), 4, "error: the loss is nan\n"),
+    (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    (UserError("\x1b[2Ja\nb\x00"), 2, "error: \\x1b[2Ja b\\x00\n"),
+    (UserError(f"give {'x' * 10**6}; do"), 2, f"error: give {'x' * 995} ... {'x' * 496}; do\n"),
+    (OSError(2, "None", "f"), 2, "error: cannot use f: None; give another path or set its permissions\n"),
+    (OSError(28, "Full", "f"), 2, "error: cannot use f: Full; free some space and run it again\n"),
+]
 
 
-def raises(error: BaseException) -> Callable[[], None]:
-    """A program that ends with this error."""
+@pytest.mark.parametrize(("error", "code", "message"), ENDS)
+def test_exit_codes(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each kind of error has its code and costs one short line of printable characters."""
 
     def main() -> None:
         raise error
 
-    return main
-
-
-ENDS: list[tuple[Callable[[], object], int, str]] = [
-    (lambda: None, 0, ""),
-    (raises(UserError("give a folder")), 2, "error: give a folder\n"),
-    (raises(FileNotFoundError("no such shard")), 2, "error: no such shard\n"),
-    (raises(DataError("shard 3 is cut")), 3, "error: shard 3 is cut\n"),
-    (raises(DivergedError("the loss is nan")), 4, "error: the loss is nan\n"),
-    (raises(KeyboardInterrupt()), 130, "error: interrupted\n"),
-    (raises(UserError("\x1b[2Ja\nb\x00")), 2, "error: \\x1b[2Ja b\\x00\n"),
-    (
-        raises(UserError(f"give {'x' * 10**6}; a remedy")),
-        2,
-        f"error: give {'x' * 995} ... {'x' * 490}; a remedy\n",
-    ),
-    (
-        lambda: Path("/proc/none/file").read_bytes(),
-        2,
-        "error: cannot use /proc/none/file: No such file or directory; give another path or set its permissions\n",
-    ),
-    (
-        raises(OSError(28, "No space left on device", "a.pt")),
-        2,
-        "error: cannot use a.pt: No space left on device; free some space and run it again\n",
-    ),
-]
-
-
-@pytest.mark.parametrize(("main", "code", "message"), ENDS)
-def test_exit_code_and_one_line(
-    main: Callable[[], object], code: int, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each kind of error has its code and costs one short line of printable characters."""
     with pytest.raises(SystemExit) as ended:
         run_main(main)
     assert (ended.value.code, capsys.readouterr().err) == (code, message)
@@ -89,34 +66,24 @@ def test_a_full_disk_under_the_log() -> None:
 
 def test_a_reader_that_leaves(shards: Path) -> None:
     """`| head -1` ends a program without a word, with the code of SIGPIPE."""
-    command = (
-        f"set -o pipefail; {shlex.quote(sys.executable)} -u tools/make_shards.py stats '{shards}' | head -1"
-    )
+    program = f"{shlex.quote(sys.executable)} -u tools/make_shards.py"
+    command = f"set -o pipefail; {program} stats '{shards}' | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (BROKEN_PIPE, "", 1)
 
 
-@pytest.mark.parametrize("program", [*PROGRAMS, "train.run", "train.evaluate"])
-def test_help_comes_at_once(program: str) -> None:
+def test_help_comes_at_once() -> None:
     """--help of every program works, and imports no library that takes long."""
     code = f"""import runpy, sys
-sys.argv = ["program", "--help"]
-try:
-    runpy.run_module("{program}", run_name="__main__")
-except SystemExit as ended:
-    assert ended.code == 0
-heavy = {{"torch", "nvidia.dali", "matplotlib.pyplot", "scipy", "sklearn", "webdataset"}}
-print(sorted(heavy & sys.modules.keys()))"""
-    output = run_python("-c", code).stdout
-    assert "usage:" in output and output.splitlines()[-1] == "[]"
-
-
-def test_options_have_dashes() -> None:
-    """As a script and as a module; underscores are taken, too; a flag has no value."""
-    for form in (["tools/make_shards.py"], ["-m", "tools.make_shards"]):
-        assert "--samples-per-shard" in run_ok(*form, "pack", "--help", run=run_python)
-    for option in ("--samples-per-shard", "--samples_per_shard"):
-        assert "nowhere" in refuses("tools/make_shards.py", "pack", "nowhere", "out", option, "9")
+for program in {[*PROGRAMS, "train.run", "train.evaluate"]}:
+    sys.argv = [program, "--help"]
+    try:
+        runpy.run_module(program, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, program
+    heavy = {{"torch", "nvidia.dali", "matplotlib.pyplot", "scipy", "sklearn", "webdataset"}}
+    assert not heavy & sys.modules.keys(), program"""
+    assert run_ok("-c", code, run=run_python).lower().count("usage: ") >= len(PROGRAMS) + 2
 
 
 def test_outside_of_the_environment(tmp_path: Path) -> None:
@@ -135,9 +102,8 @@ def test_outside_of_the_environment(tmp_path: Path) -> None:
 )
 def test_a_mistake_under_torchrun(tmp_path: Path, options: list[str], reason: str) -> None:
     """torchrun's summary ends with the sentence that says what was wrong, which is printed once."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.run"]
-    command = [*RUN[:2], "--data.shards", str(tmp_path), "--run.dir", str(tmp_path / "run"), *options]
-    done = run_python(*torchrun, *command)
+    place = ["--data.shards", str(tmp_path), "--run.dir", str(tmp_path / "run")]
+    done = run_python(*TORCHRUN, *TRAIN, *RUN[:2], *place, *options)
     *_, last, rule = done.stderr.strip().splitlines()
     assert done.returncode and set(rule.strip()) == {"="} and reason in last
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
@@ -147,20 +113,11 @@ def test_a_mistake_under_torchrun(tmp_path: Path, options: list[str], reason: st
     ("option", "value", "message"),
     [
         ("--train.epochs", "x", "--train.epochs: expected an integer, got x"),
-        ("--optimizer.lr", "x", "--optimizer.lr: expected a number, got x"),
-        ("--train.compile", "maybe", "--train.compile: expected true or false, got maybe"),
-        ("--model.lrn", "x", "--model.lrn: expected one of none, paper, original, got x"),
-        (
-            "--model.channels",
-            "[1, 2]",
-            "--model.channels: expected a list in brackets of 5 values, got [1, 2]",
-        ),
-        ("--optimizer.steps", "[a]", "--optimizer.steps: expected a list in brackets, got a"),
-        ("--model", "no.yaml", "--model: expected settings, or the name of a YAML file with some"),
         ("--train.seed", "", "--train.seed: expected an integer, got nothing"),
-        ("--train.seed", "'Got value: 7'", "--train.seed: expected an integer, got Got value: 7"),
+        ("--train.compile", "maybe", "--train.compile: expected true or false, got maybe"),
+        ("--model.channels", "[1]", "--model.channels: expected a list in brackets of 5 values, got [1]"),
+        ("--model", "no.yaml", "--model: expected settings, or the name of a YAML file with some"),
         ("--model", "{lrn: foo}", "model.lrn: expected one of none, paper, original, got foo"),
-        ("--optimizer.schedule", "hand", "expected one of plateau, steps, manual, cosine, got hand"),
     ],
 )
 def test_wrong_values_in_plain_words(option: str, value: str, message: str) -> None:
@@ -170,21 +127,15 @@ def test_wrong_values_in_plain_words(option: str, value: str, message: str) -> N
 
 MISTAKES = {
     b"# gr\xfc\n": "expected YAML in UTF-8",
-    b"train: \x01\n": "expected YAML in UTF-8",
     b"[" * 100_000: "expected YAML in UTF-8",
     b"# nothing yet\n": "expected settings",
-    b"- 5\n": "expected settings",
     b"train: [1\n": "line 2: while parsing a flow sequence",
     b"train: {seed: !!python/object/apply:os.system [id]}\n": "line 1: could not determine a constructor",
     b"optimizer: {lr: 1}\n\noptimizer: {momentum: 0}\n": "line 3: optimizer is set a second time; keep one",
-    b"train: {seed: 1, epochs: 2, seed: 1}\n": "line 1: seed is set a second time",
-    b"train:\n  seed: 1\noptimizer: 5\n": "expected settings below optimizer, got 5",
     b"optimizer:\ntrain: {seed: 1}\n": "expected settings below optimizer, got None",
     b"<<: {optimizer: 3}\n": "expected settings below optimizer, got 3",
-    b"data:\n  augmentation: {lighting: 3}\n": "expected settings below data.augmentation.lighting, got 3",
     b"model:\n  fc_dim:\n": "model.fc_dim has no value; give one, or leave it out",
     b"train: {seed: one}\n": "train.seed: expected an integer, got one",
-    b"train: &a {seed: *a}\n": "train",
     b"model: &m {fc_dim: 1, channels: [*m]}\n": "model.channels",
 }
 

@@ -5,16 +5,15 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pipeline.errors import DataError, UserError
+from pipeline.errors import UserError
 from tests.helpers import (
+    TORCHRUN,
     TRAIN,
     final,
     rows_of,
@@ -22,6 +21,7 @@ from tests.helpers import (
     run_python,
     same_weights,
     shared_run,
+    signal_worker,
     start_python,
     train_refuses,
     wait_for,
@@ -29,7 +29,6 @@ from tests.helpers import (
 from train.config import ParallelConfig
 from train.distributed import ECHO_S, SIGNALS, Distributed, StopFlag, StopSignal
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.run")
 STEPS = 1438 // 128
 
 
@@ -40,7 +39,7 @@ def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
     same = ["--model.dropout", "0", "--run.log_every", "1"]
     for mode in ("replicas", "towers"):
         command = shared_run(shards, tmp_path / mode, *same, "--parallel.mode", mode)
-        out = run_ok(*TORCHRUN, *command, run=run_python)
+        out = run_ok(*TORCHRUN, *TRAIN, *command, run=run_python)
         assert out.count("ten-view top-1 accuracy") == 1 and "in each of 2 processes" in out
     one, two = (rows_of(tmp_path / name) for name in ("replicas", "towers"))
     assert [row["step"] for row in one] == [row["step"] for row in two] == [*range(1, STEPS + 1), STEPS]
@@ -55,24 +54,22 @@ def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["towers", "replicas"])
-def test_stopped_together_and_resumed(shards: Path, tmp_path: Path, mode: str) -> None:
-    """SIGTERM to one process stops both, which save; the same command then ends with bitwise the weights of an
-    undisturbed run. Only rank 0 prints and writes."""
+def test_stopped_together_and_resumed(shards: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of two towers stops both, which save; the same command then ends with bitwise the weights of an
+    undisturbed run. Only rank 0 prints and writes. (Replicas: test_chaos.py.)"""
+    towers = ("--parallel.mode", "towers")
     undisturbed, stopped = (
-        shared_run(shards, tmp_path / name, "--parallel.mode", mode) for name in ("undisturbed", "stopped")
+        shared_run(shards, tmp_path / name, *towers) for name in ("undisturbed", "stopped")
     )
-    run_ok(*TORCHRUN, *undisturbed, run=run_python)
-    process = start_python(*TORCHRUN, *stopped, stderr=subprocess.STDOUT)
+    run_ok(*TORCHRUN, *TRAIN, *undisturbed, run=run_python)
+    process = start_python(*TORCHRUN, *TRAIN, *stopped, stderr=subprocess.STDOUT)
     wait_for(lambda: rows_of(tmp_path / "stopped"), process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(second), signal.SIGTERM)
+    assert signal_worker(process, 1, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and output.count("run the same command again") == 1, output
     between = final(tmp_path / "stopped")
     assert 0 < between["step"] < STEPS and len(between["ranks"]) == 2  # type: ignore[operator,arg-type]
-    run_ok(*TORCHRUN, *stopped, run=run_python)
+    run_ok(*TORCHRUN, *TRAIN, *stopped, run=run_python)
     end, expected = final(tmp_path / "stopped"), final(tmp_path / "undisturbed")
     assert end["step"] == STEPS and same_weights(end, expected)
     dropout = [[rank["random"]["cpu"] for rank in each["ranks"]] for each in (end, expected)]  # type: ignore[attr-defined]
@@ -85,13 +82,13 @@ def test_another_number_of_processes(shards: Path, tmp_path: Path) -> None:
     the newest checkpoint lies within one. Between processes, too, checkpoints are saved by the clock."""
     more = "--run.save_minutes 0 --run.keep_last 99 --train.epochs 2"
     run = shared_run(shards, tmp_path, *more.split())
-    run_ok(*TORCHRUN, *run, "--parallel.mode", "towers", run=run_python)
+    run_ok(*TORCHRUN, *TRAIN, *run, "--parallel.mode", "towers", run=run_python)
     began, folder = final(tmp_path), tmp_path / "checkpoints"
     within = [path for path in sorted(folder.glob("step-*.pt")) if STEPS < int(path.stem[5:]) < 2 * STEPS]
     assert within
     (folder / "LATEST").write_text(f"{within[-1].name}\n")
     assert "parallel.mode: expected towers" in train_refuses(*run)
-    output = run_ok("-m", "train.run", *run, "--resume.allow_world_change", "true")
+    output = run_ok(*TRAIN, *run, "--resume.allow_world_change", "true")
     assert f"resuming from {folder}/step-{STEPS:08d}.pt (epoch 2, step {STEPS})" in output
     ended = final(tmp_path)
     assert ended["step"] == 2 * STEPS and len(ended["ranks"]) == 1  # type: ignore[arg-type]
@@ -103,7 +100,7 @@ def test_another_number_of_processes(shards: Path, tmp_path: Path) -> None:
 def test_divergence_is_reported_once(shards: Path, tmp_path: Path) -> None:
     """By rank 0, with the last good checkpoint."""
     jump = ["--optimizer.schedule", "manual", "--optimizer.changes", "[{epoch: 1, lr: 1e9}]"]
-    done = run_python(*TORCHRUN, *shared_run(shards, tmp_path, *jump, "--train.epochs", "2"))
+    done = run_python(*TORCHRUN, *TRAIN, *shared_run(shards, tmp_path, *jump, "--train.epochs", "2"))
     assert done.returncode == 1 and done.stderr.count("error: training diverged") == 1
     assert f"{tmp_path}/checkpoints/step-{STEPS:08d}.pt" in done.stderr
 
@@ -112,9 +109,8 @@ def start_two(command: list[str], second: list[str]) -> list["subprocess.Popen[s
     """Two processes of a run, of which the second has more options."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
     ranks = [os.environ | place | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    return [
-        start_python(*TRAIN, *command, *more, env=env) for more, env in zip(([], second), ranks, strict=True)
-    ]
+    options = zip(([], second), ranks, strict=True)
+    return [start_python(*TRAIN, *command, *more, env=env) for more, env in options]
 
 
 @pytest.mark.slow
@@ -123,7 +119,6 @@ def start_two(command: list[str], second: list[str]) -> list["subprocess.Popen[s
     [
         ("", "--train.seed 6", "train.seed is 6 in process 1 on "),
         ("", "--data.shards nowhere", "process 1 on "),
-        ("--model.fc_dim 63", "", "model.fc_dim"),
         ("--parallel.mode towers --model.towers 1", "", "model.towers"),
     ],
 )
@@ -147,43 +142,7 @@ def test_a_lost_process(shards: Path, tmp_path: Path) -> None:
     second.kill()
     _, error = first.communicate(timeout=120)
     assert first.returncode == 3 and "another process is gone" in error and "Traceback" not in error, error
-    assert "resuming from" in run_ok(*TORCHRUN, *command, "--train.epochs", "2", run=run_python)
-
-
-class OneOfThree(Distributed):
-    """This process as one of three, whose other two send what they are given."""
-
-    def __init__(self, *sent: object, rank: int = 0) -> None:
-        self.rank, self.world_size, self._sent = rank, 3, sent
-
-    def all_gather(self, value: object) -> list[object]:
-        """As `Distributed.all_gather`."""
-        return [(f"process {k} on h", each) if k != self.rank else value for k, each in enumerate(self._sent)]
-
-
-def test_what_fails_in_one_process() -> None:
-    """An error of any process is raised in rank 0, with the process unless all have it; the others exit with its
-    code."""
-
-    def fail() -> None:
-        raise UserError("no shards here")
-
-    alike = UserError("no shards here")
-    assert OneOfThree(None, None, None).run_on_all_ranks(lambda: 7) == 7
-    with pytest.raises(UserError, match=r"^no shards here$"):
-        OneOfThree(None, alike, alike).run_on_all_ranks(fail)
-    with pytest.raises(UserError, match=r"^process 2 on h: no shards here$"):
-        OneOfThree(None, None, alike).run_on_all_ranks(lambda: 7)
-    for error, code in ((alike, 2), (DataError("damaged"), 3)):
-        with pytest.raises(SystemExit) as ended:
-            OneOfThree(error, None, None, rank=1).run_on_all_ranks(lambda: 7)
-        assert ended.value.code == code
-
-
-def test_towers_without_a_partner(shards: Path, tmp_path: Path) -> None:
-    """They are refused before anything is written."""
-    message = train_refuses(*shared_run(shards, tmp_path / "run", "--parallel.mode", "towers"))
-    assert "expected an even number of processes, got 1" in message and not (tmp_path / "run").exists()
+    assert "resuming from" in run_ok(*TORCHRUN, *TRAIN, *command, "--train.epochs", "2", run=run_python)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -208,90 +167,47 @@ def test_batches_that_divide(ranks: int, per_crop: int, passes: int) -> None:
                 distributed.check_batch(batch, passes, int(smaller), images)
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Puts signal handlers back."""
-    before = [(number, signal.getsignal(number)) for number in SIGNALS]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_signal(number: signal.Signals, handlers: None) -> None:
-    """Each is a request to stop; any at once after it, as Slurm sends them, is the same one."""
-    stop = StopSignal()
-    assert not stop()
-    for each in (number, *SIGNALS):
-        os.kill(os.getpid(), each)
-        assert stop()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
-    """A signal that comes later acts as if there were no handler."""
+@pytest.mark.parametrize(("first", "later"), [*zip(SIGNALS, reversed(SIGNALS), strict=True)])
+def test_signals(first: signal.Signals, later: signal.Signals) -> None:
+    """The first is a request to stop; any at once after it, as Slurm sends them, is the same one; one that comes later
+    ends the process."""
     child = os.fork()
     if child == 0:
-        StopSignal()
-        os.kill(os.getpid(), signal.SIGUSR1)
+        stop = StopSignal()
+        before = stop()
+        for number in (first, *SIGNALS):
+            os.kill(os.getpid(), number)
         time.sleep(ECHO_S + 0.2)
-        os.kill(os.getpid(), number)
-        time.sleep(5)
+        if stop() and not before:
+            os.kill(os.getpid(), later)
+            time.sleep(5)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
-
-
-class InStep:
-    """Stands for several processes that ask at the same steps: all see the largest of what was sent."""
-
-    world_size = 3
-
-    def __init__(self, *others: int) -> None:
-        self.exchanges, self.others = 0, others or (0, 0, -(10**9))
-
-    def all_reduce_max(self, *numbers: int) -> list[int]:
-        """As `Distributed.all_reduce_max`."""
-        self.exchanges += 1
-        return [max(pair) for pair in zip(numbers, self.others, strict=True)]
-
-
-def exchange_times(
-    monkeypatch: pytest.MonkeyPatch, distributed: Any, step_s: float, steps: int
-) -> list[float]:
-    """Check after each of `steps` steps of so many seconds."""
-    now, times = [0.0], []
-    monkeypatch.setattr("train.distributed.perf_counter", lambda: now[0])
-    flag = StopFlag(distributed, lambda: False)
-    for _ in range(steps):
-        now[0] += step_s
-        before = distributed.exchanges
-        flag.check()
-        times += [now[0]] * (distributed.exchanges - before)
-    return times
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == later
 
 
 @pytest.mark.parametrize("step_s", [0.001, 0.05, 0.7, 3.0])
 def test_exchanged_about_once_a_second(monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
-    """However long a step is: within two seconds, or at every step; and not much more often than once a second."""
-    times = exchange_times(monkeypatch, InStep(), step_s, int(30 / step_s))
-    assert max(after - before for before, after in pairwise(times)) <= max(2.0, step_s * 1.001)
-    assert len(times) <= 30 + 12  # from one step to a second's worth by doubling
-    slowest = exchange_times(monkeypatch, InStep(0, 0, -2), 0.001, 100)  # decides how often
-    assert len(slowest) >= 50
+    """However long a step is, processes ask each other within two seconds, or at every step; and not much more often
+    than once a second. One that asks for it sooner decides."""
+    now, times, soonest = 0.0, [0.0], -(10**9)
 
+    def all_reduce_max(stop: int, save: int, negative: int) -> list[int]:
+        times.append(now)
+        return [stop, save, max(negative, soonest)]
 
-def test_requests_of_other_processes() -> None:
-    """To stop: everybody's from the next exchange on, for good. To save: for one step. Alone, one's own count at
-    once."""
-    distributed: Any = InStep(0, 1, -1)
+    distributed = Distributed(ParallelConfig())
+    distributed.world_size = 3
+    monkeypatch.setattr(distributed, "all_reduce_max", all_reduce_max)
+    monkeypatch.setattr("train.distributed.perf_counter", lambda: now)
     flag = StopFlag(distributed, lambda: False)
-    assert flag.check() == (False, True)
-    distributed.others = (0, 0, -1)
-    assert flag.check() == (False, False)
-    distributed.others = (1, 0, -1)
-    assert flag.check() == (True, False) and flag.check() == (True, False)
-    requests = iter([False, True])
-    distributed.world_size = 1
-    alone = StopFlag(distributed, lambda: next(requests))
-    assert [alone.check(), alone.check(save_due=True)] == [(False, False), (True, True)]
+    for _ in range(int(30 / step_s)):
+        now += step_s
+        assert flag.check() == (False, False)
+    assert max(after - before for before, after in pairwise(times)) <= max(2.0, step_s * 1.001)
+    assert len(times) <= 31 + 12  # from one step to a second's worth by doubling
+    flag.sync()
+    soonest, sent = -2, len(times)
+    for _ in range(100):
+        flag.check()
+    assert len(times) - sent >= 50

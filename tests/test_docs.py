@@ -22,13 +22,18 @@ from train.config import parse_config
 
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "RECORDS", "CHANGELOG")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
+RECIPES = sorted((ROOT / "train" / "configs").rglob("*.yaml"))
 DESIGN = (ROOT / "docs/design.md").read_text()
-EXTERNAL = ("pytest", "ruff", "mypy", "tensorboard", "docker", "pip")
+EXTERNAL = {"pytest", "ruff", "mypy", "tensorboard", "docker", "pip"}
 
 
-def commands(text: str) -> Iterator[str]:
-    """Lines of the fenced `sh` blocks, continued lines joined."""
-    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+def commands(page: Path) -> Iterator[str]:
+    """Lines of a page's `sh` blocks, or the commands in comments of a recipe; continued lines are joined."""
+    text = page.read_text()
+    if page.suffix == ".yaml":
+        found = re.findall(r"^# +(python .*)$", re.sub(r"\\\n#", " ", text), re.M)
+        yield from (f".venv/bin/{line}" for line in found)
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
         yield from filter(None, (line.strip() for line in block.replace("\\\n", " ").splitlines()))
 
 
@@ -62,43 +67,35 @@ def check_ours(program: Path, arguments: list[str], monkeypatch: pytest.MonkeyPa
         parser_of(program, monkeypatch).parse_args(arguments)
 
 
-def module_file(name: str) -> Path:
-    """Where `-m NAME` lies."""
-    return ROOT / f"{name.replace('.', '/')}.py"
-
-
 def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command of a page."""
     words = shlex.split(command, comments=True)
-    while "=" in words[0] or words[0] == "srun":  # variables, and what starts our program
-        words = (
-            words[1:]
-            if "=" in words[0]
-            else words[next(k for k, word in enumerate(words) if ".venv" in word) :]
-        )
+    while "=" in words[0]:
+        del words[0]
+    if words[0] == "srun":  # and what it starts
+        del words[: next(k for k, word in enumerate(words) if ".venv" in word)]
     program, *arguments = words
-    if program == "make":
-        names = [word for word in arguments if "=" not in word]
-        assert (
-            subprocess.run(["make", "-n", *names], cwd=ROOT, capture_output=True, check=False).returncode == 0
-        )
-    elif program == ".venv/bin/torchrun":
+    if program == ".venv/bin/torchrun":
         parsed = get_args_parser().parse_args(arguments)
         assert parsed.module
-        check_ours(module_file(parsed.training_script), parsed.training_script_args, monkeypatch)
-    elif program == ".venv/bin/python" and arguments[0] == "-m" and arguments[1] not in EXTERNAL:
-        check_ours(module_file(arguments[1]), arguments[2:], monkeypatch)
-    elif program == ".venv/bin/python" and arguments[0].endswith(".py"):
-        check_ours(ROOT / arguments[0], arguments[1:], monkeypatch)
+        program, arguments = ".venv/bin/python", ["-m", parsed.training_script, *parsed.training_script_args]
+    if program == "make":
+        names = [word for word in arguments if "=" not in word]
+        subprocess.run(["make", "-n", *names], cwd=ROOT, capture_output=True, check=True)
+    elif EXTERNAL & {Path(program).name, *arguments[:2]}:
+        pass
+    elif program == ".venv/bin/python" and arguments[0] == "-m":
+        check_ours(ROOT / f"{arguments[1].replace('.', '/')}.py", arguments[2:], monkeypatch)
     else:
-        assert Path(program).name in EXTERNAL or arguments[1] in EXTERNAL, f"what is {program}?"
+        assert program == ".venv/bin/python", f"what is {program}?"
+        check_ours(ROOT / arguments[0], arguments[1:], monkeypatch)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is taken by the parser of its program; a setting that is none would be refused."""
     monkeypatch.chdir(ROOT)
-    for command in commands(page.read_text()):
+    for command in commands(page):
         try:
             check(command, monkeypatch)
         except (SystemExit, Exception) as error:
@@ -107,8 +104,7 @@ def test_commands(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", [
     ".venv/bin/python tools/make_shards.py pack RAW SHARDS --wrokers 3",
-    ".venv/bin/python tools/bench.py loaders SHARDS",
-    ".venv/bin/python -m train.run --config train/configs/paper.yaml --data.shards S --run.dir R --train.epoch 3",
+    ".venv/bin/torchrun -m train.run --config train/configs/paper.yaml --data.shards S --run.dir R --train.epoch 3",
     ".venv/bin/python tools/no_such_tool.py",
     "make quickstrat",
     ".venv/bin/torchrun --nproc-per-nod 8 -m train.run --config train/configs/paper.yaml",
@@ -116,26 +112,14 @@ def test_commands(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes_are_seen(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above can fail."""
     monkeypatch.chdir(ROOT)
-    with pytest.raises((SystemExit, ValueError, AssertionError)):
+    with pytest.raises((SystemExit, ValueError, AssertionError, subprocess.CalledProcessError)):
         check(command, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "train" / "configs").rglob("*.yaml")), ids=lambda path: path.stem
-)
-def test_commands_of_recipes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those in their comments."""
-    monkeypatch.chdir(ROOT)
-    text = re.sub(r"\\\n#", " ", recipe.read_text())
-    for line in re.findall(r"^# +(python .*)$", text, re.MULTILINE):
-        check(line.replace("python", ".venv/bin/python", 1), monkeypatch)
 
 
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
-    headings = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE
-    )
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -168,39 +152,25 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def calls(caller: str, step: str) -> bool:
-    """Whether one calls the other, by its name; `forward` is called by PyTorch, for files that import its class."""
+    """Whether one calls the other by its name, and imports its file if that is another; `forward` is called by PyTorch,
+    for files that use its class."""
     find_definition(step)
+    file, caller_file = (each.partition(": ")[0] for each in (step, caller))
+    definition, module = find_definition(caller), find_definition(caller_file)
+    imported = {str(node.module) for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
     *owner, name = step.partition(": ")[2].split(".")
-    if name == "forward":
-        find_definition(caller)
-        return owner[0] in names_in(ast.parse((ROOT / caller.partition(": ")[0]).read_text()))
-    return name in names_in(find_definition(caller))
+    used = owner[0] in names_in(module) if name == "forward" else name in names_in(definition)
+    return used and (file == caller_file or file.removesuffix(".py").replace("/", ".") in imported)
 
 
-def read_steps(heading: str) -> list[tuple[str, str]]:
-    """(step, called by) of the last table below a heading of docs/design.md."""
-    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", DESIGN, re.M | re.S)
-    table = section.rpartition("| step |")[2]
-    return re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.M)
-
-
-@pytest.mark.parametrize(
-    ("heading", "most"),
-    [("The path of one image", 9), ("The path of one setting", 5)],
-    ids=["image", "setting"],
-)
-def test_paths(heading: str, most: int) -> None:
-    """Each step exists and is called where the table says; from tar to loss, and from YAML to use, few files."""
-    steps = read_steps(heading)
-    assert [step for step, caller in steps if not calls(caller, step)] == []
-    files = {each.partition(": ")[0] for step in steps for each in step}
-    assert 3 < len(files) <= most
-
-
-def test_path_of_packing() -> None:
-    """Likewise the table above them."""
-    steps = re.findall(r"^\| `(tools/[^`]+)` \| `([^`]+)` \|", DESIGN, re.M)
-    assert len(steps) == 5 and all(calls(caller, step) for step, caller in steps)
+@pytest.mark.parametrize(("thing", "most"), [("image", 9), ("setting", 5)])
+def test_paths(thing: str, most: int) -> None:
+    """Each step exists and is called where the tables say; from tar to loss, and from YAML to use, few files."""
+    (section,) = re.findall(rf"^## The path of one {thing}\n(.*?)^## ", DESIGN, re.M | re.S)
+    for table in section.split("| step |")[1:]:
+        steps = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.M)
+        assert [step for step, caller in steps if not calls(caller, step)] == []
+        assert 3 < len({each.partition(": ")[0] for step in steps for each in step}) <= most
 
 
 def test_paths_can_fail() -> None:
@@ -208,6 +178,7 @@ def test_paths_can_fail() -> None:
     with pytest.raises(StopIteration):
         calls("train/run.py: run", "train/trainer.py: Trainer.fly")
     assert not calls("train/run.py: log_summary", "train/config.py: parse_config")
+    assert not calls("pipeline/normalize.py: normalize", "model/alexnet.py: AlexNet.forward")
 
 
 def test_table_of_files() -> None:
@@ -222,6 +193,6 @@ def test_table_of_files() -> None:
     git = ["git", "ls-files", "-co", "--exclude-standard"]
     tracked = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.split()
     present = {name for name in tracked if re.fullmatch(pattern, name) and (ROOT / name).is_file()}
-    assert {name for name in listed if not name.endswith("/")} == {
-        name for name in present if not name.endswith("__init__.py")
+    assert {each for each in listed if not each.endswith("/")} == {
+        each for each in present if not each.endswith("__init__.py")
     }

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.eigenbasis import Eigenbasis, Moments, read_mean_image, write_eigenbasis
+from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
 
 
 def test_equals_numpy(tmp_path: Path) -> None:
@@ -52,28 +52,16 @@ def test_any_partition(images: np.ndarray, data: st.DataObject) -> None:
     ]
 
 
-@pytest.mark.parametrize("levels", [[0], [255], [0, 255], [0, 127, 128, 129, 255]])
-def test_extreme_levels_are_exact(levels: list[int]) -> None:
+@pytest.mark.parametrize("levels", [[0], [255], [0, 127, 128, 129, 255]])
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (31, 37), (1, 1025)])
+def test_extreme_levels_are_exact(levels: list[int], height: int, width: int) -> None:
     """Whole blocks of the darkest and brightest pixels, where the sums in floating point are largest, and sizes that do
     not fill a block: equal to int64."""
-    rng = np.random.default_rng(0)
-    for height, width in ((64, 64), (256, 256), (31, 37), (1, 1025)):
-        images = rng.choice(np.array(levels, np.uint8), (3, height, width, 3))
-        pixels = images.reshape(-1, 3).astype(np.int64)
-        for at_a_time in (1, 2, 3):
-            moments = Moments.of(images, at_a_time)
-            assert moments.sum == tuple(pixels.sum(0).tolist())
-            assert moments.sum_products == tuple((pixels.T @ pixels).ravel().tolist())
-
-
-def test_degenerate_colours(tmp_path: Path) -> None:
-    """Grey images have one axis, a constant image none; no eigenvalue is negative or not a number."""
-    grey = np.repeat(np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8), 3, axis=3)
-    for images, axes in ((grey, 1), (np.full((1, 8, 8, 3), 77, np.uint8), 0)):
-        content = write_eigenbasis(tmp_path / "pca.json", Moments.of(images), "m", "test")
-        values = np.array(content["eigenvalues"])
-        assert np.isfinite(values).all() and (values >= 0).all() and (values > 0).sum() == axes
-        Eigenbasis.load(tmp_path / "pca.json", "m")
+    images = np.random.default_rng(0).choice(np.array(levels, np.uint8), (3, height, width, 3))
+    pixels = images.reshape(-1, 3).astype(np.int64)
+    moments = Moments.of(images, at_a_time=2)
+    assert moments.sum == tuple(pixels.sum(0).tolist())
+    assert moments.sum_products == tuple((pixels.T @ pixels).ravel().tolist())
 
 
 @pytest.mark.parametrize(
@@ -82,37 +70,29 @@ def test_degenerate_colours(tmp_path: Path) -> None:
         ({"manifest_sha256": "x"}, "other shards"),
         ({"format_version": 2}, "format version"),
         ({"mean": [1, 2]}, "no RGB eigenbasis"),
-        ({"eigenvalues": [1, 1, -1]}, "no RGB eigenbasis"),
-        ({"eigenvectors": None}, "damaged"),
-        ({"mean": ["x", 1, 2]}, "damaged"),
-        ({"mean": [float("nan")] * 3}, "damaged"),
         ({"mean": ["1", "2", "3"]}, "damaged"),
-        ({"mean": [True, False, True]}, "damaged"),
+        ({"mean": [float("nan")] * 3}, "damaged"),
         ({"mean": [10**30, 1, 1]}, "damaged"),
-        ({"num_images": "many"}, "damaged"),
-        ({"decoder": None}, "damaged"),
-        ({"axis_stddev": ["x"]}, "damaged"),
+        ({"eigenvalues": [1, 1, -1]}, "no RGB eigenbasis"),
         ({"eigenvectors": [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}, "damaged"),
-        ({"scale": 1}, "other pixels"),
+        ({"decoder": None}, "damaged"),
         ({"channel_order": "BGR"}, "other pixels"),
-        ({"geometry": "224x224"}, "other pixels"),
     ],
+    ids=str,
 )
-def test_foreign_file(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    """A file of other shards, another version or without sense is refused; so is none."""
-    with pytest.raises(FileNotFoundError, match="compute_pca"):
-        Eigenbasis.load(tmp_path / "pca.json", "m")
-    images = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    content = write_eigenbasis(tmp_path / "pca.json", Moments.of(images), "m", "test")
-    (tmp_path / "pca.json").write_text(json.dumps({**content, **change}))
-    with pytest.raises(ValueError, match=message):
-        Eigenbasis.load(tmp_path / "pca.json", "m")
-
-
-@pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf])
 @pytest.mark.filterwarnings("error")
-def test_mean_images_that_are_not_finite(tmp_path: Path, level: float) -> None:
-    """Are none, and numpy does not complain."""
-    image = np.full((256, 256, 3), level, np.float32)
-    np.save(tmp_path / "mean_image.npy", image)
-    assert read_mean_image(tmp_path / "mean_image.npy", image[0, 0]) is None
+def test_foreign_file(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    """A file of other shards, another version or without sense is refused; so is none, and a mean image that is not
+    finite, of which numpy does not complain."""
+    path, image = tmp_path / "pca.json", np.full((256, 256, 3), 7, np.uint8)
+    with pytest.raises(FileNotFoundError, match="compute_pca"):
+        Eigenbasis.load(path, "m")
+    content = write_eigenbasis(path, Moments.of(image[None]), "m", "test")
+    np.save(tmp_path / "mean_image.npy", image.astype(np.float32))
+    Eigenbasis.load(path, "m", with_mean_image=True)
+    np.save(tmp_path / "mean_image.npy", np.where(image, np.float32(np.inf), 0))
+    with pytest.raises(ValueError, match="mean_image"):
+        Eigenbasis.load(path, "m", with_mean_image=True)
+    path.write_text(json.dumps({**content, **change}))
+    with pytest.raises(ValueError, match=message):
+        Eigenbasis.load(path, "m")

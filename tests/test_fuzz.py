@@ -48,41 +48,10 @@ LIMIT_S = 60
 """For one input, which takes less than a second."""
 MEMORY_BYTES = 1.5e9
 """Peak of a process that loaded torch, DALI and scipy."""
-VALUES: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        [],
-        {},
-        "",
-        0.5,
-        float("nan"),
-        1e308,
-        -1,
-        0,
-        2,
-        256,
-        2**31 - 1,
-        2**40,
-        2**63,
-        10**30,
-        "1",
-        [1, [2]],
-    ),
-    *(
-        "../../escape",
-        "/absolute",
-        ".",
-        "a\nb",
-        "\x1b[31mred",
-        "\0",
-        "n" * 300,
-        "\N{SNOWMAN}.tar",
-        "*",
-        "&a [*a]",
-    ),
-    *("!!python/object/apply:os.system [id]", "1e3", "0x1f", "1:30", "[1, 2", "{", "'", "[" * 3000),
-)
+NUMBERS = (0.5, float("nan"), 1e308, -1, 0, 2, 256, 2**31 - 1, 2**40, 2**63, 10**30)
+NAMES = ("../../escape", "/absolute", "a\nb", "\x1b[31mred", "\0", "n" * 300, "\N{SNOWMAN}.tar", "*")
+YAML = ("&a [*a]", "!!python/object/apply:os.system [id]", "1e3", "0x1f", "1:30", "[1, 2", "[" * 3000)
+VALUES: tuple[Any, ...] = (None, True, [], {}, "", [1, [2]], *NUMBERS, *NAMES, *YAML)
 """Other types, extremes, names that lead out of a folder or act on a terminal, YAML's surprises."""
 TAR_FIELDS = ((0, 100), (100, 8), (124, 12), (156, 1), (157, 100), (257, 8), (345, 155))
 """Offset and length of name, mode, size, type, link, magic and prefix in a header."""
@@ -130,9 +99,8 @@ def mutate_text(rng: random.Random, data: bytes) -> bytes:
     words = re.split(r"([\s,:]+)", data.decode())
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(0, len(words), 2)
-        words[at] = rng.choice(
-            ("", words[at] * 2, words[rng.randrange(0, len(words), 2)], str(rng.choice(VALUES)))
-        )
+        other = words[rng.randrange(0, len(words), 2)]
+        words[at] = rng.choice(("", words[at] * 2, other, str(rng.choice(VALUES))))
     return "".join(words).encode()
 
 
@@ -144,31 +112,20 @@ def mutate_tar(rng: random.Random, data: bytes) -> bytes:
         info = tarfile.TarInfo(rng.choice(("x.jpg", "../../escape", "/absolute")))
         info.type = rng.choice((*map(bytes, zip(b"012345677xgLKSV", strict=True)),))
         info.linkname, info.size = "/etc/passwd", rng.choice((0, 0, 512, 10**9))
-        return (
-            data[:at]
-            + info.tobuf(tarfile.GNU_FORMAT)
-            + rng.choice((b"", b"20 size=9999999999\n".ljust(512, b"\0")))
-            + data[at:]
-        )
+        record = rng.choice((b"", b"20 size=9999999999\n".ljust(512, b"\0")))
+        return data[:at] + info.tobuf(tarfile.GNU_FORMAT) + record + data[at:]
     header = bytearray(data[at : at + 512])
     start, length = rng.choice(TAR_FIELDS)
-    value = rng.choice(
-        (b"7" * 12, b"-0000000001", b"\x80" + bytes(10) + b"\xff", b"\xff" * 12, b"", rng.randbytes(12))
-    )
+    sizes = (b"7" * 12, b"-0000000001", b"\x80" + bytes(10) + b"\xff", b"\xff" * 12, b"")
+    value = rng.choice((*sizes, rng.randbytes(12)))
     header[start : start + length] = value[:length].ljust(length, b"\0")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return data[:at] + bytes(header) + data[at + 512 :]
 
 
-MUTATORS = {
-    ".json": mutate_json,
-    ".jsonl": mutate_text,
-    ".idx": mutate_text,
-    ".csv": mutate_text,
-    ".tar": mutate_tar,
-}
-MUTATORS |= {".txt": mutate_text, ".yaml": mutate_text}
+MUTATORS = dict.fromkeys((".jsonl", ".idx", ".csv", ".txt", ".yaml"), mutate_text)
+MUTATORS |= {".json": mutate_json, ".tar": mutate_tar}
 
 
 def mutate_file(rng: random.Random, path: Path) -> None:
@@ -178,7 +135,7 @@ def mutate_file(rng: random.Random, path: Path) -> None:
 
 
 def pack_one(path: Path) -> None:
-    """Pack an image file in both stores; a shard may hold what comes of it."""
+    """Pack an image file in both stores; a shard may hold what becomes of it."""
     for store in ("crop256", "original"):
         assert not find_fault(pack_image(path.read_bytes(), store, 90).jpeg)
 
@@ -236,12 +193,8 @@ def make_seeds(seeds: Path) -> None:
     (seeds / "images").mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 6
-    odd = {
-        "grey": jpeg(pixels, "L"),
-        "cmyk": jpeg(pixels, "CMYK"),
-        "exif": jpeg(pixels, exif=exif),
-        "rgb": jpeg(pixels),
-    }
+    odd = {"rgb": jpeg(pixels), "grey": jpeg(pixels, "L"), "cmyk": jpeg(pixels, "CMYK")}
+    odd["exif"] = jpeg(pixels, exif=exif)
     odd["progressive"] = jpeg(pixels, progressive=True, subsampling="4:4:4")
     for name, data in odd.items():
         (seeds / "images" / f"{name}.jpg").write_bytes(data)
@@ -252,23 +205,17 @@ def make_seeds(seeds: Path) -> None:
         layout(seeds / layout.__name__, image_set())
     (seeds / "raw").mkdir()
     wnids = sorted(DIGIT_TO_WNID.values())
-    images = [odd[name] for name in ("rgb", "grey", "cmyk", "exif")]
+    trained = [(f"{k}.JPEG", odd[name]) for k, name in enumerate(("rgb", "cmyk"))]
     write_archives(
         seeds / "raw",
-        {wnid: [(f"{wnid}_{k}.JPEG", images[k % 4]) for k in range(2)] for wnid in wnids},
-        [(f"ILSVRC2012_val_{k:08d}.JPEG", images[0]) for k in range(1, 11)],
+        {wnid: [(f"{wnid}_{name}", data) for name, data in trained] for wnid in wnids},
+        [(f"ILSVRC2012_val_{k:08d}.JPEG", odd["exif"]) for k in range(1, 11)],
         list(DIGIT_TO_ID.values()),
     )
     pack_all(seeds / "raw", seeds / "shards")
     shutil.copytree(seeds / "class_tars", seeds / "half" / "raw")
-    pack(
-        seeds / "class_tars",
-        seeds / "half" / "shards",
-        samples_per_shard=11,
-        workers=1,
-        on_bad="skip",
-        part="1/2",
-    )
+    half = {"samples_per_shard": 11, "workers": 1, "on_bad": "skip", "part": "1/2"}
+    pack(seeds / "class_tars", seeds / "half" / "shards", **half)  # type: ignore[arg-type]
     (seeds / "recipes").mkdir()
     shutil.copy(QUICKSTART, seeds / "recipes" / "recipe.yaml")
     run_ok("tools/compute_pca.py", seeds / "shards", "--mean-image")
@@ -280,18 +227,16 @@ def make_seeds(seeds: Path) -> None:
 
 def find_complaint(call: Callable[[], object]) -> str:
     """Return what is wrong with how a program that makes this call ends; empty if nothing."""
-    errors, output = (
-        io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True) for _ in "12"
-    )
+    # As a terminal is: bytes that are no text come out as escapes.
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True) for _ in "12"]
     try:
-        with redirect_stderr(errors), redirect_stdout(output):
+        with redirect_stderr(streams[0]), redirect_stdout(streams[1]):
             run_main(call)
     except SystemExit as ended:
         code = ended.code
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
-    text = errors.buffer.getvalue().decode()  # type: ignore[attr-defined]
-    printed = output.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    text, printed = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
     if not all(line.isprintable() for line in (*printed.splitlines(), *text.splitlines())):
         return f"prints what a terminal may act on: {printed + text!r}"
     if code == 0:
@@ -328,9 +273,8 @@ def try_inputs(seeds: Path, first: int, last: int) -> None:
         for call in calls:
             complaint = find_complaint(functools.partial(call, folder, path, out))
             assert not complaint, f"{number}, {name}, {path.relative_to(folder)}: {complaint}"
-            assert list_files(place, written) == before or source == "run", (
-                f"{number}: wrote out of its output"
-            )
+            is_unchanged = list_files(place, written) == before or source == "run"
+            assert is_unchanged, f"{number}: wrote out of its output"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MEMORY_BYTES
 
 

@@ -14,8 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.shards import open_shards
-from tests.helpers import jpeg, photo, refuses, run_ok, tar_of, write
+from tests.helpers import jpeg, photo, read_tar, refuses, tar_of, write
 from tests.layouts import WNIDS, class_tars, folders, image_set, kaggle, parquet
 from tools.make_demo import DIGIT_TO_WNID, make_devkit
 from tools.make_shards import pack
@@ -25,68 +24,44 @@ from tools.packing.layouts import read_devkit
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
 
 
-def special(kind: bytes, **fields: object) -> bytes:
-    """A tar with one member that is not a regular file, or has another size than it says."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        info = tarfile.TarInfo("n00000011_1.JPEG")
-        info.type = kind
-        for name, value in fields.items():
-            setattr(info, name, value)
-        tar.addfile(info)
-    return out.getvalue()
+def header(kind: bytes = b"0", **fields: object) -> bytes:
+    """The header of a member of this kind."""
+    info = tarfile.TarInfo("n00000011_1.JPEG")
+    info.type = kind
+    for name, value in fields.items():
+        setattr(info, name, value)
+    return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def pax(content: bytes) -> bytes:
-    """A header of extended attributes."""
-    info = tarfile.TarInfo("././@PaxHeader")
-    info.type, info.size = b"x", len(content)
-    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(512, b"\0")
-
-
-def header_of(content: bytes, member: int) -> tarfile.TarInfo:
-    """The header of a member of a tar."""
+def members_of(content: bytes) -> list[tarfile.TarInfo]:
+    """The headers of a tar."""
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        return tar.getmembers()[member]
+        return tar.getmembers()
 
 
-def with_header(content: bytes, member: int, header: bytes) -> bytes:
+def with_header(content: bytes, member: int, other: bytes) -> bytes:
     """A tar with another header."""
-    offset = header_of(content, member).offset
-    return content[:offset] + header + content[offset + 512 :]
+    offset = members_of(content)[member].offset
+    return content[:offset] + other + content[offset + 512 :]
 
 
-def negative_size() -> bytes:
-    """A header with a size of -512: Python's tarfile goes round for ever (CVE-2025-8194)."""
-    header = bytearray(tarfile.TarInfo("x.JPEG").tobuf())
-    header[124:136] = (256**12 - 512).to_bytes(12, "big")
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
-def end_of_members(content: bytes) -> int:
-    """Where the last member of a tar ends."""
-    last = header_of(content, -1)
-    return last.offset_data + -(-last.size // 512) * 512
+def without_end(content: bytes) -> bytes:
+    """A tar up to the end of its last member."""
+    last = members_of(content)[-1]
+    return content[: last.offset_data + -(-last.size // 512) * 512]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (special(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
-        (special(tarfile.LNKTYPE, linkname="n00000011_0.JPEG"), "a link, a device or a sparse file"),
-        (special(tarfile.CHRTYPE), "a link, a device or a sparse file"),
-        (special(tarfile.REGTYPE, size=10 * 2**30), "truncated inside"),
-        (lambda tar: pax(b"20 GNU.sparse.size=\n") + tar, "not a tar archive|damaged at byte"),
-        (lambda tar: pax(b"20 GNU.sparse.map=a\n") + tar, "not a tar archive|damaged at byte|sparse"),
+        (header(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
+        (header(tarfile.REGTYPE, size=10 * 2**30), "truncated inside"),
         (b"", "not a tar archive"),
-        (b"\x00" * 10240, "no images found"),
-        (lambda tar: with_header(tar, 1, negative_size()), "damaged at byte|negative size"),
+        # A size of -512: Python's tarfile goes round for ever (CVE-2025-8194).
+        (lambda tar: with_header(tar, 1, header(size=-512)), "damaged at byte|negative size"),
         (lambda tar: with_header(tar, 3, bytes(512)), "damaged header or hole at byte"),
-        (lambda tar: tar[: end_of_members(tar)], "no end mark"),
+        (without_end, "no end mark"),
         (lambda tar: tar + tar, "damaged header or hole at byte"),
-        (b"garbage" * 1000, "not a tar archive"),
         (tar_of([("1.jpg", IMAGE), ("2.jpg", IMAGE), ("1.jpg", IMAGE)]), "holds a file twice"),
     ],
 )
@@ -105,10 +80,7 @@ def test_damaged_tars(content: object, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tars", "named"),
     [
-        (
-            {"ILSVRC2012_img_test_v10102019": ["test/ILSVRC2012_test_00000001.JPEG"]},
-            "ILSVRC2012_img_test_v10102019",
-        ),
+        ({"ILSVRC2012_img_test_v10102019": ["test/ILSVRC2012_test_00000001.JPEG"]}, "img_test_v10102019"),
         ({"val": ["a/1.JPEG", "b/1.JPEG"]}, "val.tar"),
         ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val: expected a class"),
         ({"train": ["1.JPEG"], "val": ["1.JPEG"]}, "train.tar"),
@@ -121,12 +93,21 @@ def test_damaged_tars(content: object, message: str, tmp_path: Path) -> None:
         ({"imagenet": ["Train/a/1.JPEG", "Train/b/1.JPEG", "Val/a/1.JPEG"]}, "Train: expected a class"),
         ({"imagenet": ["imagenet/train/a/1.JPEG", "docs/logo.png"]}, "train: expected a class"),
         ({"images": ["1.jpg", "2.jpg"], "labels": ["1.txt", "2.txt"]}, "labels.tar"),
+        ({"": ["cat/1.jpg", "dog/1.jpg"], "extra": ["1.jpg"]}, "extra.tar"),
+        ({"": ["val/dog/1.jpg"]}, "val: expected a class"),
+        ({"": ["Train/cat/1.jpg", "Train/dog/1.jpg", "Val/cat/1.jpg"]}, "Train: expected a class"),
+        ({"": ["ILSVRC2012_img_train/n01/1.jpg", "ILSVRC2012_img_val/1.jpg"]}, "the name of a split"),
+        ({"": ["imagenet/train/cat/1.jpg", "docs/1.jpg"]}, "train: expected a class"),
+        ({"": ["a/train/cat/1.jpg", "b/train/cat/1.jpg"]}, "train: expected a class"),
     ],
 )
-def test_ambiguous_tars(tmp_path: Path, tars: dict[str, list[str]], named: str) -> None:
-    """Test images alone, no training images, tars in tars, shards of WebDataset: refused also with --on-bad skip."""
+def test_ambiguous_sources(tmp_path: Path, tars: dict[str, list[str]], named: str) -> None:
+    """Tars, and folders without a name: test images alone, no training images, tars in tars, shards of WebDataset,
+    unusual names of splits: refused also with --on-bad skip."""
     for name, members in tars.items():
-        write(tmp_path / "raw" / f"{name}.tar", tar_of(dict.fromkeys(members, IMAGE)))
+        content = dict.fromkeys(members, IMAGE)
+        for path, data in {f"{name}.tar": tar_of(content)}.items() if name else content.items():
+            write(tmp_path / "raw" / path, data)
     options = ("--on-bad", "skip", "--workers", "1")
     message = refuses("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", *options)
     assert named in message and not (tmp_path / "shards").exists()
@@ -139,19 +120,6 @@ def write_parquet(path: Path, *rows: dict[str, object], **options: object) -> No
     pyarrow.parquet.write_table(table, path, **options)
 
 
-def write_trees(raw: Path, *names: str) -> None:
-    """Write an image into each of these folders."""
-    for number, name in enumerate(names):
-        write(raw / name / f"{number}.jpg", IMAGE)
-
-
-def copy_over(raw: Path) -> None:
-    """Replace a validation image of Kaggle's tree by a copy of another."""
-    images = sorted((raw / "ILSVRC/Data/CLS-LOC/val").iterdir())
-    images[0].unlink()
-    write(images[0].parent / "again" / images[1].name, images[1].read_bytes())
-
-
 SOLUTION = "LOC_val_solution.csv"
 FILE = {"bytes": b"", "path": "x.JPEG"}
 
@@ -161,11 +129,10 @@ FILE = {"bytes": b"", "path": "x.JPEG"}
     [
         (None, lambda raw: raw.mkdir(), "no images found"),
         (None, lambda raw: (raw / "train").mkdir(parents=True), "no class folders found"),
-        (None, lambda raw: (raw / "train" / "cat").mkdir(parents=True), "no images found"),
         (kaggle, lambda raw: (raw / SOLUTION).unlink(), SOLUTION),
         (kaggle, lambda raw: (raw / SOLUTION).write_text("a,b\n1,2\n"), "Kaggle's columns"),
-        (kaggle, lambda raw: (raw / SOLUTION).write_bytes(b"\xff\xfea"), "Kaggle's columns"),
-        (kaggle, copy_over, r"expected 6 images, .* got 6, \d distinct"),
+        (kaggle, lambda raw: write(raw / "ILSVRC/Data/CLS-LOC/val/again/ILSVRC2012_val_00000003.JPEG", IMAGE),
+         "expected 6 images, .* got 7, 6 distinct"),
         (None, lambda raw: write_parquet(raw / "train.parquet", {"image": {"bytes": "text", "path": "a"}, "label": 0}),
          "image.bytes: expected binary, got string"),
         (None, lambda raw: write_parquet(raw / "train.parquet", {"image": FILE, "label": "x"}),
@@ -180,14 +147,6 @@ FILE = {"bytes": b"", "path": "x.JPEG"}
         (folders, lambda raw: (raw / "train" / WNIDS[0] / "loop").symlink_to(raw / "train"), "forms a loop"),
         (None, lambda raw: write(raw / "train" / os.fsdecode(b"b\xe4r") / "1.jpg", b""),
          r"b\\xe4r: expected a UTF-8 name"),
-        (None, lambda raw: write_trees(raw, "val/dog"), "val: expected a class"),
-        (None, lambda raw: write_trees(raw, "Train/cat", "Train/dog", "Val/cat"), "Train: expected a class"),
-        (None, lambda raw: write_trees(raw, "training_set/cat", "test_set/dog"), "got the name of a split"),
-        (None, lambda raw: write_trees(raw, "ILSVRC2012_img_train/n01", "ILSVRC2012_img_val"), "the name of a split"),
-        (None, lambda raw: write_trees(raw, "imagenet/train/cat", "docs"), "train: expected a class"),
-        (None, lambda raw: write_trees(raw, "a/train/cat", "b/train/cat"), "train: expected a class"),
-        (None, lambda raw: (write_trees(raw, "cat", "dog"), write(raw / "extra.tar", tar_of({"1.jpg": b""}))),
-         "extra.tar"),
     ],
 )  # fmt: skip
 def test_other_folders(
@@ -207,26 +166,19 @@ def test_other_folders(
     "names",
     [
         ["train-00000-of-00001-a1b2", "train-00000-of-00001-ff00"],
-        ["train-00000-of-00001", "train-00000-of-00001-a1b2"],
         ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
-        ["train-00000-of-00001", "train"],
         ["train-00000-of-00001", "train_small-00000-of-00001"],
         ["validation-00000-of-00001", "val-00000-of-00001", "train-00000-of-00001"],
     ],
 )
 def test_two_pushes_of_parquet(tmp_path: Path, names: list[str]) -> None:
     """The Hub keeps the files of earlier pushes, under another hash or in another number of parts: every image would be
-    packed twice. One set alone is packed."""
-    rows = [{"image": {"bytes": IMAGE, "path": f"{k}.jpg"}, "label": k % 2} for k in range(4)]
+    packed twice."""
     for name in names:
-        write_parquet(tmp_path / "raw" / f"{name}.parquet", *rows)
+        row = {"image": {"bytes": IMAGE, "path": "1.jpg"}, "label": 0}
+        write_parquet(tmp_path / "raw" / f"{name}.parquet", row)
     command = ("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards")
     assert "keep the files of one" in refuses(*command) and not (tmp_path / "shards").exists()
-    for name in names[:-1]:
-        (tmp_path / "raw" / f"{name}.parquet").unlink()
-    if names[-1].startswith("train") and "of-00002" not in names[-1]:
-        run_ok(*command, "--val-fraction", "0")
-        assert open_shards(tmp_path / "shards", "train").num_samples == 4
 
 
 def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
@@ -272,21 +224,17 @@ def test_an_output_among_the_images(tmp_path: Path) -> None:
     assert not (tmp_path / "raw" / "train" / "shards").exists()
 
 
-@pytest.mark.parametrize(("at", "value"), [(384, 0), (428, 1), (500, 1), (652, 128)])
+@pytest.mark.parametrize(("at", "value"), [(384, 0), (652, 128)])
 def test_a_devkit_that_crashes_scipys_reader(tmp_path: Path, at: int, value: int) -> None:
     """One byte of meta.mat is enough for a segmentation fault (scipy 1.17); it is a sentence here."""
-    names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
-    folder, path = "ILSVRC2012_devkit_t12/data", tmp_path / "devkit.tar.gz"
+    member, path = "ILSVRC2012_devkit_t12/data/meta.mat", tmp_path / "devkit.tar.gz"
     path.write_bytes(gzip.compress(make_devkit(dict.fromkeys(DIGIT_TO_WNID.values(), 1), [1])))
     assert len(read_devkit(path)[0]) == 10
-    with tarfile.open(path) as tar:
-        files = {f"{folder}/{name}": tar.extractfile(f"{folder}/{name}").read() for name in names}  # type: ignore[union-attr]
-    mat = bytearray(files[f"{folder}/meta.mat"])
+    files = read_tar(path)
+    mat = bytearray(files[member])
     mat[at] = value
-    path.write_bytes(gzip.compress(tar_of({**files, f"{folder}/meta.mat": bytes(mat)})))
-    with pytest.raises(
-        ValueError, match=r"devkit.tar.gz: not the devkit .*, or damaged \(unreadable meta.mat"
-    ):
+    path.write_bytes(gzip.compress(tar_of({**files, member: bytes(mat)})))
+    with pytest.raises(ValueError, match=r"devkit.tar.gz: not the devkit .*\(unreadable meta.mat"):
         read_devkit(path)
 
 

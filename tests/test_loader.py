@@ -11,51 +11,54 @@ import torch
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
-from pipeline.loader import train_loader
+from pipeline.loader import Loader, train_loader
+from pipeline.machine import resident_bytes
 from pipeline.reader import decoded_batches
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import open_shards
-from tests.helpers import Make, collect, loaders
+from tests.helpers import Make, collect, loaders, same_batches
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_training_epochs_are_exact(numbered_shards: Make, plain_basis: Eigenbasis, num_ranks: int) -> None:
     """Over three epochs: no sample twice in an epoch over all ranks, as many dropped as reported and no more than
     needed, equal step counts, another order and another tail every epoch."""
-    shards = numbered_shards(131, 4)
-    ranks = loaders(shards, plain_basis, num_ranks, training=True)
-    epochs, orders = [], []
+    ranks = loaders(numbered_shards(131, 4), plain_basis, num_ranks, training=True)
+    epochs, orders = set(), set()
     for epoch in range(3):
-        batches = [list(loader.epoch(epoch)) for loader in ranks]
+        batches = [collect(loader, range(epoch, epoch + 1)) for loader in ranks]
         assert {len(rank) for rank in batches} == {131 // num_ranks // 8}
-        assert all(
-            batch.images.shape == (8, 3, 224, 224) and batch.labels.shape == (8,)
-            for rank in batches
-            for batch in rank
-        )
-        seen = torch.cat([batch.labels for rank in batches for batch in rank]).tolist()
-        assert len(seen) == len(set(seen)) == 131 - ranks[0].dropped_per_epoch and set(seen) <= set(
-            range(131)
-        )
-        epochs.append(frozenset(seen))
-        orders.append(seen)
+        assert {images.shape for rank in batches for images, _ in rank} == {(8, 3, 224, 224)}
+        seen = torch.cat([labels for rank in batches for _, labels in rank]).tolist()
+        assert len(seen) == len(set(seen)) == 131 - ranks[0].dropped_per_epoch
+        epochs.add(frozenset(seen))
+        orders.add(tuple(seen))
     assert 0 < ranks[0].dropped_per_epoch < 8 * num_ranks + num_ranks
-    assert len(set(epochs)) == 3 and orders[0] != orders[1] != orders[2]
+    assert len(epochs) == len(orders) == 3 and frozenset().union(*epochs) <= set(range(131))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_validation_counts_every_sample_once(
     numbered_shards: Make, plain_basis: Eigenbasis, num_ranks: int, tmp_path: Path
 ) -> None:
-    """Three passes over all ranks show each sample once; the rest of the fixed batch shape is -1."""
+    """Twice, each sample once over all ranks: the stored image minus the mean, float32 in channels-last memory; the
+    rest of the fixed batch shape is -1."""
     numbered_shards(131, 4)
-    ranks = loaders(open_shards(tmp_path, "val"), plain_basis, num_ranks, training=False)
-    for _ in range(3):
+    val = open_shards(tmp_path, "val")
+    stored = np.concatenate(list(decoded_batches(val, 50)))
+    ranks = loaders(val, plain_basis, num_ranks, training=False)
+    for _ in range(2):
         batches = [batch for loader in ranks for batch in loader]
-        assert all(batch.images.shape == (8, 3, 256, 256) for batch in batches)
         labels = torch.cat([batch.labels for batch in batches])
         assert sorted(labels[labels >= 0].tolist()) == list(range(131))
         assert (labels == -1).sum() == len(batches) * 8 - 131
+        for images, labels in batches:
+            assert images.shape == (8, 3, 256, 256) and images.dtype == torch.float32
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            valid = labels[labels >= 0].tolist()
+            expected = stored[valid] - plain_basis.mean
+            got = images[: len(valid)].permute(0, 2, 3, 1)
+            np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
 def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
@@ -63,51 +66,23 @@ def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbas
     none, bit for bit, labels, windows and flips included; also when resumed before, at and after the edge."""
     shards = numbered_shards(60, 3)
 
-    def epochs(
-        lighting: Lighting, state: Any = None, first: int = 0
-    ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        (loader,) = loaders(
-            shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=lighting)
-        )
-        if state:
-            loader.load_state_dict(state)
-        return [
-            [(batch.images.clone(), batch.labels.clone()) for batch in loader.epoch(e)]
-            for e in range(first, 4)
-        ]
+    def make(**lighting: Any) -> Loader:
+        augmentation = Augmentation(lighting=Lighting(**lighting))
+        return loaders(shards, plain_basis, 1, training=True, augmentation=augmentation)[0]
 
-    def same(mine: list[Any], theirs: list[Any]) -> bool:
-        pairs = zip(mine, theirs, strict=True)
-        return all(torch.equal(a, x) and torch.equal(b, y) for (a, b), (x, y) in pairs)
-
-    ending = Lighting(strength=0.5, off_epoch=2)
-    with_noise, without, both = epochs(Lighting(strength=0.5)), epochs(Lighting(strength=0.0)), epochs(ending)
-    assert [same(both[e], with_noise[e]) for e in range(4)] == [True, True, False, False]
-    assert [same(both[e], without[e]) for e in range(4)] == [False, False, True, True]
-
-    (loader,) = loaders(shards, plain_basis, 1, training=True, augmentation=Augmentation(lighting=ending))
-    states = []
-    for epoch in range(3):
-        for step, _ in enumerate(loader.epoch(epoch), 1):
-            if step in (2, loader.steps_per_epoch):
-                states.append((epoch, step, loader.state_dict()))
-    for epoch, step, state in states:
-        resumed = epochs(ending, state, epoch)
-        assert same(resumed[0], both[epoch][step:])
-        assert all(same(mine, theirs) for mine, theirs in zip(resumed[1:], both[epoch + 1 :], strict=True))
-
-
-def test_images_belong_to_labels(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """Validation hands out the stored image minus the mean with its own label, in channels-last memory, float32."""
-    numbered_shards(20, 2)
-    val = open_shards(tmp_path, "val")
-    stored = np.concatenate(list(decoded_batches(val, 6)))
-    assert stored.shape == (20, 256, 256, 3) and stored.dtype == np.uint8
-    for images, labels in loaders(val, plain_basis, 1, training=False)[0]:
-        assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
-        for image, label in zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist(), strict=True):
-            if label >= 0:
-                np.testing.assert_allclose(image, stored[label] - plain_basis.mean, atol=1e-3)
+    with_noise, without = (collect(make(strength=each), range(4)) for each in (0.5, 0.0))
+    loader, got, states = make(strength=0.5, off_epoch=2), [], []
+    for epoch in range(4):
+        for images, labels in loader.epoch(epoch):
+            got.append((images.clone(), labels))
+            states.append(loader.state_dict())
+    steps = loader.steps_per_epoch
+    assert same_batches(got, with_noise[: 2 * steps] + without[2 * steps :])
+    assert not torch.equal(got[0][0], without[0][0])
+    for position in (2, steps, steps + 2, 2 * steps, 2 * steps + 2):
+        resumed = make(strength=0.5, off_epoch=2)
+        resumed.load_state_dict(states[position - 1])
+        assert same_batches(collect(resumed, range(resumed.at_epoch, 4)), got[position:])
 
 
 def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
@@ -116,73 +91,54 @@ def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     they are, for the evaluation to subtract `mean_offset` from their windows."""
     shards = numbered_shards(40, 2)
     image = np.random.default_rng(0).uniform(0, 255, (256, 256, 3)).astype(np.float32)
+
+    def make(mean: Any, training: bool, basis: Eigenbasis) -> Loader:
+        augmentation = Augmentation(mean=mean, std=2.0, lighting=Lighting(off_epoch=1))
+        return loaders(shards, basis, 1, training, augmentation=augmentation)[0]
+
     basis = replace(plain_basis, mean_image=image)
-    augmentations = [
-        Augmentation(mean=mean, std=2.0, lighting=Lighting(off_epoch=1)) for mean in ("channel", "image")
-    ]
-    plain, imaged = (loaders(shards, basis, 1, training=True, augmentation=a)[0] for a in augmentations)
     removed = (image[16:240, 16:240] - basis.mean).transpose(2, 0, 1) / 2
-    for epoch, divisor in ((0, 1.1), (1, 1.0)):
-        for one, two in zip(
-            collect(plain, range(epoch, epoch + 1)), collect(imaged, range(epoch, epoch + 1)), strict=True
-        ):
-            assert torch.equal(one[1], two[1])
-            np.testing.assert_allclose(
-                (one[0] - two[0]).numpy(), np.broadcast_to(removed / divisor, one[0].shape), atol=1e-3
-            )
-    (val,) = loaders(shards, basis, 1, training=False, augmentation=augmentations[1])
-    (val_plain,) = loaders(shards, basis, 1, training=False, augmentation=augmentations[0])
-    assert torch.equal(next(iter(val)).images, next(iter(val_plain)).images) and val_plain.mean_offset is None
+    plain, imaged = (collect(make(mean, True, basis), range(2)) for mean in ("channel", "image"))
+    for n, (one, two) in enumerate(zip(plain, imaged, strict=True)):
+        divisor = 1.1 if n < len(plain) // 2 else 1.0
+        assert torch.equal(one[1], two[1])
+        np.testing.assert_allclose(one[0] - two[0], np.stack([removed / divisor] * 8), atol=1e-3)
+    val_plain, val = (make(mean, False, basis) for mean in ("channel", "image"))
+    assert same_batches(collect(val, range(1)), collect(val_plain, range(1)))
+    assert val_plain.mean_offset is None
     np.testing.assert_allclose(val.mean_offset, removed, atol=1e-4)
     with pytest.raises(ValueError, match="--mean-image"):
-        loaders(shards, plain_basis, 1, training=True, augmentation=augmentations[1])
+        make("image", True, plain_basis)
 
 
 def test_close_gives_everything_back(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Threads and file handles after many loaders are what they were after the first."""
-    shards = numbered_shards(40, 4)
-
-    def use() -> tuple[int, int]:
+    """Threads, native ones included, and file handles after many loaders are what they were after the first."""
+    shards, used = numbered_shards(40, 4), set()
+    for _ in range(8):
         (loader,) = loaders(shards, plain_basis, 1, training=True)
         next(iter(loader))
         loader.close()
         gc.collect()
-        return threading_count(), len(list(Path("/proc/self/fd").iterdir()))
-
-    first = use()
-    assert [use() for _ in range(8)][-1] == first
-
-
-def threading_count() -> int:
-    """Threads of this process, native ones included."""
-    return len(list(Path("/proc/self/task").iterdir()))
+        used.add(tuple(len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd")))
+    assert len(used) == 1
 
 
 @pytest.mark.slow
 def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
-    """Resident memory does not grow by more than 2 % over 40 epochs, nor over 180 loaders in a row. Medians of
-    small batches, as each look sees another number of them ready; the first epochs and loaders fill caches."""
-    train = open_shards(shards, "train")
-
-    def resident() -> int:
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1])
-
+    """Resident memory does not grow by more than 2 % over 40 epochs of one loader, with four others opened and closed
+    in each. Medians of small batches, as each look sees another number of them ready; the first rounds fill caches."""
+    train, sizes = open_shards(shards, "train"), []
     (loader,) = loaders(train, basis, 1, training=True, batch_size=4)
-    sizes = []
     for epoch in range(40):
         for _ in loader.epoch(epoch):
             pass
-        sizes.append(resident())
-    loader.close()
+        for _ in range(4):
+            (other,) = loaders(train, basis, 1, training=True, batch_size=4)
+            next(iter(other))
+            other.close()
+        gc.collect()
+        sizes.append(resident_bytes())
     assert np.median(sizes[25:]) <= 1.02 * np.median(sizes[10:25]), sizes
-    sizes = []
-    for _ in range(180):
-        (loader,) = loaders(train, basis, 1, training=True, batch_size=4)
-        next(iter(loader))
-        loader.close()
-        sizes.append(resident())
-    assert np.median(sizes[120:]) <= 1.02 * np.median(sizes[60:120]), sizes[::10]
 
 
 def test_the_shuffle_buffer_holds_little_more_than_its_files(
@@ -203,31 +159,31 @@ def test_the_shuffle_buffer_holds_little_more_than_its_files(
     loader.close()
 
 
-def test_kept_batches_stay_intact(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """The memory of batches is used again, but not that of batches that are kept."""
+def test_memory_is_used_again_only_when_nobody_holds_it(
+    numbered_shards: Make, plain_basis: Eigenbasis
+) -> None:
+    """Batches that are kept, also by a view of them, stay as they are; the memory of others is used again."""
     (loader,) = loaders(numbered_shards(131, 4), plain_basis, 1, training=True)
-    kept = [(batch, batch.images.clone()) for batch in loader.epoch(0)]
-    assert len(kept) == 16 and all(torch.equal(batch.images, copy) for batch, copy in kept)
+    kept = [(batch.images[1:, 2], batch.images[1:, 2].clone()) for batch in loader.epoch(0)]
+    assert len(kept) == 16 and all(torch.equal(view, copy) for view, copy in kept)
+    places = {view.data_ptr() for view, _ in kept}
+    del kept
+    gc.collect()
+    assert {batch.images[1:, 2].data_ptr() for batch in loader.epoch(1)} <= places
 
 
-def test_opened_ahead(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """It costs memory, once, and no batch."""
-    shards = numbered_shards(131, 4)
-    ((opened,), (other,)) = (loaders(shards, plain_basis, 1, training=True) for _ in range(2))
-    taken = opened.open()
-    assert 0 < taken < 2**30 and opened.open() == taken
-    for one, two in zip(opened.epoch(0), other.epoch(0), strict=True):
-        assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels)
-
-
-def test_epochs_come_in_order(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Skipping an epoch is refused; so is a batch that cannot be filled."""
+def test_refusals(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
+    """Skipping an epoch, a batch that cannot be filled, fewer images than processes (in validation, too, where DALI
+    would call it damage)."""
     shards = numbered_shards(20, 2)
     (loader,) = loaders(shards, plain_basis, 1, training=True)
     with pytest.raises(ValueError, match="cannot go to epoch 1"):
         next(loader.epoch(1))
     with pytest.raises(ValueError, match="smaller batch size"):
         loaders(shards, plain_basis, 3, training=True)
+    for each, training in ((shards, True), (open_shards(tmp_path, "val"), False)):
+        with pytest.raises(ValueError, match=rf"^{each.split} has 20 images for 21 processes; start fewer"):
+            loaders(each, plain_basis, 21, training, batch_size=1)
 
 
 @pytest.mark.gpu
@@ -246,11 +202,3 @@ def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode
         assert torch.equal(labels, gpu_labels.cpu())
         difference = (images - gpu_images.cpu().float()).abs()
         assert difference.mean() < 0.5 and difference.max() < (0.1 if decode == "cpu" else 40)
-
-
-def test_fewer_images_than_processes(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """Refused in a sentence, in validation too, where DALI would call it damage."""
-    train = numbered_shards(2, 1)
-    for shards, training in ((train, True), (open_shards(tmp_path, "val"), False)):
-        with pytest.raises(ValueError, match=rf"^{shards.split} has 2 images for 3 processes; start fewer"):
-            loaders(shards, plain_basis, 3, training, batch_size=1)

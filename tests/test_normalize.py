@@ -1,12 +1,10 @@
-"""Normalization against the formula, and the memory of batches."""
-
-import gc
+"""Normalization against the formula."""
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.normalize import BufferPool, normalize
+from pipeline.normalize import normalize
 
 
 @pytest.mark.parametrize("with_offset", [False, True])
@@ -31,21 +29,3 @@ def test_normalize_is_the_formula(divisor: float, with_offset: bool) -> None:
     seen[1::2] = seen[1::2, :, ::-1]
     np.testing.assert_allclose(out, (seen - means[:, None, None] - with_offset * offset) / divisor, atol=1e-4)
     assert torch.get_num_threads() == threads
-
-
-def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
-    """Batches that are kept, also through a view of them, stay as they are; released ones are taken again."""
-    memory = BufferPool()
-    first = memory.acquire((4, 5))
-    first[:] = 1
-    view, place = first[1:, 2], first.data_ptr()
-    second = memory.acquire((4, 5))
-    second[:] = 2
-    del first
-    gc.collect()
-    third = memory.acquire((4, 5))
-    third[:] = 3
-    assert (view == 1).all() and third.data_ptr() != place
-    del view
-    assert memory.acquire((4, 5)).data_ptr() == place
-    assert memory.acquire((2, 10)).shape == (2, 10)

@@ -1,28 +1,32 @@
-"""Images that a pack takes as they are, leaves out or stops at, and what it prints before it begins."""
+"""Images that a pack takes as they are, leaves out, stops at or dies of."""
 
-import tarfile
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.files import read_json
 from pipeline.shards import open_shards
-from tests.helpers import files, jpeg, photo, run_ok, run_python, tar_of, write
+from tests.helpers import files, jpeg, photo, read_tar, run_ok, run_python, tar_of, write
+from tests.layouts import read_shards
+from tools import make_shards
 from tools.make_shards import pack
 
 
 def test_undecodable_images(tmp_path: Path) -> None:
     """One stops the pack with archive, name and key; --on-bad skip leaves it out, lists it, and the counts add up, even
-    where nothing is left of a shard."""
+    where nothing is left of a shard; a split of nothing else is refused."""
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     rng = np.random.default_rng(0)
     good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
     bad = {"n00000011_bad.JPEG": b"no image", "n00000011_0b.JPEG": b""}
     write(raw / "n00000011.tar", tar_of({**good, **bad}))
-    with pytest.raises(
-        ValueError, match=r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"
-    ):
+    where = r"_(bad|0b)\.JPEG in .*n00000011\.tar \(key n00000011_(bad|0b)\): not decod"
+    with pytest.raises(ValueError, match=where):
         pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1)
     assert not list(shards.rglob("*.tmp")) and not (shards / "train" / "manifest.json").exists()
     pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
@@ -34,68 +38,71 @@ def test_undecodable_images(tmp_path: Path) -> None:
     before = files(shards)
     pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
     assert files(shards) == before
-
-
-def test_nothing_but_undecodable_images(tmp_path: Path) -> None:
-    """There is no such thing as an empty pack."""
-    write(tmp_path / "raw" / "n00000011.tar", tar_of({"a.JPEG": b"no image"}))
+    write(tmp_path / "none" / "n00000011.tar", tar_of(bad))
     with pytest.raises(ValueError, match="train: no image could be decoded"):
-        pack(tmp_path / "raw", tmp_path / "shards", workers=1, on_bad="skip")
+        pack(tmp_path / "none", tmp_path / "empty", val_fraction=0, workers=1, on_bad="skip")
 
 
-def test_an_archive_that_changes_while_it_is_packed(small: Path, tmp_path: Path) -> None:
-    """Cut short after it was listed: exit code 3, one sentence; no image of it is skipped as undecodable."""
-    raw = tmp_path / "raw"
-    raw.mkdir()
+def test_an_archive_that_changes_while_it_is_packed(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short after it was listed: an error that names it; no image of it is skipped as undecodable."""
     for tar in small.glob("*.tar"):
-        (raw / tar.name).write_bytes(tar.read_bytes())
-    program = """
-import sys
-from pathlib import Path
-import tools.make_shards as make_shards
-from train.cli import run_main
-raw, shards = map(Path, sys.argv[1:])
-real = make_shards.claim_output
-def claim(*arguments):
-    real(*arguments)
-    (raw / "n00000022.tar").write_bytes((raw / "n00000022.tar").read_bytes()[:20000])
-make_shards.claim_output = claim
-if __name__ == "__main__":
-    run_main(lambda: make_shards.pack(raw, shards, workers=1, on_bad="skip"))
-"""
-    done = run_python("-c", program, raw, tmp_path / "shards")
-    assert done.returncode == 3 and "n00000022.tar: ends inside" in done.stderr
+        write(tmp_path / "raw" / tar.name, tar.read_bytes())
+    claim, changed = make_shards.claim_output, tmp_path / "raw" / "n00000022.tar"
+
+    def claim_and_cut(*arguments: Any) -> None:
+        claim(*arguments)
+        changed.write_bytes(changed.read_bytes()[:20000])
+
+    monkeypatch.setattr(make_shards, "claim_output", claim_and_cut)
+    with pytest.raises(DataError, match=r"n00000022\.tar: ends inside"):
+        pack(tmp_path / "raw", tmp_path / "shards", workers=1, on_bad="skip")
     assert not (tmp_path / "shards" / "train" / "manifest.json").exists()
 
 
-def test_store_original(small: Path, tmp_path: Path) -> None:
-    """Every file goes in as it is; programs that take 256x256 images say so."""
-    pack(small, val_fraction=0, shards=tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
-    expected = {}
-    for path in small.glob("*.tar"):
-        with tarfile.open(path) as tar:
-            expected |= {m.name.removesuffix(".JPEG"): tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-    found = {}
-    for path in (tmp_path / "shards" / "train").glob("*.tar"):
-        with tarfile.open(path) as tar:
-            jpegs = [member for member in tar if member.name.endswith(".jpg")]
-            found |= {m.name.removesuffix(".jpg"): tar.extractfile(m).read() for m in jpegs}  # type: ignore[union-attr]
-    assert found == expected
-    # Statistics are of what the pipeline makes of them, the squares that crop256 stores, but for its JPEGs.
-    run_ok("tools/compute_pca.py", tmp_path / "shards")
-    pack(small, val_fraction=0, shards=tmp_path / "squares", quality=100, workers=1)
-    run_ok("tools/compute_pca.py", tmp_path / "squares")
-    ours, squares = (read_json(tmp_path / name / "pca.json") for name in ("shards", "squares"))
-    np.testing.assert_allclose(ours["mean"], squares["mean"], atol=0.2)
-    np.testing.assert_allclose(ours["axis_stddev"], squares["axis_stddev"], rtol=0.01)
-
-
-def test_a_slow_source_is_told(
+def test_originals_from_a_slow_source(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Below the limit the packer says what it means in hours, and the remedy."""
-    from tools import make_shards
-
+    """Every file goes in as it is; of few random reads a second the packer says what they mean in hours."""
     monkeypatch.setattr(make_shards, "measure_random_reads", lambda listing, readers: 0.05)
-    pack(small, val_fraction=0, shards=tmp_path / "shards", workers=1)
+    pack(small, val_fraction=0, shards=tmp_path / "shards", store="original", samples_per_shard=9, workers=1)
     assert "0 random reads/s, 0.5 hours" in capsys.readouterr().out
+    raw = {name: data for path in small.glob("*.tar") for name, data in read_tar(path).items()}
+    expected = {name.removesuffix(".JPEG"): data for name, data in raw.items()}
+    assert {key: data for key, _, data in read_shards(tmp_path / "shards", "train")} == expected
+
+
+DEADLY = """
+import os, signal, simplejpeg
+decode = simplejpeg.decode_jpeg
+
+def deadly(data, *arguments, **named):
+    if b"deadly" in data:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode(data, *arguments, **named)
+
+simplejpeg.decode_jpeg = deadly
+"""
+
+
+def test_deadly_images_are_named(tmp_path: Path) -> None:
+    """By pack, adopt and verify, whose workers die of one: exit code 3, and the sentence has its name and the signal,
+    but not the images that other workers were at."""
+    image = jpeg(photo(np.random.default_rng(0)))
+    for k in range(6):
+        write(tmp_path / "raw" / "train" / "cat" / f"n{k}.jpg", image + (b"deadly" if k == 4 else b"sound."))
+    options = ("--store", "original", "--val-fraction", "0", "--samples-per-shard", "2", "--workers", "2")
+    run_ok("tools/make_shards.py", "pack", tmp_path / "raw", tmp_path / "shards", *options)
+    write(tmp_path / "site" / "sitecustomize.py", DEADLY.encode())
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    adopted = (tmp_path / "shards" / "train", tmp_path / "adopted", "--split", "train", "--pattern", "*.tar")
+    for command in (
+        ("pack", tmp_path / "raw", tmp_path / "again", *options),
+        ("adopt", *adopted, "--workers", "2"),
+        ("verify", tmp_path / "shards", "--workers", "2"),
+    ):
+        done = run_python("tools/make_shards.py", *command, env=environment)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 3 and "SIGSEGV" in last, done.stderr
+        assert set(re.findall(r"n\d\.jpg", last)) == {"n4.jpg"}

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,12 @@ def listing_of(names: list[str]) -> Listing:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 3))
 @example(["0_1.JPEG", "a b.JPEG", "1_1.JPEG", "a b.JPEG"], 2, 0)
+@example(["a.JPEG", "b.c.JPEG", "x/dup.JPEG", "y/dup.JPEG", "ü.JPEG", "l" * 80 + ".JPEG"], 3, 2012)
 def test_any_list_of_images(names: list[str], samples_per_shard: int, seed: int) -> None:
-    """Each image once; keys unique and safe; shard sizes within one; the order is that of blake2b(seed:key)."""
-    plan = make_plan(
-        Path("train"), listing_of(names), Options(samples_per_shard=samples_per_shard, seed=seed), CLASSES
-    )
+    """Each image once; keys unique and safe, stems where they are unique and safe, else <class>_<position>; shard sizes
+    within one; the order is that of blake2b(seed:key)."""
+    options = Options(samples_per_shard=samples_per_shard, seed=seed)
+    plan = make_plan(Path("train"), listing_of(names), options, CLASSES)
     shards = [plan.shard(number).samples for number in range(plan.num_shards)]
     samples = [sample for shard in shards for sample in shard]
     assert sorted(image.name for _, image in samples) == sorted(names)
@@ -44,59 +46,46 @@ def test_any_list_of_images(names: list[str], samples_per_shard: int, seed: int)
     assert len(sizes) == -(-len(names) // samples_per_shard)
     keys = [key for key, _ in samples]
     assert len(set(keys)) == len(keys) and all(re.fullmatch(r"[A-Za-z0-9_-]{1,79}", key) for key in keys)
-    assert keys == sorted(
-        keys, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
-    )
+    hashes = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest() for key in keys]
+    assert hashes == sorted(hashes)
+    stems = Counter(name.split("/")[-1].rsplit(".", 1)[0] for name in names)
     renamed = dict(plan.renamed_keys())
     for key, image in samples:
-        assert (
-            key == (re.sub(r"\.[^.]*$", "", image.name.split("/")[-1])) or renamed[key] == image.escaped_name
-        )
-
-
-def test_keys() -> None:
-    """Stems are keys where they are unique and safe; every other name becomes <class>_<position>."""
-    names = ["a.JPEG", "b.c.JPEG", "x/dup.JPEG", "y/dup.JPEG", "sp ace.JPEG", "ü.JPEG", "l" * 80 + ".JPEG"]
-    plan = make_plan(Path("train"), listing_of(names), Options(samples_per_shard=3), CLASSES)
-    keys = {image.name: key for number in range(3) for key, image in plan.shard(number).samples}
-    assert keys == {names[0]: "a", **{name: f"{n % 2}_{n}" for n, name in enumerate(names) if n}}
-    assert dict(plan.renamed_keys()) == {f"{n % 2}_{n}": name for n, name in enumerate(names) if n}
+        stem = image.name.split("/")[-1].rsplit(".", 1)[0]
+        if key in renamed:
+            assert names[int(key.removeprefix(f"{image.label}_"))] == image.name
+            assert renamed[key] == image.escaped_name
+            # A safe stem is replaced only where it may be another file's <class>_<position>.
+            assert stems[stem] > 1 or not re.fullmatch(r"[A-Za-z0-9_-]{1,79}", stem) or "_" in stem
+        else:
+            assert key == stem
 
 
 def test_the_digest_names_the_content() -> None:
-    """Another image, label, size, option, seed or split gives another digest; where the data lies and on_bad do not."""
-    names = ["a.JPEG", "b.JPEG", "c.JPEG"]
-    first = make_plan(Path("train"), listing_of(names), Options(), CLASSES).digest
-    assert make_plan(Path("/other/train"), listing_of(names), Options(on_bad="skip"), CLASSES).digest == first
-    renamed = (CLASSES[0], ClassName("n00000002", "deux"))
-    others = {make_plan(Path("train"), listing_of(names), Options(), renamed).digest}
-    others |= {make_plan(Path("val"), listing_of(names), Options(), CLASSES).digest}
-    for options in (
-        Options(quality=91),
-        Options(seed=1),
-        Options(samples_per_shard=2),
-        Options(store="original"),
-    ):
-        others.add(make_plan(Path("train"), listing_of(names), options, CLASSES).digest)
-    for column, value in (("label", 5), ("size", 9), ("offset", 512)):
-        listing = listing_of(names)
-        getattr(listing, column)[1] = value
-        others.add(make_plan(Path("train"), listing, Options(), CLASSES).digest)
-    others.add(
-        make_plan(Path("train"), listing_of(["a.JPEG", "b.JPEG", "d.JPEG"]), Options(), CLASSES).digest
-    )
+    """Another image, label, size, option, class or split gives another digest; where the data lies and on_bad do
+    not."""
+
+    def digest(listing: Listing, directory: str = "train", words: str = "two", **options: object) -> str:
+        classes = (CLASSES[0], ClassName("n00000002", words))
+        return make_plan(Path(directory), listing, Options(**options), classes).digest  # type: ignore[arg-type]
+
+    listing = listing_of(["a.JPEG", "b.JPEG", "c.JPEG"])
+    first = digest(listing)
+    assert digest(listing, "/other/train", on_bad="skip") == first
+    others = {digest(listing, "val"), digest(listing, words="deux"), digest(listing_of(["a.JPEG", "b.JPEG"]))}
+    for options in ({"quality": 91}, {"seed": 1}, {"samples_per_shard": 2}, {"store": "original"}):
+        others.add(digest(listing, **options))  # type: ignore[arg-type]
+    for column in ("label", "size", "offset"):
+        changed = listing_of(["a.JPEG", "b.JPEG", "c.JPEG"])
+        getattr(changed, column)[1] = 512
+        others.add(digest(changed))
     assert len(others) == 10 and first not in others
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"samples_per_shard": 0}, "--samples-per-shard"),
-        ({"quality": 101}, "--quality"),
-        ({"val_fraction": 1.0}, "--val-fraction"),
-    ],
+    ("name", "value"), [("samples_per_shard", 0), ("quality", 101), ("val_fraction", 1.0)]
 )
-def test_options_that_make_no_sense(options: dict[str, object], message: str) -> None:
+def test_options_that_make_no_sense(name: str, value: object) -> None:
     """Each is refused by name."""
-    with pytest.raises(ValueError, match=message):
-        Options(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+        Options(**{name: value})  # type: ignore[arg-type]

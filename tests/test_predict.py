@@ -14,7 +14,7 @@ from pipeline.loader import val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
-from train.accuracy import probabilities
+from train.accuracy import predict_probabilities
 from train.pretrained import read_pretrained
 
 
@@ -42,7 +42,7 @@ def test_probabilities_are_evaluations(weights: Path, few: Path, tmp_path: Path)
     config = DataConfig(few, decode="cpu", augmentation=trained.augmentation)
     place = {"batch_size": 179, "rank": 0, "num_ranks": 1, "device": "cpu"}
     ((images, _),) = list(val_loader(open_shards(few, "val"), trained.basis, config, **place))
-    expected = dict(zip(("centre", "ten"), probabilities(model.eval(), images, True), strict=True))
+    expected = dict(zip(("centre", "ten"), predict_probabilities(model.eval(), images, True), strict=True))
     for views, chances in expected.items():
         rows = predicted(weights, tmp_path, "--views", views, "--top", "10")
         by_key = {Path(row["image"]).stem: row["classes"] for row in rows}

@@ -23,7 +23,14 @@ HOSTILE = [
     "\"quoted\" & 'quoted' &amp; $\\frac{$ {{ 7 * 7 }} {% raw %}",
     "a-very-long-word-without-any-space-" * 6,
 ]
-SECTIONS = ["what", "learning-and-speed", "first-layer", "hardest-classes", "surest-mistakes", "augmentation"]
+SECTIONS = [
+    "summary",
+    "learning-and-speed",
+    "first-layer",
+    "hardest-classes",
+    "surest-mistakes",
+    "augmentation",
+]
 SECTIONS += ["configuration"]
 IMAGES = dict.fromkeys(("kernels", "augmentation"), draw_png(lambda figure: None))
 

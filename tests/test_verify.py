@@ -1,20 +1,24 @@
-"""Verification: sound shards pass, and each kind of damage is reported with its place.
+"""Verification: sound shards pass, and each kind of damage is reported with its place; the numbers of `stats` are those
+of an independent count with the webdataset library and Pillow."""
 
-Longer than others: it is one command, and most tests damage a copy and read the output with the same helpers.
-"""
-
+import io
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, median
 
 import numpy as np
 import pytest
+import webdataset
+from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.files import read_json, sha256, write_json
 from pipeline.shards import read_index
-from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of
-from tools.packing.verify import MAX_PROBLEMS, find_image_fault, verify
+from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of, write_foreign
+from tools.packing.adopt import adopt
+from tools.packing.verify import MAX_PROBLEMS, stats, verify
 
 
 @pytest.fixture
@@ -31,74 +35,45 @@ def faults(shards: Path, capsys: pytest.CaptureFixture[str], fast: bool = False)
     return capsys.readouterr().out.splitlines()
 
 
-def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+Change = Callable[[bytes], bytes]
+
+
+def rewrite(path: Path, change: Change) -> None:
     """Replace a file's content."""
     path.write_bytes(change(path.read_bytes()))
 
 
-def test_sound_shards_pass(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In full and fast, on one process; strays are noted and are no fault."""
-    count = sum(read_json(few / split / "manifest.json")["num_samples"] for split in ("train", "val"))
-    verify(few, workers=1)
-    assert capsys.readouterr().out.startswith(f"{few}: {count} images in 4 shards, all valid (")
-    verify(few, fast=True)
-    assert capsys.readouterr().out == f"{few}: {count} images in 4 shards, all valid (images not read)\n"
+def change_json(path: Path, **changes: object) -> None:
+    """Replace fields of a JSON file."""
+    write_json(path, read_json(path) | changes)
 
 
-def test_strays_are_noted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files that no manifest lists, in a split and next to it."""
+def test_sound_shards_pass(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In full and fast; files that no manifest lists, in a split and next to it, are noted and are no fault."""
+    count = sum(read_json(copy / split / "manifest.json")["num_samples"] for split in ("train", "val"))
+    verify(copy, workers=1)
+    assert capsys.readouterr().out.startswith(f"{copy}: {count} images in 4 shards, all valid (")
     for name in ("train/train-000003.tar.tmp", "val/val-000000.json", "holiday.jpg"):
         (copy / name).write_bytes(b"x")
     verify(copy, fast=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "train: note: train-000003.tar.tmp is not in the manifest"
-    assert lines[1] == "val: note: val-000000.json is not in the manifest"
-    assert lines[2] == f"{copy}: note: holiday.jpg is not part of the shards" and len(lines) == 4
-
-
-def test_a_flipped_byte(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One byte in an image shows in the checksum, with the shard's name; the full check alone sees it."""
-    tar = copy / "train" / "train-000002.tar"
-    (_, offset, size, _), _ = read_index(tar.with_suffix(".idx"))[5]
-    rewrite(tar, lambda content: content[: offset + size // 2] + b"\0" + content[offset + size // 2 + 1 :])
-    lines = faults(copy, capsys)
-    assert "train/train-000002.tar: SHA-256 differs from the manifest's" in lines
-    assert all(line.startswith("train/train-000002.tar: ") for line in lines)
-    verify(copy, fast=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "train: note: train-000003.tar.tmp is not in the manifest",
+        "val: note: val-000000.json is not in the manifest",
+        f"{copy}: note: holiday.jpg is not part of the shards",
+        f"{copy}: {count} images in 4 shards, all valid (images not read)",
+    ]
 
 
 def test_a_damaged_image(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Told with the member's name and offset."""
+    """Reported with the member's name and offset, next to the checksum; the full check alone sees it."""
     tar = copy / "train" / "train-000002.tar"
     (_, offset, size, name), _ = read_index(tar.with_suffix(".idx"))[5]
     start = offset + size // 2
     rewrite(tar, lambda content: content[:start] + b"\xff\xff\x00" * 100 + content[start + 300 :])
-    (line,) = [line for line in faults(copy, capsys) if "SHA-256" not in line]
-    assert line.startswith(f"train/train-000002.tar: {name} at byte {offset}: ")
-
-
-@pytest.mark.parametrize(
-    ("change", "messages"),
-    [
-        (
-            lambda content: content[:700_000],
-            ["bytes, got 700000", "truncated inside", "SHA-256"],
-        ),
-        (lambda content: content[:1000], ["bytes, got 1000", "truncated", "got 0 readable ones"]),
-        (lambda content: bytes(len(content)), ["expected 180 samples, got 0 readable ones", "SHA-256"]),
-        (lambda content: b"", ["bytes, got 0", "not a tar archive"]),
-        (lambda content: content[7:] + content[:7], ["not a tar archive", "SHA-256"]),
-        (lambda content: content[:512] + b"x" + content[513:], ["at byte 512: not a JPEG file", "SHA-256"]),
-    ],
-)
-def test_a_damaged_tar(
-    copy: Path, capsys: pytest.CaptureFixture[str], change: Callable[[bytes], bytes], messages: list[str]
-) -> None:
-    """Cut, zeroed, emptied or turned to garbage: reported without a crash, and the other shards are not accused."""
-    rewrite(copy / "train" / "train-000001.tar", change)
-    lines = faults(copy, capsys)
-    assert all(line.startswith("train/train-000001.tar: ") for line in lines)
-    assert all(any(message in line for line in lines) for message in messages)
+    checksum, image = sorted(faults(copy, capsys), key=lambda line: "SHA-256" not in line)
+    assert checksum == "train/train-000002.tar: SHA-256 differs from the manifest's"
+    assert image.startswith(f"train/train-000002.tar: {name} at byte {offset}: ")
+    verify(copy, fast=True)
 
 
 def swap_two_lines(content: bytes) -> bytes:
@@ -108,118 +83,68 @@ def swap_two_lines(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("change", "message", "fast_too"),
+    ("suffix", "change", "message", "in_fast"),
     [
-        (lambda content: None, "unreadable .idx (No such file or directory)", True),
-        (lambda content: b"\xfe\xff garbage \0" * 99, "expected a DALI index in its .idx", True),
-        (lambda content: b"hello\nworld 1 2 3\n", "expected a DALI index in its .idx", True),
-        (lambda content: content[:-200], "expected a DALI index in its .idx", True),
-        (lambda content: b"v1.2 0\n", "expected 1", True),
-        (
-            lambda content: content.replace(b"jpg 512 ", b"jpg 51200000 "),
-            "line 2 of its .idx points outside of the data",
-            True,
-        ),
-        (
-            lambda content: content.replace(b"jpg 512 ", b"jpg 513 "),
-            "line 2 of its .idx points outside of the data",
-            True,
-        ),
-        (swap_two_lines, "line 2 of its .idx does not match n", False),
-        (
-            lambda content: content.replace(b"jpg 512 ", b"jpg 1024 "),
-            "line 2 of its .idx does not match n",
-            False,
-        ),
+        (".tar", lambda content: content[:700_000], "truncated inside", True),
+        (".tar", lambda content: b"", "not a tar archive", True),
+        (".tar", lambda content: bytes(len(content)), "expected 180 samples, got 0 readable ones", False),
+        (".tar", lambda content: content[7:] + content[:7], "not a tar archive", False),
+        (".idx", lambda content: b"\xfe\xff garbage \0" * 99, "expected a DALI index in its .idx", True),
+        (".idx", lambda content: content[:-200], "expected a DALI index in its .idx", True),
+        (".idx", lambda content: b"v1.2 0\n", "expected 180 samples in its .idx, got 0", True),
+        (".idx", lambda content: content.replace(b" 512 ", b" 51200000 "), "line 2 of its .idx points out", True),
+        (".idx", lambda content: content.replace(b" 512 ", b" 1024 "), "line 2 of its .idx does not match n", False),
+        (".idx", swap_two_lines, "line 2 of its .idx does not match n", False),
     ],
-)
-def test_a_damaged_index(
-    copy: Path,
-    capsys: pytest.CaptureFixture[str],
-    change: Callable[[bytes], bytes | None],
-    message: str,
-    fast_too: bool,
+)  # fmt: skip
+def test_a_damaged_file(
+    copy: Path, capsys: pytest.CaptureFixture[str], suffix: str, change: Change, message: str, in_fast: bool
 ) -> None:
-    """What does not parse, count or lie within the tar shows without reading the tar; what lies shows with it."""
-    path = copy / "train" / "train-000002.idx"
-    content = change(path.read_bytes())
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    assert any(line.startswith(f"train/train-000002.tar: {message}") for line in faults(copy, capsys))
-    if fast_too:
-        assert any(
-            line.startswith(f"train/train-000002.tar: {message}") for line in faults(copy, capsys, fast=True)
-        )
+    """A tar that is cut, emptied, zeroed or garbage, an index that does not parse, count or lie within the tar, or is
+    wrong: reported without a crash, the other shards are not accused; in fast, what needs no reading of the tar."""
+    rewrite((copy / "train" / "train-000002.tar").with_suffix(suffix), change)
+    lines = faults(copy, capsys)
+    assert all(line.startswith("train/train-000002.tar: ") for line in lines)
+    assert any(message in line for line in lines)
+    assert ("train/train-000002.tar: SHA-256 differs from the manifest's" in lines) == (suffix == ".tar")
+    if in_fast:
+        assert faults(copy, capsys, fast=True)
     else:
         verify(copy, fast=True)
 
 
-def test_a_missing_shard(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Gone, or a link that leads nowhere."""
-    (copy / "train" / "train-000001.tar").unlink()
-    (copy / "train" / "train-000002.tar").unlink()
+@pytest.mark.parametrize("content", [b"garbage", b"[]", b'{"format_version": 2, "shards": []}'])
+def test_missing_files(copy: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    """Shards and indexes that are gone or are links that lead nowhere; a manifest that is none is a fault of its split,
+    and the other is checked all the same."""
+    (copy / "train" / "train-000000.idx").unlink()
+    for number in (1, 2):
+        (copy / "train" / f"train-00000{number}.tar").unlink()
     (copy / "train" / "train-000002.tar").symlink_to("/nowhere.tar")
+    (copy / "val" / "manifest.json").write_bytes(content)
     for fast in (True, False):
-        assert faults(copy, capsys, fast) == [
+        *shards, split = faults(copy, capsys, fast)
+        assert [line for line in shards if "000000" not in line] == [
             f"train/train-00000{n}.tar: unreadable (No such file or directory)" for n in (1, 2)
         ]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"garbage",
-        b"",
-        b"[]",
-        b'{"format_version": 2, "shards": []}',
-    ],
-)
-def test_a_garbage_manifest(copy: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
-    """A fault of that split; the other is checked all the same."""
-    (copy / "val" / "manifest.json").write_bytes(content)
-    (copy / "train" / "train-000000.tar").unlink()
-    first, second = faults(copy, capsys)
-    assert first == "train/train-000000.tar: unreadable (No such file or directory)"
-    assert second.startswith("val: ") and "manifest.json" in second
+        assert "train/train-000000.tar: unreadable .idx (No such file or directory)" in shards
+        assert split.startswith("val: ") and "manifest.json" in split
 
 
 def test_half_a_pack(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A split whose pack was not finished, one with the other's manifest, and a damaged list of classes."""
+    """A split whose pack was not finished, one with the other's manifest, and a list of classes that is short or
+    damaged."""
+    classes = read_json(copy / "classes.json")["classes"]
+    change_json(copy / "classes.json", classes=classes[:-1])
+    assert "train: classes.json: expected 10, got 9" in faults(copy, capsys, fast=True)
+    change_json(copy / "classes.json", classes=classes)
     (copy / "val" / "manifest.json").unlink()
     assert faults(copy, capsys, fast=True) == ["val: no manifest.json: its pack is unfinished"]
     shutil.copy(copy / "train" / "manifest.json", copy / "val")
     assert "val: expected split val, got train" in faults(copy, capsys, fast=True)
     (copy / "classes.json").write_text("[]")
-    assert all(
-        "classes.json" in line for line in faults(copy, capsys, fast=True) if line.startswith("train: ")
-    )
-
-
-def change_json(path: Path, **changes: object) -> None:
-    """Replace fields of a JSON file."""
-    write_json(path, read_json(path) | changes)
-
-
-def test_labels_out_of_range(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shards that were wrong from the start: every such image is reported, long lists are cut and counted in full."""
-    classes = read_json(copy / "classes.json")
-    change_json(copy / "classes.json", classes=classes["classes"][:-1])
-    assert any("classes.json: expected 10, got 9" in line for line in faults(copy, capsys, fast=True))
-    change_json(copy / "train" / "manifest.json", num_classes=9)
-    change_json(copy / "val" / "manifest.json", num_classes=9)
-    lines = [line for line in faults(copy, capsys) if line.startswith("val/val-000000.tar: ")]
-    labels = [int(key.split()[0]) for key in label_texts(copy / "val" / "val-000000.tar")]
-    assert len(lines) == min(labels.count(9), MAX_PROBLEMS + 1)
-    assert "expected a label below 9, got 9" in lines[0]
-
-
-def label_texts(tar: Path) -> list[str]:
-    """Contents of all `.cls`, read with tarfile."""
-    import tarfile
-
-    with tarfile.open(tar) as opened:
-        return [opened.extractfile(m).read().decode() for m in opened if m.name.endswith(".cls")]  # type: ignore[union-attr]
+    lines = faults(copy, capsys, fast=True)
+    assert all("classes.json" in line for line in lines if line.startswith("train: "))
 
 
 def test_doubled_samples(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,27 +160,34 @@ def test_doubled_samples(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-@pytest.mark.parametrize(("store", "fault"), [("crop256", "256x100"), ("original", ""), ("adopted", "")])
-def test_only_squares_fit_crop256(store: str, fault: str) -> None:
-    """Other stores hold images of any size."""
-    pixels = photo(np.random.default_rng(0))
-    assert find_image_fault(jpeg(pixels), store) == "" and fault in find_image_fault(
-        jpeg(pixels[:100]), store
-    )
-    assert find_image_fault(jpeg(pixels[:100], "CMYK"), store)
-
-
-def test_bad_labels_and_members(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A label of another form, which DALI would misread silently, under a manifest and a checksum that fit."""
-    image = jpeg(photo(np.random.default_rng(0)))
-    content = tar_of([("a.jpg", image), ("a.cls", b"7.0"), ("b.jpg", image), ("b.cls", b"3")])
-    (copy / "val" / "val-000000.tar").write_bytes(content)
-    row = {"name": "val-000000.tar", "samples": 2, "bytes": len(content), "sha256": sha256(content)}
-    change_json(copy / "val" / "manifest.json", shards=[row], num_samples=2)
-    lines = [line for line in faults(copy, capsys) if ".cls" in line]
-    assert lines == [
-        "val/val-000000.tar: sample a at byte 512: expected a class index of at most 6 digits in a.cls, got b'7.0'"
+def test_samples_that_were_packed_wrong(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels of another form, which DALI would misread silently, those beyond the classes and images of another size,
+    under a manifest and a checksum that fit: every one is reported, and a long list is cut and counted in full."""
+    image, number = photo(np.random.default_rng(0)), MAX_PROBLEMS + 5
+    samples = [
+        ("a", image, b"7.0"),
+        ("b", image[:100], b"1"),
+        *((f"c{k}", image, b"10") for k in range(number)),
     ]
+    members = []
+    for key, pixels, label in samples:
+        members += [(f"{key}.jpg", jpeg(pixels)), (f"{key}.cls", label)]
+    content = tar_of(members)
+    (copy / "val" / "val-000000.tar").write_bytes(content)
+    row = {
+        "name": "val-000000.tar",
+        "samples": len(samples),
+        "bytes": len(content),
+        "sha256": sha256(content),
+    }
+    change_json(copy / "val" / "manifest.json", shards=[row], num_samples=len(samples))
+    lines = [line.removeprefix("val/val-000000.tar: ") for line in faults(copy, capsys)]
+    assert len(lines) == MAX_PROBLEMS + 1
+    assert lines[-1] == f"... and {len(samples) + 3 - MAX_PROBLEMS} more"  # three are of the old index
+    found = [line for line in lines[:-1] if ".idx" not in line]
+    assert found[0] == "sample a at byte 512: expected a class index of at most 6 digits in a.cls, got b'7.0'"
+    assert found[1].endswith("expected 256x256, got 256x100")
+    assert len(found) > 15 and all("expected a label below 10, got 10" in line for line in found[2:])
 
 
 def test_command_line(copy: Path, tmp_path: Path) -> None:
@@ -267,4 +199,62 @@ def test_command_line(copy: Path, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1 and "train/train-000001.tar: expected" in done.stdout
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "none", tmp_path / "empty"):
-        assert str(folder) in refuses("tools/make_shards.py", "verify", folder)
+        for command in ("verify", "stats"):
+            assert str(folder) in refuses("tools/make_shards.py", command, folder)
+
+
+def format_rows(rows: dict[str, str]) -> set[str]:
+    """Format rows of the table that `stats` prints."""
+    return {f"  {name:<20}{value}" for name, value in rows.items()}
+
+
+def spread(values: list[int]) -> str:
+    """As the table has it."""
+    return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
+
+
+def test_stats(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number of the packed demo."""
+    stats(shards)
+    tables = capsys.readouterr().out.split(f"{shards}/")[1:]
+    for split, table in zip(("train", "val"), tables, strict=True):
+        tars = sorted((shards / split).glob("*.tar"))
+        samples = list(webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False))
+        manifest = read_json(shards / split / "manifest.json")
+        assert {Image.open(io.BytesIO(sample["jpg"])).size for sample in samples} == {(256, 256)}
+        cmyk = sum("CMYK JPEG file" in row["found"] for row in manifest["repairs"])
+        rows = {
+            "samples": f"{len(samples):,}",
+            "classes": "10, 0 without an image",
+            "images per class": spread(list(Counter(int(sample["cls"]) for sample in samples).values())),
+            "shards": str(len(tars)),
+            "samples per shard": spread([row["samples"] for row in manifest["shards"]]),
+            "bytes": f"{sum(tar.stat().st_size for tar in tars):,}",
+            "bytes per shard": spread([tar.stat().st_size for tar in tars]),
+            "bytes per image": spread([len(sample["jpg"]) for sample in samples]),
+            "width": f"{spread([256])}, of the first image of each shard",
+            "height": spread([256]),
+            "repaired or noted": str(len(manifest["repairs"])),
+            f"  {cmyk}": "CMYK JPEG file",
+            "skipped": "0",
+        }
+        lines = table.splitlines()
+        assert cmyk > 0 and lines[0] == split and format_rows(rows) <= set(lines)
+        assert "store crop256" in table and "seed 2012" in table
+
+
+def test_stats_of_adopted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A manifest without versions, seed and plan; a class without an image is counted; a label that is none is an error
+    that leads to verify, exit code 3."""
+    write_foreign(tmp_path / "src", "x", [0, 0, 2, 2, 2, 2], 4, newline=b"\n")
+    adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
+    capsys.readouterr()
+    stats(tmp_path / "shards")
+    rows = {"classes": "3, 1 without an image", "images per class": spread([2, 0, 4]), "versions": "unknown"}
+    rows |= {"options": "store adopted", "source": f"adopted from {tmp_path / 'src'} with x-*.tar"}
+    assert format_rows(rows) <= set(capsys.readouterr().out.splitlines())
+    tar = tmp_path / "src" / "x-0000.tar"
+    rewrite(tar, lambda content: content.replace(b"2\n" + bytes(510), b"?\n" + bytes(510)))
+    done = run_here("tools/make_shards.py", "stats", tmp_path / "shards")
+    assert done.returncode == 3 and "run make_shards.py verify" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

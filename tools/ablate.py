@@ -155,7 +155,7 @@ def plan_run(
 
 
 def check_log_steps(config: Config, train: ShardSet) -> None:
-    """Raise `UserError` for a run that logs no training error in an epoch."""
+    """Raise `UserError` for a run with fewer steps per epoch than `run.log_every`, which logs no training error."""
     steps = train.num_samples // config.train.batch_size
     if config.run.log_every > steps:
         remedy = f'give --settings "--run.log_every {max(1, steps // 2)}", or a smaller --train.batch_size'
@@ -164,9 +164,9 @@ def check_log_steps(config: Config, train: ShardSet) -> None:
 
 
 def read_outcome(run: Run, train: ShardSet) -> str | None:
-    """Read the outcome of a run: "trained" or "diverged"; None if it is unfinished, or needs more epochs.
+    """Read the outcome of a run: "trained" or "diverged"; None if it is unfinished or needs more epochs.
 
-    Raises `UserError` when it had other settings or shards.
+    Raises `UserError` if it had other settings or shards.
     """
     if not run.path(".json").is_file() or not (run.path() / "metrics.jsonl").is_file():
         return None
@@ -175,7 +175,7 @@ def read_outcome(run: Run, train: ShardSet) -> str | None:
     if content["shards"] != train.manifest_sha256:
         raise UserError(f"{run.path()}: trained on other shards; give another OUT")
     try:
-        check_same_run(content["config"], run.config.to_json(), begun=epochs)
+        check_same_run(content["config"], run.config.to_json(), epochs_begun=epochs)
     except UserError as error:
         raise UserError(f"{run.path()}: {str(error).partition(';')[0]}; give another OUT") from None
     return str(content["outcome"]) if epochs == run.config.train.epochs else None
@@ -206,7 +206,8 @@ def train_run(run: Run) -> str:
     report.unlink(missing_ok=True)  # a run writes it at its end
     command = [sys.executable, "-m", "train.run", *run.arguments]
     with log.open("ab") as file:
-        # In a session of its own, Ctrl-C reaches it only through us: a second one would end it unsaved.
+        # In a new session, so that the terminal's Ctrl-C does not reach it: with our SIGTERM it would be the second
+        # signal, which ends a run unsaved.
         options: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
         try:

@@ -20,7 +20,7 @@ PAPER = {
 """Points of top-1 error that the ablation adds, from the paper (sections 3.2-3.4, 4.1 and 7)."""
 BASE = "base"
 FEW_SEEDS = 3
-"""Fewer seeds show no difference."""
+"""With fewer seeds the table warns that differences mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,7 @@ def format_markdown(entries: list[Entry], error: float, val_images: int) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
     warnings = []
     if len(base.runs) < FEW_SEEDS:
-        few = (
-            f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: one network differs as much"
-        )
+        few = f"**With fewer than {FEW_SEEDS} seeds this comparison shows nothing: the same network differs as much"
         warnings.append(f"{few} between seeds. Give more `--seeds`.**")
     if base.mean("epochs_to_error") is None:
         short = f"**This comparison shows nothing: the base did not reach {error:g} % training error."

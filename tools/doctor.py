@@ -2,14 +2,14 @@
 
     python tools/doctor.py [SHARDS] [--json]
 
-A line per check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training cannot run, or not on the
+A line per check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training fails, or cannot use the
 GPU) or `-` (does not apply), and below it the remedy. Exit code 2 if there is a problem, else 0.
 
 `--json` prints one object: `findings`, a list of objects with `name`, `status`, `value` and `remedy` (may be empty);
 strings `system` and `python`; and the results of the probes `driver`, `torch` and `dali`.
 
-It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in a process each, so that a library that is broken,
-crashes or hangs is a finding. A check that raises becomes a warning.
+It imports neither PyTorch nor DALI: tools/doctor_probe.py does, in one process for each, so that a library that is
+broken, crashes or hangs is a finding. A check that raises becomes a warning.
 """
 
 import json
@@ -30,7 +30,7 @@ from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 try:
-    from pipeline.machine import num_cores, raise_open_files
+    from pipeline.machine import num_cores, raise_open_file_limit
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/doctor.py\n"
@@ -232,7 +232,7 @@ def check_shared_memory(gpus: int) -> Finding:
 def check_split(shards: Path, split: str) -> Finding:
     """Check that a split opens, and that the limit of open files allows all of its shards."""
     opened = open_shards(shards, split)
-    raise_open_files(len(opened.tars))
+    raise_open_file_limit(len(opened.tars))
     size = f"{opened.num_samples:,} images in {len(opened.tars)} shards"
     return Finding("ok", f"{size}, {len(opened.classes)} classes")
 

@@ -2,8 +2,8 @@
 
     python tools/doctor_probe.py driver|torch|dali
 
-tools/doctor.py starts it, a process each, so that a library that crashes or hangs is a finding. It does not import this
-project.
+tools/doctor.py starts one process for each, so that a library that crashes or hangs is a finding. It does not import
+this project.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import json
 import warnings
 from contextlib import suppress
 from typing import Any
-
-from pipeline.errors import UserError
 
 
 def probe_driver() -> dict[str, Any]:
@@ -87,7 +85,7 @@ def probe_dali() -> dict[str, Any]:
 
 
 def decode_jpeg(on_gpu: bool) -> None:
-    """Decode an image of one colour. Raises `UserError` when the colour is wrong."""
+    """Decode an image of one colour. Raises `ValueError` when the colour is wrong."""
     import numpy as np
     from nvidia.dali import Pipeline, fn
     from PIL import Image
@@ -103,7 +101,7 @@ def decode_jpeg(on_gpu: bool) -> None:
     (images,) = pipe.run()
     pixels_HWC = np.asarray((images.as_cpu() if on_gpu else images).at(0)).astype(int)
     if pixels_HWC.shape != (64, 64, 3) or np.abs(pixels_HWC - (200, 100, 50)).max() > 4:
-        raise UserError("expected (200, 100, 50), got another colour")
+        raise ValueError("expected (200, 100, 50), got another colour")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def render_digit(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 
 def write_photos(raw: Path, count: int, seed: int) -> None:
-    """Write the archives of `count` photograph-like images, a class at a time; every fifth is for validation."""
+    """Write the archives of `count` photograph-like images, one class after the other; a fifth is for validation."""
     val = [number for number in range(count) if (number // len(WORDS) + number) % 5 == 0]
     make = functools.partial(make_photo, seed=seed)
     ignore_interrupt = functools.partial(

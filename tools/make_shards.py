@@ -42,8 +42,9 @@ from tools.packing.writer import (
 from train.cli import run_program, sanitize_message
 
 SLOW_READS_PER_S = 500
-"""Images per second that one core packs; slower random reads keep it waiting."""
+"""Images per second that one core packs; if random reads are slower, packing waits for the disk."""
 WORTH_A_WARNING_S = 600
+"""Seconds that all reads have to take for a warning of slow ones."""
 VAL_FRACTION = 0.1
 """Part of each class for validation where the source has no validation images."""
 
@@ -101,7 +102,9 @@ def pack(
             f"each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
     elif "val" not in data.splits:
-        print("no validation images, which training needs; leave --val-fraction out for a tenth")
+        print(
+            "no validation images, which training needs; leave --val-fraction out to use a tenth of each class"
+        )
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]

@@ -82,7 +82,7 @@ def predict(
             print(f"  {100 * each['probability']:5.1f} %  {each['wnid']}  {each['words']}".rstrip())
     if errors:
         more = f" (and {len(errors) - 1} more images)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}; the others were predicted")
+        raise UserError(f"{errors[0]}{more}; give other files in their place, all others were predicted")
 
 
 def find_images(name: str) -> list[Path]:
@@ -109,7 +109,7 @@ def find_class_names(trained: "Pretrained", shards: Path | None) -> list[ClassNa
     if shards:
         names = read_classes(shards)
     else:
-        with suppress(Exception):  # the shards were moved, or it is not a run's checkpoint
+        with suppress(Exception):  # the shards were moved, or the file is not in a run directory
             config = yaml.safe_load((trained.path.parents[1] / "config.yaml").read_text())
             names = read_classes(Path(config["data"]["shards"]))
     if len(names) == len(wnids) and trained.wnids in (None, [name.wnid for name in names]):
@@ -135,15 +135,17 @@ def compute_probabilities(
     """Compute class probabilities (N, K) of uint8 images (N, H, W, C)."""
     import torch
 
-    from pipeline.loader import mean_offset
-    from train.accuracy import probabilities
+    from pipeline.loader import compute_mean_offset
+    from train.accuracy import predict_probabilities
 
     device, augmentation = next(model.parameters()).device, trained.augmentation
     inputs_NHWC = (images_NHWC - torch.from_numpy(trained.basis.mean).float()) / augmentation.std
-    offset = mean_offset(trained.basis, augmentation)
+    offset = compute_mean_offset(trained.basis, augmentation)
     offset = None if offset is None else offset.to(device, torch.float32)
     mirrored = augmentation.flip > 0
-    centre_NK, ten_NK = probabilities(model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset)
+    centre_NK, ten_NK = predict_probabilities(
+        model, inputs_NHWC.permute(0, 3, 1, 2).to(device), mirrored, offset
+    )
     return ten_NK if views == "ten" else centre_NK
 
 

@@ -2,9 +2,10 @@
 
     python tools/preview.py SHARDS
 
-preview.png: above, one stored image and 24 augmentations of it; below, the first 24 training images, of which it is the
-most colourful. Normalization is undone; colours that lighting shifts beyond 0..255 are clipped in the picture, not in
-training. pca.png shows the axes of pca.json as colours; its numbers are printed next to ImageNet's.
+preview.png: above, one stored image and 24 augmentations of it; below, the first 24 training images, of which the upper
+one is the most colourful. Normalization is undone; colours that lighting shifts beyond 0..255 are clipped in the
+picture, not in training. pca.png shows the axes of pca.json as colours; the numbers of pca.json are printed next to
+ImageNet's.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
 from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
-from pipeline.machine import num_cores, raise_open_files
+from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet, open_shards
 from train.cli import run_program
@@ -122,7 +123,7 @@ def render_views(
     from pipeline.reader import check_index, data_errors
     from train.pictures import to_pixels
 
-    raise_open_files(len(shards.tars))
+    raise_open_file_limit(len(shards.tars))
     decoder = Decoder("cpu", shards.any_size)
     count = COUNT if repeat else min(COUNT, shards.num_samples)
 

@@ -45,9 +45,9 @@ FIRST_LINE = "# Written by tools/tune_pipeline.py"
 SAME_P99, SAME_P99_MS = 0.1, 0.5
 """99th percentiles of waits that differ by less than this fraction, or less than this, count as equal: noise."""
 SAME_MEAN, SAME_MEAN_MS = 0.01, 0.05
-"""The same for their means."""
+"""Fraction and milliseconds by which means of waits may differ and count as equal."""
 WARM_UP, MIN_BATCHES = 3, 3
-"""Batches before the clock starts, in addition to prefetched ones, and least batches of a measurement."""
+"""Batches before a measurement, in addition to prefetched ones, and the least number of batches in it."""
 IN_FLIGHT = 3
 """Batches that training holds on a GPU: the current one and those of queued steps."""
 

@@ -37,7 +37,7 @@ class Accuracy:
     views_top5: float
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value) of each figure, for people."""
+        """Format the figures to print: (name, value) of each."""
         names = [("centre top-1", self.centre_top1), ("centre top-5", self.centre_top5)]
         if self.views:
             names += [(f"{self.views} top-1", self.views_top1), (f"{self.views} top-5", self.views_top5)]
@@ -45,18 +45,18 @@ class Accuracy:
 
 
 def crop(images_NCHW: torch.Tensor, offsets: tuple[int, int]) -> torch.Tensor:
-    """(N, 3, 256, 256) -> (N, 3, 224, 224), a view."""
+    """Crop images, (N, 3, 256, 256) -> (N, 3, 224, 224), without a copy."""
     top, left = offsets
     return images_NCHW[:, :, top : top + CROP_SIDE, left : left + CROP_SIDE]
 
 
 @torch.inference_mode()
-def probabilities(
+def predict_probabilities(
     model: nn.Module, images_NCHW: torch.Tensor, mirrored: bool, mean_offset: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class probabilities (N, K) of the centre crop, and averaged over ten views (five unless `mirrored`).
+    """Compute class probabilities (N, K) of the centre crop, and averaged over ten views (five unless `mirrored`).
 
-    `mean_offset`, from the loader, is subtracted from every view: the mean image is neither cropped nor flipped.
+    `mean_offset`, from the loader, is subtracted from every view, as the centre of the mean image was in training.
     """
     views = [crop(images_NCHW, offsets) for offsets in CROPS]
     if mirrored:
@@ -78,15 +78,15 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
     stats: "EvalStats | None" = None,
 ) -> Accuracy | None:
-    """Accuracy over a whole validation split, every image counted once over all ranks.
+    """Measure accuracy over a whole validation split, every image counted once over all ranks.
 
     Args:
         model: Images to logits.
         loader: From `val_loader`.
         distributed: Adds up the counts of all ranks.
         mirrored: Whether views include mirrors.
-        all_views: Also the average over views, which costs ten times the centre crop.
-        interrupted: Asked between batches; once true, None is returned.
+        all_views: Whether to evaluate all views, at ten times the cost, or the centre crop alone.
+        interrupted: Called before each batch; when it returns True, the evaluation ends and returns None.
         stats: Updated with each batch: probabilities over all views, or logits of the centre crop.
     """
     model.eval()
@@ -96,7 +96,7 @@ def evaluate(
         if interrupted():
             return None
         if all_views:
-            centre_NK, average_NK = probabilities(model, images_NCHW, mirrored, loader.mean_offset)
+            centre_NK, average_NK = predict_probabilities(model, images_NCHW, mirrored, loader.mean_offset)
         else:
             centre_NCHW = crop(images_NCHW, CENTRE)
             if loader.mean_offset is not None:
@@ -117,12 +117,12 @@ def evaluate(
 
 
 def top_k_correct(scores_NK: torch.Tensor, labels_N: torch.Tensor, k: int) -> torch.Tensor:
-    """Number of labels among the k highest of their row's scores; padding (-1) never is."""
+    """Count the labels that are among the k highest scores of their row; padding (-1) never is."""
     return (scores_NK.topk(min(k, scores_NK.shape[1]), 1).indices == labels_N[:, None]).any(1).sum()
 
 
 CONFUSION_LIMIT = 4000
-"""Classes up to which every pair is counted: 64 MB."""
+"""Most classes for which a confusion matrix is kept: it then takes 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -130,32 +130,34 @@ class Example:
     """One evaluated image."""
 
     image: torch.Tensor
-    """(3, 256, 256), as the loader gave it, on the CPU."""
+    """(3, 256, 256), on the CPU, normalized as the loader returned it."""
     label: int
     guesses: list[int]
     """The most probable classes, five at most, best first."""
     probabilities: list[float]
-    """Theirs."""
+    """Their probabilities."""
 
     @property
     def correct(self) -> bool:
-        """Whether the first guess is right."""
+        """True if the first guess is right."""
         return self.guesses[0] == self.label
 
 
 class EvalStats:
-    """Counts per class over a validation split, and the best and worst examples; never waits for the device."""
+    """Counts per class over a validation split, and the surest mistakes and closest calls; `update` does not wait for
+    the device."""
 
     EXAMPLES = 10
+    """Number of examples of each kind."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self._num_classes = classes
         # One row more, for padding.
         self.counts = torch.zeros(classes + 1, 3, dtype=torch.int64, device=device)
-        """Per class: images, of these top-1 correct, and top-5 correct."""
+        """(classes + 1, 3): per class the number of images, of these correct in top-1, and in top-5."""
         pairs = (classes + 1) if classes <= CONFUSION_LIMIT else 0
         self.confusion = torch.zeros(pairs, classes, dtype=torch.int32, device=device)
-        """[label, guess]; no rows where there are too many classes."""
+        """[label, guess]; no rows with more than `CONFUSION_LIMIT` classes."""
         self._wrong, self._right = TopK(self.EXAMPLES), TopK(self.EXAMPLES)
 
     def update(self, images: torch.Tensor, labels: torch.Tensor, scores: torch.Tensor) -> None:
@@ -178,21 +180,21 @@ class EvalStats:
         self.counts = distributed.all_reduce_sum(self.counts)
         self.confusion = distributed.all_reduce_sum(self.confusion)
         for top in (self._wrong, self._right):
-            # From the CPU: a CUDA tensor that is unpickled goes to the device of its own number, if there is one.
+            # On the CPU, as a CUDA tensor is unpickled onto the GPU of its number, which another process may use.
             top.merge(distributed.all_gather(tuple(each.cpu() for each in top.rows)))
 
     @property
     def mistakes(self) -> list[Example]:
-        """Up to ten images that the network was surest about and wrong, the surest first."""
+        """Up to ten images for which the network was wrong with the highest probability, highest first."""
         return self._wrong.examples()
 
     @property
     def close_calls(self) -> list[Example]:
-        """Up to ten that it was right about, but least sure, the least sure first."""
+        """Up to ten images for which it was right with the lowest probability, lowest first."""
         return self._right.examples()
 
     def table(self, names: Sequence[ClassName]) -> list[dict[str, Any]]:
-        """A row for each class: errors in percent (None without images), and what it is mistaken for most."""
+        """Make a row for each class: errors in percent (None without images), and the class most often confused."""
         rows = []
         mistaken = self.confusion[: self._num_classes].clone()
         if len(mistaken):
@@ -209,7 +211,7 @@ class EvalStats:
         return rows
 
     def csv(self, names: Sequence[ClassName]) -> bytes:
-        """The table as a CSV file."""
+        """Encode the table as a CSV file."""
         rows, out = self.table(names), io.StringIO()
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -220,7 +222,7 @@ class EvalStats:
 
 
 class TopK:
-    """Rows with the highest keys of all that were added; on the device until `examples`."""
+    """The rows with the highest keys of all that were added; on the device until `examples` is called."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -234,7 +236,7 @@ class TopK:
         self.merge([self.rows, own] if self.rows else [own])
 
     def merge(self, several: list[tuple[torch.Tensor, ...]]) -> None:
-        """Keep the best of several."""
+        """Keep the best rows of several sets."""
         device = several[0][0].device
         joined = [
             torch.cat([each.to(device) for each in parts])
@@ -244,7 +246,7 @@ class TopK:
         self.rows = tuple(each[best] for each in joined)
 
     def examples(self) -> list[Example]:
-        """Those kept, best first."""
+        """Return the rows as examples on the CPU, best first."""
         if not self.rows:
             return []
         keys, images, labels, guesses, probabilities = (each.cpu() for each in self.rows)

@@ -1,12 +1,12 @@
-"""Checkpoints and the run directory: all that a run needs to resume, in one file.
+"""Checkpoints, each one file with everything that a run needs to resume, and the run directory.
 
-    RUN/run.lock                        marks a run directory; held by the run that writes to it
+    RUN/run.lock                        marks a run directory; locked by the run that writes to it
     RUN/checkpoints/step-00000440.pt    written whole or not at all
     RUN/checkpoints/LATEST              name of the newest one
     RUN/checkpoints/BEST                name of the one with the lowest validation error
 
-Weights are in the single-device layout. Only tensors and plain Python values are stored, so loading runs no code. A
-file is a zip archive of `torch.save`, whose members carry a CRC each.
+Weights are stored for one device, whatever `parallel.mode` was. Files hold only tensors and plain Python values, so
+loading runs no code. `torch.save` writes a zip archive with a CRC of each member.
 """
 
 import re
@@ -28,13 +28,13 @@ from train.config import Config
 from train.metrics import read_metrics
 
 FORMAT_VERSION = 2
-"""1 was version 0.1's; its weights can be read, see train/pretrained.py."""
+"""Format of checkpoints. Runs resume from this one; of format 1 (version 0.1) train/pretrained.py reads the weights."""
 NAME = r"step-\d{8}\.pt"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time on a thread. One that cannot be written, because a disk is full, does not end a
-    run: the one before stays the latest."""
+    """Writes one checkpoint at a time on a thread. If it cannot be written, as the disk is full, the run continues and
+    the previous checkpoint stays the latest."""
 
     def __init__(self, run_dir: Path, keep_last: int, latest: Path | None = None) -> None:
         self._run_dir, self._keep_last = run_dir, keep_last
@@ -42,11 +42,11 @@ class CheckpointWriter:
         self._error: Exception | None = None
         self._logged_error: OSError | None = None
         self.latest = latest
-        """The newest whole one."""
+        """Path of the newest complete checkpoint."""
 
     @property
     def busy(self) -> bool:
-        """Whether one is being written."""
+        """True while a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(
@@ -56,7 +56,10 @@ class CheckpointWriter:
         before: Callable[[], None],
         pinned_steps: Collection[int] = (),
     ) -> None:
-        """Write `content`, whose tensors may not change any more, after calling `before`. Waits for the one before."""
+        """Start to write `content`, whose tensors must not change any more. `before` is called first, on the thread.
+
+        Waits until the previous checkpoint is written.
+        """
         self.log_save_error()
         self._thread = Thread(
             target=self._write, args=(step, content, before, pinned_steps), name="checkpoint"
@@ -69,11 +72,11 @@ class CheckpointWriter:
         try:
             before()
             self.latest = save_checkpoint(self._run_dir, step, content, self._keep_last, pinned_steps)
-        except Exception as error:  # raised by `finish`
+        except Exception as error:  # `finish` raises it
             self._error = error
 
     def finish(self) -> None:
-        """Wait until the last one is written. Raises `OSError` where it could not be."""
+        """Wait until the last checkpoint is written. Raises `OSError` if it could not be."""
         if self._thread is None:
             return
         self._thread.join()
@@ -85,7 +88,7 @@ class CheckpointWriter:
             self._logged_error = None
 
     def log_save_error(self) -> None:
-        """Wait likewise, and log an error of the disk, unless the one before was the same."""
+        """Wait until the last checkpoint is written; log an error of the disk once, not at every try."""
         try:
             self.finish()
         except OSError as error:
@@ -102,30 +105,34 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, point LATEST to it, and BEST to `content["best"]["step"]`. Returns its path.
 
-    Of those up to this step all but the newest `keep_last`, the best and `pinned_steps` are removed; one of a later
-    step, from before a resume, stays until it is written again. Raises `OSError`; the one before is the latest then.
+    Of the checkpoints up to this step all but the newest `keep_last`, the best and `pinned_steps` are removed. Those of
+    later steps, left from before a resume, stay until they are written again. Raises `OSError`; LATEST then still names
+    the previous checkpoint.
     """
     directory = run_dir / "checkpoints"
     directory.mkdir(parents=True, exist_ok=True)
-    path, best = checkpoint_name(directory, step), directory / "BEST"
+    path, best = build_checkpoint_path(directory, step), directory / "BEST"
     with atomic_writer(path) as file:
         write_archive(file, {"format_version": FORMAT_VERSION, "step": step, **content})
     write_bytes(directory / "LATEST", f"{path.name}\n".encode())
-    if content.get("best") and (best_path := checkpoint_name(directory, content["best"]["step"])).exists():
-        write_bytes(best, f"{best_path.name}\n".encode())  # its own writing may have failed
-    pinned = {checkpoint_name(directory, number) for number in pinned_steps}
+    if (
+        content.get("best")
+        and (best_path := build_checkpoint_path(directory, content["best"]["step"])).exists()
+    ):
+        write_bytes(best, f"{best_path.name}\n".encode())  # if it exists: writing it may have failed
+    pinned = {build_checkpoint_path(directory, number) for number in pinned_steps}
     if best.is_file():
         pinned.add(directory / read_pointer(best))
     old = sorted(each for each in directory.glob("step-*.pt") if each <= path)[:-keep_last]
-    killed = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
-    for each in (*(each for each in old if each not in pinned), *killed):
+    leftovers = directory.glob("step-*.pt.tmp")  # of a process that was killed while it wrote
+    for each in (*(each for each in old if each not in pinned), *leftovers):
         with suppress(OSError):
             each.unlink()
     return path
 
 
 def write_archive(file: BinaryIO, content: dict[str, Any]) -> None:
-    """`torch.save`, but raising the `OSError` of a full disk, which torch hides by an error of its own."""
+    """Call `torch.save`, and raise the `OSError` of a full disk that torch turns into a `RuntimeError`."""
     try:
         torch.save(content, file)
     except RuntimeError as error:
@@ -136,19 +143,19 @@ def write_archive(file: BinaryIO, content: dict[str, Any]) -> None:
 
 
 def read_pointer(pointer: Path) -> str:
-    """What LATEST or BEST says."""
+    """Read the checkpoint's name from LATEST or BEST."""
     return pointer.read_bytes().decode(errors="replace").strip()
 
 
-def checkpoint_name(directory: Path, step: int) -> Path:
-    """Path of the checkpoint of a step."""
+def build_checkpoint_path(directory: Path, step: int) -> Path:
+    """Build the path of the checkpoint of a step."""
     return directory / f"step-{step:08d}.pt"
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that LATEST names in a run directory, without LATEST the newest one, or None.
+    """Find the checkpoint that LATEST names in a run directory, or without LATEST the newest one; None without any.
 
-    Raises `UserError` when LATEST names none or is not a file.
+    Raises `UserError` when LATEST is not a file with the name of a checkpoint.
     """
     latest = run_dir / "checkpoints" / "LATEST"
     if not latest.exists():  # a kill may have come before it was written
@@ -162,20 +169,20 @@ def find_checkpoint(run_dir: Path) -> Path | None:
 
 
 def last_epoch_end(newest: Path) -> Path:
-    """The last checkpoint before `newest` that was written at the end of an epoch. Raises `UserError`."""
+    """Find the last checkpoint before `newest` that was written at the end of an epoch. Raises `UserError`."""
     for path in sorted(newest.parent.glob("step-*.pt"), reverse=True):
         content = read_archive(path) if path < newest else None
-        with suppress(KeyError, TypeError, IndexError):  # another program's
+        with suppress(KeyError, TypeError, IndexError):  # a file that another program wrote
             if content and content["ranks"][0]["loader"]["ended"]:
                 return path
     raise UserError(
         f"{newest.parent}: none was written at an epoch's end, from where another number of processes could resume; "
-        "let the run reach one as it is, or with a larger --run.keep_last"
+        "first let the run reach the end of an epoch with the same processes, and keep it by a larger --run.keep_last"
     )
 
 
-def checkpoint_path(path: Path) -> Path:
-    """A checkpoint as users name it: the file, or a run directory, whose newest one it is."""
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user names: the file, or of a run directory the newest one."""
     return (find_checkpoint(path) or path) if path.is_dir() else path
 
 
@@ -205,7 +212,7 @@ def load_checkpoint(path: Path, formats: Collection[int] = (FORMAT_VERSION,)) ->
 
 
 def read_archive(path: Path) -> dict[str, Any] | None:
-    """Content of a checkpoint; None where it is damaged or not one."""
+    """Read the content of a checkpoint; None if it is damaged or not a checkpoint."""
     try:
         with path.open("rb") as file:
             with zipfile.ZipFile(file) as archive:
@@ -214,20 +221,23 @@ def read_archive(path: Path) -> dict[str, Any] | None:
             file.seek(0)
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return content if {"format_version", "step"} <= content.keys() else None
-    except Exception:  # what is raised for damage depends on where it is
+    except Exception:  # zipfile, pickle and torch raise many kinds for damaged files
         return None
 
 
 class RunDirectory:
-    """Claims a directory for this run; held by rank 0 from its start to its end."""
+    """The directory of a run, locked by rank 0 from the start of the run to its end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: BinaryIO | None = None
 
     def claim(self) -> None:
-        """Raise `UserError` or `OSError` before anything is written where the directory is not a run's, another run
-        writes to it, or its checkpoints are gone or cannot be written."""
+        """Lock an existing run directory, before anything is written.
+
+        Raises `UserError` or `OSError` if the directory is not a run's, if another run writes to it, or if its
+        checkpoints are missing or cannot be written.
+        """
         names = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
         if {"lock", "checkpoints"} <= names:
             raise UserError(
@@ -244,7 +254,7 @@ class RunDirectory:
         self._hold()
         checkpoints, metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
         if checkpoints.is_dir():
-            with TemporaryFile(dir=checkpoints):  # so that it can be written
+            with TemporaryFile(dir=checkpoints):  # raises if the folder is read-only
                 pass
         saved = [row for row in read_metrics(metrics) if "saved_step" in row]
         if saved and find_checkpoint(self.path) is None:
@@ -254,7 +264,7 @@ class RunDirectory:
             )
 
     def _hold(self) -> None:
-        """Take the lock, which ends with this process."""
+        """Take the lock, which is released when this process ends."""
         if self._lock is None:
             try:
                 self._lock = open_locked(self.path / "run.lock", wait=False)

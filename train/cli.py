@@ -1,8 +1,7 @@
 """Command line of every program: options, recipes by name, errors in one sentence, exit codes.
 
 Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is wrong, 3 data or another process failed,
-4 training diverged, 130 interrupted. An error of these kinds costs one sentence on stderr; mistakes of ours keep their
-traceback.
+4 training diverged, 130 interrupted. Such an error prints one sentence on stderr; bugs of ours keep their traceback.
 """
 
 import errno
@@ -30,13 +29,14 @@ BROKEN_PIPE = 141
 """128 + SIGPIPE, as shells report it."""
 MAX_MESSAGE = 1500
 """Characters of an error message."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, quota used up, file size limit."""
 REMEDIES = {
-    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys(DISK_FULL, "free some space"),
     **dict.fromkeys((errno.EISDIR, errno.EEXIST, errno.ENOTDIR), "move away what is in its place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "set its permissions"),
 }
-"""What a user can do about a file that cannot be written, by errno."""
+"""Remedies for a file that cannot be written, by errno."""
 RECIPES = Path(__file__).resolve().parent / "configs"
 ABLATIONS = RECIPES / "ablations"
 
@@ -53,16 +53,16 @@ def log(line: str) -> None:
 
 
 def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
-    """Run a function, or one of several as subcommands, with arguments from the command line; never returns."""
+    """Run a function, or one of several as subcommands, with arguments from the command line, and exit."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     run_main(lambda: auto_cli(program, parser_class=Parser))
 
 
 def run_main(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and exit with the code that says how it ended."""
+    """Call `main` and exit with the exit code of its outcome."""
     try:
         main()
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except UserError as error:
@@ -72,7 +72,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     except BrokenProcessPool:
         code, message = (
             WRONG_INPUT,
-            "a worker process was killed, maybe for memory; run it with fewer of them",
+            "a worker process was killed, maybe for lack of memory; run it with fewer workers",
         )
     except DataError as error:
         code, message = DATA_FAILED, str(error)
@@ -89,18 +89,20 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
 
 
 def describe_os_error(error: OSError) -> str:
-    """One sentence with the file, the reason and the remedy."""
+    """Describe an error of the operating system in one sentence: file, reason, remedy."""
     if error.filename is None:
         return str(error)
     remedy = f"give another path or {REMEDIES.get(error.errno or 0, 'set its permissions')}"
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         remedy = f"{REMEDIES[error.errno]} and run it again"
     return f"cannot use {error.filename}: {error.strerror}; {remedy}"
 
 
 def report_to_torchrun(message: str) -> None:
-    """Write a message where torchrun's summary looks for the reason of a failure: the file that
-    `torch.distributed.elastic`'s `record` writes, which leaves out programs that exit with a code."""
+    """Write a message into the file from which torchrun's summary takes the reason of a failure.
+
+    torch's own decorator, `torch.distributed.elastic...record`, writes it for exceptions only, not for `sys.exit`.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         content = {"message": sanitize_message(message), "extraInfo": {"timestamp": int(time.time())}}
@@ -109,7 +111,7 @@ def report_to_torchrun(message: str) -> None:
 
 
 def sanitize_message(message: str) -> str:
-    """One line of printable characters: what a message quotes may hold line breaks, terminal codes, or pages."""
+    """Make one printable line of a message, which may quote line breaks, terminal codes, or pages of text."""
     line = " ".join(message.splitlines())
     if len(line) > MAX_MESSAGE:  # the remedy is at the end
         line = f"{line[: MAX_MESSAGE * 2 // 3]} ... {line[-MAX_MESSAGE // 3 :]}"
@@ -117,7 +119,7 @@ def sanitize_message(message: str) -> str:
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Help without Python's types; a default that means something stands at the end."""
+    """Help without Python's types; with the default at the end, unless it is None or False."""
 
     def _get_help_string(self, action: Action) -> str:
         hidden = not action.option_strings or action.default in (None, False, SUPPRESS)
@@ -132,12 +134,11 @@ class Parser(ArgumentParser):
         self._file = ""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add `--samples-per-shard` for a parameter `samples_per_shard` (underscores are taken, too); a bool that is
-        off by default is a plain flag."""
-        ours = all(
-            name.startswith("--") and "." not in name for name in args
-        )  # a list has --name and --name+
-        if args and ours and args != ("--print_config",):
+        """Add `--samples-per-shard` for a parameter `samples_per_shard` (underscores are accepted, too); a bool that is
+        false by default becomes a flag without a value."""
+        # Not settings of train.run, such as --optimizer.lr. For a list jsonargparse gives both --name and --name+.
+        is_option = all(name.startswith("--") and "." not in name for name in args)
+        if args and is_option and args != ("--print_config",):
             args = tuple(dict.fromkeys(each for name in args for each in (name.replace("_", "-"), name)))
             if kwargs.get("type") is bool and kwargs.get("default") is False:
                 del kwargs["type"]
@@ -148,13 +149,13 @@ class Parser(ArgumentParser):
         """Read a --config file. Raises `UserError`."""
         options = {action.dest: getattr(action, "_typehint", None) for action in self._actions}
         check_yaml(Path(path), options)
-        self._file = f"{path}: "  # for `error`
+        self._file = f"{path}: "  # `error` puts it before its message
         settings = super().parse_path(path, *args, **kwargs)
         self._file = ""
         return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong with the command line, once per machine, and exit with code 2."""
+        """Print an error of the command line, once per machine, and exit with code 2."""
         message = self._file + self.format_type_error(" ".join(str(message).split()))
         report_to_torchrun(message)
         if local_rank(os.environ) == 0:
@@ -162,7 +163,7 @@ class Parser(ArgumentParser):
         sys.exit(WRONG_INPUT)
 
     def format_type_error(self, message: str) -> str:
-        """jsonargparse's complaint about a value as `<option>: expected <type>, got <value>`."""
+        """Rewrite jsonargparse's message about a value as `<option>: expected <type>, got <value>`."""
         found = re.fullmatch(r'Parser key "([^"]+)": (.*)', message)
         action = next((action for action in self._actions if found and action.dest == found[1]), None)
         if found is None or action is None:
@@ -180,7 +181,7 @@ class Parser(ArgumentParser):
 
 
 def format_type(kind: Any) -> str:
-    """A type in a user's words; empty for those that no option has."""
+    """Describe a type in a user's words; empty for types that no option has."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
@@ -193,10 +194,10 @@ def format_type(kind: Any) -> str:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML in which no key comes twice; PyYAML takes the last of two."""
+    """A YAML loader that refuses a key that comes twice; PyYAML's takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dict. Raises `yaml.MarkedYAMLError` for a key that comes twice."""
+        """Build a dict. Raises `yaml.MarkedYAMLError` for a key that comes twice."""
         keys: set[str] = set()
         for key, _ in node.value:
             if key.value in keys:
@@ -214,11 +215,11 @@ def check_yaml(path: Path, options: Mapping[str, Any], prefix: str = "") -> None
     Args:
         path: The file.
         options: Type of each setting by its dotted name, such as "optimizer.lr".
-        prefix: Of the names in this file, such as "optimizer.".
+        prefix: Prefix of the names in this file: "optimizer." if it holds that section alone.
     """
     path = path.expanduser()
     if not path.is_file():
-        return  # a pipe can be read once; what is missing is reported by jsonargparse
+        return  # a pipe can be read only once, so it is not checked; jsonargparse reports a missing file
     try:
         content = yaml.load(path.read_bytes().decode("utf-8-sig"), StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -233,7 +234,7 @@ def check_yaml(path: Path, options: Mapping[str, Any], prefix: str = "") -> None
 
 
 def check_settings(settings: Mapping[str, Any], path: Path, options: Mapping[str, Any], prefix: str) -> None:
-    """As `check_yaml`, for a section of a file."""
+    """Check a section of a YAML file as `check_yaml` does, and the sections in it."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         check_renamed(name, str(path))
@@ -279,8 +280,10 @@ def check_renamed(name: str, source: str) -> None:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a name: a path, or the bare name of a recipe or an ablation of ours (`paper`, `no-lrn`). A file
-    of that name in the working directory comes first. Raises `FileNotFoundError`."""
+    """Find a configuration file by its path, or by the name of one of our recipes or ablations (`paper`, `no-lrn`).
+
+    A file of that name in the working directory wins. Raises `FileNotFoundError`.
+    """
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         return path

@@ -1,4 +1,5 @@
-"""Settings of a run: one dataclass per section, from a YAML file and the command line. Without torch, for speed.
+"""Settings of a run: one dataclass per section, from a YAML file and the command line. Does not import torch, so that
+--help and errors come at once.
 
     python -m train.run --config train/configs/NAME.yaml [--section.key value ...]     # or --config NAME
 
@@ -23,14 +24,14 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 @dataclass(frozen=True)
 class RateChange:
-    """One change of a learning rate by hand."""
+    """One entry of `optimizer.changes`: a learning rate set by hand."""
 
     epoch: int
     """Epoch, counted from 0, at whose start it is made."""
     lr: float
-    """The rate from there on; 0 freezes, velocity included."""
+    """The rate from there on; 0 freezes these parameters and their velocity."""
     of: str = "weights"
-    """weights, biases, or one layer, whose weights then have a rate of their own."""
+    """Which parameters: weights, biases, or the weights of one layer, such as conv1."""
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or not 0 <= self.lr < math.inf:
@@ -52,25 +53,25 @@ class OptimizerConfig:
     weight_decay: float = 5e-4
     """Weight decay, multiplied by the rate."""
     bias_lr: float | None = None
-    """Learning rate of biases at the start (2012 program: .02); by default `lr`. It falls with that of the weights;
-    under `manual` it stays, but for changes of its own."""
+    """Learning rate of biases at the start (2012 program: .02); by default `lr`. It falls as that of the weights does;
+    with `manual` only changes with `of: biases` apply to it."""
     bias_weight_decay: float | None = None
     """Weight decay of biases (2012 program: 0); by default `weight_decay`, as in the paper's text."""
     schedule: Literal["plateau", "steps", "manual", "cosine"] = "plateau"
-    """plateau: divide the rate by 10 when the validation error stalls; steps: at the epochs in `steps`; manual: set it
-    as `changes` says; cosine: let it fall to 0 at the last epoch's end along half a cosine."""
+    """plateau: divide the rate by 10 when the validation error stalls; steps: divide it by 10 at the epochs in `steps`;
+    manual: set it by `changes`; cosine: lower it to 0 at the last epoch's end along half a cosine."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0 over so many epochs; large batches want it."""
+    """Number of epochs of linear warm-up from 0; large batches need it."""
     patience: int = 5
     """plateau: epochs without a better centre-crop top-1 error before the rate falls."""
     min_delta: float = 0.1
-    """plateau: by how much an error must be lower, in percentage points, to count as better."""
+    """plateau: percentage points by which an error must be lower to count as better."""
     max_drops: int = 3
-    """plateau: how often the rate falls; the next plateau ends the training (the paper: three times)."""
+    """plateau: number of times the rate falls (the paper: three); the next plateau ends the training."""
     steps: tuple[int, ...] = ()
     """steps: epochs, counted from 0, at whose start the rate is divided by 10."""
     changes: tuple[RateChange, ...] = ()
-    """manual: what is set when, such as {epoch: 67, of: conv1, lr: 0.00001}."""
+    """manual: learning rates by epoch, such as {epoch: 67, of: conv1, lr: 0.00001}."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "bias_lr", "bias_weight_decay", "warmup_epochs", "min_delta"):
@@ -137,17 +138,17 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     deterministic: bool = False
-    """Only operations that give the same bits every time on a GPU, too (a CPU's always do); slower there."""
+    """On a GPU, use only operations that give the same bits every time, which are slower (on a CPU all do)."""
     log_every: int = 250
     """Steps between rows in metrics.jsonl."""
     save_minutes: float = 10.0
     """Minutes between checkpoints, which are also written at the end of each epoch."""
     keep_last: int = 3
-    """Newest checkpoints to keep; the best one, by centre top-1 error, stays, too."""
+    """Number of newest checkpoints to keep; the best one, by centre top-1 error, is kept as well."""
     keep_every: int = 0
-    """Keep the checkpoint at the end of every so many epochs for good; 0: of none."""
+    """Keep the checkpoint of every N-th epoch's end for good; 0: none."""
     profile_steps: int = 0
-    """Record this many steps, from the tenth of the process on, as a Chrome trace in the run directory; 0: none."""
+    """Record this many steps, after the first eleven, as a Chrome trace in the run directory; 0: none."""
 
     def __post_init__(self) -> None:
         if min(self.log_every, self.keep_last) < 1:
@@ -177,8 +178,8 @@ class ResumeConfig:
     """How a run resumes."""
 
     allow_world_change: bool = False
-    """Resume with another number of processes or another mode, from the end of an epoch: of the last one that a kept
-    checkpoint has. Order and augmentation are different from there on."""
+    """Resume with another number of processes or another mode, from the newest checkpoint that was written at the end
+    of an epoch. Order and augmentation of images differ from there on."""
 
 
 @dataclass(frozen=True)
@@ -213,17 +214,17 @@ class Config:
                 )
 
     def with_classes(self, classes: int) -> "Config":
-        """The same for shards of so many classes, unless `model.num_classes` is set."""
+        """Return this configuration with `model.num_classes` set to `classes`, unless it was set already."""
         known = self.model.num_classes is not None
         return self if known else replace(self, model=replace(self.model, num_classes=classes))
 
     def to_json(self) -> dict[str, Any]:
-        """Nested dicts of plain values, as written to config.yaml and into checkpoints."""
+        """Convert to nested dicts of plain values, as in config.yaml and checkpoints."""
         return to_plain(asdict(self))
 
 
 def to_plain(value: Any) -> Any:
-    """Paths to text and tuples to lists, at every depth."""
+    """Convert paths to text and tuples to lists, at every depth."""
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -257,7 +258,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 
 def split_pairs(arguments: list[str]) -> list[str]:
-    """The words of a command line, with `--config=FILE` and `--run.dir=DIR` as two and recipes' names as paths."""
+    """Split `--config=FILE` and `--run.dir=DIR` into two words, and replace the names of recipes by their paths."""
     pairs = ("--config=", "--run.dir=")
     words = [
         word for each in arguments for word in (each.split("=", 1) if each.startswith(pairs) else [each])
@@ -267,13 +268,13 @@ def split_pairs(arguments: list[str]) -> list[str]:
 
 
 REQUIRED = {"--data.shards", "--train.batch_size", "--train.epochs", "--train.seed"}
-"""Options without a default, but for `--run.dir`."""
+"""Options without a default, apart from `--run.dir`."""
 
 
 def add_saved_config(words: list[str]) -> list[str]:
-    """The same; where `--run.dir` names an earlier run and no configuration is given, with the one it was started with.
+    """Add `--config` with the saved configuration if `--run.dir` names an earlier run and no configuration is given.
 
-    Raises `UserError` where a directory alone is given and holds no run.
+    Raises `UserError` if a directory alone is given and holds no run.
     """
     given = {word.partition("=")[0] for word in words}
     if "--config" in given or "--run.dir" not in words[:-1] or given >= REQUIRED:
@@ -289,44 +290,49 @@ def add_saved_config(words: list[str]) -> list[str]:
     return words
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], begun: int) -> None:
-    """Raise `UserError` where a configuration, as JSON, does not continue the run of another.
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], epochs_begun: int) -> None:
+    """Raise `UserError` for a setting with which a run cannot resume, given both configurations as JSON.
 
-    What may differ: where it writes and how often, speed settings, where the (same) shards lie; what a schedule says of
-    epochs to come, after the `begun` ones; with `resume.allow_world_change` how it is spread over processes.
+    These may differ: sections `run` (except the device), `data.speed` and `resume`; the path of the same shards; what a
+    schedule sets for epochs after the first `epochs_begun`; with `resume.allow_world_change` also `parallel` and
+    `train.grad_accum_steps`.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
-        spread = name.startswith("parallel.") or name == "train.grad_accum_steps"
-        free = name.startswith(("run.", "data.speed.", "resume.")) and name != "run.device"
-        free |= name == "data.shards" or (spread and after["resume.allow_world_change"])
-        if free or old == new:
+        is_of_world = name.startswith("parallel.") or name == "train.grad_accum_steps"
+        may_differ = name.startswith(("run.", "data.speed.", "resume.")) and name != "run.device"
+        may_differ |= name == "data.shards" or (is_of_world and after["resume.allow_world_change"])
+        if may_differ or old == new:
             continue
         if name in ("optimizer.steps", "optimizer.changes"):
-            fixed = changes_before(old, begun)
-            if fixed == changes_before(new, begun):
+            fixed = list_changes_before(old, epochs_begun)
+            if fixed == list_changes_before(new, epochs_begun):
                 continue
             raise UserError(
-                f"{name}: the run is in epoch {begun}, expected {fixed or 'nothing'} before that; give it and what is "
-                "to come"
+                f"{name}: the run is in epoch {epochs_begun}, expected {fixed or 'nothing'} before that; keep this and "
+                "change only later epochs"
             )
         if name == "train.epochs" and after["optimizer.schedule"] != "cosine":
-            if new is not None and new >= begun:
+            if new is not None and new >= epochs_begun:
                 continue
-            raise UserError(f"train.epochs: expected at least {begun}, where the run is, got {new}")
+            raise UserError(
+                f"train.epochs: expected at least {epochs_begun}, the run's epoch, got {new}; give more"
+            )
         raise UserError(
-            f"{name}: expected {old}, with which this run was started, got {new}; take that, or another --run.dir"
+            f"{name}: expected {old}, with which this run was started, got {new}; use {old}, or another --run.dir"
         )
 
 
-def changes_before(changes: Any, begun: int) -> list[Any]:
-    """Those of a schedule's steps or changes that were made in the first `begun` epochs."""
-    return [each for each in changes or () if (each["epoch"] if isinstance(each, dict) else each) < begun]
+def list_changes_before(changes: Any, epochs_begun: int) -> list[Any]:
+    """List those of `optimizer.steps` or `optimizer.changes` that applied in the first `epochs_begun` epochs."""
+    return [
+        each for each in changes or () if (each["epoch"] if isinstance(each, dict) else each) < epochs_begun
+    ]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -17,12 +17,12 @@ from train.launch import local_rank
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda": the n-th GPU for the n-th process of a machine, made current.
+    """Pick the device for "auto", "cpu" or "cuda"; the n-th process of a machine gets its n-th GPU, made current.
 
-    Raises `UserError` when a GPU is asked for and there is none.
+    Raises `UserError` if "cuda" is given without a usable GPU, or for more processes than GPUs.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device cuda: {why_no_gpu()}; see docs/install.md, or take device cpu")
+        raise UserError(f"device cuda: {explain_missing_gpu()}; see docs/install.md, or take device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     index = local_rank(os.environ)
@@ -36,55 +36,55 @@ def pick_device(name: str) -> torch.device:
 
 
 SMALL_BATCH = 64
-"""Images a GPU at a time, below which the host's 2.4 ms of launches a step bind (docs/tuning.md)."""
+"""Images per forward pass on a GPU. With fewer, kernels are likely to finish faster than the host launches them."""
 
 
-def gpu_advice(device: torch.device, world_size: int, images: int) -> str:
-    """A line about GPUs that are there and are not used, or not well; empty if there is nothing to say.
+def advise_on_gpus(device: torch.device, world_size: int, images: int) -> str:
+    """Return a line of advice if GPUs of this machine are unused or used badly, else an empty string.
 
     Args:
-        device: Of this run.
-        world_size: Number of its processes.
-        images: Of a forward pass, in each process.
+        device: Device of this run.
+        world_size: Number of processes.
+        images: Images of a forward pass in each process.
     """
     found = torch.cuda.device_count()
     if device.type == "cpu" and has_nvidia_gpu() and not torch.cuda.is_available():
-        return (
-            f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {why_no_gpu()} (docs/install.md)"
-        )
+        return f"warning: TRAINING ON THE CPU, though there is an NVIDIA GPU: {explain_missing_gpu()} (docs/install.md)"
     if device.type == "cuda" and world_size == 1 and found > 1:
         command = f"torchrun --standalone --nproc-per-node {found} -m train.run"
         return f"note: this run uses 1 of {found} GPUs; {command} with the same options uses all"
     if device.type == "cuda" and images < SMALL_BATCH:
         return (
-            f"note: {images} images a GPU at a time are few: kernels run faster than the host launches them; take "
-            f"{SMALL_BATCH} or more (--train.batch_size, or fewer processes)"
+            f"note: with {images} images per forward pass a GPU may finish kernels faster than the host launches them; "
+            f"take {SMALL_BATCH} or more (--train.batch_size, or fewer processes)"
         )
     return ""
 
 
-def why_no_gpu() -> str:
-    """Why PyTorch sees no GPU."""
+def explain_missing_gpu() -> str:
+    """Explain why PyTorch sees no GPU."""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA; install one with it"
     if not has_nvidia_gpu():
         return "this machine has no NVIDIA GPU, or no driver for it"
     return (
-        f"PyTorch {torch.__version__} is made for CUDA {torch.version.cuda}, for which the driver is too old, or which "
-        "it cannot reach; tools/doctor.py says what it sees"
+        f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the GPU: the driver may be too "
+        "old; tools/doctor.py checks it"
     )
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the kernel, or that of Windows under WSL, knows of an NVIDIA GPU, whatever PyTorch sees."""
+    """Return True if this machine has an NVIDIA GPU with a driver (under WSL, Windows's), also if PyTorch cannot use
+    it."""
     paths = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
     return any(Path(path).exists() for path in paths)
 
 
 def set_precision(deterministic: bool) -> str:
-    """Let a GPU multiply float32 in TF32 and choose the fastest convolutions, or, `deterministic`, only operations that
-    repeat bit for bit. Returns a description. Raises `UserError` where the environment forbids it."""
-    torch.set_float32_matmul_precision("high")  # a CPU computes in float32 all the same
+    """Set a GPU to multiply float32 in TF32 and to choose the fastest convolutions, or with `deterministic` to use only
+    operations that repeat bit for bit. Returns a description. Raises `UserError` if CUBLAS_WORKSPACE_CONFIG forbids it.
+    """
+    torch.set_float32_matmul_precision("high")  # has no effect on a CPU
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -96,23 +96,23 @@ def set_precision(deterministic: bool) -> str:
 
 
 def tune_malloc() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones.
+    """Make glibc keep the memory of deleted tensors for the next ones.
 
     By default it returns them to the kernel, and each new one costs a page fault per 4 KiB: on two cores the quickstart
-    trains 1.45 times as fast with this. Threads share two arenas a core instead of eight, as every arena keeps the most
-    that it ever held; with one a core, uint8 windows were a tenth slower.
+    trains 1.45 times as fast with this. Threads share two arenas per core instead of eight, as each keeps the most
+    memory that it ever held; with one per core, DALI's uint8 crops came a tenth slower.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # glibc's alone
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # their numbers in malloc.h
         mallopt(arena_max, 2 * num_cores())
         mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take no more
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the limit of an older glibc
 
 
 def compile_model(model: AlexNet, device: torch.device) -> torch.nn.Module:
-    """Compile what pays: on a GPU the whole model; on a CPU the response normalization, its slow layer. Where compiling
-    cannot work the model is returned as it is."""
+    """Compile on a GPU the whole model, on a CPU only the response normalization, where it gains most. Without a
+    compiler the model is returned as it is."""
     if not can_compile(device):
         language = "C" if device.type == "cuda" else "C++"
         log(f"not compiling: no {language} compiler, or a space in PyTorch's path")
@@ -127,10 +127,10 @@ def compile_model(model: AlexNet, device: torch.device) -> torch.nn.Module:
 
 
 def keep_pooling_kernel() -> None:
-    """Let the compiled backward pass of max pooling gather, in channels-last memory.
+    """Keep torch's own kernel for the backward pass of max pooling, which gathers in channels-last memory.
 
-    torch 2.12 began to decompose it into a scatter of float32 atomics into NCHW scratch (_decomp/decompositions.py):
-    7.27 GB a step of 128 images instead of 6.66, by the bytes of the compiled kernels.
+    From torch 2.12 on, Inductor replaces it by float32 atomic additions into an NCHW buffer
+    (_decomp/decompositions.py): 7.27 instead of 6.66 GB per step of 128 images, by the bytes of the compiled kernels.
     """
     from torch._decomp import decomposition_table
     from torch._inductor.decomposition import decompositions
@@ -141,8 +141,8 @@ def keep_pooling_kernel() -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works: for a GPU, Triton calls a C compiler (triton/runtime/build.py); for a CPU, Inductor
-    a C++ compiler, without quoting its own path."""
+    """Return True if torch.compile finds its compiler: for a GPU, Triton calls one for C (triton/runtime/build.py); for
+    a CPU, Inductor calls one for C++, which fails if there is a space in torch's path."""
     if device.type == "cuda":
         return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
     compiler = shutil.which("g++") or shutil.which("clang++")

@@ -1,9 +1,9 @@
-"""Ranks, collectives, and the requests to stop or to save that all ranks agree on.
+"""Ranks, collectives, and how all ranks stop or save at the same step.
 
-One process group serves both devices: gloo for CPU tensors (control messages), NCCL for those on a GPU. Errors: what
-all ranks do in `run_on_all_ranks` fails on all of them, and rank 0 raises; a lost process is any `RuntimeError` out of
-torch.distributed, raised here as `DataError`. Under NCCL a lost process may end this one before that (SIGABRT by its
-watchdog): torchrun's summary then names the process that failed first (docs/clusters.md).
+One process group serves both devices: gloo for CPU tensors (control messages), NCCL for those on a GPU. If a call by
+`run_on_all_ranks` fails on any rank, rank 0 raises the error and the others exit. A `RuntimeError` of torch.distributed
+is taken for a lost process and raised as `DataError`. NCCL's watchdog may end this process by SIGABRT before that;
+torchrun's summary then names the process that failed first (docs/clusters.md).
 """
 
 import math
@@ -41,21 +41,21 @@ from train.config import ParallelConfig
 from train.launch import find_task
 
 START_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for another one until the first step is done: compiling was seen to take a minute."""
+"""How long a rank waits for others until the first step is done, which may compile for a minute."""
 
 State = dict[str, torch.Tensor]
 T = TypeVar("T")
 
 
 class Distributed:
-    """This process's rank and its collectives; alone, world_size is 1 and nothing is sent."""
+    """Rank and collectives of this process; without other processes world_size is 1 and nothing is sent."""
 
     def __init__(self, config: ParallelConfig) -> None:
         """Join the other processes. Raises `UserError` when their number does not fit."""
         self.rank, self.world_size = find_task(os.environ)[:2]
         if self.world_size > 1:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-            # torchrun keeps one store through restarts; the addresses of the dead are still in it (pytorch#135712).
+            # torchrun keeps one store through restarts, with the addresses of dead processes in it (pytorch#135712).
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(
@@ -63,9 +63,9 @@ class Distributed:
             )
         towers = config.mode == "towers"
         if towers and self.world_size % TOWERS:
-            self.run_on_all_ranks(lambda: refuse_odd(self.world_size))
+            self.run_on_all_ranks(lambda: refuse_odd_world_size(self.world_size))
         self._mesh = TowerMesh.create(START_TIMEOUT) if towers else None
-        """Of towers: pairs of ranks."""
+        """With towers: this rank's tower and its process groups."""
         self._starting = True
         self.replica, self.num_replicas = self.rank, self.world_size
         if self._mesh:
@@ -73,19 +73,19 @@ class Distributed:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this process prints and writes."""
+        """True on rank 0, which prints and writes files."""
         return self.rank == 0
 
     @property
     def name(self) -> str:
-        """This process in messages."""
+        """Name of this process in messages."""
         return f"process {self.rank} on {platform.node()}"
 
     def check_batch(
         self, batch_size: int, grad_accum_steps: int, images_per_crop: int, num_images: int
     ) -> None:
-        """Raise `UserError`, with sizes that work, where a batch does not divide over ranks, over groups of images with
-        one crop, and over the micro-batches of a replica."""
+        """Raise `UserError`, with sizes that work, unless a batch divides by the ranks, by groups of images that share
+        a crop, and by the micro-batches of a replica."""
         unit = math.lcm(self.world_size * images_per_crop, self.num_replicas * grad_accum_steps)
         most = num_images // self.world_size * self.world_size // unit * unit
         parts = [f"{self.world_size} processes"] * (self.world_size > 1)
@@ -114,37 +114,37 @@ class Distributed:
             )
 
     def build_model(self, config: AlexNetConfig, seed: int) -> AlexNet:
-        """This rank's model or tower with the same initial weights everywhere; seeds dropout by rank."""
+        """Build this rank's model or tower, with the same initial weights on all ranks; seed dropout by rank."""
         torch.manual_seed(seed)
         try:
             model = TowerAlexNet(config, self._mesh) if self._mesh else AlexNet(config)
-        except ValueError as error:  # not every configuration has two towers
+        except ValueError as error:  # a configuration without two towers
             raise UserError(str(error)) from None
         if self.world_size > 1:
             seed_process(seed, self.rank)
         return model
 
     def wrap_ddp(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over replicas."""
+        """Wrap the model so that gradients are averaged over replicas."""
         if self._mesh:
             return self._mesh.wrap_ddp(model)
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.world_size > 1 else model
 
     def grad_sync(self, model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        """In this block `backward` averages gradients over replicas only if `enabled`."""
+        """Open a block in which `backward` averages gradients over replicas only if `enabled`."""
         return nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
     def gather_batch(self, batch: Batch) -> Batch:
-        """The batch of this rank's model: a pair of towers puts its two halves together."""
+        """Return the batch of this rank's model: a pair of towers concatenates its two halves."""
         return Batch(*self._mesh.gather_batch(*batch)) if self._mesh else batch
 
     def gather_state_dict(self, state: State, config: AlexNetConfig) -> State:
-        """Weights or velocities in the single-device layout, from all ranks' parts. A collective."""
+        """Gather weights or velocities of both towers, as for one device. A collective."""
         with self.detect_lost_process():
             return gather_state_dict(state, config, self._mesh) if self._mesh else state
 
     def shard_state_dict(self, state: State) -> State:
-        """This rank's part of a state in the single-device layout."""
+        """Return this rank's part of the weights or velocities of both towers."""
         return shard_state_dict(state, self._mesh.tower) if self._mesh else state
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -161,11 +161,11 @@ class Distributed:
         if self._mesh:
             with self.detect_lost_process():
                 dist.all_reduce(total)
-            total /= self.num_replicas  # whose gradients are the same
+            total /= self.num_replicas  # whose gradients are equal
         return total
 
     def any_rank(self, flag: torch.Tensor) -> torch.Tensor:
-        """Whether a bool on the device is true on any rank, without waiting for it; a new tensor."""
+        """Compute whether a bool tensor is true on any rank, without waiting for the device; a new tensor."""
         most = flag.float()
         if self.world_size > 1:
             with self.detect_lost_process():
@@ -173,7 +173,7 @@ class Distributed:
         return most > 0
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks."""
+        """Compute the maximum of each number over all ranks."""
         if self.world_size == 1:
             return list(numbers)
         most = torch.tensor(numbers)
@@ -182,7 +182,7 @@ class Distributed:
         return [int(number) for number in most.tolist()]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on all of them; pickled between processes of one run, never from a file."""
+        """Gather a value of every rank, in rank order, on all ranks. Values are pickled, between our processes only."""
         values = [value] * self.world_size
         if self.world_size > 1:
             with self.detect_lost_process():
@@ -190,7 +190,7 @@ class Distributed:
         return values
 
     def run_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Call `work` on every rank. Where it fails on one, rank 0 raises that error, and the others exit quietly."""
+        """Call `work` on every rank. If it fails on any, rank 0 raises that error, and the others exit silently."""
         if self.world_size == 1:
             return work()
         result, error = None, None
@@ -210,11 +210,11 @@ class Distributed:
         raise first
 
     def run_on_rank_zero(self, work: Callable[[], None]) -> None:
-        """Call `work` on rank 0; where it fails, the others exit quietly."""
+        """Call `work` on rank 0; if it fails, the others exit silently."""
         self.run_on_all_ranks(work if self.is_rank_zero else lambda: None)
 
     def assert_same_on_all_ranks(self, values: dict[str, Any]) -> None:
-        """Raise `UserError` on rank 0 for the first value that differs between ranks; the others exit quietly."""
+        """Raise `UserError` on rank 0 for the first value that differs between ranks; the others exit silently."""
         everyone = self.all_gather((self.name, values))
 
         def compare() -> None:
@@ -240,12 +240,12 @@ class Distributed:
                 raise
             reason = str(error).splitlines()[0]
             raise DataError(
-                f"another process is gone or was silent for {TIMEOUT.seconds} s; its own last words say why "
+                f"another process is gone or was silent for {TIMEOUT.seconds} s; see its last output for the reason "
                 f"({reason}); the same command resumes from the last checkpoint"
             ) from error
 
     def end_startup(self) -> None:
-        """Wait for other ranks no longer than `TIMEOUT` from now on; called after every step."""
+        """Reduce the wait for other ranks from `START_TIMEOUT` to `TIMEOUT`; called after every step."""
         if self.world_size > 1 and self._starting:
             for group in (None, *((self._mesh.pair_group, self._mesh.replica_group) if self._mesh else ())):
                 _set_pg_timeout(TIMEOUT, group)
@@ -257,8 +257,8 @@ class Distributed:
             dist.destroy_process_group()
 
 
-def refuse_odd(world_size: int) -> None:
-    """Raise `UserError`: towers need pairs of processes."""
+def refuse_odd_world_size(world_size: int) -> None:
+    """Raise `UserError`, as towers need pairs of processes."""
     raise UserError(
         f"parallel.mode towers: expected an even number of processes, got {world_size}; start it with torchrun "
         "--nproc-per-node 2, for example"
@@ -266,14 +266,14 @@ def refuse_odd(world_size: int) -> None:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm users have it send before the time is over (docs/clusters.md)."""
+"""Signals that request a stop; Slurm can send SIGUSR1 before a job's time is over (docs/clusters.md)."""
 ECHO_S = 1.0
-"""A signal so soon after the first one is the same request: Slurm, pre-empting a job without a grace time, was seen to
-send SIGTERM twice within 13 ms, and torchrun passes on a Ctrl-C that the terminal has sent to everybody already."""
+"""Seconds after the first signal in which another one counts as the same request: Slurm sent SIGTERM twice within 13 ms
+when it pre-empted a job without a grace time, and torchrun passes on a Ctrl-C that the terminal sends to all anyway."""
 
 
 class StopSignal:
-    """Turns the first of these signals into a request to stop; another one ends the process."""
+    """Turns the first of `SIGNALS` into a request to stop; another one ends the process."""
 
     def __init__(self) -> None:
         self._requested_at: float | None = None
@@ -289,16 +289,17 @@ class StopSignal:
             signal.raise_signal(number)
 
     def __call__(self) -> bool:
-        """Whether to stop."""
+        """Return True once a stop is requested."""
         return self._requested_at is not None
 
 
 class StopFlag:
-    """Graceful stop: a signal on any rank is agreed by all ranks between two steps; so is a checkpoint that is due.
+    """Makes all ranks stop after the same step when one of them gets a signal, and save at the same step when one of
+    them finds a checkpoint due.
 
-    Asked at every step, exchanged about once a second: an exchange over gloo costs the host a fraction of a
-    millisecond, which at a thousand steps a second would be much. The number of steps until the next one is agreed in
-    the exchange itself, from the time that the last ones took.
+    `check` is called at every step, but ranks communicate only about once a second, as that costs the host a fraction
+    of a millisecond. In each exchange they also agree on the number of steps until the next one, by the time that the
+    last steps took.
     """
 
     INTERVAL_S = 1.0
@@ -309,19 +310,19 @@ class StopFlag:
         self.sync()
 
     def sync(self) -> None:
-        """Exchange at the next step: those that follow take another time than those before."""
+        """Exchange at the next step; for the start of a phase, whose steps take another time than those before."""
         self._steps = self._left = 1
         self._since = perf_counter()
 
     def check(self, save_due: bool = False) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save. All ranks have to ask at the same steps."""
+        """Return whether to stop, and whether to save. All ranks have to call this at the same steps."""
         if self._distributed.world_size == 1:
             return self._requested(), save_due
         self._left -= 1
         if self._left or self._stop:
             return self._stop, False
         now = perf_counter()
-        # Twice as many steps at most: the first ones of a phase may be unlike those that follow.
+        # At most twice as many steps as last time: the first steps of a phase may be slower or faster than later ones.
         affordable = int(self.INTERVAL_S * self._steps / max(now - self._since, 1e-6))
         interval = max(1, min(affordable, 2 * self._steps))
         stop, save, negative = self._distributed.all_reduce_max(self._requested(), save_due, -interval)

@@ -13,7 +13,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
 from train.cli import run_program
 from train.config import ParallelConfig
-from train.launch import find_launch
+from train.launch import set_launch_variables
 
 if TYPE_CHECKING:
     from train.pretrained import Pretrained
@@ -29,14 +29,15 @@ def evaluate_checkpoint(
 ) -> None:
     """Evaluate a network on a validation split: centre crop and ten views, top-1 and top-5.
 
-    Under torchrun or srun each process evaluates a part.
+    Under torchrun or srun each process evaluates a part of the images.
 
     Args:
-        checkpoint: A step-*.pt, a run directory (its newest one), a .safetensors file or torchvision's .pth.
+        checkpoint: A step-*.pt, a run directory for its newest one, a .safetensors file, or torchvision's .pth.
         shards: Directory with val/ and classes.json.
         batch_size: Images at a time, in each process.
         device: auto takes a GPU if there is one.
-        per_class: CSV file to write, a row for each class: errors over all views, and the most frequent confusion.
+        per_class: CSV file to write, a row for each class: errors over all views, and the class it is most often
+            mistaken for.
         confusion: PNG file to write: the confusion matrix.
     """
     check_arguments(batch_size, per_class, confusion)
@@ -50,13 +51,13 @@ def evaluate_checkpoint(
     from train.pretrained import read_pretrained
 
     tune_malloc()
-    find_launch(os.environ, torch.cuda.device_count())
+    set_launch_variables(os.environ, torch.cuda.device_count())
     distributed = Distributed(ParallelConfig())
-    on = distributed.run_on_all_ranks(lambda: pick_device(device))
+    torch_device = distributed.run_on_all_ranks(lambda: pick_device(device))
     trained = distributed.run_on_all_ranks(lambda: read_pretrained(checkpoint))
     val = distributed.run_on_all_ranks(lambda: open_val(trained, shards))
     distributed.run_on_rank_zero(lambda: check_outputs(len(val.classes), per_class, confusion))
-    decode = cast(Literal["auto"], trained.decode) if on.type == "cuda" else "cpu"
+    decode = cast(Literal["auto"], trained.decode) if torch_device.type == "cuda" else "cpu"
     config = DataConfig(shards, decode=decode, augmentation=trained.augmentation)
     loader = distributed.run_on_all_ranks(
         lambda: val_loader(
@@ -66,12 +67,12 @@ def evaluate_checkpoint(
             batch_size=batch_size,
             rank=distributed.rank,
             num_ranks=distributed.world_size,
-            device=on,
+            device=torch_device,
         )
     )
-    model = AlexNet(trained.config).to(on)
+    model = AlexNet(trained.config).to(torch_device)
     model.load_state_dict(trained.state)
-    stats = EvalStats(len(val.classes), on)
+    stats = EvalStats(len(val.classes), torch_device)
     accuracy = evaluate(model, loader, distributed, mirrored=trained.augmentation.flip > 0, stats=stats)
     assert accuracy is not None, "nothing interrupts it"
     loader.close()
@@ -90,7 +91,7 @@ def evaluate_checkpoint(
 
 
 def check_arguments(batch_size: int, per_class: Path | None, confusion: Path | None) -> None:
-    """Raise `UserError` for arguments that are wrong whatever the data."""
+    """Raise `UserError` for arguments that are wrong for any checkpoint and shards."""
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, got {batch_size}")
     for path, suffix in ((per_class, ".csv"), (confusion, ".png")):
@@ -99,7 +100,7 @@ def check_arguments(batch_size: int, per_class: Path | None, confusion: Path | N
 
 
 def check_outputs(classes: int, per_class: Path | None, confusion: Path | None) -> None:
-    """Raise `UserError` or `OSError`, before the work, for outputs that cannot be written after it."""
+    """Raise `UserError` or `OSError` for outputs that could not be written, before the evaluation."""
     from train.accuracy import CONFUSION_LIMIT
 
     if confusion and classes > CONFUSION_LIMIT:
@@ -112,7 +113,7 @@ def check_outputs(classes: int, per_class: Path | None, confusion: Path | None) 
 
 
 def open_val(trained: "Pretrained", shards: Path) -> ShardSet:
-    """The validation split. Raises `UserError` unless its classes are the network's."""
+    """Open the validation split. Raises `UserError` unless its classes are the network's."""
     val = open_shards(shards, "val")
     names = [name.wnid for name in val.classes]
     if trained.wnids is not None and names != trained.wnids:
@@ -122,7 +123,7 @@ def open_val(trained: "Pretrained", shards: Path) -> ShardSet:
         )
     if len(names) != trained.config.outputs:
         raise UserError(
-            f"{trained.path} has {trained.config.outputs} outputs, {shards} has {len(names)} classes"
+            f"{trained.path} has {trained.config.outputs} outputs, {shards} has {len(names)} classes; give other shards"
         )
     return val
 

@@ -2,10 +2,10 @@
 
     srun --ntasks 8 python -m train.run --config FILE ...
 
-An allocation is not a launch. In an sbatch script and in a salloc shell SLURM_NTASKS is the number of tasks that were
-asked for, and the script even has SLURM_PROCID=0, but what is started there is one process, which must not wait for
-others or do one part of the work. Only tasks of a step have SLURM_STEP_NUM_TASKS (seen in Slurm 22.05; srun(1), "output
-environment variables"); a shell of `srun --pty` or of salloc's interactive step is a step of one task.
+SLURM_NTASKS and SLURM_PROCID are not used: an sbatch script and a salloc shell have them, too, but a program started
+there without srun is a single process, which must not wait for others or do only a part of the work. Only tasks that
+srun started have SLURM_STEP_NUM_TASKS (seen in Slurm 22.05; srun(1), "output environment variables"). A shell of `srun
+--pty` or of salloc's interactive step is a step of one task.
 """
 
 import re
@@ -15,26 +15,27 @@ from typing import NamedTuple
 from pipeline.errors import UserError
 
 PORTS = range(20000, 32768)
-"""Ports to meet at: above those of known services, below those that Linux hands out to outgoing connections."""
-STEPS_APART = 61
-"""Ports between the first steps of two successive jobs; prime, and no factor of the number of ports."""
+"""Range of MASTER_PORT: above the ports of known services, below those that Linux gives to outgoing connections."""
+PORTS_PER_JOB = 61
+"""Distance between the ports of two successive jobs, each of whose steps takes the next port; prime, and no factor of
+the number of ports."""
 
 
 class Task(NamedTuple):
-    """A process among those that were started together."""
+    """Position of this process among those that were started together."""
 
     rank: int
     """0 to `world` - 1."""
     world: int
     """Number of processes."""
     source: str
-    """Names of the variables, or of an option, that say so."""
+    """Names of the variables, or of the option, that they come from."""
 
 
 def find_task(environment: Mapping[str, str]) -> Task:
-    """Rank and number of processes of a torchrun or of a step of Slurm; (0, 1) where it was started alone.
+    """Read rank and number of processes from the variables of torchrun or of a Slurm step; (0, 1) without either.
 
-    Raises `UserError` that names the variable when one is missing or no such number.
+    Raises `UserError` with the name of a variable that is missing or not such a number.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         names = "RANK", "WORLD_SIZE"
@@ -50,18 +51,18 @@ def find_task(environment: Mapping[str, str]) -> Task:
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
-    """Rank among the processes of this machine; 0 where it was started alone. Raises `UserError`."""
+    """Read the rank among the processes of this machine; 0 without torchrun or srun. Raises `UserError`."""
     name = "LOCAL_RANK" if environment.get("LOCAL_RANK") else "SLURM_LOCALID"
     return read_number(environment, name) if environment.get(name) else 0
 
 
-def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
-    """Under srun, set what torchrun would have set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT.
+def set_launch_variables(environment: MutableMapping[str, str], num_gpus: int) -> None:
+    """Set the variables that torchrun sets, if srun started this process: RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
-    A RANK or WORLD_SIZE that is set is another launcher's, perhaps of a torchrun that srun started: nothing is changed
-    then. A given MASTER_ADDR or MASTER_PORT stays. `num_gpus` is the number that this process sees. Raises `UserError`
-    that names the variable when one is missing or cannot be read.
+    If RANK or WORLD_SIZE is set already, perhaps by a torchrun that srun started, nothing is changed. A MASTER_ADDR or
+    MASTER_PORT that is set stays. `num_gpus`: number of GPUs that this process sees. Raises `UserError` with the name
+    of a variable that is missing or cannot be read.
     """
     task = find_task(environment)
     if task.world == 1:
@@ -71,14 +72,14 @@ def find_launch(environment: MutableMapping[str, str], num_gpus: int) -> None:
         return
     environment["RANK"], environment["WORLD_SIZE"] = str(task.rank), str(task.world)
     local = read_number(environment, "SLURM_LOCALID")
-    # --gpus-per-task shows each task its own GPU alone, which is number 0 to all of them
+    # With --gpus-per-task each task sees only its own GPU, as number 0.
     environment["LOCAL_RANK"] = "0" if num_gpus == 1 else str(local)
     environment["LOCAL_WORLD_SIZE"] = str(len(environment.get("SLURM_GTIDS", "0").split(",")))
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in environment:
         job, step = (read_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        environment["MASTER_PORT"] = str(PORTS[(STEPS_APART * job + step) % len(PORTS)])
+        environment["MASTER_PORT"] = str(PORTS[(PORTS_PER_JOB * job + step) % len(PORTS)])
     check_master(environment)
 
 
@@ -93,7 +94,7 @@ def check_master(environment: Mapping[str, str]) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first machine of a step, where task 0 runs: `node03` of `node[03-05,09]`. Raises `UserError`."""
+    """Parse the first machine of a Slurm list, where task 0 runs: `node03` of `node[03-05,09]`. Raises `UserError`."""
     first = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+(?=,|$)", nodes)
     host = re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[0]) if first else ""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", host):
@@ -104,7 +105,7 @@ def first_host(nodes: str) -> str:
 
 
 def read_number(environment: Mapping[str, str], name: str) -> int:
-    """A variable's number, from 0 on. Raises `UserError`."""
+    """Read a variable as an integer of at least 0. Raises `UserError`."""
     value = environment.get(name)
     if value is None:
         raise UserError(

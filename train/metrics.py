@@ -1,4 +1,4 @@
-"""Metrics of a run: per-step timing, loss and accuracy; rows in metrics.jsonl and TensorBoard; two warnings.
+"""Metrics of a run: time per step, loss and accuracy; rows in metrics.jsonl and TensorBoard; two warnings.
 
 `metrics.jsonl` holds one JSON object a line with `kind` ("train" or "eval"), `step` and `epoch`.
 """
@@ -22,21 +22,21 @@ from train.distributed import Distributed
 
 
 class StepTiming(NamedTuple):
-    """When a step happened: CUDA events on a GPU, else seconds."""
+    """Start and end of a step: CUDA events on a GPU, else seconds."""
 
     last_end: Any
-    """End of the step before; None after a gap."""
+    """End of the previous step; None after a gap (`StepMeter.mark_gap`)."""
     start: Any
     end: Any
     data_time_ms: float
     """The host's time in the loader."""
     saving: bool
-    """Whether a checkpoint was being written meanwhile."""
+    """True if a checkpoint was being written meanwhile."""
 
 
 class StepMeter:
-    """Per-step timing, loss and accuracy, kept on the device until a log step. Holds the host to two steps ahead of the
-    device, so that memory is bounded."""
+    """Collects time per step, loss and accuracy on the device, until a log step reads them. Lets the host run at most
+    two steps ahead of the device, so that memory is bounded."""
 
     MAX_STEPS_IN_FLIGHT = 2
 
@@ -63,20 +63,20 @@ class StepMeter:
         return event
 
     def start_step(self) -> None:
-        """Call when the batch is there."""
+        """Mark the start of a step; call when its batch has come."""
         self._data_time_ms = 0.0 if self._host_end is None else (perf_counter() - self._host_end) * 1e3
         self._start = self._now()
 
     def end_step(
         self, loss: torch.Tensor, correct: torch.Tensor, batch: Any = None, saving: bool = False
     ) -> None:
-        """Call after the update (on a GPU: when it is queued).
+        """Mark the end of a step; call after the update (on a GPU: when it is queued).
 
         Args:
-            loss: mean loss, a scalar on the device.
-            correct: number of correct predictions, likewise.
-            batch: held until the GPU is done with it, as its buffer is DALI's.
-            saving: whether a checkpoint is being written meanwhile.
+            loss: Mean loss, a scalar on the device.
+            correct: Number of correct predictions, a scalar on the device.
+            batch: The batch, which is held until the GPU has used it, as DALI owns its buffer.
+            saving: Whether a checkpoint was being written meanwhile.
         """
         self._loss += loss
         self._correct += correct
@@ -92,24 +92,24 @@ class StepMeter:
         self._host_end = perf_counter()
 
     def mark_gap(self) -> None:
-        """Leave the time until the next step (evaluation, saving) out of the next step's."""
+        """Exclude the time until the next step (evaluation, saving) from the waits and from images/s."""
         self._last_end = self._host_end = None
 
     def loss_sum(self) -> float:
-        """Sum of the losses so far, averaged over replicas; not finite as soon as one was not. A collective;
-        synchronizes."""
+        """Sum the losses since the last row, averaged over replicas; not finite if any of them was not. A collective
+        that waits for the device."""
         return self._distributed.all_reduce_sum(self._loss).item() / self._distributed.num_replicas
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Values of a row (errors and wait_percent in percent, times in ms), and start the next one.
+        """Compute the values of a row (errors and wait_percent in percent, times in ms), and start the next row.
 
-        `saving_step_ms_p50` is there only where a checkpoint was being written.
+        `saving_step_ms_p50` is included only if a checkpoint was being written.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
         follow = [each for each in self._timings if each.last_end is not None]
         waits = np.array([self._ms(each.last_end, each.start) for each in follow] or [0.0])
-        # Steps after a gap have no wait; after a resume not all steps of a row were timed.
+        # Steps after a gap have no wait; after a resume only the later steps of a row were timed.
         steps = np.array([self._ms(each.last_end or each.start, each.end) for each in self._timings] or [0.0])
         saving = np.array([each.saving for each in self._timings] or [False])
         total_ms = waits.sum() + sum(self._ms(each.start, each.end) for each in self._timings)
@@ -133,7 +133,7 @@ class StepMeter:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Loss and accuracy since the last row, so that a resumed run writes the rows of an uninterrupted one."""
+        """Return loss and accuracy since the last row, so that a resumed run writes an uninterrupted run's rows."""
         loss, correct = self._loss.clone().cpu(), self._correct.clone().cpu()
         return {"loss": loss, "correct": correct, "steps": self._steps}
 
@@ -144,18 +144,18 @@ class StepMeter:
         self._steps = state["steps"]
 
     def _ms(self, first: Any, second: Any) -> float:
-        """Milliseconds between two instants."""
+        """Compute the milliseconds between two marks."""
         return float(first.elapsed_time(second)) if self._on_gpu else (second - first) * 1e3
 
 
 class MetricsLog:
     """`RUN/metrics.jsonl` and TensorBoard events.
 
-    A full disk does not end a run: rows are kept in memory and written in their order as soon as they can be.
+    A full disk does not end a run: rows are kept in memory and written in order when there is space again.
     """
 
     def __init__(self, run_dir: Path, step: int, epoch: int) -> None:
-        """Resume after `step` updates and `epoch` finished epochs; rows after those are cut."""
+        """Open the log after `step` updates and `epoch` finished epochs; rows of later steps are cut."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "metrics.jsonl"
@@ -189,12 +189,15 @@ class MetricsLog:
         try:
             for name, value in values.items() if self._curves else ():
                 self._curves.add_scalar(f"{kind}/{name}", value, step)
-        except OSError as error:  # of the writer's thread
-            log(f"no more TensorBoard curves: {error.strerror}")
+        except OSError as error:  # raised by the writer's thread
+            log(f"TensorBoard curves end here: {error.strerror}")
             self._curves = None
 
     def sync(self) -> None:
-        """Flush rows to disk, so that none before a checkpoint can be lost. Raises `OSError` that names the file."""
+        """Flush rows to disk before a checkpoint is written, so that none of its past can be lost.
+
+        Raises `OSError` with the file's name.
+        """
         try:
             with self._lock:
                 self._append()
@@ -203,26 +206,26 @@ class MetricsLog:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _append(self) -> None:
-        """Write what is not written yet. Raises `OSError`."""
+        """Write the rows that are kept in memory. Raises `OSError`."""
         while self._pending:
-            os.ftruncate(self._file.fileno(), self._size)  # half a row of a try that failed
+            os.ftruncate(self._file.fileno(), self._size)  # removes half a row of a failed try
             row, written = self._pending[0], 0
-            while written < len(row):  # where a part fits, the next write raises
+            while written < len(row):  # a full disk takes a part of the row, then raises
                 written += os.pwrite(self._file.fileno(), row[written:], self._size + written)
             self._size += written
             del self._pending[0]
 
     def close(self) -> None:
-        """Close both. Raises `OSError` when rows would be lost."""
+        """Close file and curves. Raises `OSError` when rows would be lost."""
         with self._file:
             self.sync()
         if self._curves:
-            with suppress(OSError):  # of the writer's thread
+            with suppress(OSError):  # raised by the writer's thread
                 self._curves.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, without lines that a kill cut off or a disk damaged; none where there is no file."""
+    """Read the rows of a metrics.jsonl, except lines that were cut off or damaged; none without a file."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -236,22 +239,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Warnings:
-    """Prints, once an epoch, that the run is input-bound, and once, that the loss does not fall."""
+    """Warns that the run is input-bound, at most once per epoch, and once that the loss does not fall."""
 
     WINDOW = 500
     """Steps over which the wait for input is averaged."""
     HIGH_WAIT = 20.0
-    """Percent of the time."""
+    """Percent of the time from which the wait is reported."""
     PATIENCE = 3000
-    """Steps after which a loss of ln(classes) is not the usual slow start any more: with N(0, .01) weights the first
-    thousand or two show next to nothing."""
+    """Steps after which a loss of still ln(classes) is reported. With N(0, .01) weights it is normal that the loss
+    hardly falls in the first one or two thousand steps."""
 
     def __init__(self, classes: int) -> None:
         self._chance_loss, self._epoch, self._stalled = math.log(classes), -1, False
         self._steps, self._waited = 0, 0.0
 
     def check(self, step: int, epoch: int, steps: int, values: dict[str, float]) -> None:
-        """Check a row over `steps` steps."""
+        """Check the values of a row over `steps` steps; log a warning if needed."""
         self._steps, self._waited = self._steps + steps, self._waited + steps * values["wait_percent"]
         if self._steps >= self.WINDOW:
             percent = self._waited / self._steps

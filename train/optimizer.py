@@ -2,8 +2,9 @@
 
     v <- momentum * v - weight_decay * lr * w - lr * gradient;   w <- w + v            (section 5)
 
-The velocity holds the rate that each gradient came with; `torch.optim.SGD` keeps the rate outside of its buffer, and
-the two agree only while the rate is constant. A rate of 0 freezes weights and velocity, as in the 2012 program.
+Each gradient enters the velocity multiplied by the rate of its step. `torch.optim.SGD` multiplies its buffer by the
+present rate instead, so the two agree only while the rate is constant. A rate of 0 freezes weights and velocity, as in
+the 2012 program.
 """
 
 import math
@@ -19,7 +20,7 @@ Tensors = list[torch.Tensor]
 
 
 class AlexNetSGD(torch.optim.Optimizer):
-    """The update rule. Parameter groups, by `name`: "weights", "biases", and each layer with a rate of its own."""
+    """The update rule. Parameter groups, by `name`: "weights", "biases", and each layer that `changes` names."""
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         layers = {change.of for change in config.changes}
@@ -38,7 +39,7 @@ class AlexNetSGD(torch.optim.Optimizer):
         self._update: Callable[..., None] = update
 
     def compile(self) -> None:
-        """Fuse the passes over the weights from the next step on."""
+        """Compile the update, which fuses its passes over the weights."""
         fused = torch.compile(update_at_tensor_lr, dynamic=False)
 
         def update_fused(
@@ -51,29 +52,29 @@ class AlexNetSGD(torch.optim.Optimizer):
 
     @property
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """All of them by name."""
+        """All parameters by name."""
         pairs = (zip(group["param_names"], group["params"], strict=True) for group in self.param_groups)
         return {name: parameter for group in pairs for name, parameter in group}
 
     @property
     def gradients(self) -> Tensors:
-        """Of all parameters; each has one after `backward`."""
+        """Gradients of all parameters, as `backward` has set them."""
         return [parameter.grad for parameter in self.named_parameters.values() if parameter.grad is not None]
 
     @property
     def velocities(self) -> dict[str, torch.Tensor]:
-        """By parameter name."""
+        """Velocities by parameter name."""
         return {name: self.state[each]["velocity"] for name, each in self.named_parameters.items()}
 
     def load_velocities(self, velocities: dict[str, torch.Tensor]) -> None:
-        """Copy them from a checkpoint."""
+        """Copy the velocities of a checkpoint into the optimizer's."""
         for name, velocity in self.velocities.items():
             velocity.copy_(velocities[name])
 
     @torch.no_grad()
     def step(self, skip: torch.Tensor | None = None) -> None:  # type: ignore[override]
-        """Update all parameters and clear their gradients; where `skip`, a bool on the device, is true, change
-        nothing."""
+        """Update all parameters and clear their gradients; if `skip`, a bool tensor on the device, is true, only clear
+        the gradients."""
         for group in self.param_groups:
             if group["lr"] > 0:
                 weights, gradients = group["params"], [parameter.grad for parameter in group["params"]]
@@ -90,7 +91,7 @@ class AlexNetSGD(torch.optim.Optimizer):
 def update(
     weights: Tensors, gradients: Tensors, velocity: Tensors, lr: float, momentum: float, decay: float
 ) -> None:
-    """One step of the rule, in place."""
+    """Apply the update rule to all weights of a group, in place."""
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_add_(velocity, weights, alpha=-decay * lr)
     torch._foreach_add_(velocity, gradients, alpha=-lr)
@@ -105,8 +106,8 @@ def update_at_tensor_lr(
     decay_lr: torch.Tensor,
     momentum: float,
 ) -> None:
-    """`update` for torch.compile, with the rate, and its product with the weight decay, as 0-dim tensors: Python
-    numbers would be compiled again at each value, up to eight times."""
+    """Apply the update rule as `update` does, for torch.compile: the rate, and its product with the weight decay, are
+    0-dim tensors, as it would compile again for each new Python number, and give up after eight."""
     torch._foreach_mul_(velocity, momentum)
     torch._foreach_sub_(velocity, torch._foreach_mul(weights, decay_lr))
     torch._foreach_sub_(velocity, torch._foreach_mul(gradients, lr))
@@ -114,18 +115,18 @@ def update_at_tensor_lr(
 
 
 class LRSchedule:
-    """Learning rates from the configuration, the position, and the validation errors of the epochs before.
+    """Learning rates, from the configuration, the position in the run, and the validation errors of past epochs.
 
-    torch's schedulers do not fit: `ReduceLROnPlateau` neither ends a run nor shares its groups with a warm-up.
+    torch's schedulers do not fit: `ReduceLROnPlateau` can neither end a run nor be combined with a warm-up.
     """
 
     def __init__(self, config: OptimizerConfig, epochs: int) -> None:
-        """`epochs`: of the whole run, at whose end a cosine arrives at 0."""
+        """`epochs`: number of epochs of the whole run, at the end of which a cosine reaches 0."""
         self._config, self._epochs = config, epochs
         self._epoch, self._drops, self._stale, self._best = 0, 0, 0, math.inf
 
     def lr(self, group: str = "weights", progress: float = 0.5) -> float:
-        """Rate of a parameter group; `progress` is the fraction of the epoch at the middle of the step."""
+        """Compute the rate of a parameter group; `progress`: fraction of the epoch at the middle of the step."""
         config, passed = self._config, self._epoch + progress
         factor = min(1.0, passed / config.warmup_epochs) if config.warmup_epochs else 1.0
         if config.schedule == "cosine" and passed > config.warmup_epochs:
@@ -137,7 +138,8 @@ class LRSchedule:
         return self._base_lr(group) * factor / 10**drops
 
     def _base_lr(self, group: str) -> float:
-        """Before warm-up and drops: what was set last, for a layer of its own or for its kind."""
+        """Return a group's rate before warm-up and drops: the last change for this group, else, for a layer, the last
+        one for all weights, else the configured rate."""
         config = self._config
         past = sorted(
             (each for each in config.changes if each.epoch <= self._epoch), key=lambda each: each.epoch
@@ -154,7 +156,7 @@ class LRSchedule:
 
     @property
     def finished(self) -> bool:
-        """Whether the error stalled once more after the last drop."""
+        """True once the validation error has stalled again after the last drop."""
         return self._config.schedule == "plateau" and self._drops > self._config.max_drops
 
     def end_epoch(self, top1_error: float) -> None:
@@ -166,7 +168,7 @@ class LRSchedule:
             self._drops, self._stale = self._drops + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return the state as plain numbers."""
         return {"epoch": self._epoch, "drops": self._drops, "stale": self._stale, "best": self._best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,8 +179,9 @@ class LRSchedule:
 
 
 class LossScale:
-    """Factor on the loss that keeps float16 gradients from underflow: halved, and the step skipped, when one overflows;
-    doubled after 2,000 good steps (Micikevicius et al. 2018; the figures are those of `torch.amp`).
+    """Factor on the loss that keeps float16 gradients from underflow. If a gradient overflows, the step is skipped and
+    the factor halved; after 2,000 steps without overflow it is doubled (Micikevicius et al. 2018; numbers as in
+    `torch.amp`).
 
     Unlike `torch.amp.GradScaler.step` it never waits for the device.
     """
@@ -194,8 +197,8 @@ class LossScale:
     def unscale(
         self, gradients: Tensors, any_rank: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor | None:
-        """Divide gradients by the factor, in place, and adapt it. Returns whether they overflowed, a bool tensor that
-        `any_rank` combines over ranks; None where nothing is scaled."""
+        """Divide gradients by the factor, in place, then adapt the factor. Returns a bool tensor: whether gradients
+        overflowed on any rank, which `any_rank` computes; None if scaling is off."""
         if not self.enabled:
             return None
         torch._foreach_div_(gradients, self.factor)
@@ -206,7 +209,7 @@ class LossScale:
         return overflow
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Factor and count of good steps."""
+        """Return the factor and the count of steps without overflow."""
         return {"factor": self.factor, "good": self._good}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -45,7 +45,7 @@ CHARTS = {
 """Title: (unit, {label of a line: (kind of row, name of the value)})."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 NAMED_CLASSES = 40
-"""Classes up to which a picture of confusions has room for their names."""
+"""Most classes for which a confusion matrix has room for their names."""
 
 
 @contextmanager
@@ -76,8 +76,8 @@ def draw_png(draw: Callable[..., None], *arguments: Any) -> bytes:
 
 
 def read_lines(rows: list[dict[str, Any]], title: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Collect steps and values of each line of a chart. Leave out lines without values, and what a damaged disk has
-    made a text or a number too large to draw."""
+    """Collect steps and values of each line of a chart, without lines that have no values, and without values that are
+    not numbers or too large to draw, as in a damaged file."""
     lines = {}
     for label, (kind, name) in CHARTS[title][1].items():
         points = [(row["step"], row.get(name)) for row in rows if row["kind"] == kind]
@@ -107,7 +107,7 @@ def draw_charts(
 
 
 def draw_kernels(figure: "Figure", towers: Sequence[np.ndarray]) -> None:
-    """Draw conv1's kernels, (C, 3, H, W) per tower, as in the paper's figure 3: in blocks, on one scale of colours."""
+    """Draw conv1's kernels, (C, 3, H, W) per tower, as in the paper's figure 3: a block per tower, all scaled alike."""
     scaled = [to_pixels(127.5 * each / np.abs(towers).max(), 127.5).transpose(0, 2, 3, 1) for each in towers]
     sheets = [tile(each, 12 if len(each) % 16 else 16) for each in scaled]
     figure.set_size_inches(8, 0.6 + sum(8 * sheet.shape[0] / sheet.shape[1] + 0.3 for sheet in sheets))
@@ -150,9 +150,11 @@ def draw_augmentation(
     figure.set_size_inches(10, 7.8)
     upper, lower = figure.subplots(2, height_ratios=[3, 2])
     levels = ", ".join(f"{stddev:.0f}" for stddev in basis.axis_stddev)
-    title = f"one image at -3 to +3 deviations of lighting along each axis (in the data {levels} levels)"
+    title = (
+        f"one image shifted by lighting, -3 to +3 standard deviations along each axis (of {levels} levels)"
+    )
     show_image(upper, tile(to_pixels(shifted_NHWC, basis.mean), 7), title)
-    title = "training images from the pipeline: window, flip, lighting"
+    title = "training images from the pipeline: crop, flip, lighting"
     show_image(lower, tile(to_pixels(batch_NHWC, basis.mean), 7), title)
 
 
@@ -177,12 +179,12 @@ def draw_confusion(figure: "Figure", stats: EvalStats, classes: Sequence[ClassNa
 
 
 def to_pixels(images_HWC: np.ndarray, mean: np.ndarray | float) -> np.ndarray:
-    """Convert mean-free RGB on the 0..255 scale to uint8."""
+    """Convert RGB on the 0..255 scale, from which the mean was subtracted, to uint8."""
     return np.rint(np.clip(images_HWC + mean, 0, 255)).astype(np.uint8)
 
 
 def tile(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
-    """Join uint8 images to one, `columns` in a row, with white between them and in place of missing ones."""
+    """Join uint8 images to one image, `columns` per row, with white borders and white for missing images."""
     border = max(1, images_NHWC.shape[1] // 32)
     margins = (0, -len(images_NHWC) % columns), (0, border), (0, border), (0, 0)
     padded = np.pad(images_NHWC, margins, constant_values=255)

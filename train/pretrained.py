@@ -13,7 +13,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.lighting import Lighting
 from pipeline.settings import Augmentation
-from train.checkpoint import FORMAT_VERSION, checkpoint_path, load_checkpoint
+from train.checkpoint import FORMAT_VERSION, load_checkpoint, resolve_checkpoint
 from train.cli import RENAMED
 
 WEIGHTS = (".safetensors", ".pth")
@@ -21,20 +21,20 @@ WEIGHTS = (".safetensors", ".pth")
 
 
 class Pretrained(NamedTuple):
-    """A model, and what it expects of images."""
+    """A trained model, and the input that it expects."""
 
     path: Path
     config: AlexNetConfig
     state: dict[str, torch.Tensor]
-    """Single-device layout, on the CPU."""
+    """Weights of both towers, on the CPU."""
     wnids: list[str] | None
-    """Its classes; None where the file does not say."""
+    """Its classes; None if the file does not list them."""
     basis: Eigenbasis
-    """Of which evaluation uses the mean."""
+    """The basis of its training, of which evaluation uses the mean and the mean image."""
     augmentation: Augmentation
-    """Without lighting."""
+    """The augmentation of its training, without lighting."""
     decode: str
-    """`DataConfig.decode` of its training."""
+    """The `DataConfig.decode` of its training."""
 
 
 def read_pretrained(path: Path) -> Pretrained:
@@ -48,10 +48,10 @@ def read_pretrained(path: Path) -> Pretrained:
         except ValueError as error:
             raise UserError(str(error)) from None
         check_finite(weights.state, path)
-        grey = Eigenbasis(np.array(weights.mean), np.zeros(3), np.eye(3))
+        mean_only = Eigenbasis(np.array(weights.mean), np.zeros(3), np.eye(3))
         augmentation = Augmentation(lighting=Lighting(strength=0))
-        return Pretrained(path, weights.config, weights.for_std(1.0), None, grey, augmentation, "auto")
-    path = checkpoint_path(path)
+        return Pretrained(path, weights.config, weights.for_std(1.0), None, mean_only, augmentation, "auto")
+    path = resolve_checkpoint(path)
     content = load_checkpoint(path, formats=(1, FORMAT_VERSION))
     try:
         saved, image = rename_settings(content["config"]), content.get("mean_image")
@@ -73,7 +73,7 @@ def read_pretrained(path: Path) -> Pretrained:
 
 
 def rename_settings(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as JSON, with settings of version 0.1 under their present names, or left out."""
+    """Rename settings of version 0.1 in a configuration as JSON; leave out those that were removed."""
     renamed = {}
     for key, value in section.items():
         name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
@@ -85,46 +85,46 @@ def rename_settings(section: dict[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def check_shapes(state: dict[str, torch.Tensor], config: AlexNetConfig, path: Path) -> None:
-    """Raise `UserError` where tensors are not those of the model."""
+    """Raise `UserError` unless a state has the tensors of the model, or velocities of their names and shapes."""
     try:
         check_tensors(state, config)
     except ValueError as error:
         raise UserError(
-            f"{path}: expected weights of its own model, {error}; give another checkpoint"
+            f"{path}: expected weights that fit its configuration, {error}; give another checkpoint"
         ) from None
 
 
 def check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise `UserError` where weights are NaN or infinite."""
+    """Raise `UserError` for weights that are NaN or infinite."""
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(
-            f"{path}: expected finite weights, got NaN or infinity; take an older one, or another file"
+            f"{path}: expected finite weights, got NaN or infinity; give an older checkpoint, or another file"
         )
 
 
 def init_from(
     path: Path, config: AlexNetConfig, basis: Eigenbasis, std: float, state: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Weights for a run to start from, and a sentence about them.
+    """Read the weights that a run starts from. Returns them, and a sentence to log.
 
     Args:
-        path: As `read_pretrained` takes it.
-        config: The run's model, which has to be the same but for dropout and the number of classes.
-        basis: The run's.
-        std: What the run divides pixels by.
-        state: The run's own initial weights; with another number of classes fc8 is taken from here.
+        path: File or run directory, as for `read_pretrained`.
+        config: The run's model, which must be the file's, apart from dropout and the number of classes.
+        basis: The run's mean and RGB axes.
+        std: The number by which the run divides pixels.
+        state: The run's random initial weights; with another number of classes fc8 is taken from these.
 
     Raises `FileNotFoundError` or `UserError`.
     """
     trained = read_pretrained(path)
-    free = {"num_classes": config.outputs, "dropout": config.dropout}
+    may_differ = {"num_classes": config.outputs, "dropout": config.dropout}
     ours = config.resolved().__dict__
-    theirs = {**trained.config.resolved().__dict__, **free}
+    theirs = {**trained.config.resolved().__dict__, **may_differ}
     for name, value in ours.items():
         if theirs[name] != value:
             raise UserError(
-                f"{trained.path}: expected model.{name} {value}, as this run has it, got {theirs[name]}; set that, or "
-                "give another file"
+                f"{trained.path}: expected model.{name} {value}, as this run has it, got {theirs[name]}; set "
+                f"model.{name} to the latter, or give another file"
             )
     conv1 = trained.state["conv1.weight"] * (std / trained.augmentation.std)
     weights, message = trained.state | {"conv1.weight": conv1}, f"starting from the weights of {trained.path}"

@@ -31,7 +31,7 @@ from train.pictures import CHARTS, LEARNING, NAMED_CLASSES, draw_png, read_lines
 from train.trainer import Trainer
 
 SIGNIFICANT = 0.01
-"""Towers split by colour if random halves of their kernels differ as much less often than this."""
+"""Largest p-value of a split by colour: the share of random halves of the kernels that differ as much as the towers."""
 THUMBNAIL_SIDE = 160
 """Pixels: twenty photographs of this size are about 1.5 MB."""
 HARDEST = 10
@@ -49,7 +49,7 @@ class ReportData:
     classes: Sequence[ClassName]
     stats: EvalStats
     restore_pixels: Callable[[np.ndarray], np.ndarray]
-    """From what the loader makes of an image, (256, 256, 3), to uint8 RGB."""
+    """Function from a normalized image, (256, 256, 3), to uint8 RGB."""
     towers: list[np.ndarray]
     """conv1's weights in each tower, (C, 3, 11, 11)."""
     config: dict[str, Any]
@@ -57,7 +57,7 @@ class ReportData:
 
 
 def write_report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: EvalStats) -> None:
-    """Print what was trained, how well and how fast; write the pictures and the page. Raises `OSError`."""
+    """Print data, network, speed and accuracy of a finished run; write the pictures and the page. Raises `OSError`."""
     data = build_report_data(trainer, network, accuracy, stats)
     log("")
     for name, value in [*data.facts, *data.accuracy]:
@@ -76,11 +76,11 @@ def write_report(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: 
         write_bytes(data.run_dir / f"{name}.png", png)
     page = data.run_dir / "report.html"
     write_bytes(page, render_page(data, images))
-    log(f"all of this and more on one page:\n  {page}")
+    log(f"the report, with curves, kernels and mistakes:\n  {page}")
 
 
 def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, stats: EvalStats) -> ReportData:
-    """Collect what the page shows."""
+    """Collect the content of the page."""
     from nvidia import dali
 
     config, train, val, model = trainer.config, trainer.train_shards, trainer.val_shards, network.config
@@ -118,7 +118,7 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
 
 
 def summarize_speed(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """List (label, value) of speed and memory. Medians over the rows, as the first one holds the compilation."""
+    """List (label, value) of speed and memory. Medians over the rows, as the first row includes the compilation."""
     summary = []
     for title in list(CHARTS)[len(LEARNING) :]:
         statistic = np.max if title == "Memory" else np.median
@@ -171,7 +171,7 @@ def compute_saturation(kernels_C3HW: np.ndarray) -> np.ndarray:
 
 
 def describe_towers(saturations: Sequence[np.ndarray]) -> str:
-    """Say whether the towers split by colour, given the saturations of each one's kernels.
+    """Test whether the towers split by colour, given the saturations of their kernels. Returns text for the page.
 
     The paper's figure 3 and section 6.1: kernels on one GPU were largely colour-agnostic, those on the other largely
     colour-specific, "during every run". A permutation test compares the towers' means with those of random halves of
@@ -197,7 +197,7 @@ def describe_towers(saturations: Sequence[np.ndarray]) -> str:
 
 
 def list_hardest_classes(data: ReportData) -> list[tuple[str, str, str, str]]:
-    """List the classes of the highest top-1 error: words, images, error, the class they are most often taken for."""
+    """List the classes with the highest top-1 error: words, images, error, the class most often predicted instead."""
     words = {name.wnid: name.words for name in data.classes}
     rows = [row for row in data.stats.table(data.classes) if row["images"]]
     hardest = []

@@ -2,8 +2,8 @@
 
     python -m train.run --config FILE --data.shards SHARDS --run.dir DIR [--section.key VALUE ...]
 
-The same command resumes a run that was stopped (Ctrl-C, SIGTERM, SIGUSR1, or any other end); a finished run is
-evaluated again. Under torchrun or srun it is one run of all processes.
+The same command resumes a run that was stopped (by Ctrl-C, SIGTERM or SIGUSR1), killed or has failed; a finished run is
+evaluated again. Under torchrun or srun all processes train one network together.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from train.cli import log, run_main
 from train.config import Config, parse_config
 
-# torch and DALI take seconds to import, which neither --help nor a wrong option waits for: functions do it.
+# torch and DALI take seconds to import, for which --help and a wrong option should not wait: functions import them.
 if TYPE_CHECKING:
     from train.checkpoint import RunDirectory
     from train.trainer import Trainer
@@ -25,12 +25,12 @@ def run(config: Config) -> None:
     from train.checkpoint import RunDirectory
     from train.device import pick_device, set_precision, tune_malloc
     from train.distributed import Distributed, StopFlag, StopSignal
-    from train.launch import find_launch
+    from train.launch import set_launch_variables
     from train.trainer import Trainer
 
     tune_malloc()
     stop_signal = StopSignal()
-    find_launch(os.environ, torch.cuda.device_count())
+    set_launch_variables(os.environ, torch.cuda.device_count())
     distributed = Distributed(config.parallel)
     device = distributed.run_on_all_ranks(lambda: pick_device(config.run.device))
     precision = distributed.run_on_all_ranks(lambda: set_precision(config.run.deterministic))
@@ -67,8 +67,8 @@ def build_or_resume(trainer: "Trainer", directory: "RunDirectory") -> None:
 
 
 def log_summary(trainer: "Trainer", precision: str) -> None:
-    """Open the shards; on rank 0, log what is about to happen."""
-    from train.device import gpu_advice
+    """Open the shards; on rank 0, log data, model, device and steps of this run."""
+    from train.device import advise_on_gpus
 
     loader, distributed, train = trainer.train_loader, trainer.distributed, trainer.config.train
     opening_bytes = distributed.run_on_all_ranks(loader.open)
@@ -83,16 +83,16 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
     if trainer.device.type == "cuda":
         log(precision)
     images = train.batch_size // distributed.num_replicas // train.grad_accum_steps
-    advice = gpu_advice(trainer.device, distributed.world_size, images)
+    advice = advise_on_gpus(trainer.device, distributed.world_size, images)
     if advice and trainer.config.run.device != "cpu":
         log(advice)
-    dropped = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch"
+    dropped = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch and are left out"
     log(f"{loader.steps_per_epoch} steps an epoch ({dropped})")
     log(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
 
 
 def evaluate_and_report(trainer: "Trainer") -> bool:
-    """Evaluate on all views; rank 0 prints and writes the report. Returns False when it was stopped."""
+    """Evaluate on all views; rank 0 prints and writes the report. Returns False if a stop was requested."""
     from train.accuracy import EvalStats
     from train.report import write_report
 

@@ -1,8 +1,10 @@
 """The trainer: owns shards, loaders, model, optimizer, checkpoints and metrics of one run.
 
-A stop falls between two steps. The host waits for the device at log steps, in evaluation and where a checkpoint is
-taken, and else runs at most two steps ahead (`StepMeter`). A checkpoint between two steps holds the next batch and the
-dropout stream: on a CPU the final weights are bitwise those of an uninterrupted run.
+A run stops between two steps. The host waits for the device at log steps, in evaluation and when it takes a checkpoint;
+otherwise it runs at most two steps ahead (`StepMeter`). A checkpoint holds the position in the data and the random
+states, so on a CPU the final weights of a resumed run are bitwise those of an uninterrupted one.
+
+Shapes: N images, C colours, H rows, W columns, K classes.
 """
 
 import hashlib
@@ -39,15 +41,15 @@ from train.optimizer import AlexNetSGD, LossScale, LRSchedule
 from train.pretrained import check_finite, check_shapes, init_from
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PROFILE_FROM = 10
-"""Steps before a profile: compilation and the first allocations."""
+PROFILE_WAIT = 10
+"""Steps before the profiler's warm-up of one step: in them the network is compiled and memory is allocated."""
 
 
 class Trainer:
-    """One run on this rank. `build`, then `load_checkpoint` or `init_from`, then `fit`."""
+    """One run on this rank. Call `build`, then `load_checkpoint` or `init_from` if needed, then `fit`."""
 
     def __init__(self, config: Config, device: torch.device, distributed: Distributed) -> None:
-        """Open the shards and set up the loaders. Raises `UserError` for all that does not fit."""
+        """Open the shards and set up the loaders. Raises one `UserError` for everything that does not fit them."""
         self.device, self.distributed = device, distributed
         shards = config.data.shards
         self.train_shards, self.val_shards = open_shards(shards, "train"), open_shards(shards, "val")
@@ -71,7 +73,9 @@ class Trainer:
         if problems:
             raise UserError("; ".join(problems))
         data = config.data
-        if config.run.deterministic:  # JPEG engines may differ between calls (nvImageCodec's tests)
+        if (
+            config.run.deterministic
+        ):  # a GPU's JPEG engine may give other pixels at each call (nvImageCodec's tests)
             data = replace(data, speed=replace(data.speed, hw_decoder_load=0.0))
         local_batch = batch_size // distributed.world_size
         self.train_loader = train_loader(
@@ -94,13 +98,13 @@ class Trainer:
             device=device,
         )
         self.epoch, self.step = 0, 0
-        """Finished epochs, and updates."""
+        """Finished epochs, and updates so far."""
         self.best: dict[str, float] | None = None
-        """{"step", "top1_error"} of the best epoch's end."""
+        """{"step", "top1_error"} at the end of the best epoch."""
         self.pinned_steps: list[int] = []
-        """Of checkpoints that are kept for good."""
+        """Steps whose checkpoints are kept for good (`run.keep_every`)."""
         self.checkpoint: Path | None = None
-        """The one that was resumed from."""
+        """The checkpoint that the run resumed from."""
 
     def build(self) -> None:
         """Build model and optimizer. A collective."""
@@ -120,7 +124,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train."""
+        """True once all epochs are trained, or the schedule has ended the training."""
         return self.epoch >= self.config.train.epochs or self.schedule.finished
 
     def fit(self, stop: StopFlag) -> bool:
@@ -139,21 +143,23 @@ class Trainer:
                 stopped = self.train_epoch()
                 accuracy = None if stopped else self.evaluate()
             except DataError as error:
-                if self.distributed.world_size > 1:  # the others are within a step
+                if (
+                    self.distributed.world_size > 1
+                ):  # saving is a collective, and the others are inside a step
                     raise
                 self.save()
                 self.writer.finish()
                 raise DataError(f"{error}; what was trained is saved, the same command resumes it") from None
             if accuracy:
                 self.end_epoch(accuracy)
-            self.save()  # after an interrupted evaluation, resuming begins with it
+            self.save()  # if the evaluation was interrupted, the resumed run begins with it
             if accuracy is None:
                 break
         self.distributed.run_on_all_ranks(self.writer.finish)
         return self.finished
 
     def train_epoch(self) -> bool:
-        """Train what is left of the epoch. Returns whether it was stopped."""
+        """Train the rest of the epoch. Returns whether it was stopped."""
         run, loader, meter = self.config.run, self.train_loader, self.meter
         self.model.train()
         self.stop.sync()
@@ -183,7 +189,7 @@ class Trainer:
     def train_step(
         self, batch: Batch, with_norm: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """One update from one batch, at the rates of the optimizer's groups; waits for nothing on the device.
+        """Make one update from one batch, at the rates in the optimizer's groups, without waiting for the device.
 
         Returns the mean loss, the number of correct predictions, and if wanted the gradient's norm over the whole
         model, all on the device.
@@ -211,16 +217,15 @@ class Trainer:
         return loss, correct, norm
 
     def log_row(self, grad_norm: torch.Tensor, progress: "tqdm[Any]") -> None:
-        """Read the meter, write its row, show it. Raises `DivergedError`."""
+        """Write a row of metrics and show it. Raises `DivergedError`."""
         self.check_finite(self.meter.loss_sum())
         lr = next(group["lr"] for group in self.optimizer.param_groups if group["name"] == "weights")
         values = self.meter.read(self.config.train.batch_size)
         if self.save_ms:
             values["save_ms"], self.save_ms = self.save_ms, 0.0
         if self.writer.latest:
-            values["saved_step"] = int(
-                self.writer.latest.stem.removeprefix("step-")
-            )  # misses lost checkpoints
+            # By this `RunDirectory.claim` notices that checkpoints were removed.
+            values["saved_step"] = int(self.writer.latest.stem.removeprefix("step-"))
         values["gradient_norm"] = grad_norm.item()
         if self.device.type == "cuda":
             values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -238,7 +243,7 @@ class Trainer:
             log(f"epoch {self.epoch + 1} step {self.step} {text}")
 
     def progress_bar(self) -> "tqdm[Any]":
-        """Of the epoch's steps; shown by rank 0 on a terminal."""
+        """Make the progress bar of the epoch's steps; only rank 0 shows it, on a terminal."""
         steps, hidden = self.train_loader.steps_per_epoch, None if self.distributed.is_rank_zero else True
         title = f"epoch {self.epoch + 1}"
         progress: tqdm[Any] = tqdm(desc=title, total=steps, unit="step", disable=hidden, leave=False)
@@ -247,7 +252,7 @@ class Trainer:
 
     @contextmanager
     def profile(self) -> Iterator[torch.profiler.profile | None]:
-        """`run.profile_steps` steps as a Chrome trace in RUN/profile.json, once, by rank 0."""
+        """Record `run.profile_steps` steps as a Chrome trace in RUN/profile.json, once, on rank 0."""
         run, path = self.config.run, self.config.run.dir / "profile.json"
         if not run.profile_steps or not self.distributed.is_rank_zero or path.exists():
             yield None
@@ -257,12 +262,12 @@ class Trainer:
             profiler.export_chrome_trace(str(path))
             log(f"profile of {run.profile_steps} steps: {path}; ui.perfetto.dev opens it")
 
-        wait = torch.profiler.schedule(wait=PROFILE_FROM, warmup=1, active=run.profile_steps, repeat=1)
-        with torch.profiler.profile(schedule=wait, on_trace_ready=write_trace) as profiler:
+        schedule = torch.profiler.schedule(wait=PROFILE_WAIT, warmup=1, active=run.profile_steps, repeat=1)
+        with torch.profiler.profile(schedule=schedule, on_trace_ready=write_trace) as profiler:
             yield profiler
 
     def end_epoch(self, accuracy: Accuracy) -> None:
-        """Count the epoch, log its errors, and let the learning rate follow."""
+        """Count the epoch, log its validation errors, and pass the top-1 error to the learning rate schedule."""
         self.epoch += 1
         error = 100 - accuracy.centre_top1
         self.schedule.end_epoch(error)
@@ -277,7 +282,7 @@ class Trainer:
             log(f"epoch {self.epoch}/{epochs}: centre top-1 accuracy {accuracy.centre_top1:.1f} %")
 
     def evaluate(self, all_views: bool = False, stats: EvalStats | None = None) -> Accuracy | None:
-        """Accuracy over the validation split; None when it was interrupted."""
+        """Measure the accuracy over the validation split; None if a stop was requested."""
         started = perf_counter()
         self.meter.mark_gap()
         self.stop.sync()
@@ -295,7 +300,7 @@ class Trainer:
         return accuracy
 
     def check_finite(self, loss: float) -> None:
-        """Raise `DivergedError` unless the loss is finite; no good checkpoint is overwritten then."""
+        """Raise `DivergedError` unless the loss is finite, so that no good checkpoint is overwritten."""
         if not math.isfinite(loss):
             if not self.distributed.is_rank_zero:
                 sys.exit(DIVERGED)  # all ranks find it at the same step
@@ -310,8 +315,10 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Take a checkpoint and begin to write it. A collective. Raises `DivergedError` rather than save weights that
-        are not finite."""
+        """Copy the state and start to write it as a checkpoint. A collective.
+
+        Raises `DivergedError` instead if weights are not finite.
+        """
         started = perf_counter()
         finite = torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all()
         if self.distributed.all_reduce_max(not finite)[0]:
@@ -324,7 +331,7 @@ class Trainer:
         self.save_ms += (self.saved_at - started) * 1e3
 
     def state_dict(self) -> dict[str, Any]:
-        """Content of a checkpoint, on rank 0, with tensors copied to the CPU. A collective."""
+        """Return the content of a checkpoint, with tensors copied to the CPU; {} except on rank 0. A collective."""
         model_config = self.config.model
         weights = self.distributed.gather_state_dict(self.model.state_dict(), model_config)
         velocities = self.distributed.gather_state_dict(self.optimizer.velocities, model_config)
@@ -356,15 +363,17 @@ class Trainer:
         }
 
     def load_checkpoint(self, path: Path) -> Path:
-        """Resume from a checkpoint, or with `resume.allow_world_change` from an older one at an epoch's end. Returns
-        which. Raises `UserError` when it is damaged or of another run."""
+        """Resume from a checkpoint, or if the number of processes changed from an older one at an epoch's end.
+
+        Returns the checkpoint used. Raises `UserError` if it is damaged or belongs to another run.
+        """
         try:
             return self._load_state_dict(load_checkpoint(path), path)
         except (KeyError, TypeError, AttributeError, IndexError):
-            raise UserError(f"{path}: not as this program writes checkpoints; put back one that is") from None
+            raise UserError(f"{path}: not a checkpoint of this program; put back one that is") from None
 
     def _load_state_dict(self, content: dict[str, Any], path: Path) -> Path:
-        """As `load_checkpoint`. Raises about anything where the content is not ours."""
+        """Load the content of a checkpoint. Raises `KeyError`, `TypeError` and others if another program wrote it."""
         config, shards = self.config.to_json(), self.config.data.shards
         ranks, distributed = content["ranks"], self.distributed
         check_same_run(content["config"], config, ranks[0]["loader"]["epoch"] + 1)
@@ -392,7 +401,7 @@ class Trainer:
         return path
 
     def _change_world(self, ranks: list[dict[str, Any]], path: Path) -> Path:
-        """Resume with other processes, from an epoch's end."""
+        """Resume with another number of processes or another mode, from an epoch's end."""
         if not self.config.resume.allow_world_change:
             raise UserError(
                 f"{path}: expected {len(ranks)} processes, got {self.distributed.world_size}; start that many, or "
@@ -401,13 +410,15 @@ class Trainer:
         state = ranks[0]["loader"]
         if not state["ended"]:
             return self.load_checkpoint(last_epoch_end(path))
-        no_rank = state["fingerprint"] | {"rank": None}  # so that no rank takes it for its own
+        no_rank = state["fingerprint"] | {
+            "rank": None
+        }  # so that every rank, also 0, sees that the world changed
         self.train_loader.load_state_dict(state | {"fingerprint": no_rank}, allow_world_change=True)
         seed_process(self.config.train.seed, self.distributed.rank, self.epoch)
         return path
 
     def init_from(self, path: Path) -> str:
-        """Take weights from a file. Returns a sentence about them. Raises `FileNotFoundError` or `UserError`."""
+        """Start from the weights in a file. Returns a sentence to log. Raises `FileNotFoundError` or `UserError`."""
         own = self.distributed.gather_state_dict(self.model.state_dict(), self.config.model)
         std = self.config.data.augmentation.std
         state, message = self.distributed.run_on_all_ranks(
@@ -417,13 +428,13 @@ class Trainer:
         return message
 
     def gather_model(self) -> AlexNet:
-        """The whole model, uncompiled, on every rank. A collective."""
+        """Return the whole model, both towers, uncompiled, on every rank. A collective."""
         whole = AlexNet(self.config.model).to(self.device)
         whole.load_state_dict(self.distributed.gather_state_dict(self.model.state_dict(), self.config.model))
         return whole
 
     def run_signature(self, checkpoint: Path | None) -> dict[str, Any]:
-        """Values that must match on every rank, by name; where shards and runs are may differ, what is in them not."""
+        """Return the values that must be equal on all ranks, by name: contents of shards and run, but not paths."""
         config = {
             name: value
             for name, value in flatten(self.config.to_json()).items()
@@ -432,7 +443,7 @@ class Trainer:
         }
         root = Path(__file__).resolve().parents[1]
         sources = sorted(
-            path for room in ("pipeline", "model", "train") for path in (root / room).glob("*.py")
+            path for package in ("pipeline", "model", "train") for path in (root / package).glob("*.py")
         )
         return config | {
             "the number of processes": self.distributed.world_size,
@@ -448,7 +459,7 @@ class Trainer:
         }
 
     def close(self) -> None:
-        """Stop the loaders, and what is being written once it is written."""
+        """Finish the checkpoint that is being written; close metrics and loaders."""
         if hasattr(self, "writer"):
             self.writer.log_save_error()
             if self.log:
@@ -459,7 +470,7 @@ class Trainer:
 
 @contextmanager
 def collect_errors(problems: list[str]) -> Iterator[None]:
-    """Collect what a user has to correct, so that one sentence reports all of it."""
+    """Append errors of the user to `problems`, so that one sentence can report all of them."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -467,10 +478,10 @@ def collect_errors(problems: list[str]) -> Iterator[None]:
 
 
 def copy_to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of tensors: training continues while they are written."""
+    """Copy tensors to the CPU, as training changes them while the copies are written."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def short_sha256(content: bytes) -> str:
-    """The first 12 digits, to compare contents by."""
+    """Hash content to 12 hexadecimal digits, enough to compare it between ranks."""
     return hashlib.sha256(content).hexdigest()[:12]

@@ -38,8 +38,9 @@ STEPS_ON_A_GPU = 20
 """Steps between two synchronizations, so that the host runs ahead of the GPU."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SETTLE_S = 3.0
+"""Longest wait for the queues of the previous contender to fill."""
 PACKAGES = ("torch", "nvidia-dali-cuda120", "simplejpeg", "numpy", "pillow", "webdataset", "spdl")
-"""Those whose versions a row has, where they are installed."""
+"""Packages whose versions are in a row, if they are installed."""
 
 
 class Rate(NamedTuple):

@@ -2,9 +2,9 @@
 
     FFCV_PYTHON tools/benchmarks/ffcv_script.py SETTINGS.json
 
-writes the JPEGs, byte for byte, in FFCV's format; then loads a batch at once and for each line on stdin, and answers
-with a line each. If the settings have `show`, it first saves the batch as an .npz of images and labels. It does not
-import this project.
+writes the JPEGs, byte for byte, in FFCV's format. Then it loads a batch, prints a line, and repeats this for each line
+on stdin. If the settings have `show`, it saves each batch as an .npz of images and labels before it prints the line. It
+does not import this project.
 """
 
 import io
@@ -35,7 +35,7 @@ EPOCH = 200_000
 
 
 class ShiftAndNormalize(Operation):
-    """Lighting and normalization in one pass, uint8 to float32; FFCV has no lighting of its own."""
+    """Lighting, which FFCV lacks, and normalization in one pass, uint8 to float32."""
 
     def __init__(self, mean: list[float], matrix: list[list[float]], divisor: float) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
-from pipeline.machine import num_cores, raise_open_files
+from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks import common
@@ -56,7 +56,7 @@ def bench_loader(
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
-    raise_open_files(4 * len(train.tars))
+    raise_open_file_limit(4 * len(train.tars))
     settings = DataConfig(shards, speed=speed)
     no_lighting = replace(settings, augmentation=Augmentation(lighting=Lighting(strength=0)))
     options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "rank": 0, "num_ranks": 1}

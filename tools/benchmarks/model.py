@@ -172,7 +172,9 @@ def train_pair(batch_size: int, dtype: "torch.dtype", device: "torch.device") ->
             networks = {ONE_GPU: AlexNetConfig.from_json(one_gpu), ONE_DEVICE: AlexNetConfig()}
             yield {TWO_DEVICES: step} | {name: train_on(AlexNet(config)) for name, config in networks.items()}
         except (RuntimeError, OSError) as error:
-            raise DataError(f"two towers: the other process failed, for want of memory? ({error})") from None
+            raise DataError(
+                f"two towers: the other process failed ({error}); if memory is short, use smaller --batch-sizes"
+            ) from None
         finally:
             messages.close()  # ends the other process
             if dist.is_initialized():

@@ -2,6 +2,8 @@
 
 A contender is an infinite generator of batches that stops its processes and threads when it is closed. Libraries are
 imported where they are used: any of them may be missing.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 import itertools
@@ -46,7 +48,7 @@ class PeerData:
     ffcv_python: Path | None
     """The interpreter of FFCV's environment."""
     show: bool = False
-    """Whether batches are checked: a contender in another process then returns them."""
+    """True while batches are checked: a contender in another process then transfers them."""
 
 
 def make_batch(samples: list[tuple[np.ndarray, int]], basis: Eigenbasis) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,8 +157,8 @@ def load_with_ours(data: PeerData) -> Batches:
 
 
 def load_with_ffcv(data: PeerData) -> Batches:
-    """Load with FFCV in a process of its own environment, a batch per line; unchecked batches are not transferred.
-    Raises `ImportError` without that environment, `RuntimeError` with its output when it ends."""
+    """Load with FFCV, in a process with FFCV's Python, which prints a line per batch; only checked batches are
+    transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process ends."""
     if data.ffcv_python is None:
         raise ImportError("--ffcv-python: expected the Python of an environment with FFCV, got none")
     settings, log = data.scratch / "ffcv.json", data.scratch / "ffcv.log"

@@ -2,6 +2,8 @@
 
 The job: decode a 256x256 JPEG, crop a random 224x224 window, flip or not, subtract the mean, shift along the RGB axes,
 divide by 1.1, float32. To add a contender: a generator and a row of `PEERS` in peer_loaders.py.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 import itertools
@@ -23,7 +25,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.lighting import Lighting
-from pipeline.machine import num_cores, raise_open_files
+from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
 from tools.benchmarks import common
 
@@ -75,7 +77,7 @@ def bench_peers(
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
         raise UserError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    raise_open_files(len(train.tars))
+    raise_open_file_limit(len(train.tars))
     tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
     workers = workers or num_cores()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOADER, SYNTHETIC, REAL = "loader alone", "network alone, on one batch", "both, as in training"
 UTILIZATION = "gpu_utilization_percent"
-WINDOW, WAIT, STEP = "steps that count", "waiting for input", "step"
+WINDOW, WAIT, STEP = "measured steps", "waiting for input", "step"
 """Names of the host's marks in a trace."""
 WARM_UP, TRACED = 5, 10
 """Steps under the profiler."""
@@ -65,7 +65,7 @@ def bench_train(
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         paths = ["--data.shards", str(shards), "--run.dir", scratch]
         config = parse_config(["--config", str(recipe), *settings.split(), *paths])
-        tune_malloc()  # this and the next as train.run does
+        tune_malloc()  # this and `set_precision` as train.run does
         set_precision(config.run.deterministic)
         device = pick_device(config.run.device)
         trainer = Trainer(config, device, Distributed(config.parallel))

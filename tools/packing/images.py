@@ -4,8 +4,11 @@
 offset `(long - 256) // 2`, encoded again. `original`: the file's own bytes if a shard may hold them, else encoded.
 EXIF orientation is ignored, as Pillow and torchvision ignore it.
 
-Three outcomes: clean, kept with a note, undecodable (`ValueError`). libjpeg-turbo decodes files that it has no warning
-for. Pillow decodes the others, as viewers show them (ImageNet has such files): its buffers start as zeros.
+An image is clean, kept with a note, or undecodable (`UserError`). libjpeg-turbo decodes files for which it has no
+warning. Pillow decodes the others, of which ImageNet has some, as viewers show them: what is missing is black or grey,
+as Pillow's buffers start as zeros.
+
+Shapes: N images, C colours, H rows, W columns.
 """
 
 import io
@@ -34,8 +37,9 @@ Pillow decodes as much of it as libjpeg does."""
 
 
 FORMATS = ("PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
-"""Pillow's others are no photographs, or programs: it hands EPS to Ghostscript."""
-Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is ours
+"""Formats, other than JPEG, that Pillow may open. Its others are not of photographs, or run programs: EPS runs
+Ghostscript."""
+Image.MAX_IMAGE_PIXELS = None  # instead of Pillow's limit MAX_PIXELS applies
 
 
 class Packed(NamedTuple):
@@ -46,7 +50,7 @@ class Packed(NamedTuple):
     found: str
     """Anomalies of the raw file; empty for a clean one."""
     done: str
-    """What was done about it."""
+    """How each anomaly was handled."""
 
 
 class Decoded(NamedTuple):
@@ -59,7 +63,7 @@ class Decoded(NamedTuple):
     notes: list[tuple[str, str]]
     """(found, done): anomalies and how they are handled."""
     is_valid: bool
-    """Whether a shard may hold the file as it is."""
+    """True if a shard may hold the file unchanged."""
 
 
 class SizeError(ValueError):
@@ -228,8 +232,8 @@ def load_pixels(image: Image.Image) -> bool:
 
 
 def to_rgb8(image: Image.Image) -> np.ndarray:
-    """Convert an image to uint8 RGB (height, width, 3). Of more than 8 bits, which Pillow would clip at 255, integers
-    above 255 are read as 16 bits, floats up to 1 as 0..1."""
+    """Convert an image to uint8 RGB (height, width, 3). Levels of more than 8 bits, which Pillow would clip at 255, are
+    scaled: integers as 16 bits if any is above 255, floats as 0..1 if none is above 1."""
     if image.mode[0] not in "IF":
         return np.array(image.convert("RGB"))
     levels = np.nan_to_num(np.asarray(image).astype(np.float32))
@@ -261,7 +265,9 @@ def crop256(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarr
     `size`: height and width of the file, if it was reduced, which define the geometry.
 
     Torch's antialiased bicubic filter on bytes is Pillow's with its weights rounded to 16 bits: more than three times
-    as fast, and equal up to 2 levels (one in all but a few pixels).
+    as fast, and equal up to 2 levels (one in all but a few pixels). It always resamples the width first. Pillow 13.0
+    begins with the height where that is more than twice the width: noise differs more there, for bytes are clipped
+    between the two.
     """
     import torch
     from torch.nn.functional import interpolate

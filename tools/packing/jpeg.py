@@ -1,7 +1,7 @@
 """Read the structure of a JPEG file from its markers (ITU-T T.81, annex B).
 
-libjpeg-turbo also reads lossless and 12-bit frames, which it writes at sizes and depths other than requested, and
-smooths the block edges of files that lack scans. It warns of neither: they show in the markers alone.
+Some files have to be recognized by their markers, as libjpeg-turbo does not warn of them: lossless and 12-bit frames,
+which it decodes to another size or depth than requested, and files that lack scans, whose block edges it smooths.
 """
 
 import re
@@ -31,7 +31,7 @@ class Jpeg(NamedTuple):
     """First byte after the end marker; -1 where there is none."""
     num_scans: int = 0
     one_scan: bool = False
-    """Whether the first scan of a baseline frame has all components: libjpeg then decodes it row by row."""
+    """True if the first scan of a baseline frame has all components: libjpeg then decodes it row by row."""
     exif: bytes = b""
     """First EXIF block."""
 

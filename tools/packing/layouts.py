@@ -304,7 +304,7 @@ def read_folder(path: Path, parents: tuple[tuple[int, int], ...] = ()) -> Folder
                     f"{entry.path}: expected an image, got a broken link or not a regular file; remove it"
                 )
             images.append(Member(entry.path, 0, entry.stat().st_size))
-        elif name != entry.name and name not in readers:  # one that was extracted next to it is not read
+        elif name != entry.name and name not in readers:  # a tar that was extracted next to it is not read
             tars[name] = partial(read_tar, Path(entry.path))
         else:
             others.append(Path(entry.path))

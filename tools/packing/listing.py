@@ -157,7 +157,7 @@ class RawImageNet:
     ignored: Sequence[Path] = ()
     """Files without an image extension, or outside of classes."""
     sequential: bool = False
-    """Whether images can only be read in the order of the listing (parquet)."""
+    """True if images can only be read in the order of the listing (parquet)."""
 
     @property
     def in_folders(self) -> bool:

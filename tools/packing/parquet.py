@@ -1,9 +1,9 @@
 """Read and pack Hugging Face parquet files (`imagenet-1k`): columns `image: {bytes, path}` and `label`.
 
-Labels are read first, images by row group: parquet files are fast to read in their own order only, and shards are
-shuffled. So every row group is packed in its own order into a shard of the spill folder, and the images of those are
-copied to the shards that they belong to. While it runs this takes the size of the shards twice on disk; finished row
-groups survive a kill. `pyarrow` is an optional dependency.
+Labels are read first. Then, as parquet files are fast to read only in their own order and shards are shuffled, every
+row group is packed in its order into a shard of the spill folder, and the packed images are copied from there to their
+shards. Meanwhile this takes twice the size of the shards on disk; finished row groups survive a kill. `pyarrow` is an
+optional dependency.
 """
 
 import json
@@ -54,11 +54,11 @@ def import_pyarrow() -> ModuleType:
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
     """Find the parquet files of each split, in `raw` or `raw/data`, by Hugging Face's names; test files, which have no
-    labels, are skipped. Raises `UserError` unless all parts of one push are there."""
+    labels, are skipped. Raises `UserError` unless all parts of one upload are there."""
     paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
     by_split = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
     for files in by_split.values():
-        # The Hub keeps files of earlier pushes, under another hash or in another number of parts.
+        # A folder may also hold files of an earlier upload (push), with another hash or another number of parts.
         parts = [re.fullmatch(r"([^-]+)-(\d+)-of-(\d{1,6})(-\w+)?", path.stem) for path in files]
         found = [(part[1], int(part[2]), int(part[3])) for part in parts if part]
         name, _, total = found[0] if found else ("", 0, 0)

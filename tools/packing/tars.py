@@ -1,7 +1,7 @@
 """Read tar headers, with stricter checks than `tarfile`, and group members into WebDataset samples.
 
-`tarfile` takes a damaged header, a hole, and a truncation between two members for the end of the archive, and loses the
-rest. Nothing is extracted: data are read by offset.
+`tarfile` takes a damaged header, a hole, or a truncation between two members for the end of the archive, and silently
+skips the rest. Nothing is extracted: data are read by offset.
 """
 
 import os
@@ -43,7 +43,7 @@ def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> I
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file)
-    except Exception as error:  # as in `next_member`
+    except Exception as error:  # tarfile raises many kinds for damaged headers
         raise UserError(f"not a tar archive at byte {start} ({error})") from None
     while member := next_member(tar):
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all

@@ -3,8 +3,8 @@
     python tools/make_shards.py verify SHARDS [--fast]
     python tools/make_shards.py stats SHARDS
 
-All problems are printed, one per line. A checksum shows that a file was damaged; the checks on samples show where, and
-find shards that were written wrong.
+All problems are printed, one per line. Checksums show which files are damaged; checks of samples show where, and find
+shards that were packed wrongly.
 """
 
 import hashlib
