@@ -30,7 +30,7 @@ gpu-report: install
 # Branch coverage of all tests, also slow ones, except those that kill, train or measure memory for many minutes, and one that
 # fills a disk, on which coverage could not write either.
 LONG = --deselect tests/test_run.py::test_disk_full_at_the_end --ignore tests/test_chaos.py --ignore tests/test_quickstart.py \
-	--deselect tests/test_pack.py::test_fifty_kills --deselect tests/test_loader.py::test_memory_stays_flat
+	--deselect 'tests/test_pack.py::test_kills[raw-3-50]' --deselect tests/test_loader.py::test_memory_stays_flat
 
 coverage: install
 	"$(BIN)/python" -m coverage erase
