@@ -55,6 +55,8 @@ def without_end(content: bytes) -> bytes:
     ("content", "message"),
     [
         (header(tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device or a sparse file"),
+        (header(tarfile.LNKTYPE, linkname="1.jpg"), "a link, a device or a sparse file"),
+        (header(tarfile.GNUTYPE_SPARSE), "a link, a device or a sparse file"),
         (header(tarfile.REGTYPE, size=10 * 2**30), "truncated inside"),
         (b"", "not a tar archive"),
         # A size of -512: Python's tarfile goes round for ever (CVE-2025-8194).
