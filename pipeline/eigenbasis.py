@@ -3,6 +3,8 @@
 Fancy PCA (Krizhevsky et al. 2012, section 4.1) shifts an image's colours along the principal axes of the RGB values of
 the whole training set. Sums of uint8 pixels and of their products are kept as integers, so the result and the bytes of
 the file do not depend on the order of images, on batches, workers or machines.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 from dataclasses import dataclass, replace

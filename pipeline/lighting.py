@@ -10,6 +10,8 @@ and its program differ, so there are two named conventions (x on 0..255, V the a
 
 Both are one shift per image and one constant divisor, so they become part of the mean and the divisor of the
 normalization: lighting takes no extra pass over the pixels.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 import math

@@ -12,6 +12,8 @@ exactly once.
 `rank` and `num_ranks` count the loaders that share a split. In validation with two towers both processes of a pair load
 the same images, so there the number of ranks is half the number of processes. From a state taken after any batch a
 loader continues with the next batch, bit for bit.
+
+Shapes: N images, C colours, H rows, W columns.
 """
 
 import base64

@@ -15,8 +15,6 @@ from train.config import parse_config
 
 PROGRAMS = [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()]
 RUN = ("--config", "quickstart", "--data.shards", "s", "--run.dir", "r")
-
-
 ENDS: list[tuple[BaseException, int, str]] = [
     (UserError("give a folder"), 2, "error: give a folder\n"),
     (FileNotFoundError("no such shard"), 2, "error: no such shard\n"),
@@ -31,7 +29,7 @@ ENDS: list[tuple[BaseException, int, str]] = [
 
 
 @pytest.mark.parametrize(("error", "code", "message"), ENDS)
-def test_exit_code_and_one_line(
+def test_exit_codes(
     error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each kind of error has its code and costs one short line of printable characters."""
@@ -86,14 +84,6 @@ for program in {[*PROGRAMS, "train.run", "train.evaluate"]}:
     heavy = {{"torch", "nvidia.dali", "matplotlib.pyplot", "scipy", "sklearn", "webdataset"}}
     assert not heavy & sys.modules.keys(), program"""
     assert run_ok("-c", code, run=run_python).lower().count("usage: ") >= len(PROGRAMS) + 2
-
-
-def test_options_have_dashes() -> None:
-    """As a script and as a module; underscores are taken, too; a flag has no value."""
-    for form in (["tools/make_shards.py"], ["-m", "tools.make_shards"]):
-        assert "--samples-per-shard" in run_ok(*form, "pack", "--help", run=run_python)
-    for option in ("--samples-per-shard", "--samples_per_shard"):
-        assert "nowhere" in refuses("tools/make_shards.py", "pack", "nowhere", "out", option, "9")
 
 
 def test_outside_of_the_environment(tmp_path: Path) -> None:

@@ -56,26 +56,14 @@ def measure(root: Path, scratch: Path, packed: Path | None = None) -> dict[str, 
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    shards, directory, weights = (
-        packed or scratch / "shards",
-        scratch / "run",
-        scratch / "weights.safetensors",
-    )
+    shards, directory, weights = packed or scratch / "shards", scratch / "run", scratch / "w.safetensors"
     if packed is None:
         run("tools.make_demo", scratch / "raw")
         run("tools.make_shards", "pack", scratch / "raw", shards, "--samples-per-shard", "180")
         run("tools.compute_pca", shards)
-    place = ["--data.shards", shards, "--run.dir", directory, "--run.device", "cpu", "--run.log_every", "1"]
-    run(
-        "train.run",
-        "--config",
-        "train/configs/quickstart.yaml",
-        *place,
-        "--train.epochs",
-        "1",
-        "--optimizer.steps",
-        "[]",
-    )
+    recipe = ["--config", "train/configs/quickstart.yaml", "--run.device", "cpu", "--run.log_every", "1"]
+    place = ["--data.shards", shards, "--run.dir", directory]
+    run("train.run", *recipe, *place, "--train.epochs", "1", "--optimizer.steps", "[]")
     run("tools.export_weights", directory, weights)
     evaluation = run("train.evaluate", directory, shards, "--device", "cpu")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -101,10 +89,8 @@ def recorded(scratch: Path) -> dict[str, Any]:
         return dict(golden["data"])
     worktree = scratch / "golden"
     git = ["git", "-C", str(ROOT), "worktree"]
-    added = subprocess.run(
-        [*git, "add", "--detach", worktree, golden["commit"]], capture_output=True, check=False
-    )
-    if added.returncode:
+    add = [*git, "add", "--detach", worktree, golden["commit"]]
+    if subprocess.run(add, capture_output=True, check=False).returncode:
         pytest.skip(f"recorded on another machine, and commit {golden['commit']} is not in this clone")
     try:
         return measure(worktree, scratch / "by golden")
@@ -123,9 +109,7 @@ def test_golden(demo: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     with tempfile.TemporaryDirectory() as scratch:
         content = {"commit": head, "surroundings": surroundings(), "data": measure(ROOT, Path(scratch))}
     GOLDEN.write_text(json.dumps(content, indent=1) + "\n")

@@ -137,6 +137,7 @@ FILE = {"bytes": b"", "path": "x.JPEG"}
          "image.bytes: expected binary, got string"),
         (None, lambda raw: write_parquet(raw / "train.parquet", {"image": FILE, "label": "x"}),
          "expected a class index in row 0, got x"),
+        (None, lambda raw: write_parquet(raw / "train.parquet", {"image": FILE, "label": -1}), "in row 0, got -1"),
         (None, lambda raw: write_parquet(raw / "train.parquet", {"picture": b"", "label": 0}),
          r"lacks the columns image\.bytes, image\.path"),
         (None, lambda raw: write(raw / "train-0.parquet", b"PAR1 no"), "not a data set of images and labels"),

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +19,10 @@ from tools.packing.plan import Options, find_part
 SMALL = ("--samples-per-shard", "9", "--val-fraction", "0", "--workers", "2")
 
 
-def start(small: Path, shards: Path, *options: str) -> "subprocess.Popen[str]":
+def start(raw: Path, shards: Path, *more: str, **options: Any) -> "subprocess.Popen[str]":
     """Start a pack in the background, the leader of its process group."""
-    return start_python(
-        "tools/make_shards.py", "pack", small, shards, *SMALL, *options, start_new_session=True
-    )
+    command = ("tools/make_shards.py", "pack", raw, shards, *SMALL, *more)
+    return start_python(*command, start_new_session=True, **options)
 
 
 def pack_here(small: Path, shards: Path, **options: object) -> None:
@@ -29,21 +30,16 @@ def pack_here(small: Path, shards: Path, **options: object) -> None:
     pack(small, shards, **{"samples_per_shard": 9, "val_fraction": 0, "workers": 1, **options})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ranks", [("0", "1", "2"), ("", "")])
+@pytest.mark.parametrize("ranks", [("0", "1", "2"), (None, None)])
 def test_packers_at_the_same_time(
-    small: Path,
-    clean: dict[str, bytes],
-    tmp_path: Path,
-    ranks: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    small: Path, clean: dict[str, bytes], tmp_path: Path, ranks: tuple[str | None, ...]
 ) -> None:
     """Processes with torchrun's environment share the work, and one of them, or several, write the manifest; so does
     the same command twice, by mistake. The result is that of one."""
     processes = []
     for rank in ranks:
-        for name, value in (("RANK", rank), ("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3")):
-            monkeypatch.setenv(name, value) if rank else monkeypatch.delenv(name, raising=False)
-        processes.append(start(small, tmp_path / "shards", "--workers", "1"))
+        place = {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"} if rank else {}
+        processes.append(start(small, tmp_path / "shards", "--workers", "1", env={**os.environ, **place}))
     output = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(ranks), output
     assert files(tmp_path / "shards") == clean
@@ -186,13 +182,9 @@ def test_a_killed_worker(small: Path, clean: dict[str, bytes], tmp_path: Path, n
 @pytest.mark.parametrize("delay_s", [0.0, 1.0])
 def test_ctrl_c(small: Path, tmp_path: Path, delay_s: float) -> None:
     """Whenever it comes, also while workers start: one line, exit code 130, no process left."""
-    process = start_python(
-        *("tools/make_shards.py", "pack", small, tmp_path / "shards", "--samples-per-shard", "1"),
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background jobs ignore it
-    )
+    # A shell's background jobs ignore the signal.
+    restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start(small, tmp_path / "shards", "--samples-per-shard", "1", preexec_fn=restore)
     assert process.stdout is not None
     process.stdout.readline()  # the layout is named
     time.sleep(delay_s)

@@ -38,7 +38,6 @@ from tests.helpers import (
     start_python,
     train_refuses,
     wait_for,
-    write,
 )
 from tools.export_weights import export_weights
 from train.checkpoint import find_checkpoint, load_checkpoint
@@ -59,20 +58,14 @@ def start_until(step: int, few: Path, directory: Path) -> "subprocess.Popen[str]
     return process
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))],
-)
-def test_killed_stopped_and_continued_gives_the_same_weights(
-    few: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    """After kill -9 in the first epoch, and a signal inside the second, which saves and leaves with 0, the same command
+def test_killed_stopped_and_continued(few: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """After kill -9 in the first epoch, and SIGTERM inside the second, which saves and leaves with 0, the same command
     goes on to bitwise the same weights and rows."""
     process = start_until(8, few, tmp_path)
     process.kill()
     process.communicate()
     process = start_until(STEPS + 4, few, tmp_path)
-    process.send_signal(number)
+    process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "resuming from" in output and "run the same command again" in output
 
@@ -180,65 +173,53 @@ def test_another_seed(few: Path, undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_export(few: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The tool writes what the checkpoint holds, as safetensors; other suffixes, files and names are refused."""
-    out, folder = tmp_path / "weights.safetensors", tmp_path / "folder.safetensors"
+    """The tool writes what the checkpoint holds, as safetensors; other suffixes and names are refused."""
+    out, folder = (tmp_path / name for name in ("weights.safetensors", "folder.safetensors"))
     assert f"{EPOCHS * STEPS}.pt" in run_ok("tools/export_weights.py", undisturbed, out)
     config, state, *_ = read_weights(out)
     assert (config.conv_channels, config.num_classes) == ((8, 16, 16, 16, 16), 10)
-    content = final(undisturbed)
-    assert all(torch.equal(state[name], tensor) for name, tensor in content["model"].items())  # type: ignore[attr-defined]
+    saved = final(undisturbed)["model"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())  # type: ignore[attr-defined]
     with safe_open(out, "pt") as file:
         mean = read_json(few / "pca.json")["mean"]
         assert json.loads(file.metadata()["input"]) == {"mean": mean, "std": 1.0}
     folder.mkdir()
-    del content["eigenbasis"]
-    torch.save(content, folder / "x.pt")
-    for source, name, named in (
-        (undisturbed, "a.pth", "a.pth"),
-        (undisturbed, folder.name, folder.name),
-        (folder / "x.pt", "again.safetensors", "x.pt"),
-    ):
-        with pytest.raises(UserError, match=re.escape(named)):
-            export_weights(source, tmp_path / name)
+    for name in ("out.pth", folder.name):
+        with pytest.raises(UserError, match=re.escape(name)):
+            export_weights(undisturbed, tmp_path / name)
     with pytest.raises(UserError, match=r"model.variant"):
         export_weights(undisturbed, tmp_path / "names.safetensors", "torchvision")
     assert {path.name for path in tmp_path.iterdir()} == {out.name, folder.name}
 
 
-CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
+Change = Callable[[Any], object]
+CHANGES: dict[str, tuple[str, Change]] = {
     "nothing": ("optimizer", lambda value: {}),
     "NaN": ("model", lambda weights: weights | {"fc8.bias": torch.full((10,), torch.nan)}),
     "another model": ("model", lambda weights: weights | {"fc8.bias": torch.zeros(11)}),
     "other classes": ("wnids", lambda names: ["n00000000", *names[1:]]),
     "more processes": ("ranks", lambda ranks: ranks * 2),
     "another pca.json": ("eigenbasis", lambda basis: basis | {"mean": [0.0, 0.0, 0.0]}),
-    "another format": ("format_version", lambda version: 1),
 }
 
 
 @pytest.mark.parametrize(("part", "change"), CHANGES.values(), ids=CHANGES)
-def test_odd_checkpoints(
-    few: Path, undisturbed: Path, tmp_path: Path, part: str, change: Callable[[Any], object]
-) -> None:
-    """A checkpoint with a part that does not fit is refused by its name, before anything is written."""
+def test_odd_checkpoints(few: Path, undisturbed: Path, tmp_path: Path, part: str, change: Change) -> None:
+    """A checkpoint of which a part does not fit is refused by its name, before anything is written."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     path, before = find_checkpoint(run), (run / "metrics.jsonl").read_bytes()
     assert path
     content = load_checkpoint(path)
     torch.save(content | {part: change(content[part])}, path)
-    message = train_refuses(*small_run(few, run))
-    assert str(path) in message and ("--train.init_from" in message) == (part == "format_version")
+    assert str(path) in train_refuses(*small_run(few, run))
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_runs_that_do_not_start(few: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Another configuration, lost checkpoints, a directory that is not a run's, shards without pca.json, and all that
-    does not fit the data at once: refused in one sentence, and files are left as they were."""
-    lost, novel, theme, bare = (tmp_path / name for name in ("lost", "novel", "theme", "bare"))
-    shutil.copytree(undisturbed, lost, ignore=shutil.ignore_patterns("step-*", "LATEST", "BEST"))
-    write(novel / "novel.txt", b"x")
-    write(theme / "config.yaml", b"theme: mine\n")
+    """Another configuration, shards without pca.json, and all that does not fit the data at once: refused in one
+    sentence, and files are left as they were."""
+    bare, new = tmp_path / "bare", tmp_path / "new"
     bare.mkdir()
     for name in ("train", "val", "classes.json"):
         (bare / name).symlink_to(few / name)
@@ -246,11 +227,8 @@ def test_runs_that_do_not_start(few: Path, undisturbed: Path, tmp_path: Path) ->
     cases: list[tuple[Path, Path, tuple[str, ...], tuple[str, ...]]] = [
         (few, undisturbed, ("--optimizer.lr", "0.1"), ("optimizer.lr: expected 0.005",)),
         (few, undisturbed, ("--model.num_classes", "11"), ("has 10 classes",)),
-        (few, lost, (), (f"{lost}/checkpoints",)),
-        (few, novel, (), (str(novel),)),
-        (few, theme, (), (str(theme),)),
-        (bare, tmp_path / "new", (), ("compute_pca",)),
-        (few, tmp_path / "new", wrong, ("--model.num_classes 11", "--mean-image", "539")),
+        (bare, new, (), ("compute_pca",)),
+        (few, new, wrong, ("--model.num_classes 11", "--mean-image", "539")),
     ]
     for shards, run, more, named in cases:
         before = files(run)

@@ -99,21 +99,16 @@ def test_no_waiting_on_a_gpu(build: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_lr_of_a_row_is_that_of_its_step(build: Any) -> None:
-    """With warm-up and a cosine every row has another rate."""
+def test_rows_and_profile(build: Any) -> None:
+    """With warm-up and a cosine the rate of a row is that of its step; `run.profile_steps` writes a Chrome trace of
+    forward, backward and update."""
     cosine = ["--optimizer.schedule", "cosine", "--optimizer.warmup_epochs", "1"]
-    trainer = build(*cosine, "--run.log_every", "4")
-    train(trainer, lambda: trainer.step >= 12)
-    lrs = [row["lr"] for row in rows_of(trainer.config.run.dir)]
-    assert lrs == pytest.approx([0.005 * (step - 0.5) / 44 for step in (4, 8, 12)], rel=1e-5)
-
-
-def test_profile(build: Any) -> None:
-    """`run.profile_steps` writes a Chrome trace of forward, backward and update, once."""
-    trainer = build("--run.profile_steps", "2")
+    trainer = build(*cosine, "--run.log_every", "4", "--run.profile_steps", "2")
     train(trainer, lambda: trainer.step >= 14)
-    trace = json.loads((trainer.config.run.dir / "profile.json").read_text())
-    names = {event.get("name") for event in trace["traceEvents"]}
+    run = trainer.config.run.dir
+    expected = [0.005 * (step - 0.5) / 44 for step in (4, 8, 12)]
+    assert [row["lr"] for row in rows_of(run)][:3] == pytest.approx(expected, rel=1e-5)
+    names = {event.get("name") for event in json.loads((run / "profile.json").read_text())["traceEvents"]}
     assert {"aten::convolution", "Optimizer.step#AlexNetSGD.step"} <= names, names
 
 
@@ -138,9 +133,8 @@ def steps(trainer: Trainer, count: int) -> tuple[list[float], dict[str, torch.Te
 def test_same_steps(build: Any, option: str, rel: float) -> None:
     """Without dropout, four micro-batches are one batch, but for rounding; so is half precision, whose weights are
     float32."""
-    (expected, weights), (losses, others) = (
-        steps(build("--model.dropout", "0", *more), 5) for more in ((), option.split())
-    )
+    plain, other = (build("--model.dropout", "0", *more) for more in ((), option.split()))
+    (expected, weights), (losses, others) = steps(plain, 5), steps(other, 5)
     assert losses == pytest.approx(expected, rel=rel) and losses != expected
     for name, weight in weights.items():
         assert others[name].dtype == torch.float32

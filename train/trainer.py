@@ -3,6 +3,8 @@
 A run stops between two steps. The host waits for the device at log steps, in evaluation and when it takes a checkpoint;
 otherwise it runs at most two steps ahead (`StepMeter`). A checkpoint holds the position in the data and the random
 states, so on a CPU the final weights of a resumed run are bitwise those of an uninterrupted one.
+
+Shapes: N images, C colours, H rows, W columns, K classes.
 """
 
 import hashlib

@@ -2,6 +2,8 @@
 
 A contender is an infinite generator of batches that stops its processes and threads when it is closed. Libraries are
 imported where they are used: any of them may be missing.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 import itertools

@@ -2,6 +2,8 @@
 
 The job: decode a 256x256 JPEG, crop a random 224x224 window, flip or not, subtract the mean, shift along the RGB axes,
 divide by 1.1, float32. To add a contender: a generator and a row of `PEERS` in peer_loaders.py.
+
+Shapes: N images, H rows, W columns, C colours.
 """
 
 import itertools

@@ -7,6 +7,8 @@ EXIF orientation is ignored, as Pillow and torchvision ignore it.
 An image is clean, kept with a note, or undecodable (`UserError`). libjpeg-turbo decodes files for which it has no
 warning. Pillow decodes the others, of which ImageNet has some, as viewers show them: what is missing is black or grey,
 as Pillow's buffers start as zeros.
+
+Shapes: N images, C colours, H rows, W columns.
 """
 
 import io
