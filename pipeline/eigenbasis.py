@@ -189,7 +189,7 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
         raise UserError(f"{path} was made from other shards; {advice}")
     pixels = [content.get(name) for name in ("scale", "channel_order", "geometry")]
     if pixels != [255, "RGB", GEOMETRY]:
-        raise UserError(f"{path} was not made from RGB pixels on 0..255, {GEOMETRY}; {advice}")
+        raise UserError(f"{path} was made from other pixels than RGB on 0..255, {GEOMETRY}; {advice}")
     try:
         Eigenbasis.from_json(content)
         if type(content["num_images"]) is not int or not isinstance(content["decoder"], str):

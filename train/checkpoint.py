@@ -221,7 +221,7 @@ def read_archive(path: Path) -> dict[str, Any] | None:
             file.seek(0)
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return content if {"format_version", "step"} <= content.keys() else None
-    except Exception:  # zipfile, pickle and torch raise many kinds for damaged files
+    except Exception:  # zipfile and torch raise many kinds for damaged files
         return None
 
 
