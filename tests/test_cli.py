@@ -23,7 +23,7 @@ ENDS: list[tuple[BaseException, int, str]] = [
     (KeyboardInterrupt(), 130, "error: interrupted\n"),
     (UserError("\x1b[2Ja\nb\x00"), 2, "error: \\x1b[2Ja b\\x00\n"),
     (UserError(f"give {'x' * 10**6}; do"), 2, f"error: give {'x' * 995} ... {'x' * 496}; do\n"),
-    (OSError(2, "None", "f"), 2, "error: cannot use f: None; give another path or set its permissions\n"),
+    (OSError(2, "None", "f"), 2, "error: cannot use f: None; give another path\n"),
     (OSError(28, "Full", "f"), 2, "error: cannot use f: Full; free some space and run it again\n"),
 ]
 
@@ -131,12 +131,13 @@ MISTAKES = {
     b"# nothing yet\n": "expected settings",
     b"train: [1\n": "line 2: while parsing a flow sequence",
     b"train: {seed: !!python/object/apply:os.system [id]}\n": "line 1: could not determine a constructor",
+    b"train: {lr: 3}\n": "train.lr",
     b"optimizer: {lr: 1}\n\noptimizer: {momentum: 0}\n": "line 3: optimizer is set a second time; keep one",
     b"optimizer:\ntrain: {seed: 1}\n": "expected settings below optimizer, got None",
     b"<<: {optimizer: 3}\n": "expected settings below optimizer, got 3",
     b"model:\n  fc_dim:\n": "model.fc_dim has no value; give one, or leave it out",
     b"train: {seed: one}\n": "train.seed: expected an integer, got one",
-    b"model: &m {fc_dim: 1, channels: [*m]}\n": "model.channels",
+    b"model: &m {fc_dim: 1, channels: [*m]}\n": "line 1: an alias is within what it repeats",
 }
 
 

@@ -102,9 +102,10 @@ def pack(
             f"each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
     elif "val" not in data.splits:
-        print(
-            "no validation images, which training needs; leave --val-fraction out to use a tenth of each class"
+        remedy = (
+            "add some" if val_fraction is None else "leave --val-fraction out to use a tenth of each class"
         )
+        print(f"no validation images, which training needs; {remedy}")
     plans = [
         make_plan(shards / split, listing, options, data.classes) for split, listing in data.splits.items()
     ]

@@ -24,7 +24,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.files import atomic_writer, open_locked, write_bytes
 from train.cli import REMEDIES, log
-from train.config import Config
+from train.config import Config, refuse_old_run
 from train.metrics import read_metrics
 
 FORMAT_VERSION = 2
@@ -239,11 +239,7 @@ class RunDirectory:
         checkpoints are missing or cannot be written.
         """
         names = {each.name for each in self.path.iterdir()} if self.path.is_dir() else set()
-        if {"lock", "checkpoints"} <= names:
-            raise UserError(
-                f"{self.path}: expected a run of this version, got one of 0.1; start a new run from its weights: "
-                f"--train.init_from {self.path}, and another --run.dir"
-            )
+        refuse_old_run(self.path)
         if (self.path.exists() and not self.path.is_dir()) or (names and "run.lock" not in names):
             found = f" ({min(names)})" if names else ""
             raise UserError(

@@ -4,6 +4,7 @@ Exit codes: 0 done (also: stopped on request and saved), 2 the user's input is w
 4 training diverged, 130 interrupted. Such an error prints one sentence on stderr; bugs of ours keep their traceback.
 """
 
+import difflib
 import errno
 import json
 import os
@@ -92,7 +93,9 @@ def describe_os_error(error: OSError) -> str:
     """Describe an error of the operating system in one sentence: file, reason, remedy."""
     if error.filename is None:
         return str(error)
-    remedy = f"give another path or {REMEDIES.get(error.errno or 0, 'set its permissions')}"
+    remedy = (
+        f"give another path or {REMEDIES[error.errno]}" if error.errno in REMEDIES else "give another path"
+    )
     if error.errno in DISK_FULL:
         remedy = f"{REMEDIES[error.errno]} and run it again"
     return f"cannot use {error.filename}: {error.strerror}; {remedy}"
@@ -194,7 +197,15 @@ def format_type(kind: Any) -> str:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A YAML loader that refuses a key that comes twice; PyYAML's takes the last one."""
+    """A YAML loader that refuses a key that comes twice (PyYAML's takes the last one) and an alias of what it is in."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Build a node. Raises `yaml.MarkedYAMLError` for an alias of a list or mapping that contains it."""
+        mark = self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.CollectionNode) and node.end_mark is None:  # still being built
+            raise yaml.MarkedYAMLError(problem="an alias is within what it repeats", problem_mark=mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a dict. Raises `yaml.MarkedYAMLError` for a key that comes twice."""
@@ -247,6 +258,11 @@ def check_settings(settings: Mapping[str, Any], path: Path, options: Mapping[str
                 raise UserError(
                     f"{path}: expected settings below {name}, got {value!r}; add some or leave it out"
                 )
+        elif name not in options:
+            close = [option for option in options if option.endswith(f".{key}")]
+            close += difflib.get_close_matches(name, options, 1)
+            remedy = f"did you mean {close[0]}?" if close else "--help lists all"
+            raise UserError(f"{path}: {name}: expected the name of a setting; {remedy}")
         elif value is None and options.get(name) and type(None) not in get_args(options[name]):
             raise UserError(f"{path}: {name} has no value; give one, or leave it out")
 
@@ -276,6 +292,7 @@ def check_renamed(name: str, source: str) -> None:
     """Raise `UserError` for a setting of version 0.1."""
     if name in RENAMED:
         remedy = f"{name} is now {RENAMED[name]}" if RENAMED[name] else f"{name} was removed; leave it out"
+        remedy += ", in minutes instead of steps" * (name == "run.save_every")
         raise UserError(f"{source}: {remedy} (CHANGELOG.md)")
 
 

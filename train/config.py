@@ -267,6 +267,15 @@ def split_pairs(arguments: list[str]) -> list[str]:
     return [str(find_recipe(word)) if before[k] == "--config" else word for k, word in enumerate(words)]
 
 
+def refuse_old_run(directory: Path) -> None:
+    """Raise `UserError` for the run directory of a version 0.1, by its files."""
+    if (directory / "lock").is_file() and (directory / "checkpoints").is_dir():
+        raise UserError(
+            f"{directory}: expected a run of this version, got one of 0.1; start a new run from its weights: "
+            f"--train.init_from {directory}, and another --run.dir"
+        )
+
+
 REQUIRED = {"--data.shards", "--train.batch_size", "--train.epochs", "--train.seed"}
 """Options without a default, apart from `--run.dir`."""
 
@@ -280,6 +289,7 @@ def add_saved_config(words: list[str]) -> list[str]:
     if "--config" in given or "--run.dir" not in words[:-1] or given >= REQUIRED:
         return words
     directory = Path(words[words.index("--run.dir") + 1])
+    refuse_old_run(directory)
     if (directory / "run.lock").is_file() and (directory / "config.yaml").is_file():
         return ["--config", str(directory / "config.yaml"), *words]
     if "--data.shards" not in given:

@@ -41,7 +41,8 @@ def run(config: Config) -> None:
     log_summary(trainer, precision)
     finished = trainer.fit(StopFlag(distributed, stop_signal)) and evaluate_and_report(trainer)
     if not finished and distributed.is_rank_zero:
-        position = f"step {trainer.step} (epoch {trainer.epoch + 1})"
+        where = "training is complete" if trainer.finished else f"epoch {trainer.epoch + 1}"
+        position = f"step {trainer.step} ({where})"
         log(f"stopped and saved at {position}; run the same command again to resume")
     trainer.close()
     distributed.shutdown()
