@@ -127,6 +127,11 @@ class Trainer:
         """True once all epochs are trained, or the schedule has ended the training."""
         return self.epoch >= self.config.train.epochs or self.schedule.finished
 
+    @property
+    def epoch_progress(self) -> float:
+        """Fraction of the epoch at the middle of the current step."""
+        return (self.train_loader.at_step - 0.5) / self.train_loader.steps_per_epoch
+
     def fit(self, stop: StopFlag) -> bool:
         """Train to the end. Returns False when it was stopped; the state is saved either way.
 
@@ -143,10 +148,8 @@ class Trainer:
                 stopped = self.train_epoch()
                 accuracy = None if stopped else self.evaluate()
             except DataError as error:
-                if (
-                    self.distributed.world_size > 1
-                ):  # saving is a collective, and the others are inside a step
-                    raise
+                if self.distributed.world_size > 1:
+                    raise  # saving is a collective, and the others are inside a step
                 self.save()
                 self.writer.finish()
                 raise DataError(f"{error}; what was trained is saved, the same command resumes it") from None
@@ -167,7 +170,7 @@ class Trainer:
             for batch in loader.epoch(self.epoch):
                 meter.start_step()
                 saving, log_step = self.writer.busy, (self.step + 1) % run.log_every == 0
-                self.schedule.set_lrs(self.optimizer, (loader.at_step - 0.5) / loader.steps_per_epoch)
+                self.schedule.set_lrs(self.optimizer, self.epoch_progress)
                 with self.distributed.detect_lost_process():
                     loss, correct, grad_norm = self.train_step(batch, with_norm=log_step)
                 meter.end_step(loss, correct, batch, saving=saving or self.writer.busy)
@@ -219,7 +222,7 @@ class Trainer:
     def log_row(self, grad_norm: torch.Tensor, progress: "tqdm[Any]") -> None:
         """Write a row of metrics and show it. Raises `DivergedError`."""
         self.check_finite(self.meter.loss_sum())
-        lr = next(group["lr"] for group in self.optimizer.param_groups if group["name"] == "weights")
+        lr = self.schedule.lr("weights", self.epoch_progress)
         values = self.meter.read(self.config.train.batch_size)
         if self.save_ms:
             values["save_ms"], self.save_ms = self.save_ms, 0.0
