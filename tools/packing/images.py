@@ -158,7 +158,7 @@ def decode(raw: bytes, check_only: bool = False) -> Decoded:
 def list_exif_notes(block: bytes) -> list[tuple[str, str]]:
     """List notes on an EXIF block: damaged, or with an orientation other than upright."""
     try:
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings(action="error", category=UserWarning):
             exif = Image.Exif()
             exif.load(block)
             orientation = exif.get(0x0112, 1)
