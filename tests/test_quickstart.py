@@ -23,6 +23,6 @@ def test_quickstart(tmp_path: Path) -> None:
         for name in ("images", "shards", "centre top-1 accuracy", "training speed", "waiting for input"):
             assert re.search(rf"^{name}: ", done.stdout, re.M)
         for picture in ("curves", "kernels", "augmentation"):
-            assert (tmp_path / "a run" / f"{picture}.png").is_file() and f"a run/{picture}.png" in done.stdout
+            assert (tmp_path / "a run" / f"{picture}.png").is_file()
         assert (tmp_path / "a run" / "report.html").is_file() and "a run/report.html" in done.stdout
         assert done.stdout.count("nothing to do") == 3 * attempt

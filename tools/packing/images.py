@@ -66,7 +66,7 @@ class Decoded(NamedTuple):
     """True if a shard may hold the file unchanged."""
 
 
-class SizeError(ValueError):
+class SizeError(UserError):
     """An image that is too large, or too long for its width."""
 
 
