@@ -163,6 +163,8 @@ class Parser(ArgumentParser):
         report_to_torchrun(message)
         if local_rank(os.environ) == 0:
             sys.stderr.write(f"error: {sanitize_message(message)} (--help lists every option)\n")
+        else:
+            time.sleep(2)  # the first process that exits ends all others under torchrun: let that one print
         sys.exit(WRONG_INPUT)
 
     def format_type_error(self, message: str) -> str:
