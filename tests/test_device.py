@@ -24,7 +24,7 @@ print(full - resident_bytes())
 
 
 def test_freed_memory_stays_with_the_process() -> None:
-    """Of 200 MB that are freed nearly all stay; without `tune_malloc` glibc gives all of them back."""
+    """Of 200 MB in deleted tensors nearly all stay in the process; without `tune_malloc` glibc returns all."""
     given_back = [int(run_ok("-c", KEPT.format(keep=keep), run=run_python)) for keep in (False, True)]
     assert given_back[0] > 190e6 and given_back[1] < 10e6
 

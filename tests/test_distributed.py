@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from tests.helpers import (
     TORCHRUN,
     TRAIN,
@@ -27,7 +28,7 @@ from tests.helpers import (
     wait_for,
 )
 from train.config import ParallelConfig
-from train.distributed import ECHO_S, SIGNALS, Distributed, StopFlag, StopSignal
+from train.distributed import ECHO_S, SIGNALS, START_TIMEOUT, Distributed, StopFlag, StopSignal
 
 STEPS = 1438 // 128
 
@@ -211,3 +212,14 @@ def test_exchanged_about_once_a_second(monkeypatch: pytest.MonkeyPatch, step_s: 
     for _ in range(100):
         flag.check()
     assert len(times) - sent >= 50
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, TorchDynamoException, RuntimeError])
+def test_faults_of_this_process_are_no_lost_process(fault: type[RuntimeError]) -> None:
+    """Memory that is full and a model that does not compile stay what they are; what torch.distributed raises, a
+    `RuntimeError` of no kind of its own, is another process that is gone."""
+    distributed = object.__new__(Distributed)
+    distributed.world_size, distributed._timeout = 2, START_TIMEOUT
+    expected = DataError if fault is RuntimeError else fault
+    with pytest.raises(expected, match="why"), distributed.detect_lost_process():
+        raise fault("why")

@@ -1,4 +1,4 @@
-"""The meter tells waiting from computing; rows survive kills, resumes and full disks; two warnings come when due."""
+"""The meter separates waiting from computing; rows survive kills, resumes and full disks; two warnings come in time."""
 
 import itertools
 import json

@@ -36,12 +36,12 @@ class CheckpointWriter:
     """Writes one checkpoint at a time on a thread. If it cannot be written, as the disk is full, the run continues and
     the previous checkpoint stays the latest."""
 
-    def __init__(self, run_dir: Path, keep_last: int, latest: Path | None = None) -> None:
+    def __init__(self, run_dir: Path, keep_last: int) -> None:
         self._run_dir, self._keep_last = run_dir, keep_last
         self._thread: Thread | None = None
         self._error: Exception | None = None
         self._logged_error: OSError | None = None
-        self.latest = latest
+        self.latest: Path | None = None
         """Path of the newest complete checkpoint."""
 
     @property
@@ -115,11 +115,10 @@ def save_checkpoint(
     with atomic_writer(path) as file:
         write_archive(file, {"format_version": FORMAT_VERSION, "step": step, **content})
     write_bytes(directory / "LATEST", f"{path.name}\n".encode())
-    if (
-        content.get("best")
-        and (best_path := build_checkpoint_path(directory, content["best"]["step"])).exists()
-    ):
-        write_bytes(best, f"{best_path.name}\n".encode())  # if it exists: writing it may have failed
+    if content.get("best"):
+        best_path = build_checkpoint_path(directory, content["best"]["step"])
+        if best_path.exists():  # writing it may have failed
+            write_bytes(best, f"{best_path.name}\n".encode())
     pinned = {build_checkpoint_path(directory, number) for number in pinned_steps}
     if best.is_file():
         pinned.add(directory / read_pointer(best))

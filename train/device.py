@@ -12,7 +12,6 @@ from model.alexnet import AlexNet
 from model.towers import COMPILE_OPTIONS, TowerAlexNet
 from pipeline.errors import UserError
 from pipeline.machine import num_cores
-from train.cli import log
 from train.launch import local_rank
 
 
@@ -114,8 +113,6 @@ def compile_model(model: AlexNet, device: torch.device) -> torch.nn.Module:
     """Compile on a GPU the whole model, on a CPU only the response normalization, where it gains most. Without a
     compiler the model is returned as it is."""
     if not can_compile(device):
-        language = "C" if device.type == "cuda" else "C++"
-        log(f"not compiling: no {language} compiler, or a space in PyTorch's path")
         return model
     if device.type == "cuda":
         keep_pooling_kernel()

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,6 +54,7 @@ class Distributed:
     def __init__(self, config: ParallelConfig) -> None:
         """Join the other processes. Raises `UserError` when their number does not fit."""
         self.rank, self.world_size = find_task(os.environ)[:2]
+        self._timeout = START_TIMEOUT
         if self.world_size > 1:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
             # torchrun keeps one store through restarts, with the addresses of dead processes in it (pytorch#135712).
@@ -66,7 +68,6 @@ class Distributed:
             self.run_on_all_ranks(lambda: refuse_odd_world_size(self.world_size))
         self._mesh = TowerMesh.create(START_TIMEOUT) if towers else None
         """With towers: this rank's tower and its process groups."""
-        self._starting = True
         self.replica, self.num_replicas = self.rank, self.world_size
         if self._mesh:
             self.replica, self.num_replicas = self._mesh.replica, self._mesh.num_replicas
@@ -233,23 +234,23 @@ class Distributed:
         """Turn what torch.distributed raises when another process is gone into `DataError`."""
         try:
             yield
-        except (torch.OutOfMemoryError, torch.AcceleratorError, DataError):
-            raise
+        except (torch.OutOfMemoryError, torch.AcceleratorError, TorchDynamoException, DataError):
+            raise  # a fault of this process
         except RuntimeError as error:
             if self.world_size == 1:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise DataError(
-                f"another process is gone or was silent for {TIMEOUT.seconds} s; see its last output for the reason "
-                f"({reason}); the same command resumes from the last checkpoint"
+                f"another process is gone or was silent for {self._timeout.seconds} s; see its last output for the "
+                f"reason ({reason}); the same command resumes from the last checkpoint"
             ) from error
 
     def end_startup(self) -> None:
         """Reduce the wait for other ranks from `START_TIMEOUT` to `TIMEOUT`; called after every step."""
-        if self.world_size > 1 and self._starting:
+        if self.world_size > 1 and self._timeout != TIMEOUT:
             for group in (None, *((self._mesh.pair_group, self._mesh.replica_group) if self._mesh else ())):
                 _set_pg_timeout(TIMEOUT, group)
-            self._starting = False
+            self._timeout = TIMEOUT
 
     def shutdown(self) -> None:
         """Destroy the process group."""

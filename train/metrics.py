@@ -56,9 +56,8 @@ class StepMeter:
     def _now(self) -> Any:
         if not self._on_gpu:
             return perf_counter()
-        event = torch.cuda.Event(
-            enable_timing=True, blocking=True
-        )  # waiting for it leaves the core to the loader
+        # Waiting for a blocking event leaves the core to the loader.
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record()
         return event
 

@@ -69,7 +69,7 @@ def build_or_resume(trainer: "Trainer", directory: "RunDirectory") -> None:
 
 def log_summary(trainer: "Trainer", precision: str) -> None:
     """Open the shards; on rank 0, log data, model, device and steps of this run."""
-    from train.device import advise_on_gpus
+    from train.device import advise_on_gpus, can_compile
 
     loader, distributed, train = trainer.train_loader, trainer.distributed, trainer.config.train
     opening_bytes = distributed.run_on_all_ranks(loader.open)
@@ -83,6 +83,9 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
     )
     if trainer.device.type == "cuda":
         log(precision)
+    if train.compile and not can_compile(trainer.device):
+        language = "C" if trainer.device.type == "cuda" else "C++"
+        log(f"not compiling: no {language} compiler, or a space in PyTorch's path")
     images = train.batch_size // distributed.num_replicas // train.grad_accum_steps
     advice = advise_on_gpus(trainer.device, distributed.world_size, images)
     if advice and trainer.config.run.device != "cpu":

@@ -73,9 +73,8 @@ class Trainer:
         if problems:
             raise UserError("; ".join(problems))
         data = config.data
-        if (
-            config.run.deterministic
-        ):  # a GPU's JPEG engine may give other pixels at each call (nvImageCodec's tests)
+        if config.run.deterministic:
+            # A GPU's JPEG engine may give other pixels at each call (nvImageCodec's tests).
             data = replace(data, speed=replace(data.speed, hw_decoder_load=0.0))
         local_batch = batch_size // distributed.world_size
         self.train_loader = train_loader(
@@ -103,8 +102,8 @@ class Trainer:
         """{"step", "top1_error"} at the end of the best epoch."""
         self.pinned_steps: list[int] = []
         """Steps whose checkpoints are kept for good (`run.keep_every`)."""
-        self.checkpoint: Path | None = None
-        """The checkpoint that the run resumed from."""
+        self.writer = CheckpointWriter(config.run.dir, config.run.keep_last)
+        self.log: MetricsLog | None = None
 
     def build(self) -> None:
         """Build model and optimizer. A collective."""
@@ -139,9 +138,8 @@ class Trainer:
         checkpoint cannot be written.
         """
         self.stop, config = stop, self.config
-        rank_zero = self.distributed.is_rank_zero
-        self.log = MetricsLog(config.run.dir, self.step, self.epoch) if rank_zero else None
-        self.writer = CheckpointWriter(config.run.dir, config.run.keep_last, self.checkpoint)
+        if self.distributed.is_rank_zero:
+            self.log = MetricsLog(config.run.dir, self.step, self.epoch)
         self.saved_at, self.save_ms = perf_counter(), 0.0
         while not self.finished:
             try:
@@ -387,7 +385,7 @@ class Trainer:
         for part in ("model", "optimizer"):
             check_shapes(content[part], self.config.model, path)
         check_finite(content["model"], path)
-        self.epoch, self.step, self.checkpoint = content["epoch"], content["step"], path
+        self.epoch, self.step, self.writer.latest = content["epoch"], content["step"], path
         self.best, self.pinned_steps = content["best"], content["pinned_steps"]
         self.model.load_state_dict(distributed.shard_state_dict(content["model"]))
         self.optimizer.load_velocities(distributed.shard_state_dict(content["optimizer"]))
@@ -463,10 +461,9 @@ class Trainer:
 
     def close(self) -> None:
         """Finish the checkpoint that is being written; close metrics and loaders."""
-        if hasattr(self, "writer"):
-            self.writer.log_save_error()
-            if self.log:
-                self.log.close()
+        self.writer.log_save_error()
+        if self.log:
+            self.log.close()
         self.train_loader.close()
         self.val_loader.close()
 
