@@ -100,7 +100,9 @@ def draw_charts(
             axes.plot(steps / steps_per_epoch, values, style, markersize=4, label=label)
         if title == "Loss":
             axes.axhline(np.log(classes), color="grey", linestyle=":", label="chance: ln(classes)")
-        axes.set(title=title, xlabel="epoch", ylabel=CHARTS[title][0], xlim=(0, None), ylim=(0, None))
+        highest = max(axes.dataLim.y1, 0) or 1.0
+        limits = {"xlim": (0, None), "ylim": (0, 1.05 * highest)}
+        axes.set(title=title, xlabel="epoch", ylabel=CHARTS[title][0], **limits)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)

@@ -177,7 +177,7 @@ def pack_row_group(plan: ShardPlan) -> PackStats:
 
 def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes]]:
     """Yield the rows of the row group that holds `row`, and their images, empty for a row without bytes. Raises
-    `ValueError`."""
+    `UserError`."""
     try:
         source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
         ends = np.cumsum([source.metadata.row_group(k).num_rows for k in range(source.num_row_groups)])
