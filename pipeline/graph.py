@@ -1,186 +1,220 @@
-"""DALI graphs: pure functions from encoded bytes to tensors, and thin pipelines that add the reader.
+"""DALI graphs: functions from encoded images and their augmentation to tensors.
 
-    reader -> decode -> 224x224 window -> flip -> lighting and normalization    (train_graph)
-    reader -> decode the 256x256 image -> normalization                         (val_graph)
+    crops:         encoded, x, y -> uint8 224x224                  (device cpu; `pixel_ops.py` does the rest)
+                   encoded, x, y, mirror, mean, std -> float16     (device gpu)
+    whole images:  encoded -> uint8 256x256                        (device cpu, or without `normalize`)
+                   encoded, mean, std -> float16                   (device gpu)
 
-On a CPU the graphs end before the flip, as `normalize.py` does the rest faster there.
+There is no reader and no state: a batch depends only on what is fed. `decode: gpu` is DALI's `mixed` decoder on whole
+images; `decode: cpu` decodes on the host, of a crop only its window, and augments on the GPU if there is one. Images
+come out as HWC, which for PyTorch is channels-last memory, RGB.
 
-The same graphs serve CPU and GPU. `decode="gpu"` is DALI's `mixed` decoder on whole images; `decode="cpu"` decodes on
-the host, in training only the window, and augments on the GPU if there is one. Without a GPU everything runs on the CPU
-with the same result. Pixels are RGB on the 0..255 scale minus the mean. Images come out as HWC, which for PyTorch is
-channels-last memory.
+A crop of an image of any size has to be what packing and cropping would give: shorter side resized to 256 (antialiased
+bicubic), of this the central 256x256, and of these the crop. Here one resampling makes only the crop: it is traced back
+to a region of the stored image, and on a CPU only that region is decoded.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nvidia.dali import fn, pipeline_def, types
+import numpy as np
+from nvidia.dali import Pipeline, fn, math, types
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
-from pipeline.decode import Decoder, decode_crop, decode_image, decode_resize_crop
-from pipeline.draws import CROP_SIDE, OFFSETS, AugmentParams, op_seed, sample_params
-from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import lighting_arguments
-from pipeline.settings import Augmentation
-from pipeline.shards import IMAGE_SIDE, MAX_LABEL_DIGITS, ShardSet
+from pipeline.augment import CROP_SIDE, OFFSETS, Draws
+from pipeline.shards import IMAGE_SIDE
 
 if TYPE_CHECKING:
     from nvidia.dali.data_node import DataNode
 
 
-def train_graph(
-    encoded: "DataNode",
-    params: AugmentParams,
-    basis: Eigenbasis,
-    augmentation: Augmentation,
-    decoder: Decoder,
-    device: str,
-) -> "tuple[DataNode, ...]":
-    """Decode and augment images.
+@dataclass(frozen=True)
+class Graph:
+    """What a pipeline computes."""
 
-    Args:
-        encoded: the file's bytes, on the CPU.
-        params: from `sample_params`.
-        basis: Mean and RGB axes.
-        augmentation: Settings of lighting and normalization.
-        decoder: Decoder's device and the size of images.
-        device: Device of the result, "gpu" or "cpu".
+    decode: str = "cpu"
+    """"gpu" (whole images, nvJPEG) or "cpu"."""
+    device: str = "cpu"
+    """Device of the result, "gpu" or "cpu"."""
+    any_size: bool = False
+    """True if images are of any size; else they are 256x256."""
+    crop: bool = True
+    """True for crops, False for whole 256x256 images."""
+    normalize: bool = False
+    """True to flip, subtract the mean and divide by std, to float16; only on a GPU."""
+    hw_decoder_load: float = 0.65
+    """Share of the images for a GPU's JPEG engine (`Speed.hw_decoder_load`)."""
 
-    Returns on a GPU normalized windows, float16 (224, 224, 3) HWC RGB. On a CPU the arguments of `normalize`: uint8
-    windows, int32 flags of a flip, and the random numbers of lighting (see `AugmentParams`).
+
+def build_pipeline(graph: Graph, batch_size: int, threads: int, device_id: int | None) -> Pipeline:
+    """Build the pipeline of a graph, for batches of up to `batch_size`.
+
+    Feed it, call `schedule_run`, and take `outputs` in the same order; any number of runs may be scheduled ahead. What
+    is fed as "encoded" has to stay as it is until its outputs are taken.
     """
-    if device == "cpu":
-        return window_graph(encoded, params, decoder, device), params.mirror, params.pca_noise
-    window: dict[str, Any] = {"mirror": params.mirror}
-    if decoder.device == "cpu" or decoder.any_size:
-        images = window_graph(encoded, params, decoder, device).gpu()
-    else:
-        images = decode_image(encoded, decoder)
-        window |= {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": params.crop_x, "crop_pos_y": params.crop_y}
-    return (normalize_graph(images, params.pca_noise, basis, augmentation, **window),)
+    pipe = Pipeline(batch_size, threads, device_id, seed=0, prefetch_queue_depth=1)  # we count those ahead
+    with pipe:
+        pipe.set_outputs(connect(graph))
+    return pipe
 
 
-def normalize_graph(
-    images: "DataNode",
-    pca_noise: "DataNode | None",
-    basis: Eigenbasis,
-    augmentation: Augmentation,
-    **window: Any,
+def connect(graph: Graph) -> "DataNode":
+    """Connect the operations of a graph to its inputs."""
+
+    def source(name: str, ndim: int) -> "DataNode":
+        return fn.external_source(name=name, ndim=ndim, dtype=types.FLOAT)
+
+    encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
+    window = (source("x", 0), source("y", 0)) if graph.crop else None
+    pixels = decode(encoded, graph, window)
+    if not graph.normalize:
+        return pixels
+    arguments: dict[str, Any] = {"mean": source("mean", 1), "std": source("std", 1)}
+    if window:
+        arguments["mirror"] = fn.external_source(name="mirror", ndim=0, dtype=types.INT32)
+        if graph.decode == "gpu" and not graph.any_size:
+            arguments |= {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": window[0], "crop_pos_y": window[1]}
+    return fn.crop_mirror_normalize(pixels.gpu(), dtype=types.FLOAT16, output_layout="HWC", **arguments)
+
+
+def feed(
+    pipe: Pipeline,
+    graph: Graph,
+    encoded: TensorListCPU,
+    draws: Draws | None,
+    means_N3: np.ndarray,
+    stds_N3: np.ndarray,
+) -> None:
+    """Feed one batch to a pipeline: what `wrap_encoded` made, its draws (of crops), float32 means and divisors."""
+    pipe.feed_input("encoded", encoded)
+    if graph.crop:
+        assert draws is not None
+        pipe.feed_input("x", (draws.left / OFFSETS).astype(np.float32))
+        pipe.feed_input("y", (draws.top / OFFSETS).astype(np.float32))
+    if graph.normalize:
+        pipe.feed_input("mean", means_N3)
+        pipe.feed_input("std", stds_N3)
+        if graph.crop and draws is not None:
+            pipe.feed_input("mirror", draws.mirrored.astype(np.int32))
+
+
+def wrap_encoded(images: Iterable[np.ndarray]) -> TensorListCPU:
+    """Wrap encoded images for `feed`; done here rather than there as it takes a microsecond for each."""
+    return TensorListCPU([TensorCPU(image, "") for image in images], "")
+
+
+def decode(encoded: "DataNode", graph: Graph, window: "tuple[DataNode, DataNode] | None") -> "DataNode":
+    """Decode crops at `window`, (x, y) from 0 to 1, or without it whole images, to uint8 HWC RGB.
+
+    On a GPU crops of 256x256 images are not cut yet.
+    """
+    if graph.any_size:
+        return decode_resize_crop(encoded, graph, window)
+    if graph.decode == "gpu":
+        return decode_on_gpu(encoded, graph)
+    return decode_crop(encoded, *(window or (0.5, 0.5)), side=CROP_SIDE if window else IMAGE_SIDE)
+
+
+def decode_crop(encoded: "DataNode", x: "DataNode | float", y: "DataNode | float", side: int) -> "DataNode":
+    """Decode on the CPU a window of side x side of 256x256 images, at (x, y) from 0 to 1; uint8 HWC RGB.
+
+    The position depends on `peek_image_shape`, so that it reads every header first and raises for a damaged one. DALI's
+    decoder alone may crash the process then: it leaves a function whose variables its other threads still use (2.4,
+    image_decoder.h, "Prepare descs").
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    return fn.decoders.image_crop(
+        encoded,
+        device="cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        crop=(side, side),
+        crop_pos_x=shape[1] * 0 + x,
+        crop_pos_y=y,
+    )
+
+
+def decode_on_gpu(encoded: "DataNode", graph: Graph) -> "DataNode":
+    """Decode whole images of any size on the GPU to uint8 HWC RGB. EXIF orientation is ignored.
+
+    Headers are read first here, too (see `decode_crop`): the reshaping changes nothing, but waits for them.
+    """
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    return fn.decoders.image(
+        fn.reshape(encoded, shape=fn.cast(encoded.shape() + 0 * shape[0], dtype=types.INT32)),
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # interpolated chroma, as libjpeg and Pillow have it
+        hw_decoder_load=graph.hw_decoder_load,
+        preallocate_width_hint=IMAGE_SIDE,  # else the JPEG engine allocates again for each larger image
+        preallocate_height_hint=IMAGE_SIDE,
+        affine=False,  # do not pin threads to cores, which other threads use, too
+    )
+
+
+class Roi(NamedTuple):
+    """Region of a stored image that a window is resampled from, in one direction, in pixels of the image; float32."""
+
+    start: "DataNode"
+    end: "DataNode"
+    """Edges of the window."""
+    first: "DataNode"
+    last: "DataNode"
+    """First and last whole pixel that the filter reads for the window."""
+
+
+def decode_resize_crop(
+    encoded: "DataNode", graph: Graph, window: "tuple[DataNode, DataNode] | None"
 ) -> "DataNode":
-    """Apply lighting (unless `pca_noise` is None) and normalize uint8 HWC RGB, crop and flip as `window` says; to
-    float16."""
-    mean, std = lighting_arguments(pca_noise, basis, augmentation.lighting, augmentation.std)
-    return fn.crop_mirror_normalize(
-        images, mean=mean, std=[std] * 3, dtype=types.FLOAT16, output_layout="HWC", **window
-    )
+    """Decode and resample a window of the central 256x256 of an image of any size, to uint8 HWC RGB on `graph.device`.
 
-
-def window_graph(encoded: "DataNode", params: AugmentParams, decoder: Decoder, device: str) -> "DataNode":
-    """Decode windows, uint8 (224, 224, 3) HWC RGB; those of 256x256 images are decoded on the CPU and stay there."""
-    if decoder.any_size:
-        return decode_resize_crop(
-            encoded, decoder, CROP_SIDE, params.crop_x * OFFSETS, params.crop_y * OFFSETS, device
-        )
-    return decode_crop(encoded, CROP_SIDE, params.crop_x, params.crop_y)
-
-
-def val_graph(
-    encoded: "DataNode", basis: Eigenbasis, augmentation: Augmentation, decoder: Decoder, device: str
-) -> "tuple[DataNode, ...]":
-    """Decode images to 256x256 HWC RGB: on a GPU normalized, in float16; on a CPU in uint8."""
-    images = decode_full(encoded, decoder, device)
-    if device == "cpu":
-        return (images,)
-    return (normalize_graph(images.gpu(), None, basis, augmentation),)
-
-
-def decode_full(encoded: "DataNode", decoder: Decoder, device: str = "cpu") -> "DataNode":
-    """Decode images to uint8 (256, 256, 3) HWC RGB; 256x256 ones stay on the decoder's device."""
-    if decoder.any_size:
-        return decode_resize_crop(encoded, decoder, IMAGE_SIDE, 0.0, 0.0, device)
-    return decode_image(encoded, decoder)
-
-
-def read_graph(
-    shards: ShardSet,
-    training: bool,
-    seed: int = 0,
-    shuffle_buffer: int = 1,
-    rank: int = 0,
-    num_ranks: int = 1,
-    reader_queue_depth: int = 1,
-) -> "tuple[DataNode, DataNode]":
-    """Read (encoded image, label): the bytes of the JPEG, and uint8 (6,), ASCII digits followed by zeros.
-
-    In training the order of shards is permuted every epoch with a seed that all ranks share, as each rank takes its
-    part of one permuted list; samples are drawn from a buffer. With `pad_last_batch` epochs are exact over several
-    ranks; without it the end of an epoch would be filled with samples of the next one. Without mmap a truncated shard
-    raises an error instead of SIGBUS. `tensor_init_bytes` starts a buffer with a page; DALI's default, a MiB for each
-    member of each sample in the shuffle buffer, takes gigabytes.
+    The geometry is that of `tools/make_shards.py pack`. On a CPU only the region that the window needs is decoded.
     """
-    shuffling: dict[str, Any] = {
-        "random_shuffle": True,
-        "initial_fill": min(shuffle_buffer, shards.num_samples),
-        "shuffle_after_epoch": True,
-        "shuffle_after_epoch_seed": op_seed(seed, 0, "shards"),
-    }
-    outputs: Any = fn.readers.webdataset(
-        paths=list(shards.tars),
-        index_paths=list(shards.indexes),
-        ext=["jpg", "cls"],
-        missing_component_behavior="error",
-        shard_id=rank,
-        num_shards=num_ranks,
-        seed=op_seed(seed, rank, "reader"),
-        pad_last_batch=True,
-        dont_use_mmap=True,
-        tensor_init_bytes=4096,
-        prefetch_queue_depth=reader_queue_depth,
-        stick_to_shard=not training,
-        name="reader",
-        **(shuffling if training else {}),
+    side = CROP_SIDE if window else IMAGE_SIDE
+    left, top = (each * OFFSETS for each in window) if window else (0.0, 0.0)
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
+    shorter = math.min(shape[0], shape[1])
+    rois = trace_side(shape[0], shorter, top, side), trace_side(shape[1], shorter, left, side)
+    if graph.decode == "cpu":
+        images = fn.decoders.image_slice(
+            encoded,
+            device="cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            start=fn.cast(fn.stack(*(each.first for each in rois)), dtype=types.INT32),
+            end=fn.cast(fn.stack(*(each.last for each in rois)), dtype=types.INT32),
+            axes=[0, 1],
+        )
+        corner: list[Any] = [each.first for each in rois]
+    else:
+        images, corner = decode_on_gpu(encoded, graph), [0.0, 0.0]
+    return fn.resize(
+        images.gpu() if graph.device == "gpu" else images,
+        size=[side, side],
+        roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(rois, corner, strict=True))),
+        roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(rois, corner, strict=True))),
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
     )
-    images, digits = outputs
-    return images, fn.pad(digits, axes=[0], shape=[MAX_LABEL_DIGITS])
 
 
-@pipeline_def(enable_checkpointing=True)
-def train_pipeline(
-    shards: ShardSet,
-    basis: Eigenbasis,
-    augmentation: Augmentation,
-    shuffle_buffer: int,
-    data_seed: int,
-    rank: int,
-    num_ranks: int,
-    decoder: Decoder,
-    device: str,
-    reader_queue_depth: int = 1,
-) -> "tuple[DataNode, ...]":
-    """Combine `read_graph` for labels and `train_graph` for images."""
-    encoded, digits = read_graph(shards, True, data_seed, shuffle_buffer, rank, num_ranks, reader_queue_depth)
-    params = sample_params(augmentation, data_seed, rank)
-    return digits, *train_graph(encoded, params, basis, augmentation, decoder, device)
+def trace_side(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Roi:
+    """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
+    scaled = divide_rounded(size * IMAGE_SIDE, shorter)
+    pixels = fn.cast(size, dtype=types.FLOAT)  # exact to a thousandth of a pixel up to ten thousand pixels
+    scale = pixels / scaled
+    start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
+    end = start + side * scale
+    support = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider if an image is reduced
+    first = math.max(math.floor(start - support), 0.0)
+    return Roi(start, end, first, math.min(math.ceil(end + support), pixels))
 
 
-@pipeline_def
-def val_pipeline(
-    shards: ShardSet,
-    basis: Eigenbasis,
-    augmentation: Augmentation,
-    rank: int,
-    num_ranks: int,
-    decoder: Decoder,
-    device: str,
-    reader_queue_depth: int = 1,
-) -> "tuple[DataNode, ...]":
-    """Combine `read_graph` for labels and `val_graph` for images, in stored order."""
-    encoded, digits = read_graph(
-        shards, False, rank=rank, num_ranks=num_ranks, reader_queue_depth=reader_queue_depth
-    )
-    return digits, *val_graph(encoded, basis, augmentation, decoder, device)
-
-
-@pipeline_def
-def decode_pipeline(shards: ShardSet, device: str) -> "DataNode":
-    """Decode images to uint8 256x256 in stored order."""
-    encoded, _ = read_graph(shards, False)
-    return decode_full(encoded, Decoder(device, shards.any_size))
+def divide_rounded(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
+    """Compute Python's `round(dividend / divisor)` of positive int64: halves go to the even neighbour."""
+    doubled = 2 * dividend + divisor
+    quotient = doubled // (2 * divisor)
+    is_tie = quotient * (2 * divisor) == doubled
+    return quotient - fn.cast(is_tie, dtype=types.INT64) * (quotient - quotient // 2 * 2)

@@ -1,50 +1,48 @@
-"""The loader of training and validation batches; the trainer uses DALI only through it.
+"""Loaders of training and validation batches.
 
-    loader = train_loader(shards, basis, config, batch_size=128, seed=0, rank=0, num_ranks=1, device="cpu")
+    loader = train_loader("SHARDS", batch_size=256)
     for epoch in range(90):
         for images, labels in loader.epoch(epoch): ...
 
 `images`: (N, 3, 224, 224), in validation (N, 3, 256, 256), in channels-last memory, float16 on a GPU, float32 on a CPU.
-`labels`: int64 (N,), -1 = padding. All batches have the same shape. Over all ranks a training epoch has no sample
-twice; samples that do not fill a batch on every rank are dropped, others every epoch. In validation every sample counts
-exactly once.
+`labels`: int64 (N,), -1 = padding. All batches have the same shape.
 
-`rank` and `num_ranks` count the loaders that share a split. In validation with two towers both processes of a pair load
-the same images, so there the number of ranks is half the number of processes. From a state taken after any batch a
-loader continues with the next batch, bit for bit.
+A batch is a pure function of the shards, the seed, the epoch, the step and the settings. A training epoch is one order
+of the split; global batch k of size G holds its positions k * G to (k + 1) * G - 1, of which each of R ranks takes an
+R-th part. So any number of ranks sees the same batches with the same augmentation, and a run may resume anywhere on
+another number of them. Samples that do not fill a global batch are dropped, others every epoch. In validation every
+sample counts once: rank r reads samples r * N // R to (r + 1) * N // R in stored order.
 
 Shapes: N images, C colours, H rows, W columns.
 """
 
-import base64
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import nvidia.dali
 import torch
-from nvidia.dali import Pipeline
 
-from pipeline.decode import Decoder
-from pipeline.draws import CROP_SIDE, op_seed
+from pipeline.augment import CROP_SIDE, Draws, sample_draws
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
-from pipeline.graph import train_pipeline, val_pipeline
-from pipeline.lighting import Lighting, shifted_means
-from pipeline.machine import raise_open_file_limit, resident_bytes
-from pipeline.normalize import BufferPool, normalize
-from pipeline.reader import check_index, data_errors, parse_labels, warn_if_memory_is_short
-from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import IMAGE_SIDE, ShardSet
+from pipeline.graph import Graph
+from pipeline.lighting import shifted_means
+from pipeline.order import list_blocks, order_blocks, order_global
+from pipeline.pixel_ops import BufferPool, normalize
+from pipeline.prefetch import Plan, Prefetcher
+from pipeline.settings import Augmentation, DataConfig, Speed
+from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
 
 PADDING = -1
 """Label of a sample that only fills a batch; use it as the `ignore_index` of a loss."""
-
-
-WORLD = {"rank", "num_ranks", "batch_size"}
-"""Fields of a fingerprint that may differ if `allow_world_change` is set."""
-GRAPH_VERSION = 4
-"""Increase it when operations of the training graph change, as DALI's checkpoints fit only the same operations."""
+CHUNK = 4096
+"""Samples whose order and augmentation are computed at a time, as numpy's calls take longer than a batch's numbers."""
+CONTENT_VERSION = 1
+"""Increase it when batches change in content, as states of a loader then no longer fit."""
 
 
 class Batch(NamedTuple):
@@ -54,6 +52,99 @@ class Batch(NamedTuple):
     """(N, 3, side, side), channels-last memory."""
     labels: torch.Tensor
     """int64 (N,), -1 = padding."""
+
+
+class TrainSampler:
+    """Plans training batches of one rank, numbered through all epochs."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        basis: Eigenbasis,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self._basis, self._config, self._batch_size, self._seed = basis, config, batch_size, seed
+        self._num_samples, self._global_batch, self._first = (
+            shards.num_samples,
+            batch_size * ranks,
+            batch_size * rank,
+        )
+        self._shard_sizes = np.bincount(shards.samples["shard"], minlength=len(shards.tars))
+        self.steps = shards.num_samples // self._global_batch
+        """Batches per epoch."""
+        self._chunk_steps = max(1, CHUNK // batch_size)
+        self._chunks: dict[tuple[int, int], list[Plan]] = {}
+
+    def __call__(self, number: int) -> Plan:
+        """Plan a batch; safe to call by several threads."""
+        epoch, step = divmod(number, self.steps)
+        key = epoch, step // self._chunk_steps
+        if key not in self._chunks:
+            self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
+            for old in sorted(self._chunks)[:-4]:
+                self._chunks.pop(old, None)
+        return self._chunks[key][step % self._chunk_steps]
+
+    def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
+        steps = range(first, min(first + self._chunk_steps, self.steps))
+        firsts = [step * self._global_batch + self._first for step in steps]
+        positions = np.add.outer(np.array(firsts), np.arange(self._batch_size))
+        draws = sample_draws(firsts, self._batch_size, self._seed, epoch, self._config.augmentation)
+        lighting = self._config.augmentation.lighting.at_epoch(epoch)
+        means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting)
+        means = means.astype(np.float32).reshape(draws.noise.shape)
+        stds = compute_stds(self._config.augmentation, lighting.divisor)
+        stds = np.broadcast_to(stds, means.shape[1:])
+        if self._config.shuffle == "global":
+            rows, places = order_global(positions, self._seed, epoch, self._num_samples), None
+        else:
+            blocks = self._list_blocks(epoch)
+            rows, places = order_blocks(positions, self._seed, epoch, self._shard_sizes, blocks)
+        plans = []
+        for n in range(len(firsts)):
+            plan = Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)))
+            if places is not None:
+                needed = np.unique(places[n]).tolist()
+                following = ((epoch, needed[0] + 1), *blocks[needed[0] + 1 : needed[0] + 2])
+                next_block = (
+                    following if len(following) == 2 else ((epoch + 1, 0), self._list_blocks(epoch + 1)[0])
+                )
+                plan = plan._replace(
+                    blocks=tuple(((epoch, block), blocks[block]) for block in needed), next_block=next_block
+                )
+            plans.append(plan)
+        return plans
+
+    def _list_blocks(self, epoch: int) -> list[np.ndarray]:
+        return list_blocks(self._seed, epoch, len(self._shard_sizes), self._config.block_shards)
+
+
+class SequenceSampler:
+    """Plans batches of whole images `first` to `last` - 1 in stored order, again and again."""
+
+    def __init__(
+        self, first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray
+    ) -> None:
+        self._first, self._last, self._batch_size = first, last, batch_size
+        self._mean, self._stds, self.steps = mean.astype(np.float32), stds, steps
+
+    def __call__(self, number: int) -> Plan:
+        """Plan a batch, which may be short or empty."""
+        start = self._first + number % self.steps * self._batch_size
+        rows = np.arange(start, max(start, min(start + self._batch_size, self._last)))
+        shape = (len(rows), 3)
+        return Plan(
+            rows, np.broadcast_to(self._mean, shape).copy(), np.broadcast_to(self._stds, shape).copy()
+        )
+
+
+def compute_stds(augmentation: Augmentation, lighting_divisor: float = 1.0) -> np.ndarray:
+    """Compute the divisors of R, G and B, float32 (3,)."""
+    return np.broadcast_to(augmentation.std, 3) * lighting_divisor
 
 
 class Loader:
@@ -76,230 +167,169 @@ class Loader:
             raise UserError(f"loader rank: expected 0..{num_ranks - 1}, got {rank}")
         if batch_size < 1:
             raise UserError(f"batch size: expected at least 1, got {batch_size}")
-        if shards.num_samples < num_ranks:
-            raise UserError(
-                f"{shards.split} has {shards.num_samples} images for {num_ranks} processes; start fewer of them"
-            )
-        if training and batch_size % config.augmentation.images_per_crop:
-            raise UserError(
-                f"the {batch_size} images that each process loads at a time do not divide by "
-                f"data.augmentation.images_per_crop ({config.augmentation.images_per_crop}); take a number that does"
-            )
-        self._shards, self._basis, self._config, self._training = shards, basis, config, training
-        self._batch_size, self._seed, self._rank, self._num_ranks = batch_size, seed, rank, num_ranks
+        self._shards, self._config, self._training = shards, config, training
+        self._batch_size, self._seed, self._num_ranks = batch_size, seed, num_ranks
         self.device = torch.device(device)
-        self._decode = (
-            config.decode if config.decode != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
-        )
-        if self._decode == "gpu" and self.device.type != "cuda":
+        on_gpu = self.device.type == "cuda"
+        decode = config.decode if config.decode != "auto" else ("gpu" if on_gpu else "cpu")
+        if decode == "gpu" and not on_gpu:
             raise UserError("data.decode gpu: expected a GPU, got none; set --data.decode cpu")
         offset = compute_mean_offset(basis, config.augmentation)
-        kind = torch.float16 if self.device.type == "cuda" else torch.float32
+        kind = torch.float16 if on_gpu else torch.float32
         self.mean_offset = None if offset is None else offset.to(self.device, kind)
         """Subtracted from crops after the mean colour, (3, 224, 224); None with `mean: channel`. In training the loader
         subtracts it; in validation the evaluation does, which makes the crops."""
-        self._pipe: Pipeline | None = None
-        self._opening_bytes = 0
         self._buffers = BufferPool()
-        self._checkpoint: bytes | None = None
-        """DALI's state after the last batch. It is taken with each batch (0.1 ms, less than a kilobyte), as a pipeline
-        that has failed cannot give it."""
-
-        # DALI's rank r of n reads samples r * N // n to (r + 1) * N // n of N.
-        first, last = (r * shards.num_samples // num_ranks for r in (rank, rank + 1))
-        largest = -(-shards.num_samples // num_ranks)
-        self._padded_steps = -(-largest // batch_size)
-        self._num_samples = last - first
-        self.steps_per_epoch = (
-            shards.num_samples // num_ranks // batch_size if training else self._padded_steps
-        )
+        total = shards.num_samples
+        self._sampler: TrainSampler | SequenceSampler
+        if training:
+            self._sampler = TrainSampler(shards, basis, config, batch_size, seed, rank, num_ranks)
+            if not self._sampler.steps:
+                raise UserError(
+                    f"{total} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; take a "
+                    "smaller batch size"
+                )
+        else:
+            first, last = (number * total // num_ranks for number in (rank, rank + 1))
+            steps = math.ceil(math.ceil(total / num_ranks) / batch_size)
+            stds = compute_stds(config.augmentation)
+            self._sampler = SequenceSampler(first, last, batch_size, steps, basis.mean, stds)
+        self.steps_per_epoch = self._sampler.steps
         """Batches per epoch, equal on all ranks."""
-        self.dropped_per_epoch = (
-            shards.num_samples - self.steps_per_epoch * batch_size * num_ranks if training else 0
-        )
+        self.dropped_per_epoch = total - self.steps_per_epoch * batch_size * num_ranks if training else 0
         """Number of training samples, over all ranks, that an epoch leaves out; other samples every epoch."""
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"{shards.num_samples} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; "
-                "take a smaller batch size"
-            )
+        self._graph = Graph(
+            decode,
+            "gpu" if on_gpu else "cpu",
+            shards.any_size,
+            crop=training,
+            normalize=on_gpu,
+            hw_decoder_load=config.speed.hw_decoder_load,
+        )
+        self._prefetcher = Prefetcher(
+            shards,
+            self._graph,
+            self._sampler,
+            batch_size=batch_size,
+            speed=config.speed,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            shuffle=config.shuffle if training else "",
+            skip_damaged=config.on_corrupt == "skip",
+        )
+        self._batches: Iterator[tuple[Plan, Any]] | None = None
         self.at_epoch, self.at_step = 0, 0
         """Position: `at_step` batches of epoch `at_epoch` have been returned."""
-        self._first_epoch = 0
-        """First epoch of the present order of images; not 0 if the number of ranks has changed during the run."""
+
+    @property
+    def skipped(self) -> list[str]:
+        """Descriptions of the damaged samples that became padding (`on_corrupt: skip`)."""
+        return self._prefetcher.skipped
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the rest of an epoch, which must be the present one or, if that is finished, the next."""
+        """Yield the rest of an epoch, which must be the present one or, if that is finished, the next.
+
+        Raises `DataError` when reading or decoding fails.
+        """
         if epoch == self.at_epoch + 1 and self.at_step == self.steps_per_epoch:
-            for _ in range(self._padded_steps - self.steps_per_epoch):
-                self._run()  # the tail that does not fill a batch on every rank
             self.at_epoch, self.at_step = epoch, 0
-            lighting_ended = (
-                self._training and self._lighting() != self._config.augmentation.lighting.at_epoch(epoch - 1)
-            )
-            if self._pipe and lighting_ended:  # the same graph with other constants, from the same state
-                self._pipe = self._build(self._checkpoint)
         if epoch != self.at_epoch:
             raise UserError(
                 f"the loader is at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
             )
         while self.at_step < self.steps_per_epoch:
-            images, labels = self._run()
+            if self._batches is None:
+                self._batches = self._prefetcher.batches(self.at_epoch * self.steps_per_epoch + self.at_step)
+            try:
+                plan, output = next(self._batches)
+            except BaseException:  # the iterator has ended; a new one may begin at this position
+                self._batches = None
+                raise
             self.at_step += 1
-            valid = self._num_samples - (self.at_step - 1) * self._batch_size
-            if valid < self._batch_size:
-                labels = labels.clone()
-                labels[max(valid, 0) :] = PADDING
-            yield Batch(images.permute(0, 3, 1, 2), labels)
+            yield self._finish(plan, output)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the present epoch or, if that is finished, the next one."""
         return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
 
-    def open(self) -> int:
-        """Build the pipeline now rather than at the first batch. Returns the bytes of memory that this took; most are
-        DALI's index of all samples, which every process holds. Raises `DataError`."""
-        if self._pipe is None:
-            with data_errors(self._shards):
-                self._pipe = self._build(None)
-        return self._opening_bytes
-
-    def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next (N, side, side, 3) images and (N,) labels. Raises `DataError` when DALI fails."""
-        with data_errors(self._shards):
-            if self._pipe is None:
-                self._pipe = self._build(None)
-            digits, *outputs = (torch.from_dlpack(output.as_tensor()) for output in self._pipe.run())
-            self._checkpoint = self._pipe.checkpoint() if self._training else None
-        labels = parse_labels(digits).to(self.device, non_blocking=True)
-        augmentation, lighting = self._config.augmentation, self._lighting()
-        divisor = augmentation.std * (lighting.divisor if self._training else 1)
-        offset_HWC = None  # of levels
+    def _finish(self, plan: Plan, output: Any) -> Batch:
+        """Make a batch of what DALI returned: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
+        count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
+        labels = np.full(self._batch_size, PADDING)
+        labels[:count] = self._shards.samples["label"][plan.rows]
+        offset_HWC = None
         if self._training and self.mean_offset is not None:
-            offset_HWC = self.mean_offset.permute(1, 2, 0) * augmentation.std
+            offset_HWC = self.mean_offset.permute(1, 2, 0)
+        shape = (self._batch_size, side, side, 3)
+        pixels = None if output is None else torch.from_dlpack(output.as_tensor())
         if self.device.type == "cuda":
-            (images,) = outputs
-            return images if offset_HWC is None else images.sub_(
-                offset_HWC / divisor
-            ), labels  # DALI overwrites them
-        windows, *params = outputs
-        mirrored, pca_noise = params or (None, torch.zeros(len(windows), 3))
-        means = torch.from_numpy(shifted_means(pca_noise.numpy(), self._basis, lighting)).float()
-        batch = self._buffers.acquire(tuple(windows.shape))
-        normalize(windows, mirrored, means, divisor, offset_HWC, batch)
-        return batch, labels
-
-    def _lighting(self) -> Lighting:
-        """Return the lighting of the present epoch."""
-        return self._config.augmentation.lighting.at_epoch(self.at_epoch)
-
-    def _build(self, checkpoint: bytes | None) -> Pipeline:
-        """Build the DALI pipeline, at its start or at one of its checkpoints."""
-        raise_open_file_limit(len(self._shards.tars))
-        warn_if_memory_is_short(self._shards)
-        on_gpu, speed = self.device.type == "cuda", self._config.speed
-        common = {
-            "batch_size": self._batch_size,
-            "num_threads": speed.num_threads,
-            "device_id": (self.device.index or 0) if on_gpu else None,
-            "prefetch_queue_depth": speed.prefetch_queue_depth,
-            "reader_queue_depth": speed.reader_queue_depth,
-            "seed": self._seed % (2**31 - 1),
-            "shards": self._shards,
-            "basis": self._basis,
-            "augmentation": replace(self._config.augmentation, lighting=self._lighting()),
-            "rank": self._rank,
-            "num_ranks": self._num_ranks,
-            "decoder": Decoder(self._decode, self._shards.any_size, speed.hw_decoder_load),
-            "device": "gpu" if on_gpu else "cpu",
-        }
-        if self._training:
-            shuffling = {"shuffle_buffer": self._config.shuffle_buffer, "data_seed": self._data_seed}
-            pipe = train_pipeline(**common, **shuffling, checkpoint=checkpoint)
+            images = pixels
+            if pixels is not None and offset_HWC is not None:
+                scale = compute_stds(self._config.augmentation) / plan.stds[0]
+                images = pixels.sub_(offset_HWC * torch.from_numpy(scale).to(offset_HWC))
+            if images is None or count < self._batch_size:
+                images = torch.zeros(shape, dtype=torch.float16, device=self.device)
+                if pixels is not None:
+                    images[:count] = pixels
         else:
-            pipe = val_pipeline(**common)
-        before = resident_bytes()
-        pipe.build()
-        self._opening_bytes = resident_bytes() - before
-        check_index(pipe, self._shards)
-        return pipe
-
-    @property
-    def _data_seed(self) -> int:
-        """Seed of order and augmentation; a derived one if the number of ranks has changed during the run."""
-        if self._first_epoch == 0:
-            return self._seed
-        return op_seed(self._seed, self._first_epoch, "another world")
+            images = self._buffers.acquire(shape)
+            images[count:] = 0
+            if pixels is not None:
+                mirrored = plan.draws.mirrored if plan.draws else None
+                normalize(pixels, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
+        targets = torch.from_numpy(labels).to(self.device, non_blocking=True)
+        return Batch(images.permute(0, 3, 1, 2), targets)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Settings and versions that determine the sequence of batches: not those of speed, nor strength and end of
-        lighting."""
+        """Settings and versions that determine the sequence of global batches: not the number of ranks, nor settings of
+        speed, nor strength and end of lighting."""
         augmentation = asdict(self._config.augmentation)
         del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
+        order = {"shuffle": self._config.shuffle}
+        if self._config.shuffle == "blocks":
+            order["block_shards"] = self._config.block_shards
+        decoder = {"decode": self._graph.decode}
+        if self._graph.decode == "gpu":  # the JPEG engine's pixels differ from those of the other decoder
+            decoder["hw_decoder_load"] = self._graph.hw_decoder_load
         return {
             "shards": self._shards.manifest_sha256,
             "seed": self._seed,
-            "rank": self._rank,
-            "num_ranks": self._num_ranks,
-            "batch_size": self._batch_size,
-            "shuffle_buffer": self._config.shuffle_buffer,
+            "global batch size": self._batch_size * self._num_ranks,
+            **order,
             "augmentation": augmentation,
-            "decode": self._decode,
+            **decoder,
             "device": self.device.type,
-            "dali": nvidia.dali.__version__,
-            "graph": GRAPH_VERSION,
+            "DALI": nvidia.dali.__version__,
+            "content version": CONTENT_VERSION,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last batch that was returned, in JSON types."""
+        """Return the position after the last batch that was returned, in JSON types; equal on all ranks."""
         assert self._training, "validation always starts at its beginning"
-        return {
-            "fingerprint": self.fingerprint,
-            "first_epoch": self._first_epoch,
-            "epoch": self.at_epoch,
-            "step": self.at_step,
-            "ended": self.at_step == self.steps_per_epoch,
-            "pipeline": None if self._checkpoint is None else base64.b64encode(self._checkpoint).decode(),
-        }
+        return {"fingerprint": self.fingerprint, "epoch": self.at_epoch, "step": self.at_step}
 
-    def load_state_dict(self, state: dict[str, Any], *, allow_world_change: bool = False) -> None:
-        """Go to a saved position.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position, which may be of another number of ranks.
 
-        Raises `UserError` with the name of the field in which the state belongs to another sequence of batches. With
-        `allow_world_change` the ranks and the batch size may differ: the loader then goes to the start of the state's
-        epoch, or of the next one if that was finished, and has a new order from there on.
+        Raises `UserError` with the name of the field in which the state belongs to another sequence of batches.
         """
-        free = WORLD if allow_world_change else set()
         theirs, mine = state["fingerprint"], self.fingerprint
-        differing = [name for name in mine if theirs.get(name) != mine[name]]
-        for name in differing:
-            if name not in free:
-                remedy = (
-                    "; --resume.allow_world_change true resumes from the end of an epoch"
-                    if name in WORLD
-                    else ""
-                )
+        for name in sorted(theirs.keys() | mine.keys()):
+            if theirs.get(name) != mine.get(name):
                 raise UserError(
                     f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "
-                    f"{mine[name]}{remedy}"
+                    f"{mine.get(name)}"
                 )
         self.close()
-        if differing:
-            self._first_epoch = self.at_epoch = state["epoch"] + state["ended"]
-            return
-        self._first_epoch = state["first_epoch"]
         self.at_epoch, self.at_step = state["epoch"], state["step"]
-        if state["pipeline"] is not None:
-            self._checkpoint = base64.b64decode(state["pipeline"])
-            with data_errors(self._shards):
-                self._pipe = self._build(self._checkpoint)
 
     def close(self) -> None:
-        """Stop DALI's threads, release its memory, and go back to the start; `state_dict` saves the position before."""
-        self._pipe = self._checkpoint = None
-        self._buffers = BufferPool()
-        self.at_epoch, self.at_step, self._first_epoch = 0, 0, 0
+        """Stop threads, close files, release DALI's memory, and go back to the start; `state_dict` saves the position
+        before."""
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined]
+        self._batches, self._buffers = None, BufferPool()
+        self.at_epoch, self.at_step = 0, 0
 
 
 def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
@@ -318,35 +348,107 @@ def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.
 
 
 def train_loader(
-    shards: ShardSet,
-    basis: Eigenbasis,
-    config: DataConfig,
+    shards: Path | str | ShardSet,
     *,
     batch_size: int,
-    seed: int,
-    rank: int,
-    num_ranks: int,
-    device: torch.device | str,
+    seed: int = 0,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+    device: torch.device | str | None = None,
+    basis: Eigenbasis | None = None,
+    **settings: Any,
 ) -> Loader:
-    """Make a loader of shuffled, augmented crops; `rank` of `num_ranks` loaders of the split."""
-    return Loader(
-        shards, basis, config, training=True, batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks,
-        device=device,
-    )  # fmt: skip
+    """Make a loader of shuffled, augmented crops.
+
+    Args:
+        shards: Folder written by tools/make_shards.py and tools/compute_pca.py, or its opened split.
+        batch_size: Images per batch of this rank.
+        seed: Seed of order, crops, flips and lighting.
+        rank: This loader of `num_ranks` that share the split; by default torch.distributed's, or the only one.
+        num_ranks: Their number.
+        device: Device of the batches; by default a GPU if there is one.
+        basis: Mean and colour axes; by default those of SHARDS/pca.json.
+        settings: Other fields of `DataConfig`, such as `augmentation=Augmentation(std=(58.4, 57.1, 57.4))`.
+    """
+    return make_loader(shards, "train", batch_size, seed, rank, num_ranks, device, basis, settings)
 
 
 def val_loader(
-    shards: ShardSet,
-    basis: Eigenbasis,
-    config: DataConfig,
+    shards: Path | str | ShardSet,
     *,
     batch_size: int,
-    rank: int,
-    num_ranks: int,
-    device: torch.device | str,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+    device: torch.device | str | None = None,
+    basis: Eigenbasis | None = None,
+    **settings: Any,
 ) -> Loader:
-    """Make a loader of whole 256x256 images in stored order; `rank` of `num_ranks` loaders of the split."""
+    """Make a loader of whole 256x256 images in stored order; arguments as for `train_loader`."""
+    return make_loader(shards, "val", batch_size, 0, rank, num_ranks, device, basis, settings)
+
+
+def make_loader(
+    shards: Path | str | ShardSet,
+    split: Literal["train", "val"],
+    batch_size: int,
+    seed: int,
+    rank: int | None,
+    num_ranks: int | None,
+    device: torch.device | str | None,
+    basis: Eigenbasis | None,
+    settings: dict[str, Any],
+) -> Loader:
+    """Open what is missing and make a loader. Raises `FileNotFoundError` or `UserError`."""
+    opened = shards if isinstance(shards, ShardSet) else open_shards(Path(shards), split)
+    folder = Path(opened.tars[0]).parent.parent
+    config = DataConfig(folder, **settings)
+    if basis is None:
+        with_image = config.augmentation.mean == "image"
+        train = opened if opened.split == "train" else open_shards(folder, "train")
+        basis = Eigenbasis.load(folder / "pca.json", train.manifest_sha256, with_mean_image=with_image)
+    if rank is None or num_ranks is None:
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if joined else 0
+        num_ranks = torch.distributed.get_world_size() if joined else 1
     return Loader(
-        shards, basis, config, training=False, batch_size=batch_size, seed=0, rank=rank, num_ranks=num_ranks,
-        device=device,
-    )  # fmt: skip
+        opened,
+        basis,
+        config,
+        training=split == "train",
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        num_ranks=num_ranks,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def decoded_batches(
+    shards: ShardSet, batch_size: int, threads: int | None = None, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """Yield every image of a split once as uint8 (n, 256, 256, 3) RGB, in stored order; the last batch is shorter.
+
+    Args:
+        shards: The split to read.
+        batch_size: Images per batch.
+        threads: DALI's CPU threads; by default one more than there are cores.
+        device: Device that decodes the images, and on which they stay.
+
+    Raises `DataError`.
+    """
+    place = torch.device(device)
+    kind = "gpu" if place.type == "cuda" else "cpu"
+    steps = -(-shards.num_samples // batch_size)
+    sampler = SequenceSampler(0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3, np.float32))
+    prefetcher = Prefetcher(
+        shards,
+        Graph(kind, kind, shards.any_size, crop=False),
+        sampler,
+        batch_size=batch_size,
+        speed=replace(Speed(), threads=threads),
+        device_id=(place.index or 0) if place.type == "cuda" else None,
+    )
+    batches = prefetcher.batches(0)
+    for _ in range(steps):
+        _, output = next(batches)
+        yield torch.from_dlpack(output.as_tensor())

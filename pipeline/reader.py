@@ -1,118 +1,194 @@
-"""Checks and errors for all DALI pipelines that read shards, and a reader that decodes every image once, in order.
+"""Read samples by offset into buffers that are reused.
 
-Shapes: N images, H rows, W columns, C colours.
+Linux's io_submit reads many samples in one system call, without Python's lock, so that a trainer's kernel launches keep
+their pace beside it (`tools/bench.py loader`). Of buffered files it returns when all is read. What it does not deliver
+(another processor, a container that forbids it, no context left) is read by preadv, one sample at a time. There is no
+memory map: a truncated shard is an error, not a SIGBUS.
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import ctypes
+import os
+import platform
+from collections.abc import Iterable
+from threading import Lock
+from typing import NamedTuple
 
-import torch
-from nvidia.dali import Pipeline
+import numpy as np
 
-from pipeline.diagnose import locate_corrupt_sample
 from pipeline.errors import DataError
-from pipeline.graph import decode_pipeline
-from pipeline.machine import available_bytes, processes_here, raise_open_file_limit, share_of_cores
+from pipeline.machine import raise_open_file_limit
 from pipeline.shards import ShardSet
 
-INDEX_BYTES = 455
-"""Memory of DALI's index per sample, measured with 14.2 million samples (docs/benchmarks/details.md)."""
+SYSCALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}.get(platform.machine())
+"""Numbers of io_setup, io_destroy, io_getevents and io_submit (Linux, asm/unistd.h)."""
+EVENTS = 128
+"""Samples per system call; the kernel grants 65,536 to all processes together (fs.aio-max-nr)."""
+IOCB = np.dtype(
+    {
+        "names": ["data", "fd", "buffer", "bytes", "offset"],
+        "formats": ["<u8", "<u4", "<u8", "<u8", "<i8"],
+        "offsets": [0, 20, 24, 32, 40],
+        "itemsize": 64,
+    }
+)
+"""struct iocb of linux/aio_abi.h; opcode 0 is a pread."""
+EVENT = np.dtype([("data", "<u8"), ("iocb", "<u8"), ("bytes", "<i8"), ("unused", "<i8")])
+SEQUENTIAL_BYTES = 4 << 20
+"""Bytes per read of a whole shard."""
 
 
-def decoded_batches(
-    shards: ShardSet, batch_size: int, threads: int | None = None, device: torch.device | str = "cpu"
-) -> Iterator[torch.Tensor]:
-    """Yield every image of a split once as uint8 (n, 256, 256, 3) RGB, in stored order; the last batch is shorter.
+class Encoded(NamedTuple):
+    """The files of some samples."""
 
-    Args:
-        shards: The split to read.
-        batch_size: Images per batch.
-        threads: DALI's CPU threads; one per core by default.
-        device: Device that decodes the images, and on which they stay.
-
-    Raises `DataError` when DALI fails.
-    """
-    raise_open_file_limit(len(shards.tars))
-    device = torch.device(device)
-    pipe = decode_pipeline(
-        shards,
-        "gpu" if device.type == "cuda" else "cpu",
-        batch_size=batch_size,
-        num_threads=threads or share_of_cores(),
-        device_id=(device.index or 0) if device.type == "cuda" else None,
-        seed=0,
-    )
-    for first in range(0, shards.num_samples, batch_size):
-        with data_errors(shards):
-            if first == 0:
-                pipe.build()
-                check_index(pipe, shards)
-            (images,) = pipe.run()
-            batch_NHWC = torch.from_dlpack(images.as_tensor())
-        yield batch_NHWC[: shards.num_samples - first]
+    images: list[np.ndarray]
+    """Their bytes, uint8, each at its exact length: parts of `buffer`."""
+    buffer: np.ndarray
 
 
-def parse_labels(digits: torch.Tensor) -> torch.Tensor:
-    """Parse labels, uint8 (N, 6) of ASCII digits followed by zeros, to int64 (N,)."""
-    labels = torch.zeros(len(digits), dtype=torch.int64)
-    for column in (digits.long() - ord("0")).unbind(1):
-        labels = torch.where(column >= 0, 10 * labels + column, labels)
-    return labels
+class SampleReader:
+    """Reads samples of a split; safe to use by several threads."""
+
+    def __init__(self, shards: ShardSet, random: bool) -> None:
+        """`random`: samples are read in random order, so the kernel should not read ahead. Raises `UserError`."""
+        raise_open_file_limit(len(shards.tars))
+        self._shards, self._random, self._lock = shards, random, Lock()
+        self._files = np.full(len(shards.tars), -1, np.int64)
+        self._buffers: list[np.ndarray] = []
+        self._contexts: list[int] = []
+
+    def read(self, rows: np.ndarray) -> Encoded:
+        """Read the samples of these rows; `release` what is returned when nothing reads it any more.
+
+        Raises `DataError` that names a shard which cannot be read or is too short.
+        """
+        samples = self._shards.samples[rows]
+        sizes, offsets = samples["size"].astype(np.int64), samples["offset"].astype(np.int64)
+        files = self._open(samples["shard"])
+        ends = np.cumsum(sizes)
+        buffer, starts = self._take_buffer(int(sizes.sum())), ends - sizes
+        for first in range(0, len(rows), EVENTS):
+            part = slice(first, first + EVENTS)
+            done = self._submit(files[part], offsets[part], sizes[part], buffer, starts[part])
+            for n in first + np.flatnonzero(done != sizes[part]):
+                view = memoryview(buffer)[starts[n] : ends[n]]
+                self._read_one(int(samples["shard"][n]), int(files[n]), int(offsets[n]), view)
+        images = [buffer[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return Encoded(images, buffer)
+
+    def release(self, encoded: Encoded) -> None:
+        """Let other samples use the memory of these."""
+        self._buffers.append(encoded.buffer)
+
+    def read_through(self, shards: Iterable[int]) -> None:
+        """Read whole shards in sequence, into the kernel's page cache. Raises `DataError`."""
+        scratch = memoryview(bytearray(SEQUENTIAL_BYTES))
+        for shard in shards:
+            (file,), offset = self._open(np.array([shard])), 0
+            try:
+                while count := os.preadv(file, [scratch], offset):
+                    offset += count
+            except OSError as error:
+                raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
+
+    def keep_open(self, shards: Iterable[int]) -> None:
+        """Close all other shards. No read of those may be running."""
+        others = np.ones(len(self._files), bool)
+        others[np.fromiter(shards, np.int64)] = False
+        self._close_files(np.flatnonzero(others & (self._files >= 0)))
+
+    def close(self) -> None:
+        """Close files and contexts. No read may be running."""
+        self._close_files(np.flatnonzero(self._files >= 0))
+        while self._contexts:
+            call(1, self._contexts.pop())
+        self._buffers.clear()
+
+    def _close_files(self, shards: np.ndarray) -> None:
+        for shard in shards:
+            os.close(int(self._files[shard]))
+            self._files[shard] = -1
+
+    def _open(self, shards: np.ndarray) -> np.ndarray:
+        """Open shards, or find their open files. Raises `DataError`."""
+        if (self._files[shards] < 0).any():
+            with self._lock:
+                for shard in np.unique(shards[self._files[shards] < 0]):
+                    if self._files[shard] >= 0:
+                        continue
+                    tar = self._shards.tars[shard]
+                    try:
+                        file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+                    except OSError as error:
+                        raise DataError(f"{tar}: {error.strerror}; copy it again") from None
+                    if self._random:  # else a disk reads half as much again as is asked
+                        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+                    self._files[shard] = file
+        return self._files[shards]
+
+    def _take_buffer(self, size: int) -> np.ndarray:
+        """Return a released buffer, or a new one if that is too small."""
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = np.empty(0, np.uint8)
+        return buffer if len(buffer) >= size else np.empty(size * 5 // 4, np.uint8)
+
+    def _submit(
+        self,
+        files: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        buffer: np.ndarray,
+        starts: np.ndarray,
+    ) -> np.ndarray:
+        """Read up to `EVENTS` samples by one system call; returns the number of bytes read of each, 0 if it failed."""
+        count, done = len(files), np.zeros(len(files), np.int64)
+        context = self._take_context()
+        if not context:
+            return done
+        requests, events = np.zeros(count, IOCB), np.zeros(count, EVENT)
+        requests["data"] = np.arange(count)
+        requests["fd"], requests["bytes"], requests["offset"] = files, sizes, offsets
+        requests["buffer"] = buffer.ctypes.data + starts
+        pointers = requests.ctypes.data + IOCB.itemsize * np.arange(count, dtype=np.uint64)
+        left = submitted = max(call(3, context, count, pointers.ctypes.data), 0)
+        while left:  # a signal may interrupt the wait
+            left -= max(call(2, context, left, left, events[submitted - left :].ctypes.data, 0), 0)
+        self._contexts.append(context)
+        done[events["data"][:submitted]] = events["bytes"][:submitted]
+        return done
+
+    def _take_context(self) -> int:
+        """Return a context of the kernel's asynchronous I/O; 0 where there is none."""
+        try:
+            return self._contexts.pop()
+        except IndexError:
+            context = ctypes.c_ulong(0)
+            return context.value if call(0, EVENTS, ctypes.addressof(context)) == 0 else 0
+
+    def _read_one(self, shard: int, file: int, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` of an open shard. Raises `DataError`."""
+        tar, done = self._shards.tars[shard], 0
+        try:
+            while done < len(view):
+                count = os.preadv(file, [view[done:]], offset + done)
+                if not count:
+                    size = os.fstat(file).st_size
+                    raise DataError(
+                        f"{tar}: expected a sample of {len(view)} bytes at {offset}, got a file of {size} bytes; copy "
+                        "it again"
+                    )
+                done += count
+        except OSError as error:
+            raise DataError(f"{tar}: {error.strerror}; copy it again") from None
 
 
-def check_index(pipe: Pipeline, shards: ShardSet) -> None:
-    """Raise `DataError` unless the indexes list as many samples as the manifest; else epochs would not be exact."""
-    indexed = pipe.reader_meta()["reader"]["epoch_size"]
-    if indexed != shards.num_samples:
-        place = Path(shards.tars[0]).parent
-        raise DataError(
-            f"the .idx files of {place} list {indexed} samples, its manifest {shards.num_samples}; copy them again"
-        )
+def call(function: int, *arguments: int) -> int:
+    """Call one of `SYSCALLS`; -1 if it fails or there is none."""
+    if SYSCALLS is None:
+        return -1
+    return int(LIBC.syscall(ctypes.c_long(SYSCALLS[function]), *map(ctypes.c_ulong, arguments)))
 
 
-@contextmanager
-def data_errors(shards: ShardSet) -> Iterator[None]:
-    """Turn DALI's `RuntimeError` into a `DataError` of one sentence.
-
-    If decoding or reading failed, the shards are searched for the damaged image, which DALI does not name. Otherwise
-    the reason is the line after the word "encountered" in DALI's report.
-    """
-    try:
-        yield
-    except DataError:
-        raise
-    except RuntimeError as error:
-        report = str(error)
-        lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]
-        if gpu_error := re.search(
-            r".*(CUDA (runtime|driver) API|CUDA allocation|cudaError[A-Z]|CUDA_ERROR_|NVML).*", report
-        ):
-            raise DataError(
-                f"DALI failed on the GPU: {gpu_error[0].strip()}; tools/doctor.py checks driver and GPUs; where "
-                "memory is short, take a smaller batch or end other processes"
-            ) from None
-        of_data = any(
-            name in report for name in ("decoders", "peek_image_shape", "readers", "webdataset")
-        )  # other errors, such as a lack of memory, are not of the data
-        reason = (locate_corrupt_sample(shards) if of_data else "") or (
-            lines[0] if lines else report.splitlines()[0]
-        )
-        place = Path(shards.tars[0]).parent
-        raise DataError(
-            f"reading {place} failed: {reason}; tools/make_shards.py verify {place.parent} lists all damage, copy or "
-            "pack those shards again"
-        ) from None
-
-
-def warn_if_memory_is_short(shards: ShardSet) -> None:
-    """Print a warning if DALI's index, which every process holds, takes more than a quarter of the free memory."""
-    needed = INDEX_BYTES * shards.num_samples
-    processes, free = processes_here(), available_bytes()
-    if needed * processes > free / 4:
-        print(
-            f"warning: DALI's index of {shards.num_samples} samples takes about {needed / 1e9:.1f} GB in each of "
-            f"{processes} processes on this machine, which has {free / 1e9:.0f} GB free; start fewer processes on it, "
-            "or use a machine with more memory"
-        )
+LIBC = ctypes.CDLL(None)
+LIBC.syscall.restype = ctypes.c_long

@@ -23,16 +23,23 @@ class Augmentation:
     mean: Literal["channel", "image"] = "channel"
     """Subtracted from pixels: channel: the mean colour; image: the centre of the mean image (the paper, section 2),
     which tools/compute_pca.py --mean-image makes."""
-    std: float = 1.0
-    """Divisor of pixels after the mean is subtracted; the initialization of 2012 needs 1."""
+    std: float | tuple[float, float, float] = 1.0
+    """Divisor of pixels, or of R, G and B, after the mean is subtracted; the initialization of 2012 needs 1."""
+
+    @property
+    def stds(self) -> tuple[float, float, float]:
+        """Divisors of R, G and B."""
+        return self.std if isinstance(self.std, tuple) else (self.std,) * 3
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augmentation.flip: expected a probability, 0 to 1, got {self.flip}")
         if self.images_per_crop < 1:
             raise ValueError(f"augmentation.images_per_crop: expected at least 1, got {self.images_per_crop}")
-        if not 0 < self.std < float("inf"):
-            raise ValueError(f"augmentation.std: expected a finite number above 0, got {self.std}")
+        if not all(0 < each < float("inf") for each in self.stds):
+            raise ValueError(
+                f"augmentation.std: expected one or three finite numbers above 0, got {self.std}"
+            )
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,9 @@ class Speed:
     """DALI's CPU threads; by default one more than this process's share of the machine's cores, so that no core idles
     while a thread waits."""
     prefetch_queue_depth: int = 2
-    """Batches that DALI prepares ahead."""
-    reader_queue_depth: int = 1
-    """Batches of encoded images read ahead of the decoder; for a network disk 4 or more."""
+    """Batches decoded ahead."""
+    reader_queue_depth: int = 4
+    """Batches of encoded images read ahead of the decoder, each by a thread; for a network disk 16 or more."""
     hw_decoder_load: float = 0.65
     """Share of the images that a GPU's JPEG engine decodes (A100, H100 and later); its SMs decode the others."""
 
@@ -73,13 +80,18 @@ class DataConfig:
     decode: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded: gpu: nvJPEG; cpu: libjpeg-turbo (augmented on the GPU if there is one); auto: on the
     device of the network."""
-    shuffle_buffer: int = 4096
-    """Number of encoded images from which the next one is drawn; the order of shards is shuffled, too."""
+    shuffle: Literal["global", "blocks"] = "global"
+    """Order of training images: global: over the whole split; blocks: shards are shuffled, and images within blocks of
+    `block_shards`, for slow or remote disks, which then read whole shards in sequence."""
+    block_shards: int = 16
+    """Shards per block with `shuffle: blocks`; two blocks should fit in the machine's free memory."""
+    on_corrupt: Literal["fail", "skip"] = "fail"
+    """Damaged image: fail: stop (exit code 3); skip: leave it out of its batch, and log and count it."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Augmentation of training images."""
     speed: Speed = field(default_factory=Speed)
     """Settings that change only the speed."""
 
     def __post_init__(self) -> None:
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"data.shuffle_buffer: expected at least 1, got {self.shuffle_buffer}")
+        if self.block_shards < 1:
+            raise ValueError(f"data.block_shards: expected at least 1, got {self.block_shards}")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.eigenbasis import Moments
 from pipeline.files import read_json, write_json
-from pipeline.reader import decoded_batches
+from pipeline.loader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
 from tests.helpers import ROOT, jpeg, photo, refuses, run_ok
 from tools.compute_pca import compute_pca, sum_batches

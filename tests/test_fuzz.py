@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.reader import decoded_batches
+from pipeline.loader import decoded_batches
 from pipeline.shards import open_shards
 from tests.helpers import ROOT, jpeg, photo, run_ok, run_python, small_run
 from tests.layouts import class_tars, image_set, kaggle, parquet

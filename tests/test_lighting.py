@@ -8,7 +8,7 @@ import torch
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting, apply_lighting
-from pipeline.reader import decoded_batches
+from pipeline.loader import decoded_batches
 from pipeline.settings import Augmentation
 from tests.helpers import Make, collect, jpeg, loaders
 

@@ -13,7 +13,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.loader import Loader, train_loader
 from pipeline.machine import resident_bytes
-from pipeline.reader import decoded_batches
+from pipeline.loader import decoded_batches
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import Make, collect, loaders, same_batches

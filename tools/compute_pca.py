@@ -101,7 +101,7 @@ def sum_batches(
     """
     import torch
 
-    from pipeline.reader import decoded_batches
+    from pipeline.loader import decoded_batches
 
     def sum_batch(images_NHWC: torch.Tensor) -> Sums:
         moments = Moments.of(images_NHWC, at_a_time=len(images_NHWC) if images_NHWC.is_cuda else 1)

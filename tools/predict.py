@@ -139,7 +139,8 @@ def compute_probabilities(
     from train.accuracy import predict_probabilities
 
     device, augmentation = next(model.parameters()).device, trained.augmentation
-    inputs_NHWC = (images_NHWC - torch.from_numpy(trained.basis.mean).float()) / augmentation.std
+    inputs_NHWC = images_NHWC - torch.from_numpy(trained.basis.mean).float()
+    inputs_NHWC = inputs_NHWC / torch.tensor(augmentation.stds)
     offset = compute_mean_offset(trained.basis, augmentation)
     offset = None if offset is None else offset.to(device, torch.float32)
     mirrored = augmentation.flip > 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.draws import CROP_SIDE
+from pipeline.augment import CROP_SIDE
 from pipeline.loader import Loader
 from pipeline.shards import IMAGE_SIDE, ClassName
 from train.distributed import Distributed

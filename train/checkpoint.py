@@ -167,19 +167,6 @@ def find_checkpoint(run_dir: Path) -> Path | None:
     return path
 
 
-def last_epoch_end(newest: Path) -> Path:
-    """Find the last checkpoint before `newest` that was written at the end of an epoch. Raises `UserError`."""
-    for path in sorted(newest.parent.glob("step-*.pt"), reverse=True):
-        content = read_archive(path) if path < newest else None
-        with suppress(KeyError, TypeError, IndexError):  # a file that another program wrote
-            if content and content["ranks"][0]["loader"]["ended"]:
-                return path
-    raise UserError(
-        f"{newest.parent}: none was written at an epoch's end, from where another number of processes could resume; "
-        "first let the run reach the end of an epoch with the same processes, and keep it by a larger --run.keep_last"
-    )
-
-
 def resolve_checkpoint(path: Path) -> Path:
     """Return the checkpoint that a user names: the file, or of a run directory the newest one."""
     return (find_checkpoint(path) or path) if path.is_dir() else path

@@ -174,15 +174,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class ResumeConfig:
-    """How a run resumes."""
-
-    allow_world_change: bool = False
-    """Resume with another number of processes or another mode, from the newest checkpoint that was written at the end
-    of an epoch. Order and augmentation of images differ from there on."""
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -198,8 +189,6 @@ class Config:
     """Update rule."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Several processes."""
-    resume: ResumeConfig = field(default_factory=ResumeConfig)
-    """Resuming."""
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_epochs >= self.train.epochs:
@@ -303,16 +292,15 @@ def add_saved_config(words: list[str]) -> list[str]:
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], epochs_begun: int) -> None:
     """Raise `UserError` for a setting with which a run cannot resume, given both configurations as JSON.
 
-    These may differ: sections `run` (except the device), `data.speed` and `resume`; the path of the same shards; what a
-    schedule sets for epochs after the first `epochs_begun`; with `resume.allow_world_change` also `parallel` and
-    `train.grad_accum_steps`.
+    These may differ: sections `run` (except the device), `data.speed` and `parallel`; `data.on_corrupt` and
+    `train.grad_accum_steps`; the path of the same shards; what a schedule sets for epochs after the first
+    `epochs_begun`.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
-        is_of_world = name.startswith("parallel.") or name == "train.grad_accum_steps"
-        may_differ = name.startswith(("run.", "data.speed.", "resume.")) and name != "run.device"
-        may_differ |= name == "data.shards" or (is_of_world and after["resume.allow_world_change"])
+        may_differ = name.startswith(("run.", "data.speed.", "parallel.")) and name != "run.device"
+        may_differ |= name in ("data.shards", "data.on_corrupt", "train.grad_accum_steps")
         if may_differ or old == new:
             continue
         if name in ("optimizer.steps", "optimizer.changes"):

@@ -82,21 +82,17 @@ class Distributed:
         """Name of this process in messages."""
         return f"process {self.rank} on {platform.node()}"
 
-    def check_batch(
-        self, batch_size: int, grad_accum_steps: int, images_per_crop: int, num_images: int
-    ) -> None:
-        """Raise `UserError`, with sizes that work, unless a batch divides by the ranks, by groups of images that share
-        a crop, and by the micro-batches of a replica."""
-        unit = math.lcm(self.world_size * images_per_crop, self.num_replicas * grad_accum_steps)
-        most = num_images // self.world_size * self.world_size // unit * unit
+    def check_batch(self, batch_size: int, grad_accum_steps: int, num_images: int) -> None:
+        """Raise `UserError`, with sizes that work, unless a batch divides by the ranks and by the micro-batches of a
+        replica."""
+        unit = math.lcm(self.world_size, self.num_replicas * grad_accum_steps)
+        most = num_images // unit * unit
         parts = [f"{self.world_size} processes"] * (self.world_size > 1)
-        parts += [f"data.augmentation.images_per_crop {images_per_crop}"] * (images_per_crop > 1)
         parts += [f"train.grad_accum_steps {grad_accum_steps}"] * (grad_accum_steps > 1)
         reason = " and ".join(parts)
         if not most:
             raise UserError(
-                f"{num_images} training images do not fill the smallest batch, {unit}, for {reason}; take fewer "
-                "processes or a smaller data.augmentation.images_per_crop"
+                f"{num_images} training images do not fill the smallest batch, {unit}, for {reason}; take fewer"
             )
         if batch_size > most:
             raise UserError(
@@ -106,12 +102,9 @@ class Distributed:
         if batch_size % unit:
             lower = batch_size // unit * unit
             sizes = [str(size) for size in (lower, lower + unit) if 0 < size <= most]
-            remedy = f"take {' or '.join(sizes)}"
-            if batch_size % math.lcm(self.world_size, self.num_replicas * grad_accum_steps) == 0:
-                smaller = math.gcd(images_per_crop, batch_size // self.world_size)
-                remedy += f", or data.augmentation.images_per_crop {smaller}"
             raise UserError(
-                f"train.batch_size: expected a multiple of {unit} for {reason}, got {batch_size}; {remedy}"
+                f"train.batch_size: expected a multiple of {unit} for {reason}, got {batch_size}; take "
+                f"{' or '.join(sizes)}"
             )
 
     def build_model(self, config: AlexNetConfig, seed: int) -> AlexNet:

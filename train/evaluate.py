@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pipeline.errors import UserError
 from pipeline.files import check_writable, write_bytes
-from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet, open_shards
 from train.cli import run_program
 from train.config import ParallelConfig
@@ -58,16 +57,16 @@ def evaluate_checkpoint(
     val = distributed.run_on_all_ranks(lambda: open_val(trained, shards))
     distributed.run_on_rank_zero(lambda: check_outputs(len(val.classes), per_class, confusion))
     decode = cast(Literal["auto"], trained.decode) if torch_device.type == "cuda" else "cpu"
-    config = DataConfig(shards, decode=decode, augmentation=trained.augmentation)
     loader = distributed.run_on_all_ranks(
         lambda: val_loader(
             val,
-            trained.basis,
-            config,
             batch_size=batch_size,
             rank=distributed.rank,
             num_ranks=distributed.world_size,
             device=torch_device,
+            basis=trained.basis,
+            decode=decode,
+            augmentation=trained.augmentation,
         )
     )
     model = AlexNet(trained.config).to(torch_device)

@@ -45,6 +45,7 @@ class StepMeter:
         self._on_gpu = device.type == "cuda"
         self._loss = torch.zeros((), device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = 0
         self._in_flight: deque[tuple[Any, Any]] = deque()
         self._timings: list[StepTiming] = []
@@ -67,7 +68,12 @@ class StepMeter:
         self._start = self._now()
 
     def end_step(
-        self, loss: torch.Tensor, correct: torch.Tensor, batch: Any = None, saving: bool = False
+        self,
+        loss: torch.Tensor,
+        correct: torch.Tensor,
+        batch: Any = None,
+        saving: bool = False,
+        skipped: torch.Tensor | int = 0,
     ) -> None:
         """Mark the end of a step; call after the update (on a GPU: when it is queued).
 
@@ -76,9 +82,11 @@ class StepMeter:
             correct: Number of correct predictions, a scalar on the device.
             batch: The batch, which is held until the GPU has used it, as DALI owns its buffer.
             saving: Whether a checkpoint was being written meanwhile.
+            skipped: Number of damaged samples in the batch, a scalar on the device.
         """
         self._loss += loss
         self._correct += correct
+        self._skipped += skipped
         self._steps += 1
         end = self._now()
         self._timings.append(StepTiming(self._last_end, self._start, end, self._data_time_ms, saving))
@@ -102,7 +110,7 @@ class StepMeter:
     def read(self, batch_size: int) -> dict[str, float]:
         """Compute the values of a row (errors and wait_percent in percent, times in ms), and start the next row.
 
-        `saving_step_ms_p50` is included only if a checkpoint was being written.
+        `saving_step_ms_p50` is included only if a checkpoint was being written, `skipped` only if samples were skipped.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
@@ -112,10 +120,11 @@ class StepMeter:
         steps = np.array([self._ms(each.last_end or each.start, each.end) for each in self._timings] or [0.0])
         saving = np.array([each.saving for each in self._timings] or [False])
         total_ms = waits.sum() + sum(self._ms(each.start, each.end) for each in self._timings)
-        correct = self._distributed.all_reduce_sum(self._correct).item()
+        counts = torch.stack([self._correct, self._skipped])
+        correct, skipped = self._distributed.all_reduce_sum(counts).tolist()
         values = {
             "loss": self.loss_sum() / self._steps,
-            "top1_error": 100 - 100 * correct / (self._steps * batch_size),
+            "top1_error": 100 - 100 * correct / max(self._steps * batch_size - skipped, 1),
             "images_per_s": len(self._timings) * batch_size / total_ms * 1e3,
             "step_ms_p50": float(np.percentile(steps, 50)),
             "wait_ms_p50": float(np.percentile(waits, 50)),
@@ -123,23 +132,27 @@ class StepMeter:
             "wait_percent": float(waits.sum() / total_ms * 100),
             "data_time_ms_p50": float(np.percentile([each.data_time_ms for each in follow] or [0.0], 50)),
         }
+        if skipped:
+            values["skipped"] = skipped
         if saving.any():
             values["saving_step_ms_p50"] = float(np.percentile(steps[saving], 50))
         self._timings.clear()
         self._loss.zero_()
         self._correct.zero_()
+        self._skipped.zero_()
         self._steps = 0
         return values
 
     def state_dict(self) -> dict[str, Any]:
         """Return loss and accuracy since the last row, so that a resumed run writes an uninterrupted run's rows."""
-        loss, correct = self._loss.clone().cpu(), self._correct.clone().cpu()
-        return {"loss": loss, "correct": correct, "steps": self._steps}
+        sums = {"loss": self._loss, "correct": self._correct, "skipped": self._skipped}
+        return {name: value.clone().cpu() for name, value in sums.items()} | {"steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state`."""
         self._loss.copy_(state["loss"])
         self._correct.copy_(state["correct"])
+        self._skipped.copy_(state["skipped"])
         self._steps = state["steps"]
 
     def _ms(self, first: Any, second: Any) -> float:

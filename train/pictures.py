@@ -7,7 +7,7 @@ Shape suffixes: N images, C kernels, H height, W width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from pipeline.draws import CROP_SIDE
+from pipeline.augment import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import atomic_writer
 from pipeline.lighting import apply_lighting
-from pipeline.loader import train_loader
-from pipeline.reader import decoded_batches
-from pipeline.settings import DataConfig, Speed
+from pipeline.loader import decoded_batches, train_loader
+from pipeline.settings import DataConfig
 from pipeline.shards import ClassName, ShardSet
 from train.accuracy import MIDDLE, EvalStats
 
@@ -142,13 +141,17 @@ def draw_augmentation(
     most_colourful = np.ptp(crops_NHWC.mean((1, 2)), axis=1).argmax()
     draws_N3 = np.kron(np.eye(3), np.arange(-3, 4)[:, None])
     shifted_NHWC = apply_lighting(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
-    config = replace(config, decode="cpu", speed=Speed(), augmentation=settings)
     count = min(14, shards.num_samples)
-    loader = train_loader(
-        shards, basis, config, batch_size=count, seed=seed, rank=0, num_ranks=1, device="cpu"
-    )
-    batch_NHWC = next(iter(loader)).images.permute(0, 2, 3, 1).numpy() * settings.std * lighting.divisor
-    loader.close()
+    options: dict[str, Any] = {
+        "rank": 0,
+        "num_ranks": 1,
+        "device": "cpu",
+        "basis": basis,
+        "augmentation": settings,
+    }
+    with closing(train_loader(shards, batch_size=count, seed=seed, **options)) as loader:
+        batch_NHWC = next(iter(loader)).images.permute(0, 2, 3, 1).numpy()
+    batch_NHWC = batch_NHWC * np.array(settings.stds) * lighting.divisor
     figure.set_size_inches(10, 7.8)
     upper, lower = figure.subplots(2, height_ratios=[3, 2])
     levels = ", ".join(f"{stddev:.0f}" for stddev in basis.axis_stddev)

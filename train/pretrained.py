@@ -103,7 +103,11 @@ def check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def init_from(
-    path: Path, config: AlexNetConfig, basis: Eigenbasis, std: float, state: dict[str, torch.Tensor]
+    path: Path,
+    config: AlexNetConfig,
+    basis: Eigenbasis,
+    stds: tuple[float, ...],
+    state: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], str]:
     """Read the weights that a run starts from. Returns them, and a sentence to log.
 
@@ -111,7 +115,7 @@ def init_from(
         path: File or run directory, as for `read_pretrained`.
         config: The run's model, which must be the file's, apart from dropout and the number of classes.
         basis: The run's mean and RGB axes.
-        std: The number by which the run divides pixels.
+        stds: The numbers by which the run divides R, G and B.
         state: The run's random initial weights; with another number of classes fc8 is taken from these.
 
     Raises `FileNotFoundError` or `UserError`.
@@ -126,7 +130,9 @@ def init_from(
                 f"{trained.path}: expected model.{name} {value}, as this run has it, got {theirs[name]}; set "
                 f"model.{name} to the latter, or give another file"
             )
-    conv1 = trained.state["conv1.weight"] * (std / trained.augmentation.std)
+    factors = torch.tensor(stds, dtype=torch.float64) / torch.tensor(trained.augmentation.stds)
+    conv1 = trained.state["conv1.weight"]
+    conv1 = (conv1 * factors.reshape(1, 3, 1, 1)).to(conv1.dtype)
     weights, message = trained.state | {"conv1.weight": conv1}, f"starting from the weights of {trained.path}"
     if trained.config.outputs != config.outputs:
         weights = weights | {name: tensor for name, tensor in state.items() if name.startswith("fc8.")}

@@ -111,7 +111,9 @@ def build_report_data(trainer: Trainer, network: AlexNet, accuracy: Accuracy, st
         steps_per_epoch=trainer.train_loader.steps_per_epoch,
         classes=val.classes,
         stats=stats,
-        restore_pixels=lambda image: to_pixels(image * config.data.augmentation.std, trainer.basis.mean),
+        restore_pixels=lambda image: to_pixels(
+            image * np.array(config.data.augmentation.stds), trainer.basis.mean
+        ),
         towers=np.split(network.conv1.weight.detach().float().cpu().numpy(), model.num_towers),
         config=config.to_json(),
     )

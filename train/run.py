@@ -58,8 +58,8 @@ def build_or_resume(trainer: "Trainer", directory: "RunDirectory") -> None:
     distributed.run_on_all_ranks(trainer.build)
     message = ""
     if checkpoint:
-        path = distributed.run_on_all_ranks(lambda: trainer.load_checkpoint(checkpoint))
-        message = f"resuming from {path} (epoch {trainer.epoch + 1}, step {trainer.step})"
+        distributed.run_on_all_ranks(lambda: trainer.load_checkpoint(checkpoint))
+        message = f"resuming from {checkpoint} (epoch {trainer.epoch + 1}, step {trainer.step})"
     elif config.train.init_from:
         message = trainer.init_from(config.train.init_from)
     distributed.run_on_rank_zero(lambda: directory.prepare(config))
@@ -68,11 +68,10 @@ def build_or_resume(trainer: "Trainer", directory: "RunDirectory") -> None:
 
 
 def log_summary(trainer: "Trainer", precision: str) -> None:
-    """Open the shards; on rank 0, log data, model, device and steps of this run."""
+    """On rank 0, log data, model, device and steps of this run."""
     from train.device import advise_on_gpus, can_compile
 
     loader, distributed, train = trainer.train_loader, trainer.distributed, trainer.config.train
-    opening_bytes = distributed.run_on_all_ranks(loader.open)
     if not distributed.is_rank_zero:
         return
     processes = "" if distributed.world_size == 1 else f" in each of {distributed.world_size} processes"
@@ -92,7 +91,6 @@ def log_summary(trainer: "Trainer", precision: str) -> None:
         log(advice)
     dropped = f"{loader.dropped_per_epoch} images, others every time, do not fill a batch and are left out"
     log(f"{loader.steps_per_epoch} steps an epoch ({dropped})")
-    log(f"opening the shards took {opening_bytes / 1e6:.0f} MB of memory")
 
 
 def evaluate_and_report(trainer: "Trainer") -> bool:

@@ -14,7 +14,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,10 +28,10 @@ from model.alexnet import AlexNet
 from model.towers import seed_process
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError, UserError
-from pipeline.loader import PADDING, Batch, train_loader, val_loader
+from pipeline.loader import PADDING, Batch, Loader, train_loader, val_loader
 from pipeline.shards import open_shards
 from train.accuracy import Accuracy, EvalStats, evaluate
-from train.checkpoint import CheckpointWriter, last_epoch_end, load_checkpoint
+from train.checkpoint import CheckpointWriter, load_checkpoint
 from train.cli import DIVERGED, DivergedError, log
 from train.config import Config, check_same_run, flatten
 from train.device import can_compile, compile_model
@@ -66,35 +66,30 @@ class Trainer:
                 self.train_shards.manifest_sha256,
                 with_mean_image=config.data.augmentation.mean == "image",
             )
-        batch_size, images_per_crop = config.train.batch_size, config.data.augmentation.images_per_crop
+        batch_size = config.train.batch_size
         with collect_errors(problems):
-            images = self.train_shards.num_samples
-            distributed.check_batch(batch_size, config.train.grad_accum_steps, images_per_crop, images)
+            distributed.check_batch(batch_size, config.train.grad_accum_steps, self.train_shards.num_samples)
         if problems:
             raise UserError("; ".join(problems))
         data = config.data
         if config.run.deterministic:
             # A GPU's JPEG engine may give other pixels at each call (nvImageCodec's tests).
             data = replace(data, speed=replace(data.speed, hw_decoder_load=0.0))
-        local_batch = batch_size // distributed.world_size
+        common: dict[str, Any] = {
+            "batch_size": batch_size // distributed.world_size,
+            "device": device,
+            "basis": self.basis,
+            **{each.name: getattr(data, each.name) for each in fields(data) if each.name != "shards"},
+        }
         self.train_loader = train_loader(
             self.train_shards,
-            self.basis,
-            data,
-            batch_size=local_batch,
             seed=config.train.seed,
             rank=distributed.rank,
             num_ranks=distributed.world_size,
-            device=device,
+            **common,
         )
         self.val_loader = val_loader(  # a pair of towers sees the same images
-            self.val_shards,
-            self.basis,
-            data,
-            batch_size=local_batch,
-            rank=distributed.replica,
-            num_ranks=distributed.num_replicas,
-            device=device,
+            self.val_shards, rank=distributed.replica, num_ranks=distributed.num_replicas, **common
         )
         self.epoch, self.step = 0, 0
         """Finished epochs, and updates so far."""
@@ -170,8 +165,9 @@ class Trainer:
                 saving, log_step = self.writer.busy, (self.step + 1) % run.log_every == 0
                 self.schedule.set_lrs(self.optimizer, self.epoch_progress)
                 with self.distributed.detect_lost_process():
-                    loss, correct, grad_norm = self.train_step(batch, with_norm=log_step)
-                meter.end_step(loss, correct, batch, saving=saving or self.writer.busy)
+                    loss, correct, skipped, grad_norm = self.train_step(batch, with_norm=log_step)
+                meter.end_step(loss, correct, batch, saving=saving or self.writer.busy, skipped=skipped)
+                log_skipped(loader)
                 self.step += 1
                 self.distributed.end_startup()
                 progress.update()
@@ -189,22 +185,25 @@ class Trainer:
 
     def train_step(
         self, batch: Batch, with_norm: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int, torch.Tensor | None]:
         """Make one update from one batch, at the rates in the optimizer's groups, without waiting for the device.
 
-        Returns the mean loss, the number of correct predictions, and if wanted the gradient's norm over the whole
-        model, all on the device.
+        Returns the loss (its sum over valid samples divided by the batch size), the numbers of correct predictions
+        and of skipped samples, and if wanted the gradient's norm over the whole model, all on the device.
         """
         images_NCHW, labels_N = self.distributed.gather_batch(batch)
         micro_batches, half = self.config.train.grad_accum_steps, AUTOCAST.get(self.config.train.precision)
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        skipped = (labels_N == PADDING).sum() if self.config.data.on_corrupt == "skip" else 0
         chunks = zip(images_NCHW.chunk(micro_batches), labels_N.chunk(micro_batches), strict=True)
         for number, (images, labels) in enumerate(chunks, start=1):
             with self.distributed.grad_sync(self.ddp, enabled=number == micro_batches):
                 with torch.autocast(self.device.type, half, enabled=half is not None):
                     logits_NK = self.ddp(images)
-                micro_loss = F.cross_entropy(logits_NK, labels, ignore_index=PADDING) / micro_batches
+                # Divided by the whole batch, padding included, so that every sample has the same weight.
+                total = F.cross_entropy(logits_NK, labels, ignore_index=PADDING, reduction="sum")
+                micro_loss = total / len(labels_N)
                 (micro_loss * self.scale.factor if self.scale.enabled else micro_loss).backward()
             loss += micro_loss.detach()
             correct += (logits_NK.detach().argmax(1) == labels).sum()
@@ -215,7 +214,7 @@ class Trainer:
             squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
             norm = self.distributed.sum_over_towers(squares).sqrt()
         self.optimizer.step(skip=overflow)
-        return loss, correct, norm
+        return loss, correct, skipped, norm
 
     def log_row(self, grad_norm: torch.Tensor, progress: "tqdm[Any]") -> None:
         """Write a row of metrics and show it. Raises `DivergedError`."""
@@ -339,12 +338,7 @@ class Trainer:
         random_state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        own = {
-            "loader": self.train_loader.state_dict(),
-            "random": random_state,
-            "meter": self.meter.state_dict(),
-        }
-        ranks = self.distributed.all_gather(own)
+        ranks = self.distributed.all_gather({"random": random_state, "meter": self.meter.state_dict()})
         if not self.distributed.is_rank_zero:
             return {}
         image = self.basis.mean_image
@@ -360,24 +354,26 @@ class Trainer:
             "epoch": self.epoch,
             "best": self.best,
             "pinned_steps": list(self.pinned_steps),
+            "loader": self.train_loader.state_dict(),
             "ranks": ranks,
         }
 
-    def load_checkpoint(self, path: Path) -> Path:
-        """Resume from a checkpoint, or if the number of processes changed from an older one at an epoch's end.
+    def load_checkpoint(self, path: Path) -> None:
+        """Resume from a checkpoint. On another number of processes, or in another mode, the same images follow with
+        the same augmentation; dropout then starts from other random states.
 
-        Returns the checkpoint used. Raises `UserError` if it is damaged or belongs to another run.
+        Raises `UserError` if it is damaged or belongs to another run.
         """
         try:
-            return self._load_state_dict(load_checkpoint(path), path)
+            self._load_state_dict(load_checkpoint(path), path)
         except (KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"{path}: not a checkpoint of this program; put back one that is") from None
 
-    def _load_state_dict(self, content: dict[str, Any], path: Path) -> Path:
+    def _load_state_dict(self, content: dict[str, Any], path: Path) -> None:
         """Load the content of a checkpoint. Raises `KeyError`, `TypeError` and others if another program wrote it."""
         config, shards = self.config.to_json(), self.config.data.shards
         ranks, distributed = content["ranks"], self.distributed
-        check_same_run(content["config"], config, ranks[0]["loader"]["epoch"] + 1)
+        check_same_run(content["config"], config, content["loader"]["epoch"] + 1)
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise UserError(f"{path} was trained on other classes than {shards}/classes.json lists")
         if content["eigenbasis"] != self.basis.to_json():
@@ -391,37 +387,20 @@ class Trainer:
         self.optimizer.load_velocities(distributed.shard_state_dict(content["optimizer"]))
         self.scale.load_state_dict(content["scale"])
         self.schedule.load_state_dict(content["schedule"])
+        self.train_loader.load_state_dict(content["loader"])
         if len(ranks) != distributed.world_size or content["config"]["parallel"] != config["parallel"]:
-            return self._change_world(ranks, path)
+            seed_process(self.config.train.seed, self.step, distributed.rank)
+            return
         own = ranks[distributed.rank]
-        self.train_loader.load_state_dict(own["loader"])
         self.meter.load_state_dict(own["meter"])
         torch.set_rng_state(own["random"]["cpu"])
         if "cuda" in own["random"]:
             torch.cuda.set_rng_state(own["random"]["cuda"], self.device)
-        return path
-
-    def _change_world(self, ranks: list[dict[str, Any]], path: Path) -> Path:
-        """Resume with another number of processes or another mode, from an epoch's end."""
-        if not self.config.resume.allow_world_change:
-            raise UserError(
-                f"{path}: expected {len(ranks)} processes, got {self.distributed.world_size}; start that many, or "
-                "resume from the end of an epoch with --resume.allow_world_change true"
-            )
-        state = ranks[0]["loader"]
-        if not state["ended"]:
-            return self.load_checkpoint(last_epoch_end(path))
-        no_rank = state["fingerprint"] | {
-            "rank": None
-        }  # so that every rank, also 0, sees that the world changed
-        self.train_loader.load_state_dict(state | {"fingerprint": no_rank}, allow_world_change=True)
-        seed_process(self.config.train.seed, self.distributed.rank, self.epoch)
-        return path
 
     def init_from(self, path: Path) -> str:
         """Start from the weights in a file. Returns a sentence to log. Raises `FileNotFoundError` or `UserError`."""
         own = self.distributed.gather_state_dict(self.model.state_dict(), self.config.model)
-        std = self.config.data.augmentation.std
+        std = self.config.data.augmentation.stds
         state, message = self.distributed.run_on_all_ranks(
             lambda: init_from(path, self.config.model, self.basis, std, own)
         )
@@ -466,6 +445,12 @@ class Trainer:
             self.log.close()
         self.train_loader.close()
         self.val_loader.close()
+
+
+def log_skipped(loader: Loader) -> None:
+    """Log the damaged samples that a loader has skipped since the last call, on the rank that met them."""
+    while loader.skipped:
+        log(f"skipped: {loader.skipped.pop(0)} cannot be decoded")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline.draws import CROP_SIDE, OFFSETS
+from pipeline.augment import CROP_SIDE, OFFSETS
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting, lighting_arguments
 from pipeline.loader import train_loader

@@ -14,35 +14,34 @@ import torch
 
 def normalize(
     windows_NHWC: torch.Tensor,
-    mirrored_N: torch.Tensor | None,
-    means_N3: torch.Tensor,
-    divisor: float,
+    mirrored_N: np.ndarray | None,
+    means_N3: np.ndarray,
+    stds_3: np.ndarray,
     offset_HWC: torch.Tensor | None,
     out_NHWC: torch.Tensor,
 ) -> None:
-    """Write (windows, or their mirror images, - means - offset) / divisor to `out_NHWC`.
+    """Write (windows, or their mirror images, - means - offset) / stds to `out_NHWC`.
 
     Args:
         windows_NHWC: uint8 RGB, shape (N, height, width, 3).
-        mirrored_N: Nonzero for windows to be flipped horizontally, shape (N,); None: none.
+        mirrored_N: True for windows to be flipped horizontally, shape (N,); None: none.
         means_N3: float32, shape (N, 3).
-        divisor: Divisor of pixels; its inverse is multiplied.
+        stds_3: Divisors of R, G and B.
         offset_HWC: float32, subtracted from every window, not flipped; None: nothing.
         out_NHWC: Output, float32, C-contiguous.
     """
     _, height, width, colours = windows_NHWC.shape
     rows = (height, width * colours)
-    flags = [0] * len(windows_NHWC) if mirrored_N is None else mirrored_N.tolist()
+    flags = [False] * len(windows_NHWC) if mirrored_N is None else mirrored_N.tolist()
     with one_thread():
-        means = means_N3.repeat(1, width)
+        means = torch.from_numpy(means_N3).repeat(1, width)
         for window, mirrored, mean, out in zip(windows_NHWC, flags, means, out_NHWC, strict=True):
             target = out.view(rows)
             target.copy_((window.flip(1) if mirrored else window).view(rows))
             target.sub_(mean)
             if offset_HWC is not None:
                 target.sub_(offset_HWC.reshape(rows))
-            if divisor != 1:
-                target.mul_(1 / divisor)
+            target.mul_(float(1 / stds_3[0]))
 
 
 @contextmanager
