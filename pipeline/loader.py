@@ -83,11 +83,12 @@ class TrainSampler:
         """Plan a batch; safe to call by several threads."""
         epoch, step = divmod(number, self.steps)
         key = epoch, step // self._chunk_steps
-        if key not in self._chunks:
-            self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
-            for old in sorted(self._chunks)[:-4]:
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            chunk = self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
+            for old in sorted(self._chunks.copy())[:-4]:
                 self._chunks.pop(old, None)
-        return self._chunks[key][step % self._chunk_steps]
+        return chunk[step % self._chunk_steps]
 
     def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
         steps = range(first, min(first + self._chunk_steps, self.steps))

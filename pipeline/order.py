@@ -29,12 +29,12 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Map positions, uint64 below `size`, one to one to numbers below `size`. `keys`: uint64 (ROUNDS,)."""
     half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
     mask = np.uint64((1 << int(half)) - 1)
-    result = encrypt(positions, half, mask, keys)
+    result = encrypt(positions.ravel(), half, mask, keys)
     outside = np.flatnonzero(result >= size)
     while outside.size:
         result[outside] = encrypt(result[outside], half, mask, keys)
         outside = outside[result[outside] >= size]
-    return result
+    return result.reshape(positions.shape)
 
 
 def encrypt(numbers: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
