@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
+from pipeline.errors import UserError
 from pipeline.machine import share_of_cores
-from pipeline.shards import IMAGE_SIDE, ShardSet, read_index
+from pipeline.shards import IMAGE_SIDE, ShardSet
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -30,8 +31,9 @@ def locate_corrupt_sample(shards: ShardSet) -> str:
     Images are tried with DALI itself, as other decoders accept and refuse other files. Headers are read first, for all
     images, as decoding an image with an unreadable header may crash the process (`pipeline/decode.py: decode_crop`).
     """
-    for tar, index, samples in zip(shards.tars, shards.indexes, shards.samples, strict=True):
-        if problem := find_shard_damage(Path(tar), Path(index), samples):
+    counts = np.bincount(shards.samples["shard"], minlength=len(shards.tars)).tolist()
+    for tar, samples in zip(shards.tars, counts, strict=True):
+        if problem := find_shard_damage(Path(tar), Path(tar).with_suffix(".idx"), samples):
             return problem
     deadline = time.monotonic() + PATIENCE_S
     for graph in (shape_pipeline, decoded_shape_pipeline):
@@ -64,10 +66,10 @@ def find_shard_damage(tar: Path, index: Path, samples: int) -> str:
 
 def list_image_chunks(shards: ShardSet) -> Iterator[list[Image]]:
     """Yield the images of a split, up to `CHUNK` at a time."""
-    for tar, index in zip(shards.tars, shards.indexes, strict=True):
+    for tar in shards.tars:
         images = [
             (tar, *member[1:])
-            for members in read_index(Path(index))
+            for members in read_index(Path(tar).with_suffix(".idx"))
             for member in members
             if member[0] == "jpg"
         ]
@@ -117,3 +119,24 @@ def describe_fault(pipe: "Pipeline", image: Image) -> str:
     except RuntimeError:
         return f"{place} cannot be decoded"
     return f"{place} is {width}x{height}, not {IMAGE_SIDE}x{IMAGE_SIDE}"
+
+
+def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
+    """Parse a DALI index, as `tools/packing/index.py: read_index` does. Raises `UserError` for another file."""
+    try:
+        header, *lines = path.read_bytes().decode().splitlines()
+        rows = [line.split(" ") for line in lines]
+        samples = [
+            [
+                (ext, int(offset), int(size), name)
+                for ext, offset, size, name in zip(*[iter(row)] * 4, strict=True)
+            ]
+            for row in rows
+        ]
+        if any(not 0 <= number < 2**62 for row in samples for _, *numbers, _ in row for number in numbers):
+            raise ValueError
+    except ValueError:
+        header, samples = "", []
+    if header.split() != ["v1.2", str(len(samples))]:
+        raise UserError(f"{path} is damaged or not a DALI index of format v1.2; copy it again or pack again")
+    return samples

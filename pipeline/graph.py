@@ -11,6 +11,7 @@ with the same result. Pixels are RGB on the 0..255 scale minus the mean. Images 
 channels-last memory.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvidia.dali import fn, pipeline_def, types
@@ -124,7 +125,7 @@ def read_graph(
     }
     outputs: Any = fn.readers.webdataset(
         paths=list(shards.tars),
-        index_paths=list(shards.indexes),
+        index_paths=[str(Path(tar).with_suffix(".idx")) for tar in shards.tars],
         ext=["jpg", "cls"],
         missing_component_behavior="error",
         shard_id=rank,
