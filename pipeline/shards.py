@@ -144,7 +144,7 @@ def open_samples(directory: Path, manifest: dict[str, Any]) -> np.ndarray:
     Its checksum stands for a check of every row. Raises `FileNotFoundError` or `UserError`.
     """
     path, expected = directory / SAMPLES, manifest.get(SAMPLES_SHA256)
-    remedy = f"run tools/make_shards.py index {directory.parent}"
+    remedy = f"run tools/make_shards.py index {directory.parent} (--out DIR if it is read-only)"
     if expected is None:
         raise UserError(f"{directory / 'manifest.json'}: expected {SAMPLES_SHA256}, got none; {remedy}")
     if not path.is_file():

@@ -170,17 +170,14 @@ def read_shard(directory: Path, num_classes: int, shard: dict[str, Any]) -> np.n
 
     Raises `UserError` with shard and sample, `FileNotFoundError`.
     """
-    tar, rows = directory / shard["name"], []
+    tar, rows = directory / shard["name"], list[tuple[int, int, int, int]]()
     samples = read_index(tar.with_suffix(".idx"))
     with tar.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead of the whole shard
         size = os.fstat(file.fileno()).st_size
         if (size, len(samples)) != (shard["bytes"], shard["samples"]):
-            expected, got = (
-                f"{shard['bytes']} bytes, {shard['samples']} samples",
-                f"{size} and {len(samples)}",
-            )
-            raise UserError(f"{tar}: expected {expected} in its .idx, got {got}; copy both again")
+            expected = f"{shard['bytes']} bytes and {shard['samples']} samples in its .idx"
+            raise UserError(f"{tar}: expected {expected}, got {size} and {len(samples)}; copy both again")
         for members in samples:
             places = {extension: Member(name, offset, size) for extension, offset, size, name in members}
             try:
