@@ -98,7 +98,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path` as JSON with a stable layout: equal content gives equal bytes."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_text(content).encode())
+
+
+def json_text(content: Any) -> str:
+    """Format JSON as `write_json` writes it."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -107,6 +112,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # a number may be too long, an array too deep
         raise UserError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
+
+
+def hash_file(path: Path) -> str:
+    """Hash a file by SHA-256, in hexadecimal, a piece at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256(content: bytes) -> str:

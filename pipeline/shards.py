@@ -4,6 +4,7 @@
       train/train-000000.tar, train-000000.idx, ...   WebDataset shards with DALI indexes (wds2idx format v1.2)
       val/val-000000.tar, ...
       train/manifest.json, val/manifest.json          what a split consists of
+      train/samples.npy, val/samples.npy              one row a sample, in stored order
       classes.json                                    index -> wnid -> words, in the order of the sorted wnids
 
 One sample is `<key>.jpg` and `<key>.cls`, the class index in ASCII decimal. A directory without a manifest, with a
@@ -11,20 +12,29 @@ shard missing or of another size is refused, as it was written or copied incompl
 some of the data.
 """
 
+import os
 import re
+import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.files import read_json, sha256
+from pipeline.files import hash_file, json_text, read_json, sha256
 
 FORMAT_VERSION = 1
 IMAGE_SIDE = 256
 """Side of a packed image, and of the square that is cropped from other images (paper, section 2)."""
 MAX_LABEL_DIGITS = 6
 KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
+SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4")])
+"""A row of `samples.npy`, 20 bytes: number of the shard, from 0; where its image's data lie in the tar; class index."""
+SAMPLES = "samples.npy"
+SAMPLES_SHA256 = "samples_sha256"
+"""Field of the manifest with the table's checksum."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +55,38 @@ class ShardSet:
     """"train" or "val"."""
     tars: tuple[str, ...]
     """Paths of the shards, in the manifest's order."""
-    indexes: tuple[str, ...]
-    """Paths of their DALI indexes."""
-    samples: tuple[int, ...]
-    """Number of samples of each shard."""
+    samples: np.ndarray = field(compare=False)
+    """`SAMPLE` (samples,), in stored order; read-only."""
     classes: tuple[ClassName, ...]
     """All classes; labels are indexes of this."""
     manifest_sha256: str
-    """SHA-256 of the manifest's bytes. It identifies the data, as the manifest has the checksums of all shards."""
+    """`hash_manifest` of the manifest. It identifies the data, as the manifest has the checksums of all shards."""
     store: str
     """"crop256" (256x256 images), "original" (of any size), "adopted" (shards of other programs) or "unknown"."""
 
     @property
     def num_samples(self) -> int:
         """Number of samples in all shards."""
-        return sum(self.samples)
+        return len(self.samples)
 
     def only(self, numbers: Sequence[int]) -> "ShardSet":
         """Return a split of only the shards with these numbers, in this order."""
-        return replace(
-            self,
-            tars=tuple(self.tars[k] for k in numbers),
-            indexes=tuple(self.indexes[k] for k in numbers),
-            samples=tuple(self.samples[k] for k in numbers),
-        )
+        shards, wanted = self.samples["shard"], np.array(numbers, "<u4")
+        starts, ends = np.searchsorted(shards, wanted), np.searchsorted(shards, wanted, side="right")
+        parts = [self.samples[start:end] for start, end in zip(starts, ends, strict=True)]
+        samples = np.concatenate([self.samples[:0], *parts])
+        samples["shard"] = np.repeat(np.arange(len(parts)), ends - starts)
+        samples.flags.writeable = False
+        return replace(self, tars=tuple(self.tars[k] for k in numbers), samples=samples)
+
+    def read_key(self, row: int) -> str:
+        """Read a sample's key, without folders, from the tar; empty where the header is damaged."""
+        shard, offset, *_ = self.samples[row].tolist()
+        try:
+            with Path(self.tars[shard]).open("rb") as file:
+                return read_header(file, offset).name.rpartition("/")[2].partition(".")[0]
+        except (OSError, ValueError, tarfile.TarError):
+            return ""
 
     @property
     def any_size(self) -> bool:
@@ -93,28 +111,22 @@ def open_shards(shards: Path, split: str) -> ShardSet:
             f"{directory} holds no manifest.json, so no finished shards; run tools/make_shards.py pack RAW SHARDS, or "
             "give the folder that has them"
         )
-    content = path.read_bytes()
     manifest = read_json(path)
     check_manifest(manifest, path)
     if manifest["split"] != split:
         raise UserError(
             f"{path} describes the {manifest['split']} split, not {split}; copy it again or pack again"
         )
-    tars, indexes = [], []
+    tars = []
     for shard in manifest["shards"]:
         tar = directory / shard["name"]
-        index = tar.with_suffix(".idx")
-        for file in (tar, index):
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file} is listed in {path} but missing; copy it again or pack again"
-                )
+        if not tar.is_file():
+            raise FileNotFoundError(f"{tar} is listed in {path} but missing; copy it again or pack again")
         if tar.stat().st_size != shard["bytes"]:
             raise UserError(
                 f"{tar} has {tar.stat().st_size} bytes, {path} says {shard['bytes']}; copy it again or pack again"
             )
         tars.append(str(tar))
-        indexes.append(str(index))
     classes = read_classes(Path(shards))
     if len(classes) != manifest["num_classes"]:
         raise UserError(
@@ -122,8 +134,44 @@ def open_shards(shards: Path, split: str) -> ShardSet:
         )
     options = manifest.get("options")
     store = str(options.get("store", "unknown")) if isinstance(options, dict) else "unknown"
-    samples = tuple(shard["samples"] for shard in manifest["shards"])
-    return ShardSet(split, tuple(tars), tuple(indexes), samples, classes, sha256(content), store)
+    samples = open_samples(directory, manifest)
+    return ShardSet(split, tuple(tars), samples, classes, hash_manifest(manifest), store)
+
+
+def open_samples(directory: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Map the table of a split's samples, `SAMPLE` (samples,), read-only; nothing of it is held in memory.
+
+    Its checksum stands for a check of every row. Raises `FileNotFoundError` or `UserError`.
+    """
+    path, expected = directory / SAMPLES, manifest.get(SAMPLES_SHA256)
+    remedy = f"run tools/make_shards.py index {directory.parent} (--out DIR if it is read-only)"
+    if expected is None:
+        raise UserError(f"{directory / 'manifest.json'}: expected {SAMPLES_SHA256}, got none; {remedy}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; {remedy}")
+    if (found := hash_file(path)) != expected:
+        raise UserError(f"{path}: expected the SHA-256 of manifest.json, got {found}; {remedy}")
+    try:
+        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        samples = np.empty(0)
+    if samples.dtype != SAMPLE or samples.shape != (manifest["num_samples"],):
+        expected = f"shape ({manifest['num_samples']},) of {SAMPLE.itemsize} bytes each"
+        raise UserError(f"{path}: expected {expected}, got {samples.shape} of {samples.itemsize}; {remedy}")
+    return samples
+
+
+def hash_manifest(manifest: dict[str, Any]) -> str:
+    """Hash a manifest without the checksum of its samples, so that `make_shards.py index` changes no identity: the
+    SHA-256 of the bytes that version 0.1 wrote."""
+    content = {name: value for name, value in manifest.items() if name != SAMPLES_SHA256}
+    return sha256(json_text(content).encode(errors="surrogatepass"))
+
+
+def read_header(file: BinaryIO, offset: int) -> tarfile.TarInfo:
+    """Read the tar header of the data at `offset`. Raises `OSError`, `ValueError` or `tarfile.TarError`."""
+    block = os.pread(file.fileno(), tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+    return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
 
 
 def check_manifest(manifest: Any, path: Path) -> None:
@@ -172,37 +220,3 @@ def classes_json(classes: tuple[ClassName, ...]) -> dict[str, Any]:
     """Make the content of `classes.json`."""
     rows = [{"index": index, "wnid": name.wnid, "words": name.words} for index, name in enumerate(classes)]
     return {"format_version": FORMAT_VERSION, "classes": rows}
-
-
-def index_text(samples: list[list[tuple[str, int, int, str]]]) -> str:
-    """Format a DALI webdataset index (format v1.2, as `wds2idx` of DALI 2.4 writes it).
-
-    Args:
-        samples: For each sample its members as (extension, offset of the data in bytes, size in bytes, member name).
-    """
-    lines = [
-        " ".join(f"{ext} {offset} {size} {name}" for ext, offset, size, name in members)
-        for members in samples
-    ]
-    return "\n".join([f"v1.2 {len(samples)}", *lines]) + "\n"
-
-
-def read_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
-    """Parse what `index_text` wrote. Raises `UserError` when the file is not such an index."""
-    try:
-        header, *lines = path.read_bytes().decode().splitlines()
-        rows = [line.split(" ") for line in lines]
-        samples = [
-            [
-                (ext, int(offset), int(size), name)
-                for ext, offset, size, name in zip(*[iter(row)] * 4, strict=True)
-            ]
-            for row in rows
-        ]
-        if any(not 0 <= number < 2**62 for row in samples for _, *numbers, _ in row for number in numbers):
-            raise ValueError
-    except ValueError:
-        header, samples = "", []
-    if header.split() != ["v1.2", str(len(samples))]:
-        raise UserError(f"{path} is damaged or not a DALI index of format v1.2; copy it again or pack again")
-    return samples

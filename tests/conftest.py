@@ -13,8 +13,9 @@ from filelock import FileLock
 
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json, sha256, write_bytes, write_json
-from pipeline.shards import ShardSet, index_text, open_shards, read_index
+from pipeline.shards import SAMPLE, ShardSet, open_shards
 from tests.helpers import files, jpeg, photo, run_ok, tar_of, write
+from tools.packing.index import index_text, read_index, write_samples
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,6 +70,9 @@ def copy_first(shards: Path, few: Path, **counts: int) -> None:
             for file in (tar, tar.with_suffix(".idx")):
                 shutil.copy(file, few / split)
         manifest["repairs"] = [row for row in manifest["repairs"] if row["key"] in kept]
+        samples = np.load(shards / split / "samples.npy")
+        parts = [samples[samples["shard"] == shard] for shard in range(count)]
+        manifest["samples_sha256"] = write_samples(few / split, parts)
         write_json(few / split / "manifest.json", manifest)
     shutil.copy(shards / "classes.json", few)
 
@@ -106,7 +110,7 @@ def numbered_shards(tmp_path: Path) -> Callable[..., ShardSet]:
         rng = np.random.default_rng(0)
         images = [image or jpeg(photo(rng)) for _ in range(8)]
         for split in ("train", "val"):
-            rows = []
+            rows, parts = [], []
             for shard in range(num_shards):
                 numbers = range(shard * num_samples // num_shards, (shard + 1) * num_samples // num_shards)
                 path = tmp_path / split / f"{split}-{shard:06d}.tar"
@@ -118,6 +122,7 @@ def numbered_shards(tmp_path: Path) -> Callable[..., ShardSet]:
                     places = [(each.name[-3:], each.offset_data, each.size, each.name) for each in tar]
                 index = [places[n : n + 2] for n in range(0, len(places), 2)]
                 write_bytes(path.with_suffix(".idx"), index_text(index).encode())
+                parts.append(np.array([(0, *index[k][0][1:3], n) for k, n in enumerate(numbers)], SAMPLE))
                 rows.append(
                     {
                         "name": path.name,
@@ -132,6 +137,7 @@ def numbered_shards(tmp_path: Path) -> Callable[..., ShardSet]:
                 "num_samples": num_samples,
                 "num_classes": num_samples,
                 "shards": rows,
+                "samples_sha256": write_samples(tmp_path / split, parts),
             }
             write_json(tmp_path / split / "manifest.json", manifest)
         names = [{"index": k, "wnid": f"n{k:08d}", "words": str(k)} for k in range(num_samples)]
@@ -168,5 +174,5 @@ def clean(small: Path) -> dict[str, bytes]:
     shards = small.parent / "clean"
     pack(small, shards, samples_per_shard=9, val_fraction=0, workers=1)
     content = files(shards)
-    assert len(content) == 2 * 10 + 3  # tars and indexes, manifest, classes, listing
+    assert len(content) == 2 * 10 + 4  # tars and indexes, samples, manifest, classes, listing
     return content

@@ -72,11 +72,11 @@ def test_again_and_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     command = partial(adopt, src, shards, split="train", workers=1)
     command(pattern="x-*.tar")
     before = files(shards)
-    assert len(before) == 3 + 3 + 2
+    assert len(before) == 3 + 3 + 3
     capsys.readouterr()
     command(pattern="x-*.tar")
     assert "nothing to do" in capsys.readouterr().out
-    for name in ("manifest.json", "x-0001.tar", "x-0002.idx"):
+    for name in ("manifest.json", "samples.npy", "x-0001.tar", "x-0002.idx"):
         (shards / "train" / name).unlink()
     command(pattern="x-*.tar")
     assert files(shards) == before

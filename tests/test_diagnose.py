@@ -17,8 +17,9 @@ from pipeline.files import write_bytes
 from pipeline.loader import train_loader
 from pipeline.reader import data_errors, decoded_batches
 from pipeline.settings import DataConfig
-from pipeline.shards import index_text, open_shards, read_index
+from pipeline.shards import open_shards
 from tests.helpers import Make, collect, jpeg, loaders, photo, same_batches
+from tools.packing.index import index_text, read_index
 
 
 @pytest.fixture
@@ -143,7 +144,8 @@ def test_a_loader_resumes_after_damage(numbered_shards: Make, plain_basis: Eigen
 def test_an_index_with_fewer_samples_is_refused(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
     """Before the first batch: epochs would not be exact."""
     shards = numbered_shards(60, 2)
-    write_bytes(Path(shards.indexes[1]), index_text(read_index(Path(shards.indexes[1]))[:-5]).encode())
+    index = Path(shards.tars[1]).with_suffix(".idx")
+    write_bytes(index, index_text(read_index(index)[:-5]).encode())
     (loader,) = loaders(shards, plain_basis, 1, training=True)
     for batches in (loader.epoch(0), decoded_batches(shards, 8)):
         with pytest.raises(DataError, match="list 55 samples, its manifest 60"):

@@ -27,8 +27,8 @@ from tests.helpers import ROOT
 GOLDEN = ROOT / "tests" / "golden.json"
 STEPS = 44
 """Of the quickstart's first epoch."""
-FREE = ("options", "plan", "versions", "format_version", "manifest_sha256")
-"""Fields of manifests and of pca.json that name options and versions: what they come to is in the others."""
+FREE = ("options", "plan", "versions", "format_version", "manifest_sha256", "samples_sha256")
+"""Fields of manifests and of pca.json that name options, versions and tables: what they come to is in the others."""
 
 
 def surroundings() -> dict[str, str]:

@@ -70,7 +70,7 @@ def test_bytes_do_not_depend_on_workers_or_restarts(raw: Path, shards: Path, tmp
     again, and another seed is refused."""
     command = ("tools/make_shards.py", "pack", raw, tmp_path / "again", "--samples-per-shard", "180")
     expected = {name: data for name, data in files(shards).items() if name != "pca.json"}
-    assert len(expected) == 24
+    assert len(expected) == 26
     run_ok(*command, "--workers", "1")
     assert files(tmp_path / "again") == expected
     assert "nothing to do" in run_ok(*command)

@@ -15,11 +15,12 @@ from tests.helpers import files, jpeg, photo, read_tar, run_ok, run_python, tar_
 from tests.layouts import read_shards
 from tools import make_shards
 from tools.make_shards import pack
+from tools.packing.verify import verify
 
 
 def test_undecodable_images(tmp_path: Path) -> None:
     """One stops the pack with archive, name and key; --on-bad skip leaves it out, lists it, and the counts add up, even
-    where nothing is left of a shard; a split of nothing else is refused."""
+    where nothing is left of a shard; a table that was removed is written again; a split of nothing else is refused."""
     raw, shards = tmp_path / "raw", tmp_path / "shards"
     rng = np.random.default_rng(0)
     good = {f"n00000011_{n}.JPEG": jpeg(photo(rng, 100, 120)) for n in range(6)}
@@ -35,7 +36,11 @@ def test_undecodable_images(tmp_path: Path) -> None:
     assert sorted(row["key"] for row in manifest["skipped"]) == ["n00000011_0b", "n00000011_bad"]
     assert all("not decodable" in row["reason"] for row in manifest["skipped"])
     assert open_shards(shards, "train").num_samples == 6
+    verify(shards, workers=1)
     before = files(shards)
+    pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
+    assert files(shards) == before
+    (shards / "train" / "samples.npy").unlink()
     pack(raw, shards, samples_per_shard=1, val_fraction=0, workers=1, on_bad="skip")
     assert files(shards) == before
     write(tmp_path / "none" / "n00000011.tar", tar_of(bad))

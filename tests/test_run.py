@@ -19,7 +19,6 @@ from safetensors import safe_open
 from model.weights import read_weights
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.shards import read_index
 from tests.helpers import (
     EPOCHS,
     ROOT,
@@ -40,6 +39,7 @@ from tests.helpers import (
     wait_for,
 )
 from tools.export_weights import export_weights
+from tools.packing.index import read_index
 from train.checkpoint import find_checkpoint, load_checkpoint
 
 

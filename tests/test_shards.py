@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipeline.files import read_json, write_json
-from pipeline.shards import open_shards, read_index
+from pipeline.files import read_json, sha256, write_json
+from pipeline.shards import SAMPLE, open_shards
 from tests.helpers import Make
+from tools.packing.index import read_index
 
 
 def edit(path: str, **changes: Any) -> Callable[[Path], None]:
@@ -26,12 +28,32 @@ def list_shard(name: str) -> Callable[[Path], None]:
     return edit("train/manifest.json", shards=[{"name": name, "samples": 10, "bytes": 1}])
 
 
+def save_samples(samples: np.ndarray) -> Callable[[Path], None]:
+    """Replace the table of samples by another array, under a checksum that fits."""
+
+    def change(shards: Path) -> None:
+        np.save(shards / "train/samples.npy", samples)
+        edit("train/manifest.json", samples_sha256=sha256((shards / "train/samples.npy").read_bytes()))(
+            shards
+        )
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda d: (d / "train/manifest.json").unlink(), r"no manifest\.json.*make_shards"),
         (lambda d: (d / "train/train-000001.tar").unlink(), "train-000001.tar is listed"),
-        (lambda d: (d / "train/train-000000.idx").unlink(), "train-000000.idx is listed"),
+        (
+            lambda d: (d / "train/samples.npy").unlink(),
+            r"samples\.npy: not found; run .*make_shards\.py index",
+        ),
+        (lambda d: (d / "train/samples.npy").write_bytes(b"x"), r"samples\.npy: expected the SHA-256 of"),
+        (edit("train/manifest.json", samples_sha256=None), "expected samples_sha256, got none; run"),
+        (edit("train/manifest.json", samples_sha256=[1]), "expected the SHA-256 of"),
+        (save_samples(np.zeros(10)), r"expected shape \(10,\) of 20 .*, got \(10,\) of 8; run"),
+        (save_samples(np.zeros(9, SAMPLE)), r"expected shape \(10,\) of 20 .*, got \(9,\) of 20; run"),
         (lambda d: (d / "train/train-000001.tar").write_bytes(b"short"), "train-000001.tar has 5 bytes"),
         (lambda d: (d / "train/manifest.json").write_text("{"), "not valid JSON"),
         (lambda d: (d / "train/manifest.json").write_text("[1]"), "not a shard manifest"),

@@ -15,9 +15,9 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.files import read_json, sha256, write_json
-from pipeline.shards import read_index
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tar_of, write_foreign
 from tools.packing.adopt import adopt
+from tools.packing.index import read_index, write_samples
 from tools.packing.verify import MAX_PROBLEMS, stats, verify
 
 
@@ -154,7 +154,10 @@ def test_doubled_samples(copy: Path, capsys: pytest.CaptureFixture[str]) -> None
         shutil.copy(copy / "train" / f"train-000001{suffix}", copy / "train" / f"train-000003{suffix}")
     row = {**manifest["shards"][1], "name": "train-000003.tar"}
     count = manifest["num_samples"] + row["samples"]
-    change_json(copy / "train" / "manifest.json", shards=[*manifest["shards"], row], num_samples=count)
+    samples = np.load(copy / "train" / "samples.npy")
+    checksum = write_samples(copy / "train", [samples[samples["shard"] == shard] for shard in (0, 1, 2, 1)])
+    changes = {"num_samples": count, "samples_sha256": checksum}
+    change_json(copy / "train" / "manifest.json", shards=[*manifest["shards"], row], **changes)
     assert faults(copy, capsys) == [
         f"train: {row['samples']} samples have a duplicate key, the first is number 1 of train/train-000003.tar"
     ]
@@ -181,13 +184,36 @@ def test_samples_that_were_packed_wrong(copy: Path, capsys: pytest.CaptureFixtur
         "sha256": sha256(content),
     }
     change_json(copy / "val" / "manifest.json", shards=[row], num_samples=len(samples))
-    lines = [line.removeprefix("val/val-000000.tar: ") for line in faults(copy, capsys)]
+    assert "val: " in (table := faults(copy, capsys)[-1]) and "run tools/make_shards.py index" in table
+    lines = [line.removeprefix("val/val-000000.tar: ") for line in faults(copy, capsys)[:-1]]
     assert len(lines) == MAX_PROBLEMS + 1
     assert lines[-1] == f"... and {len(samples) + 3 - MAX_PROBLEMS} more"  # three are of the old index
     found = [line for line in lines[:-1] if ".idx" not in line]
     assert found[0] == "sample a at byte 512: expected a class index of at most 6 digits in a.cls, got b'7.0'"
     assert found[1].endswith("expected 256x256, got 256x100")
     assert len(found) > 15 and all("expected a label below 10, got 10" in line for line in found[2:])
+
+
+def test_a_wrong_table(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table under a checksum that fits, of which rows of a shard changed places or have another label, is a fault of
+    that shard, which names the first; one that is damaged is a fault of the split, in fast, too."""
+    path, manifest = copy / "train" / "samples.npy", copy / "train" / "manifest.json"
+    samples = np.load(path)
+    parts = [samples[samples["shard"] == shard] for shard in range(3)]
+    parts[1]["label"][[7, 9]] = 5 - parts[1]["label"][[7, 9]] // 9
+    parts[2][[3, 4]] = parts[2][[4, 3]]
+    change_json(manifest, samples_sha256=write_samples(copy / "train", parts))
+    found = faults(copy, capsys)
+    for line, shard, row in zip(found, (1, 2), (7, 3), strict=True):
+        place = f"train/train-00000{shard}.tar: row {row} of its part of samples.npy does not match n"
+        assert line.startswith(place) and line.endswith(
+            f" at byte {samples[samples['shard'] == shard][row][1]}"
+        )
+    verify(copy, fast=True)
+    rewrite(path, lambda content: content[:-1])
+    for fast in (True, False):
+        (line,) = faults(copy, capsys, fast)
+        assert line.startswith(f"train: {path}: expected the SHA-256 of manifest.json")
 
 
 def test_command_line(copy: Path, tmp_path: Path) -> None:
@@ -244,8 +270,8 @@ def test_stats(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stats_of_adopted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A manifest without versions, seed and plan; a class without an image is counted; a label that is none is an error
-    that leads to verify, exit code 3."""
+    """A manifest without versions, seed and plan; a class without an image is counted; a damaged image is an error that
+    leads to verify, exit code 3."""
     write_foreign(tmp_path / "src", "x", [0, 0, 2, 2, 2, 2], 4, newline=b"\n")
     adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
     capsys.readouterr()
@@ -254,7 +280,7 @@ def test_stats_of_adopted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows |= {"options": "store adopted", "source": f"adopted from {tmp_path / 'src'} with x-*.tar"}
     assert format_rows(rows) <= set(capsys.readouterr().out.splitlines())
     tar = tmp_path / "src" / "x-0000.tar"
-    rewrite(tar, lambda content: content.replace(b"2\n" + bytes(510), b"?\n" + bytes(510)))
+    rewrite(tar, lambda content: content.replace(b"\xff\xd8\xff", b"x\xd8\xff"))
     done = run_here("tools/make_shards.py", "stats", tmp_path / "shards")
     assert done.returncode == 3 and "run make_shards.py verify" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -8,7 +8,6 @@ to 10 ms. Torch and DALI are imported where they are used: workers import this f
 start.
 """
 
-import itertools
 import json
 import os
 import platform
@@ -24,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from pipeline.errors import DataError, UserError
 from pipeline.files import check_writable
@@ -186,7 +187,7 @@ def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
 
 def select_first_shards(shards: ShardSet, images: int) -> ShardSet:
     """Select the first shards that together hold at least `images`, or all."""
-    starts = [0, *itertools.accumulate(shards.samples)]
+    starts = np.searchsorted(shards.samples["shard"], np.arange(len(shards.tars), dtype="<u4"))
     return shards.only([k for k in range(len(shards.tars)) if starts[k] < images])
 
 

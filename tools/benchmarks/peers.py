@@ -26,8 +26,9 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_file_limit
-from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
+from pipeline.shards import IMAGE_SIDE, SAMPLE, ShardSet, open_shards
 from tools.benchmarks import common
+from tools.packing.index import read_index
 
 if TYPE_CHECKING:
     from tools.benchmarks.peer_loaders import Batches, PeerData
@@ -147,7 +148,10 @@ def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
     wds2idx = [sys.executable, str(Path(sys.executable).with_name("wds2idx"))]  # DALI's own program
     for pair in zip(tars, indexes, strict=True):
         subprocess.run([*wds2idx, *pair], capture_output=True, check=True)
-    return replace(shards, tars=tuple(tars), indexes=tuple(indexes), samples=(CHECK_SHARD,) * len(tars))
+    entries = [entry for each in indexes for members in read_index(Path(each)) for entry in members]
+    places = [(offset, size) for extension, offset, size, _ in entries if extension == "jpg"]
+    samples = np.array([(n // CHECK_SHARD, *place, n) for n, place in enumerate(places)], SAMPLE)
+    return replace(shards, tars=tuple(tars), samples=samples)
 
 
 def check_batches(batches: "Batches", data: "PeerData", levels: int) -> str:

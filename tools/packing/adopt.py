@@ -13,19 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_bytes, write_json
 from pipeline.shards import (
     FORMAT_VERSION,
     MAX_LABEL_DIGITS,
+    SAMPLE,
+    SAMPLES,
+    SAMPLES_SHA256,
     ClassName,
     check_manifest,
     classes_json,
-    index_text,
     open_shards,
     read_classes,
 )
 from tools.packing.images import find_fault
+from tools.packing.index import index_text, write_samples
 from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 
@@ -42,6 +47,8 @@ class ShardIndex(NamedTuple):
     """Its row in the manifest."""
     index_text: bytes
     """Its DALI index."""
+    samples: np.ndarray
+    """Its rows of `samples.npy`."""
     max_label: int
     """The largest class index in it."""
     skipped: list[dict[str, Any]]
@@ -107,6 +114,7 @@ def adopt(
         "shards": [shard.row for shard in indexes],
         "repairs": [],
         "skipped": skipped,
+        SAMPLES_SHA256: write_samples(directory, [shard.samples for shard in indexes]),
     }
     check_manifest(manifest, directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
@@ -144,7 +152,8 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
 
 def is_adopted(directory: Path, tars: list[Path], source: str) -> bool:
     """Return True if these shards are already adopted in `directory`. Raises `UserError` if it holds anything else."""
-    known = {"manifest.json", *(tar.name for tar in tars), *(tar.with_suffix(".idx").name for tar in tars)}
+    indexes = (tar.with_suffix(".idx").name for tar in tars)
+    known = {"manifest.json", SAMPLES, *(tar.name for tar in tars), *indexes}
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         is_ours = path.suffix == ".tmp" or (
             path.name in known and not (path.suffix == ".tar" and not path.is_symlink())
@@ -212,7 +221,7 @@ def read_class_file(path: Path) -> tuple[ClassName, ...]:
 
 def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
     """Index one tar. Raises `UserError` with its name and the sample."""
-    index, max_label = [], -1
+    index, rows, max_label = [], [], -1
     skipped: list[dict[str, Any]] = []
     with path.open("rb") as file:
         sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
@@ -232,9 +241,10 @@ def read_shard(path: Path, on_bad: str = "fail") -> ShardIndex:
                     skipped.append({**row, "shard": path.name, "offset": image.offset})
                 else:
                     index.append(entries)
+                    rows.append((0, image.offset, image.size, label))
             if not index:
                 raise UserError(f"no{' valid' if skipped else ''} sample found")
         except ValueError as error:
             raise UserError(f"{path}: {error}; download or make it again, or pack the raw images") from None
     content = {"name": path.name, "samples": len(index), "bytes": size, "sha256": sha256}
-    return ShardIndex(content, index_text(index).encode(), max_label, skipped)
+    return ShardIndex(content, index_text(index).encode(), np.array(rows, SAMPLE), max_label, skipped)

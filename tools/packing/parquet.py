@@ -21,8 +21,9 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.files import open_locked
-from pipeline.shards import MAX_LABEL_DIGITS, ClassName, read_index
+from pipeline.shards import MAX_LABEL_DIGITS, ClassName
 from tools.packing.images import Packed
+from tools.packing.index import read_index
 from tools.packing.listing import Listing, RawImageNet
 from tools.packing.plan import Plan, Sample, ShardPlan
 from tools.packing.pool import run_jobs

@@ -128,18 +128,25 @@ def index_sample(
     if len(labels) != 1:
         raise UserError(f"{place}: expected one .cls, got {names}")
     (image,), (label,) = images, labels
-    text = os.pread(file.fileno(), min(label.size, MAX_LABEL_BYTES), label.offset)
-    digits = text.rstrip()  # only at the end: DALI expects data to start at a block
-    if label.size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,%d}" % MAX_LABEL_DIGITS, digits):
-        raise UserError(
-            f"{place}: expected a class index of at most {MAX_LABEL_DIGITS} digits in {sanitize_name(label.name)}, "
-            f"got {text[:16]!r}"
-        )
+    try:
+        digits = read_label(file, label)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     entries = [
         ("jpg", image.offset, image.size, sanitize_name(image.name)),
         ("cls", label.offset, len(digits), sanitize_name(label.name)),
     ]
     return entries, image, int(digits)
+
+
+def read_label(file: BinaryIO, label: Member) -> bytes:
+    """Read the digits of a class index. Raises `UserError` (without tar and sample) for anything else."""
+    text = os.pread(file.fileno(), min(label.size, MAX_LABEL_BYTES), label.offset)
+    digits = text.rstrip()  # only at the end: DALI expects data to start at a block
+    if label.size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,%d}" % MAX_LABEL_DIGITS, digits):
+        expected = f"a class index of at most {MAX_LABEL_DIGITS} digits in {sanitize_name(label.name)}"
+        raise UserError(f"expected {expected}, got {text[:16]!r}")
+    return digits
 
 
 def sanitize_name(name: str) -> str:

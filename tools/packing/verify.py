@@ -26,19 +26,18 @@ import simplejpeg
 
 from pipeline.errors import DataError, UserError
 from pipeline.files import read_json
-from pipeline.shards import MAX_LABEL_DIGITS, check_manifest, open_shards, read_classes, read_index
+from pipeline.shards import SAMPLE, SAMPLES, check_manifest, open_samples, open_shards, read_classes
 from tools.packing.images import SIDE, find_fault
+from tools.packing.index import SPLITS, Index, find_splits, read_index
 from tools.packing.pool import check_workers, run_jobs, set_current_item
 from tools.packing.tars import index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.cli import sanitize_message
 
-Index = list[list[tuple[str, int, int, str]]]
-SPLITS = ("train", "val")
 MAX_PROBLEMS = 20
 """Problems printed per shard; the rest are counted."""
 READERS = 16
-"""Threads of `stats`: small reads wait for the disk."""
+"""Threads of `stats`."""
 
 
 @dataclass
@@ -82,7 +81,12 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
         except ValueError as error:
             reports.append(Report(split, [str(error)]))
             continue
-        rows = manifest["shards"]
+        rows, whole = manifest["shards"], Report(split)
+        try:
+            samples = open_samples(path.parent, manifest)
+        except (FileNotFoundError, UserError) as error:
+            samples = np.zeros(0, SAMPLE)
+            whole.problems.append(str(error))
         check = partial(
             check_shard, path.parent, manifest["num_classes"], get_store(manifest), list_skipped(manifest)
         )
@@ -90,8 +94,11 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
         if fast:
             found = [check_files(path.parent, row)[0] for row in rows]
         else:
-            found = run_jobs(check, rows, sizes, processes, f"checking {split}")
-        reports += [*found, check_split(path.parent, manifest, found)]
+            tables = np.split(samples, np.cumsum([row["samples"] for row in rows])[:-1])
+            jobs = zip(range(len(rows)), rows, tables, strict=True)
+            found = run_jobs(check, jobs, sizes, processes, f"checking {split}")
+        check_split(path.parent, manifest, found, whole)
+        reports += [*found, whole]
         images, tars = images + manifest["num_samples"], tars + len(rows)
     others = sorted({path.name for path in shards.iterdir()} - set(SPLITS))
     notes = [f"{name} is not part of the shards" for name in others if not is_top_file(name)]
@@ -109,24 +116,12 @@ def verify(shards: Path, fast: bool = False, workers: int | None = None) -> None
 def suggest_remedy(damaged: list[str]) -> str:
     """Suggest what to do about the shards with problems."""
     if not damaged:
-        return "pack or adopt again"
+        return "do as they say, or pack or adopt again"
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     return (
         f"remove {', '.join(damaged[:3])}{more} and run pack again, which writes those only; restore "
         "adopted shards at their source, remove the split and adopt it again"
     )
-
-
-def find_splits(shards: Path) -> list[str]:
-    """Find the splits with a manifest. Raises `FileNotFoundError` or `ValueError`."""
-    if not shards.is_dir():
-        raise FileNotFoundError(f"{shards}: not a directory; give the folder that pack or adopt wrote")
-    splits = [split for split in SPLITS if (shards / split / "manifest.json").is_file()]
-    if not splits:
-        raise UserError(
-            f"{shards}: expected train/manifest.json or val/manifest.json, got neither; pack or adopt first"
-        )
-    return splits
 
 
 def get_store(manifest: dict[str, Any]) -> str:
@@ -140,11 +135,10 @@ def list_skipped(manifest: dict[str, Any]) -> set[tuple[Any, Any]]:
     return {(str(row["shard"]), str(row["offset"])) for row in rows if {"shard", "offset"} <= row.keys()}
 
 
-def check_split(directory: Path, manifest: dict[str, Any], reports: list[Report]) -> Report:
-    """Check a split as a whole: foreign files, classes, and duplicate keys."""
-    split = Report(directory.name)
+def check_split(directory: Path, manifest: dict[str, Any], reports: list[Report], split: Report) -> None:
+    """Check a split as a whole: foreign files, classes, and duplicate keys; adds to its report `split`."""
     tars = [row["name"] for row in manifest["shards"]]
-    expected = {"manifest.json", *tars, *(str(Path(tar).with_suffix(".idx")) for tar in tars)}
+    expected = {"manifest.json", SAMPLES, *tars, *(str(Path(tar).with_suffix(".idx")) for tar in tars)}
     others = sorted({path.name for path in directory.iterdir()} - expected)
     split.notes += [f"{name} is not in the manifest" for name in others]
     if manifest["split"] != directory.name:
@@ -165,7 +159,6 @@ def check_split(directory: Path, manifest: dict[str, Any], reports: list[Report]
         # Other packers number samples from 0 in every shard; ours never does.
         findings = split.notes if get_store(manifest) == "adopted" else split.problems
         findings.append(f"{repeats} samples have a duplicate key, the first is {place}")
-    return split
 
 
 def check_files(directory: Path, row: dict[str, Any]) -> tuple[Report, Index]:
@@ -195,14 +188,20 @@ def check_files(directory: Path, row: dict[str, Any]) -> tuple[Report, Index]:
 
 
 def check_shard(
-    directory: Path, num_classes: int, store: str, skipped: set[tuple[str, str]], row: dict[str, Any]
+    directory: Path,
+    num_classes: int,
+    store: str,
+    skipped: set[tuple[str, str]],
+    job: tuple[int, dict[str, Any], np.ndarray],
 ) -> Report:
-    """Check a shard: also its checksum, and members, index, label and image of every sample."""
+    """Check a shard, given its number, its row of the manifest and its rows of `samples.npy`: also its checksum, and
+    members, index, table, label and image of every sample."""
+    shard, row, samples = job
     path = directory / row["name"]
     report, index = check_files(directory, row)
     if not path.is_file():
         return report
-    problems, mismatches = report.problems, []
+    problems, mismatches = report.problems, dict[str, str]()
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != row.get("sha256"):
             problems.append("SHA-256 differs from the manifest's")
@@ -222,14 +221,18 @@ def check_shard(
                 place = f"{sanitize_name(image.name)} at byte {image.offset}"
                 set_current_item(f"{place} of {path}")
                 if number < len(index) and sorted(index[number]) != sorted(entries):
-                    mismatches.append(f"line {number + 2} of its .idx does not match {place}")
+                    mismatches.setdefault("index", f"line {number + 2} of its .idx does not match {place}")
+                if number < len(samples) and samples[number].tolist() != (shard, *image[1:], label):
+                    mismatches.setdefault(
+                        "table", f"row {number} of its part of {SAMPLES} does not match {place}"
+                    )
                 if label >= num_classes:
                     problems.append(f"{place}: expected a label below {num_classes}, got {label}")
                 if fault := find_image_fault(os.pread(file.fileno(), image.size, image.offset), store):
                     problems.append(f"{place}: {fault}")
         except ValueError as error:
             problems.append(str(error))
-        problems += mismatches[:1]
+        problems += mismatches.values()
         if len(report.keys) != row["samples"]:
             problems.append(f"expected {row['samples']} samples, got {len(report.keys)} readable ones")
     return report
@@ -246,7 +249,7 @@ def find_image_fault(content: bytes, store: str) -> str:
 
 
 def stats(shards: Path) -> None:
-    """Print statistics of the shards. Labels are read from the shards, a few bytes each by the index.
+    """Print statistics of the shards.
 
     Args:
         shards: Folder written by pack or adopt.
@@ -261,23 +264,24 @@ def stats(shards: Path) -> None:
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the table of one split. Raises `FileNotFoundError`, `ValueError` or `DataError` for damaged shards."""
     shard_set = open_shards(shards, split)
-    with ThreadPoolExecutor(READERS) as pool:
-        labels, image_bytes, shapes = zip(
-            *pool.map(read_contents, shard_set.tars, shard_set.indexes), strict=True
-        )
-    per_class = np.bincount(np.concatenate(labels), minlength=len(shard_set.classes)).tolist()
+    samples, tars = shard_set.samples, shard_set.tars
+    per_shard = np.bincount(samples["shard"], minlength=len(tars))
+    first = samples[np.cumsum(per_shard) - per_shard]
+    with ThreadPoolExecutor(READERS) as pool:  # small reads wait for the disk
+        shapes = list(pool.map(read_shape, tars, first["offset"].tolist(), first["size"].tolist()))
+    per_class = np.bincount(samples["label"], minlength=len(shard_set.classes)).tolist()
     repairs = [str(row.get("found")) for row in manifest.get("repairs", ()) if isinstance(row, dict)]
     anomalies = Counter(re.sub(r"\b\d+\b", "N", kind) for found in repairs for kind in found.split("; "))
-    tar_bytes = [Path(tar).stat().st_size for tar in shard_set.tars]
+    tar_bytes = [Path(tar).stat().st_size for tar in tars]
     return [
         ("samples", f"{shard_set.num_samples:,}"),
         ("classes", f"{len(per_class)}, {per_class.count(0)} without an image"),
         ("images per class", summarize(per_class)),
         ("shards", str(len(tar_bytes))),
-        ("samples per shard", summarize([len(each) for each in labels])),
+        ("samples per shard", summarize(per_shard.tolist())),
         ("bytes", f"{sum(tar_bytes):,}"),
         ("bytes per shard", summarize(tar_bytes)),
-        ("bytes per image", summarize([size for sizes in image_bytes for size in sizes])),
+        ("bytes per image", summarize(samples["size"].tolist())),
         ("width", f"{summarize([width for _, width in shapes])}, of the first image of each shard"),
         ("height", summarize([height for height, _ in shapes])),
         ("repaired or noted", str(len(manifest.get("repairs", ())))),
@@ -296,23 +300,12 @@ def summarize(values: Sequence[int]) -> str:
     return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
 
 
-def read_contents(tar: str, index: str) -> tuple[list[int], list[int], tuple[int, int]]:
-    """Read a shard's labels, its images' sizes in bytes, and height and width of the first. Raises `DataError`."""
-    labels, sizes, shape = list[int](), list[int](), (0, 0)
-    with Path(tar).open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead of the whole shard
-        end = os.fstat(file.fileno()).st_size
-        try:
-            for sample in read_index(Path(index)):
-                places = {extension: (offset, size) for extension, offset, size, _ in sample}
-                (offset, size), (label_offset, label_size) = places["jpg"], places["cls"]
-                labels.append(int(os.pread(file.fileno(), min(label_size, end), label_offset)))
-                if offset + size > end or not 0 <= labels[-1] < 10**MAX_LABEL_DIGITS:
-                    raise ValueError
-                if not sizes:
-                    height, width, *_ = simplejpeg.decode_jpeg_header(os.pread(file.fileno(), size, offset))
-                    shape = height, width
-                sizes.append(size)
-        except (KeyError, ValueError):
-            raise DataError(f"{tar}: damaged, or its index is; run make_shards.py verify") from None
-    return labels, sizes, shape
+def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
+    """Read height and width of an image. Raises `DataError`."""
+    with Path(tar).open("rb") as file:
+        content = os.pread(file.fileno(), size, offset)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        raise DataError(f"{tar}: damaged at byte {offset}; run make_shards.py verify") from None
+    return height, width

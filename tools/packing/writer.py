@@ -5,7 +5,7 @@ place when it is complete; then its index, then its sidecar `NAME.json` with the
 resumes, and two packers on the same output share the work.
 
 `plan.json` identifies the pack of an unfinished split. The packer that finds all sidecars of a split merges them into
-`manifest.json` and removes them; packers that do so at the same time write the same bytes.
+`manifest.json`, after `samples.npy`, and removes them; packers that do so at the same time write the same bytes.
 """
 
 import fnmatch
@@ -19,10 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from pipeline.errors import UserError
 from pipeline.files import atomic_writer, read_json, write_bytes, write_json
-from pipeline.shards import FORMAT_VERSION, check_manifest, index_text
+from pipeline.shards import FORMAT_VERSION, SAMPLE, SAMPLES, SAMPLES_SHA256, check_manifest, open_samples
 from tools.packing.images import Packed, pack_image
+from tools.packing.index import index_text, read_index, write_samples
 from tools.packing.plan import Options, Plan, Sample, ShardPlan, library_versions
 from tools.packing.pool import set_current_item
 
@@ -169,6 +172,7 @@ def check_output(shards: Path, classes: dict[str, Any], plans: list[Plan]) -> No
         for path in records:
             check_same_pack(path, plan)
         known = {plan.path(number).stem for number in range(plan.num_shards)} if records else set()
+        records += [plan.directory / SAMPLES] * bool(records)
         for path in plan.directory.glob("*"):
             if not (path.stem in known or path in records or path.suffix == ".tmp" or path.match(SPILL)):
                 raise UserError(
@@ -251,27 +255,34 @@ def find_unfinished(plan: Plan) -> list[int]:
 
 
 def read_manifest(plan: Plan) -> dict[str, Any] | None:
-    """Read the manifest of a split; None if it is unfinished. Raises `UserError` unless all images are in it."""
+    """Read the manifest of a split; None if it is unfinished. Raises `UserError` as `check_whole`."""
     path = plan.directory / "manifest.json"
     if not path.is_file():
         return None
     manifest: dict[str, Any] = read_json(path)
+    check_whole(plan, manifest)
+    return manifest
+
+
+def check_whole(plan: Plan, manifest: dict[str, Any]) -> None:
+    """Raise `UserError` unless all images of a split are in its manifest."""
+    path = plan.directory / "manifest.json"
     check_manifest(manifest, path)
     has_fields = {"repairs", "skipped"} <= manifest.keys() and all(
         "index_bytes" in row for row in manifest["shards"]
     )
     if not has_fields or manifest["num_samples"] + len(manifest["skipped"]) != len(plan.listing):
         raise UserError(f"{path}: expected {len(plan.listing)} images, packed or skipped; restore it")
-    return manifest
 
 
 def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] | None:
-    """Merge the shards' `NAME.json` into `manifest.json`, then remove them; None while shards are missing.
+    """Merge the shards' `NAME.json` into `manifest.json`, then remove them; None while shards are missing. Writes
+    `samples.npy` unless it is there.
 
     Any number of packers may do so at the same time: they write the same bytes.
     """
-    path, sidecars = plan.directory / "manifest.json", read_sidecars(plan)
-    if not path.is_file():
+    sidecars, manifest = read_sidecars(plan), read_manifest(plan)
+    if manifest is None:
         if len(sidecars) < plan.num_shards:
             return None
         rows = [sidecars[number] for number in range(plan.num_shards)]
@@ -279,7 +290,7 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
         if not num_samples:
             remedy = "choose another --val-fraction" if plan.directory.name == "val" else "are they images?"
             raise UserError(f"{plan.directory.name}: no image could be decoded; {remedy}")
-        content = {
+        manifest = {
             "format_version": FORMAT_VERSION,
             "split": plan.directory.name,
             "num_samples": num_samples,
@@ -293,9 +304,12 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
             "repairs": [row for note in rows for row in note["repairs"]],
             "skipped": [row for note in rows for row in note["skipped"]],
         }
-        write_json(path, content)
-    manifest = read_manifest(plan)
-    assert manifest is not None
+        check_whole(plan, manifest)
+    try:
+        open_samples(plan.directory, manifest)
+    except (FileNotFoundError, UserError):  # a new manifest, one of version 0.1, or a table that was removed
+        manifest[SAMPLES_SHA256] = write_samples(plan.directory, list_samples(plan, manifest))
+        write_json(plan.directory / "manifest.json", manifest)
     (plan.directory / "plan.json").unlink(missing_ok=True)
     for spill in plan.directory.glob(SPILL):
         shutil.rmtree(spill, ignore_errors=True)
@@ -307,3 +321,23 @@ def write_manifest(plan: Plan, num_classes: int, layout: str) -> dict[str, Any] 
             tar.unlink(missing_ok=True)
             tar.with_suffix(".idx").unlink(missing_ok=True)
     return manifest
+
+
+def list_samples(plan: Plan, manifest: dict[str, Any]) -> list[np.ndarray]:
+    """List the rows of `samples.npy` of each shard: places from its index, labels from the plan. Raises `UserError`."""
+    labels, found = plan.listing.columns()["label"], []
+    skipped = {str(row.get("key")) for row in manifest["skipped"] if isinstance(row, dict)}
+    numbers = {plan.path(number).name: number for number in range(plan.num_shards)}
+    for row in manifest["shards"]:
+        path = plan.path(number := numbers.get(row["name"], 0))
+        images = plan.order[plan.starts[number] : plan.starts[number + 1]].tolist()
+        kept = [image for image in images if not (skipped and plan.key(image) in skipped)]
+        entries = [entry for members in read_index(path.with_suffix(".idx")) for entry in members]
+        places = [(offset, size) for extension, offset, size, _ in entries if extension == "jpg"]
+        if len(places) != len(kept) or any(sum(place) > row["bytes"] for place in places):
+            raise UserError(f"{path.with_suffix('.idx')}: damaged; remove it and run pack again")
+        rows = np.zeros(len(kept), SAMPLE)
+        rows["offset"], rows["size"] = np.reshape(places, (-1, 2)).T
+        rows["label"] = labels[kept]
+        found.append(rows)
+    return found
