@@ -69,6 +69,12 @@ class ShardSet:
         """Number of samples in all shards."""
         return len(self.samples)
 
+    def count_samples(self) -> np.ndarray:
+        """Count the samples of each shard, int64; a part of the table at a time, as it may be large."""
+        parts = range(0, len(self.samples), 1 << 20)
+        counts = (np.bincount(self.samples["shard"][k : k + (1 << 20)], minlength=len(self.tars)) for k in parts)
+        return np.sum([*counts], axis=0)
+
     def only(self, numbers: Sequence[int]) -> "ShardSet":
         """Return a split of only the shards with these numbers, in this order."""
         shards, wanted = self.samples["shard"], np.array(numbers, "<u4")

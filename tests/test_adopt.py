@@ -16,8 +16,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
-from pipeline.loader import train_loader, val_loader
-from pipeline.loader import decoded_batches
+from pipeline.loader import decoded_batches, train_loader, val_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import Members, files, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
