@@ -56,7 +56,7 @@ class ShardSet:
     tars: tuple[str, ...]
     """Paths of the shards, in the manifest's order."""
     samples: np.ndarray = field(compare=False)
-    """`SAMPLE` (samples,), in stored order; read-only."""
+    """`SAMPLE` (samples,), in stored order, shard by shard; read-only."""
     classes: tuple[ClassName, ...]
     """All classes; labels are indexes of this."""
     manifest_sha256: str
