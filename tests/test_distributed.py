@@ -81,15 +81,16 @@ def test_stopped_together_and_resumed(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_number_of_processes(shards: Path, tmp_path: Path) -> None:
     """What two processes began, one, three, or a pair of towers resume in mid-epoch: without dropout the losses of all
-    later steps, two epochs on, are those of the undisturbed run of two, up to rounding; so the same samples followed
-    with the same crops, flips and colours. Other samples would differ by far more."""
+    later steps are those of the undisturbed run of two, up to rounding, to the end of the next epoch. So the same
+    samples followed with the same crops, flips and colours; with others losses differ by far more."""
     same = (
         "--model.dropout 0 --run.log_every 1 --run.save_minutes 0 --run.keep_last 99 --train.batch_size 126"
     )
     first, more = tmp_path / "2", same.split()
     run_ok(*TORCHRUN, *TRAIN, *shared_run(shards, first, *more, "--train.epochs", "2"), run=run_python)
     expected = [row["loss"] for row in rows_of(first) if row["kind"] == "train"]
-    assert len(expected) == 22 and min(abs(np.diff(expected))) > 1e-4
+    tolerance = 2e-5  # rows have six digits
+    assert len(expected) == 22 and np.std(expected[:11]) > 10 * tolerance, expected
     for processes, mode in ((1, "replicas"), (3, "replicas"), (2, "towers")):
         copy = tmp_path / f"{processes} {mode}"
         shutil.copytree(first, copy)
@@ -101,8 +102,7 @@ def test_another_number_of_processes(shards: Path, tmp_path: Path) -> None:
         command = shared_run(shards, copy, *more, "--train.epochs", "2", "--parallel.mode", mode)
         assert f"resuming from {within[0]}" in run_ok(*launcher, *TRAIN, *command, run=run_python)
         losses = [row["loss"] for row in rows_of(copy) if row["kind"] == "train"]
-        assert losses == pytest.approx(expected, rel=2e-3)
-        assert losses[20] != expected[20]
+        assert losses == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.slow
