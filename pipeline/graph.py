@@ -113,7 +113,8 @@ def decode(encoded: "DataNode", graph: Graph, window: "tuple[DataNode, DataNode]
         return decode_resize_crop(encoded, graph, window)
     if graph.decode == "gpu":
         return decode_on_gpu(encoded, graph)
-    return decode_crop(encoded, *(window or (0.5, 0.5)), side=CROP_SIDE if window else IMAGE_SIDE)
+    x, y = window or (0.5, 0.5)
+    return decode_crop(encoded, x, y, CROP_SIDE if window else IMAGE_SIDE)
 
 
 def decode_crop(encoded: "DataNode", x: "DataNode | float", y: "DataNode | float", side: int) -> "DataNode":

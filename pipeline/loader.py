@@ -73,7 +73,7 @@ class TrainSampler:
             batch_size * ranks,
             batch_size * rank,
         )
-        self._shard_sizes = np.bincount(shards.samples["shard"], minlength=len(shards.tars))
+        self._shard_sizes = shards.count_samples() if config.shuffle == "blocks" else np.empty(0, np.int64)
         self.steps = shards.num_samples // self._global_batch
         """Batches per epoch."""
         self._chunk_steps = max(1, CHUNK // batch_size)
@@ -110,12 +110,13 @@ class TrainSampler:
             plan = Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)))
             if places is not None:
                 needed = np.unique(places[n]).tolist()
-                following = ((epoch, needed[0] + 1), *blocks[needed[0] + 1 : needed[0] + 2])
-                next_block = (
-                    following if len(following) == 2 else ((epoch + 1, 0), self._list_blocks(epoch + 1)[0])
-                )
+                following = needed[0] + 1
+                is_last = following == len(blocks)
                 plan = plan._replace(
-                    blocks=tuple(((epoch, block), blocks[block]) for block in needed), next_block=next_block
+                    blocks=tuple(((epoch, block), blocks[block]) for block in needed),
+                    next_block=((epoch + 1, 0), self._list_blocks(epoch + 1)[0])
+                    if is_last
+                    else ((epoch, following), blocks[following]),
                 )
             plans.append(plan)
         return plans
@@ -257,16 +258,15 @@ class Loader:
         count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
         labels = np.full(self._batch_size, PADDING)
         labels[:count] = self._shards.samples["label"][plan.rows]
-        offset_HWC = None
-        if self._training and self.mean_offset is not None:
-            offset_HWC = self.mean_offset.permute(1, 2, 0)
+        offset_HWC, stds = None, compute_stds(self._config.augmentation)
+        if self._training and self.mean_offset is not None:  # in levels
+            offset_HWC = self.mean_offset.permute(1, 2, 0) * torch.from_numpy(stds).to(self.mean_offset)
         shape = (self._batch_size, side, side, 3)
         pixels = None if output is None else torch.from_dlpack(output.as_tensor())
         if self.device.type == "cuda":
             images = pixels
             if pixels is not None and offset_HWC is not None:
-                scale = compute_stds(self._config.augmentation) / plan.stds[0]
-                images = pixels.sub_(offset_HWC * torch.from_numpy(scale).to(offset_HWC))
+                images = pixels.sub_(offset_HWC / torch.from_numpy(plan.stds[0]).to(offset_HWC))
             if images is None or count < self._batch_size:
                 images = torch.zeros(shape, dtype=torch.float16, device=self.device)
                 if pixels is not None:
@@ -286,17 +286,15 @@ class Loader:
         speed, nor strength and end of lighting."""
         augmentation = asdict(self._config.augmentation)
         del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
-        order = {"shuffle": self._config.shuffle}
-        if self._config.shuffle == "blocks":
-            order["block_shards"] = self._config.block_shards
-        decoder = {"decode": self._graph.decode}
+        in_blocks = self._config.shuffle == "blocks"
+        decoder: dict[str, Any] = {"decode": self._graph.decode}
         if self._graph.decode == "gpu":  # the JPEG engine's pixels differ from those of the other decoder
             decoder["hw_decoder_load"] = self._graph.hw_decoder_load
         return {
             "shards": self._shards.manifest_sha256,
             "seed": self._seed,
             "global batch size": self._batch_size * self._num_ranks,
-            **order,
+            "shuffle": f"blocks of {self._config.block_shards} shards" if in_blocks else "global",
             "augmentation": augmentation,
             **decoder,
             "device": self.device.type,

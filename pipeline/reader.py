@@ -70,7 +70,7 @@ class SampleReader:
             part = slice(first, first + EVENTS)
             done = self._submit(files[part], offsets[part], sizes[part], buffer, starts[part])
             for n in first + np.flatnonzero(done != sizes[part]):
-                view = memoryview(buffer)[starts[n] : ends[n]]
+                view = memoryview(buffer[starts[n] : ends[n]].data)
                 self._read_one(int(samples["shard"][n]), int(files[n]), int(offsets[n]), view)
         images = [buffer[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         return Encoded(images, buffer)

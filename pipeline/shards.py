@@ -56,7 +56,7 @@ class ShardSet:
     tars: tuple[str, ...]
     """Paths of the shards, in the manifest's order."""
     samples: np.ndarray = field(compare=False)
-    """`SAMPLE` (samples,), in stored order; read-only."""
+    """`SAMPLE` (samples,), in stored order, shard by shard; read-only."""
     classes: tuple[ClassName, ...]
     """All classes; labels are indexes of this."""
     manifest_sha256: str
@@ -68,6 +68,12 @@ class ShardSet:
     def num_samples(self) -> int:
         """Number of samples in all shards."""
         return len(self.samples)
+
+    def count_samples(self) -> np.ndarray:
+        """Count the samples of each shard, int64; a part of the table at a time, as it may be large."""
+        parts = range(0, len(self.samples), 1 << 20)
+        counts = (np.bincount(self.samples["shard"][k : k + (1 << 20)], minlength=len(self.tars)) for k in parts)
+        return np.sum([*counts], axis=0)
 
     def only(self, numbers: Sequence[int]) -> "ShardSet":
         """Return a split of only the shards with these numbers, in this order."""

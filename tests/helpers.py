@@ -31,7 +31,6 @@ from model.weights import weights_bytes
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json
 from pipeline.loader import Loader, train_loader, val_loader
-from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet
 from train.checkpoint import find_checkpoint, load_checkpoint
 from train.config import Config, parse_config
@@ -198,14 +197,18 @@ def tiny(path: Path, shards: Path, **changes: object) -> AlexNet:
 
 
 def loaders(
-    shards: ShardSet, basis: Eigenbasis, num_ranks: int, training: bool, batch_size: int = 8, **changes: Any
+    shards: ShardSet, basis: Eigenbasis, num_ranks: int, training: bool, batch_size: int = 8, **settings: Any
 ) -> list[Loader]:
     """One loader per rank."""
-    config = DataConfig(Path(shards.tars[0]).parent.parent, **{"shuffle_buffer": 16, **changes})
-    place = {"batch_size": batch_size, "num_ranks": num_ranks, "device": "cpu"}
+    place: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_ranks": num_ranks,
+        "device": "cpu",
+        "basis": basis,
+    }
     if training:
-        return [train_loader(shards, basis, config, seed=3, rank=rank, **place) for rank in range(num_ranks)]
-    return [val_loader(shards, basis, config, rank=rank, **place) for rank in range(num_ranks)]
+        return [train_loader(shards, seed=3, rank=rank, **place, **settings) for rank in range(num_ranks)]
+    return [val_loader(shards, rank=rank, **place, **settings) for rank in range(num_ranks)]
 
 
 def collect(loader: Loader, epochs: range) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,7 @@ from PIL import Image
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
-from pipeline.loader import train_loader, val_loader
-from pipeline.loader import decoded_batches
-from pipeline.settings import DataConfig
+from pipeline.loader import decoded_batches, train_loader, val_loader
 from pipeline.shards import open_shards
 from tests.helpers import Members, files, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
 from tools.packing.adopt import adopt
@@ -48,19 +47,16 @@ def test_dali_reads_what_webdataset_reads(
     assert all(Path(tar).is_symlink() and Path(tar).readlink().is_absolute() for tar in train.tars)
     assert len(train.classes) == max(labels) + 1 and train.classes[7].wnid == "000007"
 
-    config = DataConfig(shards, shuffle_buffer=16)
-    place = {"rank": 0, "num_ranks": 1, "device": "cpu"}
+    place: dict[str, Any] = {"rank": 0, "num_ranks": 1, "device": "cpu", "basis": plain_basis}
     tars = [str(path) for path in sorted(src.glob("imagenet1k-validation-*.tar"))]
     expected = list(webdataset.WebDataset(tars, shardshuffle=False))
     assert [int(sample["cls"]) for sample in expected] == labels[:9]
-    (batch,) = val_loader(val, plain_basis, config, batch_size=9, **place)
+    (batch,) = val_loader(val, batch_size=9, **place)
     assert batch.labels.tolist() == labels[:9]
     for decoded, sample in zip(next(decoded_batches(val, 9)).numpy(), expected, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(sample[extension.lower()])))
         assert np.abs(decoded.astype(int) - pixels).max() <= 2
-    seen = torch.cat(
-        [batch.labels for batch in train_loader(train, plain_basis, config, batch_size=6, seed=1, **place)]
-    )
+    seen = torch.cat([batch.labels for batch in train_loader(train, batch_size=6, seed=1, **place)])
     assert sorted(seen.tolist()) == sorted(labels)
 
 
@@ -206,8 +202,8 @@ def test_unusual_names(tmp_path: Path, plain_basis: Eigenbasis, format: int) -> 
         members += [(f"{key}.seg.png", b"x"), (f"{key}.cls", b"%d" % (number + 3)), (f"{key}.JPG", IMAGE)]
     write(tmp_path / "src" / "a.tar", tar_of(members, format))
     adopt(tmp_path / "src", tmp_path / "out", split="val", pattern="a.tar", workers=1)
-    place = {"rank": 0, "num_ranks": 1, "device": "cpu", "batch_size": len(keys)}
-    (batch,) = val_loader(open_shards(tmp_path / "out", "val"), plain_basis, DataConfig(Path("x")), **place)
+    place: dict[str, Any] = {"rank": 0, "num_ranks": 1, "device": "cpu", "batch_size": len(keys)}
+    (batch,) = val_loader(open_shards(tmp_path / "out", "val"), basis=plain_basis, **place)
     assert batch.labels.tolist() == list(range(3, 3 + len(keys)))
 
 

@@ -19,7 +19,6 @@ from train.checkpoint import (
     CheckpointWriter,
     RunDirectory,
     find_checkpoint,
-    last_epoch_end,
     load_checkpoint,
     save_checkpoint,
 )
@@ -158,16 +157,6 @@ def test_full_disk(tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str
     writer.start(2, large, before=lambda: None)
     writer.finish()
     assert writer.latest == find_checkpoint(tmp_path) and "saving works again" in capsys.readouterr().out
-
-
-def test_last_epoch_end(tmp_path: Path) -> None:
-    """The newest before a checkpoint that ends an epoch; an intact file of another form is none."""
-    path = save_checkpoint(tmp_path, 1, content(1, ranks=[{"loader": {"ended": True}}]), keep_last=99)
-    for step, ranks in enumerate(([], None, [3], [{"loader": {"ended": False}}]), start=2):
-        newest = save_checkpoint(tmp_path, step, content(step, ranks=ranks), keep_last=99)
-    assert last_epoch_end(newest) == path
-    with pytest.raises(UserError, match="none was written at an epoch's end"):
-        last_epoch_end(path)
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from tools.make_shards import pack
 from tools.packing import layouts
 from tools.packing.adopt import adopt
 from tools.packing.images import find_fault, pack_image
+from tools.packing.index import index
 from tools.packing.verify import stats, verify
 from train.cli import run_main
 from train.metrics import read_metrics
@@ -173,6 +174,7 @@ READERS: dict[str, tuple[str, str, tuple[Call, ...]]] = {
         lambda shards, path, out: verify(shards, fast=True),
         lambda shards, path, out: stats(shards),
         lambda shards, path, out: train_on(shards),
+        lambda shards, path, out: index(shards, out / "indexed", workers=1),
         lambda shards, path, out: adopt(shards / "train", out, split="train", pattern="*.tar", workers=1),
     )),
     "recipes": ("recipes", "*", (lambda folder, path, out: parse_recipe(path, out),)),

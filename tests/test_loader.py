@@ -1,7 +1,10 @@
-"""Epochs are exact over any number of ranks, batches hold what was packed, and what a loader takes it gives back."""
+"""Any number of ranks sees the same batches, epochs are exact, batches hold what was packed and what the formula says,
+and what a loader takes it gives back."""
 
 import gc
+import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,86 +12,106 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.augment import sample_draws
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting
-from pipeline.loader import Loader, train_loader
-from pipeline.machine import resident_bytes
-from pipeline.loader import decoded_batches
-from pipeline.settings import Augmentation, DataConfig
-from pipeline.shards import open_shards
-from tests.helpers import Make, collect, loaders, same_batches
+from pipeline.lighting import Lighting, apply_lighting
+from pipeline.loader import Loader, TrainSampler, decoded_batches, train_loader
+from pipeline.settings import Augmentation, DataConfig, Speed
+from pipeline.shards import SAMPLE, ShardSet, open_shards
+from tests.helpers import Make, collect, loaders, run_python, same_batches
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_training_epochs_are_exact(numbered_shards: Make, plain_basis: Eigenbasis, num_ranks: int) -> None:
-    """Over three epochs: no sample twice in an epoch over all ranks, as many dropped as reported and no more than
-    needed, equal step counts, another order and another tail every epoch."""
-    ranks = loaders(numbered_shards(131, 4), plain_basis, num_ranks, training=True)
-    epochs, orders = set(), set()
-    for epoch in range(3):
-        batches = [collect(loader, range(epoch, epoch + 1)) for loader in ranks]
-        assert {len(rank) for rank in batches} == {131 // num_ranks // 8}
-        assert {images.shape for rank in batches for images, _ in rank} == {(8, 3, 224, 224)}
-        seen = torch.cat([labels for rank in batches for _, labels in rank]).tolist()
-        assert len(seen) == len(set(seen)) == 131 - ranks[0].dropped_per_epoch
-        epochs.add(frozenset(seen))
-        orders.add(tuple(seen))
-    assert 0 < ranks[0].dropped_per_epoch < 8 * num_ranks + num_ranks
-    assert len(epochs) == len(orders) == 3 and frozenset().union(*epochs) <= set(range(131))
+@pytest.mark.parametrize("settings", [{}, {"shuffle": "blocks", "block_shards": 2}])
+@pytest.mark.parametrize("images_per_crop", [1, 32])
+def test_any_number_of_ranks_sees_the_same_batches(
+    numbered_shards: Make, plain_basis: Eigenbasis, images_per_crop: int, settings: dict[str, Any]
+) -> None:
+    """Global batches of 24 over 1, 2, 3, 4 and 6 ranks, three epochs: the same samples with the same crops, flips and
+    lighting in the same places; in an epoch none twice, as many dropped as reported; another order and another tail
+    every epoch."""
+    shards = numbered_shards(131, 5)
+    config = DataConfig(Path(), augmentation=Augmentation(images_per_crop=images_per_crop), **settings)
+    plans = {}
+    for ranks in (1, 2, 3, 4, 6):
+        samplers = [
+            TrainSampler(shards, plain_basis, config, 24 // ranks, 3, rank, ranks) for rank in range(ranks)
+        ]
+        assert {sampler.steps for sampler in samplers} == {5}
+        parts = [[sampler(number) for sampler in samplers] for number in range(15)]
+        plans[ranks] = [
+            [np.concatenate([plan.rows for plan in step]), np.concatenate([plan.means for plan in step])]
+            + [
+                np.concatenate(column)
+                for column in zip(*(plan.draws for plan in step if plan.draws), strict=True)
+            ]
+            for step in parts
+        ]
+    for ranks in (2, 3, 4, 6):
+        for expected, got in zip(plans[1], plans[ranks], strict=True):
+            assert all(map(np.array_equal, expected, got))
+    epochs = [np.concatenate([step[0] for step in plans[1][first : first + 5]]) for first in (0, 5, 10)]
+    assert all(len(set(epoch.tolist())) == 120 for epoch in epochs)
+    assert (
+        len({frozenset(epoch.tolist()) for epoch in epochs}) == len({tuple(epoch) for epoch in epochs}) == 3
+    )
+    (loader,) = loaders(shards, plain_basis, 1, training=True, batch_size=24, **settings)
+    assert loader.dropped_per_epoch == 11
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("settings", [{}, {"shuffle": "blocks", "block_shards": 2}])
+def test_batches_are_the_formula(
+    numbered_shards: Make, plain_basis: Eigenbasis, settings: dict[str, Any]
+) -> None:
+    """Over the epoch at which lighting ends, which is prepared ahead of its time: the stored image, cropped and flipped
+    as drawn, and the numpy formula of lighting on both sides of the edge, float32 in channels-last memory; labels are
+    the samples'. `std` may be three numbers."""
+    shards = numbered_shards(60, 3)
+    stored = np.concatenate(list(decoded_batches(shards, 50)))
+    augmentation = Augmentation(lighting=Lighting(strength=0.5, off_epoch=2), std=(1.0, 2.0, 50.0))
+    options = {"augmentation": augmentation, "speed": Speed(prefetch_queue_depth=4), **settings}
+    (loader,) = loaders(shards, plain_basis, 1, training=True, **options)
+    for epoch in range(4):
+        lighting = replace(augmentation.lighting, strength=0.5 if epoch < 2 else 0.0)
+        for step, (images, labels) in enumerate(loader.epoch(epoch)):
+            assert images.shape == (8, 3, 224, 224) and images.dtype == torch.float32
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            draws = sample_draws([8 * step], 8, 3, epoch, augmentation)
+            for n, label in enumerate(labels.tolist()):
+                left, top = draws.left[0, n], draws.top[0, n]
+                crop = stored[label, top : top + 224, left : left + 224]
+                crop = crop[:, ::-1] if draws.mirrored[0, n] else crop
+                noise = draws.noise[0, n : n + 1]
+                (expected,) = apply_lighting(crop[None], noise, plain_basis, lighting) / (1, 2, 50)
+                np.testing.assert_allclose(images[n].permute(1, 2, 0), expected, atol=1e-3)
+    assert loader.steps_per_epoch == 7 and set(labels.tolist()) <= set(range(60))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
 def test_validation_counts_every_sample_once(
     numbered_shards: Make, plain_basis: Eigenbasis, num_ranks: int, tmp_path: Path
 ) -> None:
-    """Twice, each sample once over all ranks: the stored image minus the mean, float32 in channels-last memory; the
-    rest of the fixed batch shape is -1."""
-    numbered_shards(131, 4)
+    """Twice, each sample once over all ranks: the stored image minus the mean; the rest of the fixed batch shape is
+    padding, a whole batch of it included."""
+    numbered_shards(57, 4)
     val = open_shards(tmp_path, "val")
     stored = np.concatenate(list(decoded_batches(val, 50)))
     ranks = loaders(val, plain_basis, num_ranks, training=False)
     for _ in range(2):
         batches = [batch for loader in ranks for batch in loader]
         labels = torch.cat([batch.labels for batch in batches])
-        assert sorted(labels[labels >= 0].tolist()) == list(range(131))
-        assert (labels == -1).sum() == len(batches) * 8 - 131
+        assert sorted(labels[labels >= 0].tolist()) == list(range(57))
+        assert (labels == -1).sum() == len(batches) * 8 - 57
         for images, labels in batches:
-            assert images.shape == (8, 3, 256, 256) and images.dtype == torch.float32
-            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert images.shape == (8, 3, 256, 256) and images.isfinite().all()
             valid = labels[labels >= 0].tolist()
-            expected = stored[valid] - plain_basis.mean
             got = images[: len(valid)].permute(0, 2, 3, 1)
-            np.testing.assert_allclose(got, expected, atol=1e-3)
-
-
-def test_lighting_ends_at_its_epoch(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Before `off_epoch` batches are those of a loader whose lighting never ends, from it on those of one that has
-    none, bit for bit, labels, windows and flips included; also when resumed before, at and after the edge."""
-    shards = numbered_shards(60, 3)
-
-    def make(**lighting: Any) -> Loader:
-        augmentation = Augmentation(lighting=Lighting(**lighting))
-        return loaders(shards, plain_basis, 1, training=True, augmentation=augmentation)[0]
-
-    with_noise, without = (collect(make(strength=each), range(4)) for each in (0.5, 0.0))
-    loader, got, states = make(strength=0.5, off_epoch=2), [], []
-    for epoch in range(4):
-        for images, labels in loader.epoch(epoch):
-            got.append((images.clone(), labels))
-            states.append(loader.state_dict())
-    steps = loader.steps_per_epoch
-    assert same_batches(got, with_noise[: 2 * steps] + without[2 * steps :])
-    assert not torch.equal(got[0][0], without[0][0])
-    for position in (2, steps, steps + 2, 2 * steps, 2 * steps + 2):
-        resumed = make(strength=0.5, off_epoch=2)
-        resumed.load_state_dict(states[position - 1])
-        assert same_batches(collect(resumed, range(resumed.at_epoch, 4)), got[position:])
+            np.testing.assert_allclose(got, stored[valid] - plain_basis.mean, atol=1e-3)
 
 
 def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """With `mean: image` a training window is what it is with `mean: channel`, minus the centre of the mean image and
-    plus the mean colour, neither windowed nor flipped, over std and the divisor of lighting; validation images stay as
-    they are, for the evaluation to subtract `mean_offset` from their windows."""
+    """With `mean: image` a training crop is what it is with `mean: channel`, minus the centre of the mean image and
+    plus the mean colour, neither cropped nor flipped, over std and the divisor of lighting; validation images stay as
+    they are, for the evaluation to subtract `mean_offset` from their crops."""
     shards = numbered_shards(40, 2)
     image = np.random.default_rng(0).uniform(0, 255, (256, 256, 3)).astype(np.float32)
 
@@ -111,16 +134,113 @@ def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
         make("image", True, plain_basis)
 
 
+def test_only_a_folder_is_needed(few: Path) -> None:
+    """`train_loader("SHARDS", batch_size=N)`: seed 0, one rank, the folder's eigenbasis."""
+    from pipeline import train_loader as public
+
+    train = open_shards(few, "train")
+    basis = Eigenbasis.load(few / "pca.json", train.manifest_sha256)
+    options = {"seed": 0, "rank": 0, "num_ranks": 1, "device": "cpu"}
+    (short, full) = public(str(few), batch_size=8), train_loader(train, batch_size=8, basis=basis, **options)
+    if short.device.type == "cpu":
+        assert torch.equal(next(iter(short)).images, next(iter(full)).images)
+
+
 def test_close_gives_everything_back(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Threads, native ones included, and file handles after many loaders are what they were after the first."""
+    """Threads, native ones included, and file handles after many loaders are what they were after the first: closed,
+    let go of, or interrupted between two batches and then let go of; with both orders."""
     shards, used = numbered_shards(40, 4), set()
-    for _ in range(8):
-        (loader,) = loaders(shards, plain_basis, 1, training=True)
-        next(iter(loader))
-        loader.close()
+    for number in range(12):
+        (loader,) = loaders(shards, plain_basis, 1, True, shuffle="global" if number % 2 else "blocks")
+        if number % 3:
+            next(iter(loader))
+        else:
+            try:
+                for _ in loader:
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                pass
+        if number % 4:
+            loader.close()
+        del loader
         gc.collect()
         used.add(tuple(len(list(Path("/proc/self", kind).iterdir())) for kind in ("task", "fd")))
     assert len(used) == 1
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from pipeline import train_loader
+loader = train_loader(sys.argv[1], batch_size=64, device="cpu")
+def tasks(): return len(os.listdir("/proc/self/task"))
+next(iter(loader)); loader.close(); before = tasks()
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    for epoch in range(10**6):
+        for batch in loader.epoch(epoch): pass
+except KeyboardInterrupt:
+    pass
+loader.close()
+time.sleep(0.2)
+assert tasks() <= before, (tasks(), before)
+assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+print("ended", sum(len(batch.labels) for batch in loader.epoch(0)) > 0)
+"""
+
+
+def test_ctrl_c_in_a_notebook(few: Path) -> None:
+    """Wherever SIGINT hits a loop, threads end, no process is left, and the loader works again."""
+    done = run_python("-c", INTERRUPTED, few)
+    assert done.returncode == 0 and done.stdout == "ended True\n", done.stderr
+
+
+def test_at_most_two_blocks_are_open(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """With `shuffle: blocks`, over two epochs; `global` has all shards open."""
+    shards = numbered_shards(160, 10)
+
+    def count_open() -> int:
+        return sum(
+            str(path.readlink()) in shards.tars
+            for path in Path("/proc/self/fd").iterdir()
+            if path.is_symlink()
+        )
+
+    most = {}
+    for shuffle in ("blocks", "global"):
+        (loader,) = loaders(shards, plain_basis, 1, True, shuffle=shuffle, block_shards=2)
+        most[shuffle] = max(count_open() for epoch in range(2) for _ in loader.epoch(epoch))
+        loader.close()
+    assert most["blocks"] <= 4 and most["global"] > 4
+
+
+def private_mb() -> float:
+    """Memory of this process that is no file's."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(row.split()[1]) for row in rollup.splitlines() if row.startswith("Private_Dirty")) / 1024
+
+
+def test_14_million_samples(plain_basis: Eigenbasis, tmp_path: Path) -> None:
+    """Batches anywhere in any epoch are planned at once, and in less than 50 MB, by a loader of a table on disk; its
+    state takes less than a kilobyte."""
+    table = np.lib.format.open_memmap(tmp_path / "samples.npy", "w+", SAMPLE, (14_000_000,))
+    table["shard"] = np.arange(len(table)) // 1000
+    table.flush()
+    del table
+    samples, before = np.load(tmp_path / "samples.npy", mmap_mode="r"), private_mb()
+    tars = tuple(str(tmp_path / "train" / f"{n}.tar") for n in range(14_000))
+    shards = ShardSet("train", tars, samples, (), "0" * 64, "crop256")
+    for shuffle in ("global", "blocks"):
+        config = DataConfig(tmp_path, shuffle=shuffle)  # type: ignore[arg-type]
+        started = time.perf_counter()
+        sampler = TrainSampler(shards, plain_basis, config, 128, 1, 3, 8)
+        for number in (0, sampler.steps // 2, 90 * sampler.steps - 1):
+            rows = sampler(number).rows
+            assert len(set(rows.tolist())) == 128 and rows.max() < len(samples)
+        assert time.perf_counter() - started < 20  # a second, and thirty by an order that is held
+    (loader,) = loaders(shards, plain_basis, 1, training=True)
+    assert len(repr(loader.state_dict())) < 1000
+    assert private_mb() - before < 50
 
 
 @pytest.mark.slow
@@ -137,26 +257,8 @@ def test_memory_stays_flat(shards: Path, basis: Eigenbasis) -> None:
             next(iter(other))
             other.close()
         gc.collect()
-        sizes.append(resident_bytes())
+        sizes.append(private_mb())
     assert np.median(sizes[25:]) <= 1.02 * np.median(sizes[10:25]), sizes
-
-
-def test_the_shuffle_buffer_holds_little_more_than_its_files(
-    numbered_shards: Make, plain_basis: Eigenbasis
-) -> None:
-    """1,200 files of a few kB, all of them in the buffer, take some MB each loader, not a MiB for each member."""
-
-    def data_mb() -> float:
-        (held,) = (
-            row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmData:")
-        )
-        return int(held.split()[1]) / 1024
-
-    before = data_mb()
-    (loader,) = loaders(numbered_shards(1200, 4), plain_basis, 1, training=True, shuffle_buffer=1200)
-    next(iter(loader))
-    assert data_mb() - before < 500  # 112 here, 2,262 with buffers of a MiB
-    loader.close()
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it(
@@ -172,28 +274,79 @@ def test_memory_is_used_again_only_when_nobody_holds_it(
     assert {batch.images[1:, 2].data_ptr() for batch in loader.epoch(1)} <= places
 
 
-def test_refusals(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
-    """Skipping an epoch, a batch that cannot be filled, fewer images than processes (in validation, too, where DALI
-    would call it damage)."""
+def test_refusals(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """Skipping an epoch, a batch that cannot be filled, a rank that is none, a GPU's decoder without a GPU."""
     shards = numbered_shards(20, 2)
     (loader,) = loaders(shards, plain_basis, 1, training=True)
     with pytest.raises(ValueError, match="cannot go to epoch 1"):
         next(loader.epoch(1))
     with pytest.raises(ValueError, match="smaller batch size"):
         loaders(shards, plain_basis, 3, training=True)
-    for each, training in ((shards, True), (open_shards(tmp_path, "val"), False)):
-        with pytest.raises(ValueError, match=rf"^{each.split} has 20 images for 21 processes; start fewer"):
-            loaders(each, plain_basis, 21, training, batch_size=1)
+    with pytest.raises(ValueError, match="rank"):
+        train_loader(shards, batch_size=1, basis=plain_basis, rank=2, num_ranks=2)
+    with pytest.raises(ValueError, match="decode"):
+        loaders(shards, plain_basis, 1, training=True, decode="gpu")
+
+
+def test_states(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """From the start, the middle and the end of an epoch a loader continues bit for bit, with other settings of speed,
+    and on two ranks as on one."""
+    shards = numbered_shards(131, 4)
+    (undisturbed,) = loaders(shards, plain_basis, 1, training=True)
+    expected = collect(undisturbed, range(3))
+    for stop_at in (0, 5, 16, 21):
+        (first,) = loaders(shards, plain_basis, 1, training=True)
+        seen = [
+            batch.labels
+            for epoch in range(2)
+            for batch in islice(first.epoch(epoch), max(0, stop_at - 16 * epoch))
+        ]
+        assert len(seen) == stop_at
+        state = first.state_dict()
+        speed = Speed(threads=1, prefetch_queue_depth=3, reader_queue_depth=1)
+        (second,) = loaders(shards, plain_basis, 1, training=True, speed=speed)
+        second.load_state_dict(state)
+        assert same_batches(collect(second, range(second.at_epoch, 3)), expected[stop_at:])
+    halves = loaders(shards, plain_basis, 2, training=True, batch_size=4)
+    for half in halves:
+        half.load_state_dict(state)
+    pairs = zip(*(collect(half, range(half.at_epoch, 3)) for half in halves), strict=True)
+    joined = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs]
+    assert same_batches(joined, expected[21:])
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("global batch size", {"batch_size": 4}),
+        ("global batch size", {"num_ranks": 2}),
+        ("shuffle", {"shuffle": "blocks"}),
+        ("augmentation", {"augmentation": Augmentation(flip=0)}),
+        ("shards", {}),
+        ("seed", {}),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(
+    numbered_shards: Make, plain_basis: Eigenbasis, field: str, change: dict[str, Any]
+) -> None:
+    """Each field of the fingerprint is named; settings of speed and the strength of lighting are free."""
+    shards = numbered_shards(131, 4)
+    place: dict[str, Any] = {"num_ranks": 1, "training": True}
+    state = loaders(shards, plain_basis, **place)[0].state_dict()
+    free = {"speed": Speed(threads=1), "augmentation": Augmentation(lighting=Lighting(strength=0))}
+    loaders(shards, plain_basis, **place, **free)[0].load_state_dict(state)
+    if not change:
+        state["fingerprint"][field] = "other"
+    with pytest.raises(ValueError, match=f"{field} was"):
+        loaders(shards, plain_basis, **{**place, **change})[0].load_state_dict(state)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decode", ["cpu", "gpu"])
-def test_gpu_backend_agrees_with_the_cpu(shards: Path, basis: Eigenbasis, decode: str) -> None:
-    """Equal seeds give equal windows, flips and lights; half precision and another decoder move pixels slightly."""
-    train = open_shards(shards, "train")
-    place = {"batch_size": 32, "seed": 3, "rank": 0, "num_ranks": 1}
-    on_cpu = train_loader(train, basis, DataConfig(shards), device="cpu", **place)
-    on_gpu = train_loader(train, basis, DataConfig(shards, decode=decode), device="cuda", **place)  # type: ignore[arg-type]
+def test_gpu_backend_agrees_with_the_cpu(shards: Path, decode: Any) -> None:
+    """Equal seeds give equal crops, flips and noise; half precision and another decoder move pixels slightly."""
+    on_cpu = train_loader(shards, batch_size=32, seed=3, device="cpu")
+    on_gpu = train_loader(shards, batch_size=32, seed=3, device="cuda", decode=decode)
     for (images, labels), (gpu_images, gpu_labels), _ in zip(
         on_cpu.epoch(0), on_gpu.epoch(0), range(5), strict=False
     ):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import rows_of, small_run
+from pipeline.eigenbasis import Eigenbasis
+from tests.helpers import Make, loaders, rows_of, small_run
 from train.config import parse_config
 from train.distributed import Distributed, StopFlag
 from train.trainer import Trainer
@@ -57,7 +58,7 @@ def test_no_waiting_outside_log_steps(build: Any, monkeypatch: pytest.MonkeyPatc
     trainer = build("--run.log_every", "4")
     reads: list[tuple[int, str]] = []
     loader, watching = trainer.train_loader, True
-    run = loader._run
+    run = loader._finish
 
     def unwatched(*args: Any) -> Any:
         nonlocal watching
@@ -66,7 +67,7 @@ def test_no_waiting_outside_log_steps(build: Any, monkeypatch: pytest.MonkeyPatc
         watching = True
         return batch
 
-    monkeypatch.setattr(loader, "_run", unwatched)
+    monkeypatch.setattr(loader, "_finish", unwatched)
     for name in WAITS:
         original = getattr(torch.Tensor, name)
 
@@ -158,7 +159,58 @@ def test_gradient_norm(build: Any) -> None:
     for precision, rel in (("float32", 1e-5), ("fp16", 0.02)):
         trainer, plain = (build("--model.dropout", "0", "--train.precision", precision) for _ in range(2))
         batch = next(trainer.train_loader.epoch(0))
-        norm = trainer.train_step(batch, with_norm=True)[2].item()
+        norm = trainer.train_step(batch, with_norm=True)[3].item()
         torch.nn.functional.cross_entropy(plain.model(batch.images), batch.labels).backward()
         reference = torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 1e9).item()
         assert norm == pytest.approx(reference, rel=rel)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_skipped_samples(
+    build: Any, numbered_shards: Make, plain_basis: Eigenbasis, ranks: int, accumulation: int
+) -> None:
+    """With damaged samples that are skipped, in a global batch of 16 of which one micro-batch is damage alone, the
+    gradient, averaged over ranks, is in float64 that of the sum of the losses of valid samples over 16, whatever the
+    ranks and micro-batches; never NaN, and the skipped are counted."""
+    shards = numbered_shards(48, 2)
+    (clean,) = loaders(shards, plain_basis, 1, True, batch_size=16)
+    first = next(iter(clean))
+    lost = first.labels[[0, 1, 2, 3, 9]].tolist()
+    for number in lost:
+        row = shards.samples[number]
+        with Path(shards.tars[row["shard"]]).open("r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(bytes(int(row["size"])))
+    options = [
+        "--data.on_corrupt",
+        "skip",
+        "--model.dropout",
+        "0",
+        "--train.grad_accum_steps",
+        str(accumulation),
+    ]
+    trainer = build(*options)
+    trainer.model.double()
+    sums: dict[str, torch.Tensor] = {}
+
+    def collect(**_: Any) -> None:
+        for name, weight in trainer.model.named_parameters():
+            sums[name] = sums.get(name, torch.zeros_like(weight)) + weight.grad / ranks
+            weight.grad = None
+
+    trainer.optimizer.step = collect
+    skipped = 0
+    for loader in loaders(shards, plain_basis, ranks, True, batch_size=16 // ranks, on_corrupt="skip"):
+        images, labels = next(iter(loader))
+        labels = torch.where(labels >= 0, labels % 10, labels)
+        loss, _, count, _ = trainer.train_step((images.double(), labels))
+        assert loss.isfinite()
+        skipped += int(count)
+    assert skipped == len(lost)
+    valid = torch.tensor([label not in lost for label in first.labels.tolist()])
+    logits = trainer.model(first.images[valid].double())
+    expected = torch.nn.functional.cross_entropy(logits, first.labels[valid] % 10, reduction="sum") / 16
+    expected.backward()
+    for name, weight in trainer.model.named_parameters():
+        torch.testing.assert_close(sums[name], weight.grad, rtol=1e-9, atol=1e-12)

@@ -27,7 +27,7 @@ def export_weights(checkpoint: Path, out: Path, names: Names = "alexnet-dali") -
     from train.pretrained import read_pretrained
 
     trained = read_pretrained(checkpoint)
-    inputs = {"mean": trained.basis.mean.tolist(), "std": list(trained.augmentation.stds)}
+    inputs = {"mean": trained.basis.mean.tolist(), "std": trained.augmentation.std}
     try:
         data = weights_bytes(trained.state, trained.config, inputs, names)
     except ValueError as error:

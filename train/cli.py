@@ -287,6 +287,7 @@ RENAMED = {
     "data.speed.decode_cache_gb": "",
     "data.augmentation.jpeg_fancy_upsampling": "",
     "data.shuffle_buffer": "data.shuffle",
+    "resume": "",
     "resume.allow_world_change": "",
 }
 """Settings of version 0.1 by what replaced them; empty where nothing did."""

@@ -184,7 +184,8 @@ def read_shard(directory: Path, num_classes: int, shard: dict[str, Any]) -> np.n
                 image, label = places["jpg"], places["cls"]
                 member = label._replace(size=read_header(file, label.offset).size)
                 is_next = image.offset > (rows[-1][1] if rows else 0) and image.offset + image.size <= size
-                if not is_next or read_header(file, image.offset).size != image.size:
+                fits = read_header(file, image.offset).size == image.size and member.size >= label.size
+                if not (is_next and fits):
                     raise ValueError
             except (LookupError, ValueError, OSError, tarfile.TarError):
                 name = sanitize_name(members[0][3]) if members else "a line"

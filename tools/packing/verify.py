@@ -223,9 +223,8 @@ def check_shard(
                 if number < len(index) and sorted(index[number]) != sorted(entries):
                     mismatches.setdefault("index", f"line {number + 2} of its .idx does not match {place}")
                 if number < len(samples) and samples[number].tolist() != (shard, *image[1:], label):
-                    mismatches.setdefault(
-                        "table", f"row {number} of its part of {SAMPLES} does not match {place}"
-                    )
+                    where = f"row {number} of its part of {SAMPLES} does not match {place}"
+                    mismatches.setdefault("table", f"{where}; remove that file and run make_shards.py index")
                 if label >= num_classes:
                     problems.append(f"{place}: expected a label below {num_classes}, got {label}")
                 if fault := find_image_fault(os.pread(file.fileno(), image.size, image.offset), store):

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.normalize import normalize
+from pipeline.pixel_ops import normalize
 
 
 @pytest.mark.parametrize("with_offset", [False, True])
-@pytest.mark.parametrize("divisor", [1.0, 1.1])
-def test_normalize_is_the_formula(divisor: float, with_offset: bool) -> None:
-    """(x - mean - offset) / divisor in float64, for every level, another mean for each window, every other mirrored;
-    torch keeps its threads."""
+@pytest.mark.parametrize("stds", [(1.0, 1.0, 1.0), (1.1, 58.4, 0.3)])
+def test_normalize_is_the_formula(stds: tuple[float, float, float], with_offset: bool) -> None:
+    """(x - mean - offset) / std in float64, for every level, another mean for each window, every other mirrored; torch
+    keeps its threads."""
     rng, threads = np.random.default_rng(0), torch.get_num_threads()
     windows = np.arange(4 * 16 * 8 * 3).reshape(4, 16, 8, 3).astype(np.uint8)
     means = rng.uniform(-50, 300, (4, 3)).astype(np.float32)
@@ -19,13 +19,14 @@ def test_normalize_is_the_formula(divisor: float, with_offset: bool) -> None:
     out = torch.full(windows.shape, torch.nan)
     normalize(
         torch.from_numpy(windows),
-        torch.tensor([0, 1, 0, 1]),
-        torch.from_numpy(means),
-        divisor,
+        np.array([False, True, False, True]),
+        means,
+        np.array(stds),
         torch.from_numpy(offset) if with_offset else None,
         out,
     )
     seen = windows.astype(np.float64)
     seen[1::2] = seen[1::2, :, ::-1]
-    np.testing.assert_allclose(out, (seen - means[:, None, None] - with_offset * offset) / divisor, atol=1e-4)
+    expected = (seen - means[:, None, None] - with_offset * offset) / stds
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=3e-4)
     assert torch.get_num_threads() == threads
