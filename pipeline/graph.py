@@ -22,7 +22,8 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
-from pipeline.augment import CROP_SIDE, OFFSETS, Draws
+from pipeline.augment import CROP_SIDE, OFFSETS
+from pipeline.plan import Plan
 from pipeline.shards import IMAGE_SIDE
 
 if TYPE_CHECKING:
@@ -78,25 +79,20 @@ def connect(graph: Graph) -> "DataNode":
     return fn.crop_mirror_normalize(pixels.gpu(), dtype=types.FLOAT16, output_layout="HWC", **arguments)
 
 
-def feed(
-    pipe: Pipeline,
-    graph: Graph,
-    encoded: TensorListCPU,
-    draws: Draws | None,
-    means_N3: np.ndarray,
-    stds_N3: np.ndarray,
-) -> None:
-    """Feed one batch to a pipeline: what `wrap_encoded` made, its draws (of crops), float32 means and divisors."""
-    pipe.feed_input("encoded", encoded)
+def feed(pipe: Pipeline, graph: Graph, encoded: TensorListCPU, plan: Plan) -> None:
+    """Feed one batch to a pipeline: its images, from `wrap_encoded`, and its plan."""
+    inputs: dict[str, Any] = {"encoded": encoded}
     if graph.crop:
-        assert draws is not None
-        pipe.feed_input("x", (draws.left / OFFSETS).astype(np.float32))
-        pipe.feed_input("y", (draws.top / OFFSETS).astype(np.float32))
+        assert plan.draws
+        inputs["x"], inputs["y"] = (
+            (each / OFFSETS).astype(np.float32) for each in (plan.draws.left, plan.draws.top)
+        )
     if graph.normalize:
-        pipe.feed_input("mean", means_N3)
-        pipe.feed_input("std", stds_N3)
-        if graph.crop and draws is not None:
-            pipe.feed_input("mirror", draws.mirrored.astype(np.int32))
+        inputs |= {"mean": plan.means, "std": plan.stds.astype(np.float32)}
+        if plan.draws:
+            inputs["mirror"] = plan.draws.mirrored.astype(np.int32)
+    for name, values in inputs.items():
+        pipe.feed_input(name, values)
 
 
 def wrap_encoded(images: Iterable[np.ndarray]) -> TensorListCPU:

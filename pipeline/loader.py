@@ -26,21 +26,18 @@ import numpy as np
 import nvidia.dali
 import torch
 
-from pipeline.augment import CROP_SIDE, Draws, sample_draws
+from pipeline.augment import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
 from pipeline.graph import Graph
-from pipeline.lighting import shifted_means
-from pipeline.order import list_blocks, order_blocks, order_global
 from pipeline.pixel_ops import BufferPool, normalize
-from pipeline.prefetch import Plan, Prefetcher
+from pipeline.plan import Plan, SequenceSampler, TrainSampler, compute_stds
+from pipeline.prefetch import Prefetcher
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
 
 PADDING = -1
 """Label of a sample that only fills a batch; use it as the `ignore_index` of a loss."""
-CHUNK = 4096
-"""Samples whose order and augmentation are computed at a time, as numpy's calls take longer than a batch's numbers."""
 CONTENT_VERSION = 1
 """Increase it when batches change in content, as states of a loader then no longer fit."""
 
@@ -52,101 +49,6 @@ class Batch(NamedTuple):
     """(N, 3, side, side), channels-last memory."""
     labels: torch.Tensor
     """int64 (N,), -1 = padding."""
-
-
-class TrainSampler:
-    """Plans training batches of one rank, numbered through all epochs."""
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        basis: Eigenbasis,
-        config: DataConfig,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        ranks: int,
-    ) -> None:
-        self._basis, self._config, self._batch_size, self._seed = basis, config, batch_size, seed
-        self._num_samples, self._global_batch, self._first = (
-            shards.num_samples,
-            batch_size * ranks,
-            batch_size * rank,
-        )
-        self._shard_sizes = shards.count_samples() if config.shuffle == "blocks" else np.empty(0, np.int64)
-        self.steps = shards.num_samples // self._global_batch
-        """Batches per epoch."""
-        self._chunk_steps = max(1, CHUNK // batch_size)
-        self._chunks: dict[tuple[int, int], list[Plan]] = {}
-
-    def __call__(self, number: int) -> Plan:
-        """Plan a batch; safe to call by several threads."""
-        epoch, step = divmod(number, self.steps)
-        key = epoch, step // self._chunk_steps
-        chunk = self._chunks.get(key)
-        if chunk is None:
-            chunk = self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
-            for old in sorted(self._chunks.copy())[:-4]:
-                self._chunks.pop(old, None)
-        return chunk[step % self._chunk_steps]
-
-    def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
-        steps = range(first, min(first + self._chunk_steps, self.steps))
-        firsts = [step * self._global_batch + self._first for step in steps]
-        positions = np.add.outer(np.array(firsts), np.arange(self._batch_size))
-        draws = sample_draws(firsts, self._batch_size, self._seed, epoch, self._config.augmentation)
-        lighting = self._config.augmentation.lighting.at_epoch(epoch)
-        means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting)
-        means = means.astype(np.float32).reshape(draws.noise.shape)
-        stds = compute_stds(self._config.augmentation, lighting.divisor)
-        stds = np.broadcast_to(stds, means.shape[1:])
-        if self._config.shuffle == "global":
-            rows, places = order_global(positions, self._seed, epoch, self._num_samples), None
-        else:
-            blocks = self._list_blocks(epoch)
-            rows, places = order_blocks(positions, self._seed, epoch, self._shard_sizes, blocks)
-        plans = []
-        for n in range(len(firsts)):
-            plan = Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)))
-            if places is not None:
-                needed = np.unique(places[n]).tolist()
-                following = needed[0] + 1
-                is_last = following == len(blocks)
-                plan = plan._replace(
-                    blocks=tuple(((epoch, block), blocks[block]) for block in needed),
-                    next_block=((epoch + 1, 0), self._list_blocks(epoch + 1)[0])
-                    if is_last
-                    else ((epoch, following), blocks[following]),
-                )
-            plans.append(plan)
-        return plans
-
-    def _list_blocks(self, epoch: int) -> list[np.ndarray]:
-        return list_blocks(self._seed, epoch, len(self._shard_sizes), self._config.block_shards)
-
-
-class SequenceSampler:
-    """Plans batches of whole images `first` to `last` - 1 in stored order, again and again."""
-
-    def __init__(
-        self, first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray
-    ) -> None:
-        self._first, self._last, self._batch_size = first, last, batch_size
-        self._mean, self._stds, self.steps = mean.astype(np.float32), stds, steps
-
-    def __call__(self, number: int) -> Plan:
-        """Plan a batch, which may be short or empty."""
-        start = self._first + number % self.steps * self._batch_size
-        rows = np.arange(start, max(start, min(start + self._batch_size, self._last)))
-        shape = (len(rows), 3)
-        return Plan(
-            rows, np.broadcast_to(self._mean, shape).copy(), np.broadcast_to(self._stds, shape).copy()
-        )
-
-
-def compute_stds(augmentation: Augmentation, lighting_divisor: float = 1.0) -> np.ndarray:
-    """Compute the divisors of R, G and B, float32 (3,)."""
-    return np.broadcast_to(augmentation.std, 3) * lighting_divisor
 
 
 class Loader:
@@ -256,29 +158,29 @@ class Loader:
     def _finish(self, plan: Plan, output: Any) -> Batch:
         """Make a batch of what DALI returned: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
         count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
-        labels = np.full(self._batch_size, PADDING)
-        labels[:count] = self._shards.samples["label"][plan.rows]
-        offset_HWC, stds = None, compute_stds(self._config.augmentation)
-        if self._training and self.mean_offset is not None:  # in levels
-            offset_HWC = self.mean_offset.permute(1, 2, 0) * torch.from_numpy(stds).to(self.mean_offset)
         shape = (self._batch_size, side, side, 3)
         pixels = None if output is None else torch.from_dlpack(output.as_tensor())
-        if self.device.type == "cuda":
-            images = pixels
-            if pixels is not None and offset_HWC is not None:
-                images = pixels.sub_(offset_HWC / torch.from_numpy(plan.stds[0]).to(offset_HWC))
-            if images is None or count < self._batch_size:
-                images = torch.zeros(shape, dtype=torch.float16, device=self.device)
-                if pixels is not None:
-                    images[:count] = pixels
-        else:
+        offset_HWC = None  # in levels
+        if self._training and self.mean_offset is not None:
+            stds = torch.from_numpy(compute_stds(self._config.augmentation))
+            offset_HWC = self.mean_offset.permute(1, 2, 0) * stds.to(self.mean_offset)
+        if self.device.type == "cpu":
             images = self._buffers.acquire(shape)
             images[count:] = 0
             if pixels is not None:
                 mirrored = plan.draws.mirrored if plan.draws else None
                 normalize(pixels, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
-        targets = torch.from_numpy(labels).to(self.device, non_blocking=True)
-        return Batch(images.permute(0, 3, 1, 2), targets)
+        else:
+            if pixels is not None and offset_HWC is not None:
+                pixels.sub_(offset_HWC / torch.from_numpy(plan.stds[0]).to(offset_HWC))
+            if pixels is not None and count == self._batch_size:
+                images = pixels
+            else:
+                images = torch.zeros(shape, dtype=torch.float16, device=self.device)
+                images[:count] = pixels if pixels is not None else 0
+        labels = np.full(self._batch_size, PADDING)
+        labels[:count] = self._shards.samples["label"][plan.rows]
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels).to(self.device, non_blocking=True))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -437,8 +339,8 @@ def decoded_batches(
     """
     place = torch.device(device)
     kind = "gpu" if place.type == "cuda" else "cpu"
-    steps = -(-shards.num_samples // batch_size)
-    sampler = SequenceSampler(0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3, np.float32))
+    steps = math.ceil(shards.num_samples / batch_size)
+    sampler = SequenceSampler(0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3))
     prefetcher = Prefetcher(
         shards,
         Graph(kind, kind, shards.any_size, crop=False),

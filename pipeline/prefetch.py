@@ -8,46 +8,19 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.augment import Draws
 from pipeline.errors import DataError
 from pipeline.graph import Graph, build_pipeline, feed, wrap_encoded
+from pipeline.plan import Plan
 from pipeline.reader import Encoded, SampleReader
 from pipeline.settings import Speed
 from pipeline.shards import ShardSet
-
-if TYPE_CHECKING:
-    from nvidia.dali.tensors import TensorListCPU
-
-Block = tuple[tuple[int, int], np.ndarray]
-"""A block of shards: (epoch, number) and the shards."""
-
-
-class Plan(NamedTuple):
-    """One batch of one rank."""
-
-    rows: np.ndarray
-    """int64 (n,): samples, as rows of `ShardSet.samples`; may be fewer than a batch."""
-    means: np.ndarray
-    """float32 (n, 3): colour to subtract."""
-    stds: np.ndarray
-    """float32 (n, 3): divisors."""
-    draws: Draws | None = None
-    """Crops, flips and colour noise; None: whole images."""
-    blocks: tuple[Block, ...] = ()
-    """Blocks of these samples, to be read in sequence first; empty with `shuffle: global`."""
-    next_block: Block | None = None
-    """Block to read in sequence meanwhile."""
-
-    def select(self, kept: np.ndarray) -> "Plan":
-        """Return a plan of some of the samples."""
-        draws = self.draws and Draws(*(each[kept] for each in self.draws))
-        return self._replace(rows=self.rows[kept], means=self.means[kept], stds=self.stds[kept], draws=draws)
 
 
 class ReadBatch(NamedTuple):
@@ -55,8 +28,8 @@ class ReadBatch(NamedTuple):
 
     plan: Plan
     encoded: Encoded
-    tensors: "TensorListCPU | None"
-    """None for a batch without samples."""
+    tensors: Any
+    """Its images as DALI's TensorListCPU; None for a batch without samples."""
 
 
 class Prefetcher:
@@ -85,18 +58,18 @@ class Prefetcher:
     def batches(self, first: int) -> Iterator[tuple[Plan, Any]]:
         """Yield the batches from number `first` on, without an end: plan, and DALI's output of its samples (None if it
         has none). Raises `DataError`."""
-        reader = SampleReader(self._shards, random=self._shuffle == "global")
-        in_blocks, numbers = self._shuffle == "blocks", count(first)
+        reader, numbers = SampleReader(self._shards, random=self._shuffle == "global"), count(first)
+        in_blocks = self._shuffle == "blocks"
         # One thread reads samples out of blocks, which are in the page cache, and one reads the next block.
         pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
-        block_pool = ThreadPoolExecutor(1, "block reader") if in_blocks else None
+        block_pool = ThreadPoolExecutor(1, "block reader")
         blocks: dict[tuple[int, int], Future[None]] = {}
         reading: deque[Future[ReadBatch]] = deque()
         decoding: deque[ReadBatch | DataError] = deque()
 
         def read(number: int) -> ReadBatch:
             plan = self._plan(number)
-            if block_pool:
+            if in_blocks:
                 read_blocks(reader, block_pool, blocks, plan)
             encoded = reader.read(plan.rows)
             return ReadBatch(plan, encoded, wrap_encoded(encoded.images) if len(plan.rows) else None)
@@ -108,9 +81,7 @@ class Prefetcher:
                     while len(reading) <= self._speed.reader_queue_depth:
                         reading.append(pool.submit(read, next(numbers)))
                     try:
-                        batch = reading.popleft().result()
-                        self._schedule(pipe, batch)
-                        decoding.append(batch)
+                        decoding.append(self._schedule(pipe, reading.popleft().result()))
                     except DataError as error:  # raised when its batch is due
                         decoding.append(error)
                         break
@@ -121,9 +92,8 @@ class Prefetcher:
                 reader.release(due.encoded)
                 yield outputs
         finally:
-            for each in (pool, block_pool):
-                if each:
-                    each.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+            block_pool.shutdown(cancel_futures=True)
             pipe = None  # before the buffers that it reads from
             reader.close()
 
@@ -133,96 +103,91 @@ class Prefetcher:
             pipe.build()
         return pipe
 
-    def _schedule(self, pipe: Any, batch: ReadBatch) -> None:
-        """Feed a batch to DALI and start to decode it."""
-        plan = batch.plan
+    def _schedule(self, pipe: Any, batch: ReadBatch) -> ReadBatch:
+        """Feed a batch to DALI and start to decode it; returns it."""
         if batch.tensors is not None:
-            feed(pipe, self._graph, batch.tensors, plan.draws, plan.means, plan.stds)
+            feed(pipe, self._graph, batch.tensors, batch.plan)
             pipe.schedule_run()
+        return batch
 
     def _take_outputs(self, pipe: Any, batch: ReadBatch) -> tuple[Plan, Any]:
         """Return the output of a batch that was scheduled, without damaged samples if these are to be skipped."""
+        plan = batch.plan
         if batch.tensors is None:
-            return batch.plan, None
+            return plan, None
         try:
             with name_gpu_errors():
-                return batch.plan, pipe.outputs()[0]
+                return plan, pipe.outputs()[0]
+        except DataError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, DataError):
-                raise
-            damaged = self._find_damaged(batch)
+            damaged = [n for n in range(len(plan.rows)) if not self._can_decode(batch, n)]
             if not damaged:
-                raise DataError(f"DALI failed: {describe_dali_error(error)}") from None
-        described = [describe_sample(self._shards, int(batch.plan.rows[n])) for n in damaged]
+                raise DataError(f"DALI failed: {find_dali_reason(error)}") from None
+        described = [self._describe(int(plan.rows[n])) for n in damaged]
         if not self._skip_damaged:
-            place = Path(self._shards.tars[0]).parent
+            place = Path(self._shards.tars[0]).parents[1]
             raise DataError(
-                f"{described[0]} cannot be decoded; tools/make_shards.py verify {place.parent} lists all damage, copy "
-                "or pack those shards again, or leave such images out with --data.on_corrupt skip"
+                f"{described[0]} cannot be decoded; tools/make_shards.py verify {place} lists all damage, copy or pack "
+                "those shards again, or leave such images out with --data.on_corrupt skip"
             )
         self.skipped += described
-        kept = np.delete(np.arange(len(batch.plan.rows)), damaged)
-        return batch.plan.select(kept), self._decode_alone(batch, kept)
+        kept = np.delete(np.arange(len(plan.rows)), damaged)
+        return plan.select(kept), self._decode_alone(batch, kept)
 
-    def _find_damaged(self, batch: ReadBatch) -> list[int]:
-        """List the samples of a batch that DALI refuses."""
-        damaged = []
-        for n in range(len(batch.plan.rows)):
-            try:
-                self._decode_alone(batch, np.array([n]))
-            except RuntimeError:
-                damaged.append(n)
-        return damaged
+    def _can_decode(self, batch: ReadBatch, n: int) -> bool:
+        try:
+            self._decode_alone(batch, np.array([n]))
+        except RuntimeError:
+            return False
+        return True
 
     def _decode_alone(self, batch: ReadBatch, kept: np.ndarray) -> Any:
         """Decode some samples of a batch, in a pipeline of their own; None if there are none."""
         if not len(kept):
             return None
         pipe, images = self._build_pipeline(len(kept)), [batch.encoded.images[n] for n in kept]
-        part = ReadBatch(batch.plan.select(kept), batch.encoded, wrap_encoded(images))
-        self._schedule(pipe, part)
+        self._schedule(pipe, ReadBatch(batch.plan.select(kept), batch.encoded, wrap_encoded(images)))
         return pipe.outputs()[0]
+
+    def _describe(self, row: int) -> str:
+        """Describe a sample by key, offset and shard."""
+        sample = self._shards.samples[row]
+        return f"{self._shards.read_key(row)} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
 
 
 def read_blocks(
     reader: SampleReader, pool: ThreadPoolExecutor, blocks: dict[tuple[int, int], "Future[None]"], plan: Plan
 ) -> None:
-    """Wait until the blocks of a batch are read in sequence, close older ones, and start with the next one."""
-    for key, shards in plan.blocks:
+    """Close the blocks before those of a batch, start to read those and the next one, each in sequence, and wait for
+    all but the next."""
+    wanted = dict(plan.blocks)
+    for key in blocks.keys() - wanted.keys():
+        blocks.pop(key).result()
+    reader.keep_open(np.concatenate([*wanted.values()]))
+    for key, shards in wanted.items():
         if key not in blocks:
             blocks[key] = pool.submit(reader.read_through, shards)
+    for key, _ in plan.blocks[:-1]:
         blocks[key].result()
-    wanted = dict(plan.blocks) | dict([plan.next_block] if plan.next_block else [])
-    reader.keep_open(np.concatenate([*wanted.values()]))
-    for key in blocks.keys() - wanted.keys():
-        del blocks[key]
-    if plan.next_block and plan.next_block[0] not in blocks:
-        key, shards = plan.next_block
-        blocks[key] = pool.submit(reader.read_through, shards)
 
 
-def describe_sample(shards: ShardSet, row: int) -> str:
-    """Describe a sample by key, offset and shard."""
-    sample = shards.samples[row]
-    return f"{shards.read_key(row)} at offset {sample['offset']} of {shards.tars[sample['shard']]}"
-
-
-class name_gpu_errors:  # noqa: N801 (a context manager)
+@contextmanager
+def name_gpu_errors() -> Iterator[None]:
     """Turn DALI's errors of CUDA into `DataError`, as they are not of the data."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    try:
+        yield
+    except RuntimeError as error:
         pattern = r".*(CUDA (runtime|driver) API|CUDA allocation|cudaError[A-Z]|CUDA_ERROR_|NVML).*"
-        if isinstance(error, RuntimeError) and (found := re.search(pattern, str(error))):
-            raise DataError(
-                f"DALI failed on the GPU: {found[0].strip()}; tools/doctor.py checks driver and GPUs; where memory is "
-                "short, take a smaller batch or end other processes"
-            ) from None
+        if not (found := re.search(pattern, str(error))):
+            raise
+        raise DataError(
+            f"DALI failed on the GPU: {found[0].strip()}; tools/doctor.py checks driver and GPUs; where memory is "
+            "short, take a smaller batch or end other processes"
+        ) from None
 
 
-def describe_dali_error(error: RuntimeError) -> str:
+def find_dali_reason(error: RuntimeError) -> str:
     """Return the reason in a report of DALI: the line after the word "encountered", else the first line."""
     report = str(error)
     lines = [line.strip() for line in report.partition("encountered:")[2].splitlines() if line.strip()]

@@ -72,7 +72,9 @@ class ShardSet:
     def count_samples(self) -> np.ndarray:
         """Count the samples of each shard, int64; a part of the table at a time, as it may be large."""
         parts = range(0, len(self.samples), 1 << 20)
-        counts = (np.bincount(self.samples["shard"][k : k + (1 << 20)], minlength=len(self.tars)) for k in parts)
+        counts = (
+            np.bincount(self.samples["shard"][k : k + (1 << 20)], minlength=len(self.tars)) for k in parts
+        )
         return np.sum([*counts], axis=0)
 
     def only(self, numbers: Sequence[int]) -> "ShardSet":

@@ -15,7 +15,8 @@ import torch
 from pipeline.augment import sample_draws
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting, apply_lighting
-from pipeline.loader import Loader, TrainSampler, decoded_batches, train_loader
+from pipeline.loader import Loader, decoded_batches, train_loader
+from pipeline.plan import TrainSampler
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import SAMPLE, ShardSet, open_shards
 from tests.helpers import Make, collect, loaders, run_python, same_batches

@@ -1,0 +1,120 @@
+"""Plan batches: which samples, with which crop, flip, mean and divisor, as pure functions of a batch's number."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.augment import Draws, sample_draws
+from pipeline.eigenbasis import Eigenbasis
+from pipeline.lighting import shifted_means
+from pipeline.order import list_blocks, order_blocks, order_global
+from pipeline.settings import Augmentation, DataConfig
+from pipeline.shards import ShardSet
+
+CHUNK = 4096
+"""Samples whose order and augmentation are computed at a time, as numpy's calls take longer than a batch's numbers."""
+Block = tuple[tuple[int, int], np.ndarray]
+"""A block of shards: (epoch, number), and the shards."""
+
+
+class Plan(NamedTuple):
+    """One batch of one rank."""
+
+    rows: np.ndarray
+    """int64 (n,): samples, as rows of `ShardSet.samples`; may be fewer than a batch."""
+    means: np.ndarray
+    """float32 (n, 3): colour to subtract."""
+    stds: np.ndarray
+    """float64 (n, 3): divisors, all equal."""
+    draws: Draws | None = None
+    """Crops, flips and colour noise; None: whole images."""
+    blocks: tuple[Block, ...] = ()
+    """With `shuffle: blocks`: the blocks of these samples, and the one after the first of them."""
+
+    def select(self, kept: np.ndarray) -> "Plan":
+        """Return a plan of some of the samples."""
+        draws = self.draws and Draws(*(each[kept] for each in self.draws))
+        return Plan(self.rows[kept], self.means[kept], self.stds[kept], draws, self.blocks)
+
+
+class TrainSampler:
+    """Plans training batches of one of `num_ranks` ranks, numbered through all epochs."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        basis: Eigenbasis,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        self._shards, self._basis, self._config, self._seed = shards, basis, config, seed
+        self._batch_size, self._rank, self._global_batch = batch_size, rank, batch_size * num_ranks
+        self._shard_sizes = shards.count_samples() if config.shuffle == "blocks" else None
+        self.steps = shards.num_samples // self._global_batch
+        """Batches per epoch."""
+        self._chunk_steps = max(1, CHUNK // batch_size)
+        self._chunks: dict[tuple[int, int], list[Plan]] = {}
+
+    def __call__(self, number: int) -> Plan:
+        """Plan a batch; safe to call by several threads."""
+        epoch, step = divmod(number, self.steps)
+        key = epoch, step // self._chunk_steps
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            chunk = self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
+            for old in sorted(self._chunks.copy())[:-4]:
+                self._chunks.pop(old, None)
+        return chunk[step % self._chunk_steps]
+
+    def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
+        """Plan the batches of one epoch from step `first` on, `_chunk_steps` at most."""
+        augmentation, size = self._config.augmentation, self._batch_size
+        steps = range(first, min(first + self._chunk_steps, self.steps))
+        firsts = [step * self._global_batch + self._rank * size for step in steps]
+        draws = sample_draws(firsts, size, self._seed, epoch, augmentation)
+        lighting = augmentation.lighting.at_epoch(epoch)
+        means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting).astype(np.float32)
+        stds = np.broadcast_to(compute_stds(augmentation, lighting.divisor), (size, 3))
+        positions = np.add.outer(firsts, np.arange(size))
+        blocks: list[tuple[Block, ...]] = [()] * len(firsts)
+        if self._shard_sizes is None:
+            rows = order_global(positions, self._seed, epoch, self._shards.num_samples)
+        else:
+            both = [
+                ((each, number), shards)
+                for each in (epoch, epoch + 1)
+                for number, shards in enumerate(self._list_blocks(each))
+            ]
+            in_epoch = [shards for (each, _), shards in both if each == epoch]
+            rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, in_epoch)
+            blocks = [tuple(both[row.min() : max(row.max() + 1, row.min() + 2)]) for row in numbers]
+        per_step = zip(rows, means.reshape(-1, size, 3), zip(*draws, strict=True), blocks, strict=True)
+        return [Plan(rows, means, stds, Draws(*draws), blocks) for rows, means, draws, blocks in per_step]
+
+    def _list_blocks(self, epoch: int) -> list[np.ndarray]:
+        return list_blocks(self._seed, epoch, len(self._shards.tars), self._config.block_shards)
+
+
+class SequenceSampler:
+    """Plans batches of the whole images `first` to `last` - 1 in stored order, again and again."""
+
+    def __init__(
+        self, first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray
+    ) -> None:
+        self._first, self._last, self._batch_size, self.steps = first, last, batch_size, steps
+        self._means = np.tile(mean.astype(np.float32), (batch_size, 1))
+        self._stds = np.tile(stds, (batch_size, 1))
+
+    def __call__(self, number: int) -> Plan:
+        """Plan a batch, which may be short or empty."""
+        start = self._first + number % self.steps * self._batch_size
+        rows = np.arange(start, min(start + self._batch_size, self._last))
+        return Plan(rows, self._means[: len(rows)], self._stds[: len(rows)])
+
+
+def compute_stds(augmentation: Augmentation, lighting_divisor: float = 1.0) -> np.ndarray:
+    """Compute the divisors of R, G and B, float64 (3,)."""
+    return np.array(augmentation.stds) * lighting_divisor
