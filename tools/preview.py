@@ -102,12 +102,12 @@ def preview(
 def render_views(shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int) -> list[View]:
     """Render the first training images, at most `COUNT`, on the CPU. Raises `DataError` when one cannot be decoded."""
     from pipeline.graph import Graph  # DALI takes seconds; errors in the input come first
-    from pipeline.loader import TrainSampler
+    from pipeline.plan import TrainSampler
     from pipeline.prefetch import Prefetcher
     from train.pictures import to_pixels
 
     count, config = min(COUNT, shards.num_samples), DataConfig(Path(), augmentation=augmentation)
-    sampler = TrainSampler(shards, basis, config, count, seed, rank=0, ranks=1)
+    sampler = TrainSampler(shards, basis, config, count, seed, 0, 1)
 
     def decode(crop: bool) -> np.ndarray:
         graph = Graph(any_size=shards.any_size, crop=crop)

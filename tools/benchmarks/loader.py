@@ -47,7 +47,8 @@ def bench_loader(
     import torch
 
     from pipeline.graph import Graph
-    from pipeline.loader import TrainSampler, train_loader
+    from pipeline.loader import train_loader
+    from pipeline.plan import TrainSampler
     from pipeline.prefetch import Prefetcher
     from train.device import pick_device, tune_malloc
 
@@ -65,7 +66,7 @@ def bench_loader(
         for each in (Lighting(), Lighting(strength=0))
     ]
     batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
-    sampler = TrainSampler(train, basis, DataConfig(shards), batch_size, seed=0, rank=0, ranks=1)
+    sampler = TrainSampler(train, basis, DataConfig(shards), batch_size, 0, 0, 1)
     graph = Graph(any_size=train.any_size)
     prefetcher = Prefetcher(train, graph, sampler, device_id=None, shuffle="global", **options)
     crops: Any = prefetcher.batches(0)
