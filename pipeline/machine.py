@@ -1,8 +1,7 @@
-"""Resources of this process on its machine: cores, memory, open files, and the number of processes of the same run."""
+"""Resources of this process on its machine: cores and open files."""
 
 import os
 import resource
-from pathlib import Path
 
 from pipeline.errors import UserError
 
@@ -15,32 +14,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def processes_here() -> int:
-    """Count the processes of this run on this machine, this one included: torchrun's LOCAL_WORLD_SIZE, or 1."""
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(sharing)) if sharing.isdecimal() else 1
-
-
 def share_of_cores() -> int:
-    """Compute the number of cores for this process. torchrun lets every process use all cores, so they are divided.
-    Slurm may bind a task to fewer cores than the job has on this machine; these belong to this task alone."""
-    of_job = os.environ.get("SLURM_CPUS_ON_NODE", "0")
+    """Compute the number of cores for this process. torchrun lets every process use all cores, so they are divided by
+    LOCAL_WORLD_SIZE. Slurm may bind a task to fewer cores than the job has on this machine; these belong to this task
+    alone."""
+    sharing, of_job = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"))
     bound = of_job.isdecimal() and num_cores() < int(of_job)
-    return num_cores() if bound else max(1, num_cores() // processes_here())
-
-
-def resident_bytes() -> int:
-    """Read the resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def available_bytes() -> int:
-    """Read the memory that programs can still take, by the kernel's estimate (MemAvailable)."""
-    return 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    processes = int(sharing) if sharing.isdecimal() and not bound else 1
+    return max(1, num_cores() // max(1, processes))
 
 
 def raise_open_file_limit(num_shards: int) -> None:
-    """Raise the limit of open files if needed, as DALI keeps every shard open without mmap. Raises `UserError`."""
+    """Raise the limit of open files if needed, as the reader keeps every shard open. Raises `UserError`."""
     needed = num_shards + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

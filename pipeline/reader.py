@@ -7,6 +7,7 @@ memory map: a truncated shard is an error, not a SIGBUS.
 """
 
 import ctypes
+import errno
 import os
 import platform
 from collections.abc import Iterable
@@ -90,31 +91,23 @@ class SampleReader:
             except OSError as error:
                 raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
 
-    def keep_open(self, shards: Iterable[int]) -> None:
+    def keep_open(self, shards: np.ndarray) -> None:
         """Close all other shards. No read of those may be running."""
-        others = np.ones(len(self._files), bool)
-        others[np.fromiter(shards, np.int64)] = False
-        self._close_files(np.flatnonzero(others & (self._files >= 0)))
+        for shard in np.setdiff1d(np.flatnonzero(self._files >= 0), shards):
+            os.close(int(self._files[shard]))
+            self._files[shard] = -1
 
     def close(self) -> None:
         """Close files and contexts. No read may be running."""
-        self._close_files(np.flatnonzero(self._files >= 0))
+        self.keep_open(np.empty(0))
         while self._contexts:
             call(1, self._contexts.pop())
-        self._buffers.clear()
-
-    def _close_files(self, shards: np.ndarray) -> None:
-        for shard in shards:
-            os.close(int(self._files[shard]))
-            self._files[shard] = -1
 
     def _open(self, shards: np.ndarray) -> np.ndarray:
         """Open shards, or find their open files. Raises `DataError`."""
         if (self._files[shards] < 0).any():
             with self._lock:
                 for shard in np.unique(shards[self._files[shards] < 0]):
-                    if self._files[shard] >= 0:
-                        continue
                     tar = self._shards.tars[shard]
                     try:
                         file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
@@ -152,8 +145,11 @@ class SampleReader:
         requests["buffer"] = buffer.ctypes.data + starts
         pointers = requests.ctypes.data + IOCB.itemsize * np.arange(count, dtype=np.uint64)
         left = submitted = max(call(3, context, count, pointers.ctypes.data), 0)
-        while left:  # a signal may interrupt the wait
-            left -= max(call(2, context, left, left, events[submitted - left :].ctypes.data, 0), 0)
+        while left:
+            count = call(2, context, left, left, events[submitted - left :].ctypes.data, 0)
+            if count < 0 and ctypes.get_errno() != errno.EINTR:  # a signal may interrupt the wait
+                raise OSError(ctypes.get_errno(), "io_getevents")
+            left -= max(count, 0)
         self._contexts.append(context)
         done[events["data"][:submitted]] = events["bytes"][:submitted]
         return done
@@ -190,5 +186,5 @@ def call(function: int, *arguments: int) -> int:
     return int(LIBC.syscall(ctypes.c_long(SYSCALLS[function]), *map(ctypes.c_ulong, arguments)))
 
 
-LIBC = ctypes.CDLL(None)
+LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.syscall.restype = ctypes.c_long

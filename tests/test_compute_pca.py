@@ -14,13 +14,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.eigenbasis import Moments
 from pipeline.files import read_json, write_json
 from pipeline.loader import decoded_batches
 from pipeline.shards import ShardSet, open_shards
 from tests.helpers import ROOT, jpeg, photo, refuses, run_ok
 from tools.compute_pca import compute_pca, sum_batches
 from tools.make_shards import pack
+from tools.moments import Moments
 from tools.packing.adopt import adopt
 from tools.packing.images import crop256
 

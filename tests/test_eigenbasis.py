@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.eigenbasis import Eigenbasis
+from tools.moments import Moments, write_eigenbasis
 
 
 def test_equals_numpy(tmp_path: Path) -> None:

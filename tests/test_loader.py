@@ -19,7 +19,7 @@ from pipeline.loader import Loader, decoded_batches, train_loader
 from pipeline.plan import TrainSampler
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import SAMPLE, ShardSet, open_shards
-from tests.helpers import Make, collect, loaders, run_python, same_batches
+from tests.helpers import Make, collect, loaders, private_mb, run_python, same_batches
 
 
 @pytest.mark.parametrize("settings", [{}, {"shuffle": "blocks", "block_shards": 2}])
@@ -213,12 +213,6 @@ def test_at_most_two_blocks_are_open(numbered_shards: Make, plain_basis: Eigenba
         most[shuffle] = max(count_open() for epoch in range(2) for _ in loader.epoch(epoch))
         loader.close()
     assert most["blocks"] <= 4 and most["global"] > 4
-
-
-def private_mb() -> float:
-    """Memory of this process that is no file's."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return sum(int(row.split()[1]) for row in rollup.splitlines() if row.startswith("Private_Dirty")) / 1024
 
 
 def test_14_million_samples(plain_basis: Eigenbasis, tmp_path: Path) -> None:

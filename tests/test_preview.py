@@ -13,13 +13,14 @@ import webdataset
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from pipeline.eigenbasis import Eigenbasis, Moments, write_eigenbasis
+from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import read_json
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.settings import Augmentation
 from pipeline.shards import ShardSet
 from tests.helpers import Make, jpeg, photo, refuses, run_ok
+from tools.moments import Moments, write_eigenbasis
 from tools.preview import IMAGENET, preview, render_views
 
 NO_LIGHTING = Augmentation(lighting=Lighting(strength=0))

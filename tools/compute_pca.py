@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.eigenbasis import Moments, read_eigenbasis, read_mean_image, write_eigenbasis
+from pipeline.eigenbasis import read_eigenbasis, read_mean_image
 from pipeline.files import atomic_writer, check_writable
 from pipeline.machine import share_of_cores
 from pipeline.shards import ShardSet, open_shards
+from tools.moments import Moments, write_eigenbasis
 from train.cli import run_program
 
 if TYPE_CHECKING:
