@@ -1,5 +1,4 @@
-"""Lighting, or Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy and as DALI
-operations.
+"""Lighting, or Fancy PCA, the colour augmentation of Krizhevsky et al. 2012 (section 4.1), in numpy.
 
 Each time an image is shown, three random numbers shift all its pixels along the principal RGB axes. The paper's text
 and its program differ, so there are two named conventions (x on 0..255, V the axes as columns, s the strength):
@@ -16,14 +15,11 @@ Shapes: N images, H rows, W columns, C colours.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
-
-if TYPE_CHECKING:
-    from nvidia.dali.data_node import DataNode
 
 
 @dataclass(frozen=True)
@@ -80,27 +76,3 @@ def apply_lighting(
 def shifted_means(noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
     """Compute the colour to subtract from each image: the mean minus the image's shift, float64, shape (N, 3)."""
     return basis.mean - noise_N3 @ lighting.shift_matrix(basis).T
-
-
-def lighting_arguments(
-    pca_noise: "DataNode | None", basis: Eigenbasis, lighting: Lighting, std: float = 1.0
-) -> "tuple[DataNode, float]":
-    """Make lighting's arguments for DALI's `crop_mirror_normalize`: `mean`, float32 (3,) per image, and constant `std`.
-
-    Args:
-        pca_noise: Standard normal numbers, float32 (3,) per image, on the CPU; None: no lighting, one mean for all.
-        basis: Mean and axes.
-        lighting: Convention and strength.
-        std: A further divisor of pixels (`Augmentation.std`).
-    """
-    from nvidia.dali import fn, types
-
-    mean = basis.mean.astype(np.float32)
-    if pca_noise is None:
-        return types.Constant(mean, device="cpu"), std
-    # mean - matrix @ noise as one DALI operation, on a "point", as each operation takes one per cent of a batch's time.
-    matrix = -lighting.shift_matrix(basis).astype(np.float32)
-    moved = fn.coord_transform(
-        fn.reshape(pca_noise, shape=[1, 3]), M=matrix.ravel().tolist(), T=mean.tolist()
-    )
-    return fn.reshape(moved, shape=[3]), std * lighting.divisor

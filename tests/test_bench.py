@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from time import process_time, sleep
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.helpers import TORCHVISION, refuses, run_ok
-from tools.benchmarks import common, model, pack
+from tools.benchmarks import common, model, pack, reader
 from tools.benchmarks.common import Rate
 from tools.make_demo import make_demo
 
@@ -24,21 +25,24 @@ def rows_of(path: Path) -> list[dict]:
     """The rows of a benchmark, each with positive rates and with what it takes to repeat it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        assert row["median"] > 0 and row["median_per_cpu_s"] > 0
-        assert len(row["values"]) == len(row["values_per_cpu_s"])
+        second = "p99" if row["unit"] == "ms" else "per_cpu_s"
+        assert row["median"] > 0 and len(row["values"]) == len(row[f"values_{second}"])
+        assert min(row[f"values_{second}"]) > 0
         assert row["versions"]["torch"] and row["cpu"] and row["command"] and "commit" in row
     return rows
 
 
 def test_loader_has_a_row_for_each_contender(few: Path, tmp_path: Path) -> None:
-    """A row for each contender, with ratios to libjpeg-turbo alone; the loader's rows with and without lighting.
-    A wrong option is named before anything is measured."""
+    """A row for each contender, with ratios to libjpeg-turbo alone; the loader's rows with and without lighting. Loops
+    are timed while samples are read, no faster than they should be. A wrong option is named before anything is
+    measured."""
     text = run_ok("tools/bench.py", "loader", few, "--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
     names = " ".join(row["contender"].split()[0] for row in rows)
-    assert names == "libjpeg-turbo uint8 loader: loader: compute_pca:"
+    assert names == "libjpeg-turbo uint8 loader: loader: compute_pca: our DALI's alone while"
     assert all(row["contender"] in text and row["data"].startswith("539 generated images, ") for row in rows)
     assert rows[0]["ratio"] == 1 and rows[3]["contender"].endswith("(strength 0)")
+    assert rows[5]["ratio_per_cpu_s"] > 0 and 1000 < rows[8]["samples_per_s"] < 31_000
     assert "--repeats" in refuses("tools/bench.py", "loader", few, "--repeats", "0")
 
 
@@ -90,6 +94,16 @@ def test_turns_go_back_and_forth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     naps: list[float] = []
     rate = common.measure(lambda: (sleep(0.01 if naps else 0.1), naps.append(1)), 5, 0.4)  # a slow first step
     assert rate.per_s == pytest.approx(5 * (len(naps) - 1) / 0.4, rel=0.3) and rate.per_s <= 500
+
+
+def test_loops_are_compared_turn_by_turn(tmp_path: Path) -> None:
+    """Medians and 99th percentiles of each turn, their medians, and the medians of their ratios, by hand."""
+    alone = np.outer([1, 2, 10], np.arange(101.0))
+    times = {reader.ALONE: alone, reader.READING: alone * [[3], [1], [2]]}
+    reader.report_loops(times, 7.0, tmp_path / "rows.jsonl", {})
+    row = rows_of(tmp_path / "rows.jsonl")[1]
+    assert (row["values"], row["values_p99"]) == ([150, 100, 1000], [297, 198, 1980])
+    assert (row["median"], row["p99"], row["ratio"], row["p99_ratio"]) == (150, 297, 2, 2)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tools.doctor import (
     Finding,
     check_cores,
     check_dali,
+    check_disk,
     check_eigenbasis,
     check_gpus,
     check_split,
@@ -152,6 +153,10 @@ def test_unreadable_shards_are_problems(
     assert run_check(partial(check_eigenbasis, tmp_path, train)).status == "problem"
     whole, copy = open_shards(shards, "train"), tmp_path / "copy"
     assert check_eigenbasis(shards, whole).status == "ok"
+    for tar in train.tars:
+        os.truncate(tar, 512)
+    found = run_check(partial(check_disk, train, 0))
+    assert found.status == "problem" and "512 bytes" in found.value and found.remedy
     copy.mkdir()
     shutil.copy(shards / "pca.json", copy)
     np.save(copy / "mean_image.npy", np.zeros(3))

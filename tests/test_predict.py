@@ -11,7 +11,6 @@ from PIL import Image
 
 from model.alexnet import AlexNet
 from pipeline.loader import val_loader
-from pipeline.settings import DataConfig
 from pipeline.shards import open_shards
 from tests.helpers import jpeg, photo, refuses, run_here, run_ok, tiny
 from train.accuracy import predict_probabilities
@@ -39,9 +38,8 @@ def test_probabilities_are_evaluations(weights: Path, few: Path, tmp_path: Path)
         (tmp_path / f"{keys[-1]}.jpg").write_bytes(sample["jpg"])
     model = AlexNet(trained.config)
     model.load_state_dict(trained.state)
-    config = DataConfig(few, decode="cpu", augmentation=trained.augmentation)
-    place = {"batch_size": 179, "rank": 0, "num_ranks": 1, "device": "cpu"}
-    ((images, _),) = list(val_loader(open_shards(few, "val"), trained.basis, config, **place))
+    options = {"batch_size": 179, "device": "cpu", "augmentation": trained.augmentation}
+    ((images, _),) = list(val_loader(few, basis=trained.basis, **options))
     expected = dict(zip(("centre", "ten"), predict_probabilities(model.eval(), images, True), strict=True))
     for views, chances in expected.items():
         rows = predicted(weights, tmp_path, "--views", views, "--top", "10")

@@ -22,7 +22,7 @@ from train.config import flatten, parse_config
 
 
 @pytest.mark.parametrize("threads", [1, 8, 24])
-@pytest.mark.parametrize(("ready", "read", "load"), [(2, 1, 0.65), (8, 4, 0.3)])
+@pytest.mark.parametrize(("ready", "read", "load"), [(2, 4, 0.65), (8, 16, 0.3)])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_finds_the_optimum(threads: int, ready: int, read: int, load: float, on_gpu: bool) -> None:
     """Where settings do not act on each other, the best of their values are found, each candidate measured once before

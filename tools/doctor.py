@@ -21,30 +21,36 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 try:
+    import numpy as np
+
+    from pipeline.eigenbasis import Eigenbasis
+    from pipeline.errors import DataError
     from pipeline.machine import num_cores, raise_open_file_limit
+    from pipeline.reader import SampleReader
+    from pipeline.settings import Speed
+    from pipeline.shards import ShardSet, open_shards
+    from train.cli import WRONG_INPUT, Parser, run_main
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f"error: this Python has no {error.name}; run `make install` once, then .venv/bin/python tools/doctor.py\n"
     )
     sys.exit(2)
-from pipeline.shards import ShardSet, open_shards
-from train.cli import WRONG_INPUT, Parser, run_main
 
 TIMEOUT_S = 120.0
 """Limit of a probe: importing PyTorch or DALI reads gigabytes, perhaps from a slow disk."""
 INSTALL = "run make install"
 BUILDS = "install PyTorch's build for this driver and GPU (docs/install.md has the commands)"
-READ_S, CHUNK = 2.0, 4 * 2**20
-"""Seconds of reading to measure the disk, and bytes per read."""
+READ_S, READ_SAMPLES = 2.0, 32
+"""Seconds of reading to measure the disk, and samples per read."""
 GPU_IMAGES_PER_S, CPU_IMAGES_PER_S = 10_000, 500
 """A slower disk gets a warning: about the speed of training on a GPU (docs/storage.md), and on a CPU."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -216,7 +222,7 @@ def check_memory(train: ShardSet | None) -> Finding:
     if free < 2e9:
         return Finding("warning", text, "stop other programs, or get more memory")
     if size > 0.9 * free:
-        remedy = "a fast disk, or more memory (docs/storage.md)"
+        remedy = "a fast disk, --data.shuffle blocks, or more memory (docs/storage.md)"
         return Finding("warning", f"{text}: every epoch reads the disk again", remedy)
     return Finding("ok", text)
 
@@ -239,35 +245,44 @@ def check_split(shards: Path, split: str) -> Finding:
 
 def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:
     """Check that pca.json, and mean_image.npy where it exists, were computed from these shards."""
-    from pipeline.eigenbasis import Eigenbasis  # numpy
-
     with_image = (shards / "mean_image.npy").exists()
     Eigenbasis.load(shards / "pca.json", train.manifest_sha256, with_mean_image=with_image)
     return Finding("ok", "pca.json" + (" and mean_image.npy" if with_image else ", no mean_image.npy"))
 
 
 def check_disk(train: ShardSet, gpus: int) -> Finding:
-    """Check that the shards' disk is fast enough."""
-    bytes_per_s = measure_disk(train.tars)
-    images_per_s = bytes_per_s * train.num_samples / max(sum_shard_bytes(train), 1)
-    text = f"{bytes_per_s / 1e6:,.0f} MB/s, {images_per_s:,.0f} images/s from one reader"
+    """Check that the shards' disk is fast enough for `data.shuffle global`."""
+    samples_per_s = measure_disk(train, threads=Speed.reader_queue_depth * max(gpus, 1))
+    text = f"{samples_per_s:,.0f} samples/s in random order"
     needed = GPU_IMAGES_PER_S * gpus or CPU_IMAGES_PER_S
-    if images_per_s < needed:
-        remedy = "use a faster, local disk (docs/storage.md)"
+    if samples_per_s < needed:
+        remedy = "use a faster, local disk, or --data.shuffle blocks (docs/storage.md)"
         return Finding("warning", f"{text}; expected at least {needed:,}", remedy)
     return Finding("ok", text)
 
 
-def measure_disk(files: Sequence[str], seconds: float = READ_S) -> float:
-    """Read up to eight evenly spaced files, dropped from the page cache if possible. Returns bytes per second."""
-    chosen = files[:: -(-len(files) // 8)]
-    total, start = 0, perf_counter()
-    for number, name in enumerate(chosen, start=1):
-        with Path(name).open("rb", buffering=0) as file:
+def measure_disk(train: ShardSet, threads: int, seconds: float = READ_S) -> float:
+    """Read random samples of up to eight evenly spaced shards, dropped from the page cache if possible, as the loaders
+    do. Returns samples per second. Raises `DataError`."""
+    few = train.only(range(0, len(train.tars), -(-len(train.tars) // 8)))
+    for name in few.tars:
+        with Path(name).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while perf_counter() - start < seconds * number / len(chosen) and (chunk := file.read(CHUNK)):
-                total += len(chunk)
-    return total / max(perf_counter() - start, 1e-9)
+    rows = np.random.default_rng().permutation(few.num_samples)
+    start = perf_counter()
+
+    def read(rows: np.ndarray) -> int:
+        if perf_counter() > start + seconds:
+            return 0
+        reader.release(reader.read(rows))
+        return len(rows)
+
+    with (
+        closing(SampleReader(few, random=True)) as reader,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        total = sum(pool.map(read, np.split(rows, range(READ_SAMPLES, len(rows), READ_SAMPLES))))
+    return total / (perf_counter() - start)
 
 
 def sum_shard_bytes(train: ShardSet) -> int:
@@ -276,10 +291,11 @@ def sum_shard_bytes(train: ShardSet) -> int:
 
 
 def run_check(check: Callable[[], Finding]) -> Finding:
-    """Run a check. A user error is a problem, with the remedy after its semicolon; any other exception is a warning."""
+    """Run a check. An error of input or data is a problem, with the remedy after its semicolon; any other exception is
+    a warning."""
     try:
         return check()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DataError) as error:
         problem, _, remedy = str(error).rpartition("; ")
         return Finding(
             "problem", problem or remedy, remedy if problem else "set its permissions, or make it again"

@@ -8,22 +8,19 @@ picture, not in training. pca.png shows the axes of pca.json as colours; the num
 ImageNet's.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis, read_eigenbasis
-from pipeline.errors import DataError, UserError
+from pipeline.errors import UserError
 from pipeline.files import check_writable
 from pipeline.lighting import Lighting
-from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.settings import Augmentation, DataConfig
 from pipeline.shards import ShardSet, open_shards
 from train.cli import run_program
-
-if TYPE_CHECKING:
-    from nvidia.dali.data_node import DataNode
 
 COUNT = 24
 """Images in each half of the sheet."""
@@ -45,11 +42,11 @@ MAX_SHIFT = 3
 class View(NamedTuple):
     """One image from the training graph."""
 
+    row: int
+    """Row of `ShardSet.samples`."""
     key: str
     """The stored file's name up to its first dot, without folders."""
     label: int
-    jpeg: bytes
-    """The stored file."""
     stored: np.ndarray
     """uint8 (256, 256, 3): the image before cropping."""
     pixels: np.ndarray
@@ -85,7 +82,8 @@ def preview(
     check_writable(sheet)
     training = render_views(train, basis, augmentation, seed)
     colourful = max(training, key=lambda view: np.ptp(view.stored.mean((0, 1))))
-    repeated = render_views(train, basis, augmentation, seed, colourful)
+    same = replace(train, samples=np.repeat(train.samples[[colourful.row]], COUNT))
+    repeated = render_views(same, basis, augmentation, seed + 1)  # other draws than in the lower half
     lighting = f"lighting of strength {strength:g}, convention {convention}"
     upper = f"{colourful.key}, as it is stored, and {COUNT} times as training may show it: {lighting}"
     lower = f"The first {len(training)} of {train.num_samples:,} training images, seed {seed}"
@@ -93,71 +91,39 @@ def preview(
     cells = [(stored, "stored")] + [
         (view, f"{view.left} right, {view.top} down{', flipped' * view.mirrored}") for view in repeated
     ]
-    firsts = [(view, f"{read_class_word(view, train)}\n{view.key[-CAPTION:]}") for view in training]
+    words = [train.classes[view.label].words.split(",")[0][:CAPTION] for view in training]
+    firsts = [(view, f"{word}\n{view.key[-CAPTION:]}") for view, word in zip(training, words, strict=True)]
     draw_sheet(sheet, {upper: cells, lower: firsts})
     print(f"{format_eigenbasis(content)}\n")
     draw_eigenbasis(axes, content)
     print(f"pictures: {sheet}, {axes}")
 
 
-def render_views(
-    shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int, repeat: View | None = None
-) -> list[View]:
-    """Run one batch through the training graph on the CPU.
-
-    Args:
-        shards: Training split.
-        basis: Mean and RGB axes.
-        augmentation: Settings of crop, flip, lighting and mean.
-        seed: Seed of order, crops, flips and lighting.
-        repeat: Augment this image `COUNT` times; None: the first training images on one rank, at most `COUNT`.
-
-    Raises `DataError` when DALI fails.
-    """
-    from nvidia.dali import Pipeline, fn  # takes seconds; errors in the input come first
-
-    from pipeline.decode import Decoder
-    from pipeline.draws import OFFSETS, sample_params
-    from pipeline.graph import decode_full, read_graph, train_graph
-    from pipeline.lighting import shifted_means
-    from pipeline.reader import check_index, data_errors
+def render_views(shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int) -> list[View]:
+    """Render the first training images, at most `COUNT`, on the CPU. Raises `DataError` when one cannot be decoded."""
+    from pipeline.graph import Graph  # DALI takes seconds; errors in the input come first
+    from pipeline.plan import TrainSampler
+    from pipeline.prefetch import Prefetcher
     from train.pictures import to_pixels
 
-    raise_open_file_limit(len(shards.tars))
-    decoder = Decoder("cpu", shards.any_size)
-    count = COUNT if repeat else min(COUNT, shards.num_samples)
+    count, config = min(COUNT, shards.num_samples), DataConfig(Path(), augmentation=augmentation)
+    sampler = TrainSampler(shards, basis, config, count, seed, 0, 1)
 
-    def feed(data: bytes) -> "DataNode":
-        return fn.external_source(lambda: [np.frombuffer(data, np.uint8)] * count)
+    def decode(crop: bool) -> np.ndarray:
+        graph = Graph(any_size=shards.any_size, crop=crop)
+        batches = Prefetcher(
+            shards, graph, sampler, batch_size=count, speed=config.speed, device_id=None
+        ).batches(0)
+        return np.array(next(batches)[1].as_tensor())
 
-    pipe = Pipeline(batch_size=count, num_threads=num_cores(), device_id=None, prefetch_queue_depth=1)
-    with pipe:
-        if repeat:
-            encoded, digits = feed(repeat.jpeg), feed(str(repeat.label).encode())
-        else:
-            encoded, digits = read_graph(shards, True, seed, DataConfig(Path()).shuffle_buffer, 0, 1)
-        # Another rank's random numbers for the repeated image, so that the halves of the sheet differ.
-        params = sample_params(augmentation, seed, 1 if repeat else 0)
-        crops, mirrored, noise = train_graph(encoded, params, basis, augmentation, decoder, "cpu")
-        source = feed(repeat.key.encode()) if repeat else fn.get_property(encoded, key="source_info")
-        squares = decode_full(encoded, decoder)
-        places = (params.crop_x, params.crop_y, mirrored)
-        pipe.set_outputs(source, digits, encoded, squares, crops, noise, *places)
-    with data_errors(shards):
-        pipe.build()
-        if not repeat:
-            check_index(pipe, shards)
-        outputs: Any = pipe.run()
-
+    plan, squares, crops = sampler(0), decode(crop=False), decode(crop=True)
+    assert plan.draws is not None
     views = []
-    for n in range(count):
-        source, digits, jpeg, square, crop, noise, x, y, mirror = (np.array(each.at(n)) for each in outputs)
-        name = source.tobytes().decode().rpartition(":")[2]  # of TAR:OFFSET:NAME
-        mean = shifted_means(noise[None], basis, augmentation.lighting)[0]
-        pixels = to_pixels((crop[:, ::-1] if mirror else crop) - mean, basis.mean)
-        left, top = (round(float(offset) * OFFSETS) for offset in (x, y))
-        key, label = name.rpartition("/")[2].partition(".")[0], int(digits.tobytes().strip(b"\0"))
-        views.append(View(key, label, jpeg.tobytes(), square, pixels, left, top, bool(mirror)))
+    for n, row in enumerate(plan.rows.tolist()):
+        left, top, mirrored = (each[n].item() for each in plan.draws[:3])
+        pixels = to_pixels((crops[n][:, ::-1] if mirrored else crops[n]) - plan.means[n], basis.mean)
+        label = int(shards.samples["label"][row])
+        views.append(View(row, shards.read_key(row), label, squares[n], pixels, left, top, mirrored))
     return views
 
 
@@ -175,16 +141,6 @@ def draw_sheet(path: Path, halves: dict[str, list[tuple[View, str]]]) -> None:
                 for view, caption in cells[number : number + 1]:
                     axes.imshow(view.pixels)
                     axes.set_title(caption, fontsize=8, y=0, va="top", pad=-2)
-
-
-def read_class_word(view: View, shards: ShardSet) -> str:
-    """Return the first word of an image's class. Raises `DataError` for a label out of range."""
-    if view.label >= len(shards.classes):
-        raise DataError(
-            f"{view.key}: expected a label below {len(shards.classes)}, the classes, got {view.label}; "
-            f"tools/make_shards.py verify {Path(shards.tars[0]).parent.parent} lists all damage"
-        )
-    return shards.classes[view.label].words.split(",")[0][:CAPTION]
 
 
 def format_eigenbasis(content: dict[str, Any]) -> str:

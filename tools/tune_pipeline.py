@@ -10,7 +10,7 @@ late batch delays every GPU of a run, then the mean. Each measurement has its ow
 that another has read into memory.
 
 The p99 of fewer than a hundred batches is about the longest wait: use a larger `--seconds`. Settings that change the
-content of a batch (the shuffle buffer) are not searched.
+content of batches are not searched.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from pipeline.errors import DataError, UserError
 from pipeline.files import write_bytes
 from pipeline.machine import num_cores
-from pipeline.settings import DataConfig, Speed
+from pipeline.settings import Speed
 from pipeline.shards import open_shards
 from train.cli import run_program
 
@@ -111,11 +111,11 @@ def tune_pipeline(
             progress.update()
             gc.collect()  # a failed loader still holds GPU memory
             data = to_config(settings)["data"]
-            config = DataConfig(shards, **data | {"speed": Speed(**data["speed"])})
-            options: dict[str, Any] = {"seed": next(seeds), "rank": 0, "num_ranks": 1, "device": device}
-            loader = train_loader(train, basis, config, batch_size=batch_size, **options)
+            speed = data["speed"] = Speed(**data["speed"])
+            options: dict[str, Any] = {"batch_size": batch_size, "seed": next(seeds), "device": device}
+            loader = train_loader(train, basis=basis, **options, **data)
             with contextlib.closing(loader):
-                warm_up = WARM_UP + config.speed.prefetch_queue_depth + config.speed.reader_queue_depth
+                warm_up = WARM_UP + speed.prefetch_queue_depth + speed.reader_queue_depth
                 waits_ms, total_s = measure_waits(loader, warm_up, step_ms, seconds, in_flight)
             p99_ms, p50_ms = np.percentile(waits_ms, [99, 50]).tolist()
             batches = len(waits_ms)
@@ -153,7 +153,7 @@ def list_axes(cores: int, on_gpu: bool) -> list[list[Settings]]:
     axes: list[list[Settings]] = [
         [{"threads": number} for number in threads],
         [{"prefetch_queue_depth": batches} for batches in (1, 4, 8)],
-        [{"reader_queue_depth": batches} for batches in (2, 4)],
+        [{"reader_queue_depth": threads} for threads in (1, 8, 16)],
     ]
     if on_gpu:
         axes.append([{"hw_decoder_load": share} for share in (0.0, 0.3, 0.5, 0.8, 1.0)])

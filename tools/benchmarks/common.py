@@ -134,8 +134,7 @@ def settle() -> None:
 
 
 def report_rates(title: str, rates: Rates, reference: str, out: Path | None, **context: Any) -> None:
-    """Print medians, ranges and ratios to the reference, turn by turn, and append them to `out`: a line of JSON per
-    contender, with `context` and the environment to repeat the measurement."""
+    """Print medians, ranges and ratios to the reference, turn by turn, and append them to `out`, a row each."""
     width, rows = max(40, len(title), *map(len, rates)), []
     print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
     for name, values in rates.items():
@@ -148,6 +147,11 @@ def report_rates(title: str, rates: Rates, reference: str, out: Path | None, **c
         row: dict[str, Any] = {"contender": name, "table": title, "unit": "images/s", "reference": reference}
         row |= {"ratio": ratio, "median": numbers[0], "median_per_cpu_s": median(per_cpu_s)}
         rows.append(row | {"values": per_s, "values_per_cpu_s": per_cpu_s})
+    append_rows(out, rows, **context)
+
+
+def append_rows(out: Path | None, rows: list[dict[str, Any]], **context: Any) -> None:
+    """Append a line of JSON per row, with `context` and the environment to repeat the measurement."""
     if out:
         environment = describe_environment()
         with out.open("a") as file:

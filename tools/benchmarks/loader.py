@@ -1,10 +1,9 @@
-"""Benchmark the training loader, and the decoders that bound it."""
+"""Benchmark the training loader, the decoders that bound it, and its reader."""
 
 import io
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks import common
+from tools.benchmarks.reader import bench_reader
 
-LIMIT, WINDOWS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 pixels, as for a GPU (DALI, cpu)"
+LIMIT, CROPS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 crops, as for a GPU (DALI, cpu)"
 LOADER, NO_LIGHTING = "loader: finished batches", "loader: the same without lighting (strength 0)"
 EIGENBASIS = "compute_pca: decode and sum, exact"
-MAX_JPEGS, MAX_SUMMED, CHUNK = 2000, 20_000, 16
+MAX_JPEGS, MAX_IMAGES, CHUNK = 2000, 20_000, 16
 """Enough to exceed a core's cache, and for a pass of some seconds; images per task of a thread."""
 
 
@@ -33,9 +33,8 @@ def bench_loader(
     repeats: int = 5,
     out: Path | None = None,
 ) -> None:
-    """Measure the training loader with and without lighting, libjpeg-turbo and DALI alone, and the eigenbasis' sums.
-
-    All decode the same files.
+    """Measure the training loader with and without lighting, libjpeg-turbo and DALI alone, and the eigenbasis' sums,
+    which all decode the same files; then our reader and DALI's, which decode nothing.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -47,7 +46,10 @@ def bench_loader(
     """
     import torch
 
+    from pipeline.graph import Graph
     from pipeline.loader import train_loader
+    from pipeline.plan import TrainSampler
+    from pipeline.prefetch import Prefetcher
     from train.device import pick_device, tune_malloc
 
     common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
@@ -56,21 +58,22 @@ def bench_loader(
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
-    raise_open_file_limit(4 * len(train.tars))
-    settings = DataConfig(shards, speed=speed)
-    no_lighting = replace(settings, augmentation=Augmentation(lighting=Lighting(strength=0)))
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": 0, "rank": 0, "num_ranks": 1}
+    raise_open_file_limit(6 * len(train.tars))
+    few = common.select_first_shards(train, max(MAX_IMAGES, batch_size))
+    options: dict[str, Any] = {"batch_size": batch_size, "speed": speed}
     loaders = [
-        train_loader(train, basis, config, **options, device=where)
-        for config, where in ((settings, device), (no_lighting, device), (settings, "cpu"))
+        train_loader(train, basis=basis, device=device, augmentation=Augmentation(lighting=each), **options)
+        for each in (Lighting(), Lighting(strength=0))
     ]
-    batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders[:2])
-    next(iter(loaders[2]))
-    windows: Any = loaders[2]._pipe  # DALI's part of the loader, which ends with uint8 crops on a CPU
+    batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
+    sampler = TrainSampler(train, basis, DataConfig(shards), batch_size, 0, 0, 1)
+    graph = Graph(any_size=train.any_size)
+    prefetcher = Prefetcher(train, graph, sampler, device_id=None, shuffle="global", **options)
+    crops: Any = prefetcher.batches(0)
     jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
-    images, (_, crops, *_) = next(batches).images, windows.run()
+    images, (_, output) = next(batches).images, next(crops)
     assert images.shape == (batch_size, 3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
-    assert crops.as_tensor().shape() == [batch_size, 224, 224, 3], "DALI: wrong batch"
+    assert output.as_tensor().shape() == [batch_size, 224, 224, 3], "DALI: wrong batch"
     check_pixels(jpegs[:32])
     with ThreadPoolExecutor(cores) as pool:  # simplejpeg releases the GIL
 
@@ -79,20 +82,21 @@ def bench_loader(
 
         contenders: dict[str, Callable[[], common.Rate]] = {
             LIMIT: partial(common.measure, decode_all, len(jpegs), seconds),
-            WINDOWS: partial(common.measure, windows.run, batch_size, seconds),
+            CROPS: partial(common.measure, partial(next, crops), batch_size, seconds),
             LOADER: partial(common.measure, partial(next, batches), batch_size, seconds),
             NO_LIGHTING: partial(common.measure, partial(next, others), batch_size, seconds),
-            EIGENBASIS: partial(measure_sums, common.select_first_shards(train, MAX_SUMMED), cores),
+            EIGENBASIS: partial(measure_sums, few, cores),
         }
         rates = common.interleave(contenders, repeats)
-    for loader in loaders:
-        loader.close()
+    for open_files in (*loaders, crops):
+        open_files.close()
     data = common.describe_shards(train)
     print(f"{data}; batch {batch_size}, finished on {device.type}")
     print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
     context: dict[str, Any] = {"data": data, "shards": train.manifest_sha256, "device": device.type}
     context |= {"batch_size": batch_size, "threads": speed.num_threads}
     common.report_rates("training images", rates, LIMIT, out, **context)
+    bench_reader(few, batch_size, seconds, repeats, out, context | {"threads": 1})
 
 
 def check_pixels(jpegs: list[bytes]) -> None:

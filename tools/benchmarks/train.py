@@ -83,8 +83,8 @@ def bench_train(
             batch = next(batches)
         with record_function(STEP):
             meter.start_step()
-            loss, correct, _ = trainer.train_step(batch)
-            meter.end_step(loss, correct, batch)
+            loss, correct, skipped, _ = trainer.train_step(batch)
+            meter.end_step(loss, correct, batch, skipped=skipped)
 
     def measure_training() -> common.Rate:
         meter.mark_gap()  # `begin` drops the waits of the warm-up
