@@ -129,7 +129,7 @@ class Loader:
             self._sampler,
             batch_size=batch_size,
             speed=config.speed,
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=find_gpu(self.device),
             shuffle=config.shuffle if training else "",
             skip_damaged=config.on_corrupt == "skip",
         )
@@ -199,7 +199,7 @@ class Loader:
     def fingerprint(self) -> dict[str, Any]:
         """Settings and versions that determine the sequence of global batches: not the number of ranks, nor settings of
         speed, nor strength and end of lighting."""
-        augmentation = asdict(self._config.augmentation)
+        augmentation = asdict(self._config.augmentation) | {"std": list(self._config.augmentation.stds)}
         del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
         in_blocks = self._config.shuffle == "blocks"
         decoder: dict[str, Any] = {"decode": self._graph.decode}
@@ -244,6 +244,13 @@ class Loader:
             self._batches.close()  # type: ignore[attr-defined]
         self._batches, self._buffers = None, BufferPool()
         self.at_epoch, self.at_step = 0, 0
+
+
+def find_gpu(device: torch.device) -> int | None:
+    """Return the number of a GPU, the current one for "cuda"; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
@@ -327,7 +334,7 @@ def decoded_batches(
         sampler,
         batch_size=batch_size,
         speed=replace(Speed(), threads=threads),
-        device_id=(place.index or 0) if place.type == "cuda" else None,
+        device_id=find_gpu(place),
     )
     batches = prefetcher.batches(0)
     for _ in range(steps):
