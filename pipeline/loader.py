@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import nvidia.dali
@@ -56,24 +56,37 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
-        basis: Eigenbasis,
-        config: DataConfig,
+        shards: Path | str | ShardSet,
         *,
         training: bool,
         batch_size: int,
         seed: int,
-        rank: int,
-        num_ranks: int,
-        device: torch.device | str,
+        rank: int | None,
+        num_ranks: int | None,
+        device: torch.device | str | None,
+        basis: Eigenbasis | None,
+        **settings: Any,
     ) -> None:
-        if not 0 <= rank < num_ranks:
-            raise UserError(f"loader rank: expected 0..{num_ranks - 1}, got {rank}")
+        """See `train_loader`. Raises `FileNotFoundError` or `UserError`."""
+        if not isinstance(shards, ShardSet):
+            shards = open_shards(Path(shards), "train" if training else "val")
+        folder = Path(shards.tars[0]).parents[1]
+        config = DataConfig(folder, **settings)
+        if basis is None:
+            identity = (shards if training else open_shards(folder, "train")).manifest_sha256
+            with_image = config.augmentation.mean == "image"
+            basis = Eigenbasis.load(folder / "pca.json", identity, with_mean_image=with_image)
+        if rank is None and num_ranks is None:
+            joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if joined else 0
+            num_ranks = torch.distributed.get_world_size() if joined else 1
+        if rank is None or num_ranks is None or not 0 <= rank < num_ranks:
+            raise UserError(f"rank: expected 0 to num_ranks - 1, got {rank} of {num_ranks}")
         if batch_size < 1:
             raise UserError(f"batch size: expected at least 1, got {batch_size}")
         self._shards, self._config, self._training = shards, config, training
         self._batch_size, self._seed, self._num_ranks = batch_size, seed, num_ranks
-        self.device = torch.device(device)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = self.device.type == "cuda"
         decode = config.decode if config.decode != "auto" else ("gpu" if on_gpu else "cpu")
         if decode == "gpu" and not on_gpu:
@@ -116,7 +129,7 @@ class Loader:
             self._sampler,
             batch_size=batch_size,
             speed=config.speed,
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=find_gpu(self.device),
             shuffle=config.shuffle if training else "",
             skip_damaged=config.on_corrupt == "skip",
         )
@@ -186,7 +199,7 @@ class Loader:
     def fingerprint(self) -> dict[str, Any]:
         """Settings and versions that determine the sequence of global batches: not the number of ranks, nor settings of
         speed, nor strength and end of lighting."""
-        augmentation = asdict(self._config.augmentation)
+        augmentation = asdict(self._config.augmentation) | {"std": list(self._config.augmentation.stds)}
         del augmentation["lighting"]["strength"], augmentation["lighting"]["off_epoch"]
         in_blocks = self._config.shuffle == "blocks"
         decoder: dict[str, Any] = {"decode": self._graph.decode}
@@ -233,6 +246,13 @@ class Loader:
         self.at_epoch, self.at_step = 0, 0
 
 
+def find_gpu(device: torch.device) -> int | None:
+    """Return the number of a GPU, the current one for "cuda"; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
     """Compute the centre of the mean image minus the mean colour, divided by `std`, float64 (3, 224, 224). It is not
     cropped at random or flipped, as in the 2012 program. None with `mean: channel`. Raises `UserError` without a mean
@@ -269,9 +289,11 @@ def train_loader(
         num_ranks: Their number.
         device: Device of the batches; by default a GPU if there is one.
         basis: Mean and colour axes; by default those of SHARDS/pca.json.
-        settings: Other fields of `DataConfig`, such as `augmentation=Augmentation(std=(58.4, 57.1, 57.4))`.
+        settings: Other fields of `DataConfig` (augmentation, decode, shuffle, block_shards, on_corrupt, speed), such as
+            `augmentation=Augmentation(std=(58.4, 57.1, 57.4))`.
     """
-    return make_loader(shards, "train", batch_size, seed, rank, num_ranks, device, basis, settings)
+    place: dict[str, Any] = {"seed": seed, "rank": rank, "num_ranks": num_ranks, "device": device}
+    return Loader(shards, training=True, batch_size=batch_size, **place, basis=basis, **settings)
 
 
 def val_loader(
@@ -285,43 +307,8 @@ def val_loader(
     **settings: Any,
 ) -> Loader:
     """Make a loader of whole 256x256 images in stored order; arguments as for `train_loader`."""
-    return make_loader(shards, "val", batch_size, 0, rank, num_ranks, device, basis, settings)
-
-
-def make_loader(
-    shards: Path | str | ShardSet,
-    split: Literal["train", "val"],
-    batch_size: int,
-    seed: int,
-    rank: int | None,
-    num_ranks: int | None,
-    device: torch.device | str | None,
-    basis: Eigenbasis | None,
-    settings: dict[str, Any],
-) -> Loader:
-    """Open what is missing and make a loader. Raises `FileNotFoundError` or `UserError`."""
-    opened = shards if isinstance(shards, ShardSet) else open_shards(Path(shards), split)
-    folder = Path(opened.tars[0]).parent.parent
-    config = DataConfig(folder, **settings)
-    if basis is None:
-        with_image = config.augmentation.mean == "image"
-        train = opened if opened.split == "train" else open_shards(folder, "train")
-        basis = Eigenbasis.load(folder / "pca.json", train.manifest_sha256, with_mean_image=with_image)
-    if rank is None or num_ranks is None:
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if joined else 0
-        num_ranks = torch.distributed.get_world_size() if joined else 1
-    return Loader(
-        opened,
-        basis,
-        config,
-        training=split == "train",
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        num_ranks=num_ranks,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    place: dict[str, Any] = {"seed": 0, "rank": rank, "num_ranks": num_ranks, "device": device}
+    return Loader(shards, training=False, batch_size=batch_size, **place, basis=basis, **settings)
 
 
 def decoded_batches(
@@ -347,7 +334,7 @@ def decoded_batches(
         sampler,
         batch_size=batch_size,
         speed=replace(Speed(), threads=threads),
-        device_id=(place.index or 0) if place.type == "cuda" else None,
+        device_id=find_gpu(place),
     )
     batches = prefetcher.batches(0)
     for _ in range(steps):

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.graph import Graph, build_pipeline, feed, wrap_encoded
+from pipeline.machine import raise_open_file_limit
 from pipeline.plan import Plan
 from pipeline.reader import Encoded, SampleReader
 from pipeline.settings import Speed
@@ -58,8 +59,10 @@ class Prefetcher:
     def batches(self, first: int) -> Iterator[tuple[Plan, Any]]:
         """Yield the batches from number `first` on, without an end: plan, and DALI's output of its samples (None if it
         has none). Raises `DataError`."""
-        reader, numbers = SampleReader(self._shards, random=self._shuffle == "global"), count(first)
-        in_blocks = self._shuffle == "blocks"
+        in_blocks, numbers = self._shuffle == "blocks", count(first)
+        if not in_blocks:
+            raise_open_file_limit(len(self._shards.tars))
+        reader = SampleReader(self._shards, random=self._shuffle == "global")
         # One thread reads samples out of blocks, which are in the page cache, and one reads the next block.
         pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
         block_pool = ThreadPoolExecutor(1, "block reader")

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.machine import raise_open_file_limit
 from pipeline.shards import ShardSet
 
 SYSCALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}.get(platform.machine())
@@ -50,8 +49,7 @@ class SampleReader:
     """Reads samples of a split; safe to use by several threads."""
 
     def __init__(self, shards: ShardSet, random: bool) -> None:
-        """`random`: samples are read in random order, so the kernel should not read ahead. Raises `UserError`."""
-        raise_open_file_limit(len(shards.tars))
+        """`random`: samples are read in random order, so the kernel should not read ahead."""
         self._shards, self._random, self._lock = shards, random, Lock()
         self._files = np.full(len(shards.tars), -1, np.int64)
         self._buffers: list[np.ndarray] = []

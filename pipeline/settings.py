@@ -44,8 +44,8 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Speed:
-    """Settings that change only the speed of loading, never the content of batches. `tools/tune_pipeline.py` finds the
-    best ones for a machine."""
+    """Settings of the speed of loading; of the content of batches only `hw_decoder_load` changes a little.
+    `tools/tune_pipeline.py` finds the best ones for a machine."""
 
     threads: int | None = None
     """DALI's CPU threads; by default one more than this process's share of the machine's cores, so that no core idles
@@ -53,9 +53,11 @@ class Speed:
     prefetch_queue_depth: int = 2
     """Batches decoded ahead."""
     reader_queue_depth: int = 4
-    """Batches of encoded images read ahead of the decoder, each by a thread; for a network disk 16 or more."""
+    """Batches of encoded images read ahead of the decoder, with `shuffle: global` each by a thread; for a network disk
+    16 or more."""
     hw_decoder_load: float = 0.65
-    """Share of the images that a GPU's JPEG engine decodes (A100, H100 and later); its SMs decode the others."""
+    """Share of the images that a GPU's JPEG engine decodes (A100, H100 and later); its SMs decode the others. Their
+    pixels differ by a level here and there, so a run resumes only with the share that it began with."""
 
     @property
     def num_threads(self) -> int:

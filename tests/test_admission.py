@@ -41,7 +41,7 @@ def decode_admitted(device: str, first: int, last: int) -> None:
     than two levels on average."""
     from nvidia.dali import fn, pipeline_def
 
-    from pipeline.decode import Decoder, decode_image
+    from pipeline.graph import Graph, decode_on_gpu
 
     settings = {"batch_size": 1, "num_threads": 1, "prefetch_queue_depth": 1}
 
@@ -49,7 +49,7 @@ def decode_admitted(device: str, first: int, last: int) -> None:
     def whole() -> object:
         encoded = fn.external_source(name="encoded")
         if device == "gpu":
-            return decode_image(encoded, Decoder("gpu")).cpu()
+            return decode_on_gpu(encoded, Graph("gpu", "gpu")).cpu()
         return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)
 
     @pipeline_def(device_id=None, **settings)

@@ -178,7 +178,7 @@ def test_paths_can_fail() -> None:
     with pytest.raises(StopIteration):
         calls("train/run.py: run", "train/trainer.py: Trainer.fly")
     assert not calls("train/run.py: log_summary", "train/config.py: parse_config")
-    assert not calls("pipeline/normalize.py: normalize", "model/alexnet.py: AlexNet.forward")
+    assert not calls("pipeline/pixel_ops.py: normalize", "model/alexnet.py: AlexNet.forward")
 
 
 def test_table_of_files() -> None:

@@ -261,6 +261,8 @@ def check_settings(settings: Mapping[str, Any], path: Path, options: Mapping[str
                     f"{path}: expected settings below {name}, got {value!r}; add some or leave it out"
                 )
         elif name not in options:
+            for inner in value if isinstance(value, dict) else ():
+                check_renamed(f"{name}.{inner}", str(path))
             close = [option for option in options if option.endswith(f".{key}")]
             close += difflib.get_close_matches(name, options, 1)
             remedy = f"did you mean {close[0]}?" if close else "--help lists all"
@@ -287,7 +289,6 @@ RENAMED = {
     "data.speed.decode_cache_gb": "",
     "data.augmentation.jpeg_fancy_upsampling": "",
     "data.shuffle_buffer": "data.shuffle",
-    "resume": "",
     "resume.allow_world_change": "",
 }
 """Settings of version 0.1 by what replaced them; empty where nothing did."""
