@@ -96,7 +96,7 @@ def feed(pipe: Pipeline, graph: Graph, encoded: TensorListCPU, plan: Plan) -> No
 
 
 def wrap_encoded(images: Iterable[np.ndarray]) -> TensorListCPU:
-    """Wrap encoded images for `feed`, without a copy; done here rather than there as it takes a microsecond for each."""
+    """Wrap encoded images for `feed`, without a copy; not done there, as it takes a microsecond for each."""
     tensors = [TensorCPU(image, "") for image in images]
     return TensorListCPU(tensors, "", contiguous=False)  # type: ignore[call-overload]  # not in DALI's stubs
 
