@@ -173,10 +173,10 @@ class Loader:
         count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
         shape = (self._batch_size, side, side, 3)
         pixels = None if output is None else torch.from_dlpack(output.as_tensor())
-        offset_HWC = None  # in levels
-        if self._training and self.mean_offset is not None:
-            stds = torch.from_numpy(compute_stds(self._config.augmentation))
-            offset_HWC = self.mean_offset.permute(1, 2, 0) * stds.to(self.mean_offset)
+        offset_HWC = None
+        if self._training and self.mean_offset is not None and count:
+            lighting_divisor = plan.stds[0, 0] / self._config.augmentation.stds[0]
+            offset_HWC = self.mean_offset.permute(1, 2, 0) / float(lighting_divisor)
         if self.device.type == "cpu":
             images = self._buffers.acquire(shape)
             images[count:] = 0
@@ -185,7 +185,7 @@ class Loader:
                 normalize(pixels, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
         else:
             if pixels is not None and offset_HWC is not None:
-                pixels.sub_(offset_HWC / torch.from_numpy(plan.stds[0]).to(offset_HWC))
+                pixels.sub_(offset_HWC)
             if pixels is not None and count == self._batch_size:
                 images = pixels
             else:

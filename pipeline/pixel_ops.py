@@ -20,14 +20,14 @@ def normalize(
     offset_HWC: torch.Tensor | None,
     out_NHWC: torch.Tensor,
 ) -> None:
-    """Write (windows, or their mirror images, - means - offset) / stds to `out_NHWC`.
+    """Write (windows, or their mirror images, - means) / stds - offset to `out_NHWC`.
 
     Args:
         windows_NHWC: uint8 RGB, shape (N, height, width, 3).
         mirrored_N: True for windows to be flipped horizontally, shape (N,); None: none.
         means_N3: float32, shape (N, 3).
         stds_3: Divisors of R, G and B.
-        offset_HWC: float32, subtracted from every window, not flipped; None: nothing.
+        offset_HWC: float32, subtracted from every result, not flipped; None: nothing.
         out_NHWC: Output, float32, C-contiguous.
     """
     _, height, width, colours = windows_NHWC.shape
@@ -36,7 +36,7 @@ def normalize(
     # As window * scale - mean * scale, which takes one pass after the conversion to float32.
     scale = torch.from_numpy((1 / stds_3).astype(np.float32))
     shifts = (torch.from_numpy(means_N3) * -scale).repeat(1, width)
-    offset = None if offset_HWC is None else (offset_HWC * scale).reshape(rows)
+    offset = None if offset_HWC is None else offset_HWC.reshape(rows)
     scale = scale.repeat(width)
     with one_thread():
         for window, mirrored, shift, out in zip(windows_NHWC, flags, shifts, out_NHWC, strict=True):
