@@ -179,7 +179,7 @@ class Loader:
             offset_HWC = self.mean_offset.permute(1, 2, 0) / float(lighting_divisor)
         if self.device.type == "cpu":
             images = self._buffers.acquire(shape)
-            images[count:] = 0
+            images.numpy()[count:] = 0
             if pixels is not None:
                 mirrored = plan.draws.mirrored if plan.draws else None
                 normalize(pixels, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
