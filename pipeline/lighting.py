@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.errors import check_choices
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Lighting:
     """First epoch, counted from 0, without lighting (the 2012 program turned it off at 67); None: never."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "lighting")
         if self.off_epoch is not None and self.off_epoch < 0:
             raise ValueError(f"lighting.off_epoch: expected at least 0, got {self.off_epoch}")
         if not (math.isfinite(self.strength) and 0 <= self.strength <= 10):
@@ -66,7 +68,7 @@ def apply_lighting(
         noise_N3: Standard normal numbers, shape (N, 3).
         basis: Mean and axes.
         lighting: Convention and strength.
-        std: A further divisor of pixels (`Augmentation.std`).
+        std: A further divisor of pixels.
     """
     return (images_NHWC - shifted_means(noise_N3, basis, lighting)[:, None, None, :]) / (
         std * lighting.divisor

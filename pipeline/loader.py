@@ -16,7 +16,9 @@ sample counts once: rank r reads samples r * N // R to (r + 1) * N // R in store
 Shapes: N images, C colours, H rows, W columns.
 """
 
+import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 from pipeline.augment import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import UserError
+from pipeline.files import sha256
 from pipeline.graph import Graph
 from pipeline.pixel_ops import BufferPool, normalize
 from pipeline.plan import Plan, SequenceSampler, TrainSampler, compute_stds
@@ -78,16 +81,23 @@ class Loader:
             basis = Eigenbasis.load(folder / "pca.json", identity, with_mean_image=with_image)
         if rank is None and num_ranks is None:
             joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if not joined and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError("rank and num_ranks: expected them in one of several processes; pass both")
             rank = torch.distributed.get_rank() if joined else 0
             num_ranks = torch.distributed.get_world_size() if joined else 1
         if rank is None or num_ranks is None or not 0 <= rank < num_ranks:
             raise UserError(f"rank: expected 0 to num_ranks - 1, got {rank} of {num_ranks}")
         if batch_size < 1:
             raise UserError(f"batch size: expected at least 1, got {batch_size}")
-        self._shards, self._config, self._training = shards, config, training
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"seed: expected 0..2^63-1, got {seed}")
+        self._shards, self._basis, self._config, self._training = shards, basis, config, training
+        self._pid = os.getpid()
         self._batch_size, self._seed, self._num_ranks = batch_size, seed, num_ranks
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = self.device.type == "cuda"
+        if on_gpu and not torch.cuda.is_available():
+            raise UserError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device}")
         decode = config.decode if config.decode != "auto" else ("gpu" if on_gpu else "cpu")
         if decode == "gpu" and not on_gpu:
             raise UserError("data.decode gpu: expected a GPU, got none; set --data.decode cpu")
@@ -135,7 +145,7 @@ class Loader:
         )
         self._batches: Iterator[tuple[Plan, Any]] | None = None
         self.at_epoch, self.at_step = 0, 0
-        """Position: `at_step` batches of epoch `at_epoch` have been returned."""
+        """`at_step` batches of epoch `at_epoch` have been returned."""
 
     @property
     def skipped(self) -> list[str]:
@@ -143,30 +153,42 @@ class Loader:
         return self._prefetcher.skipped
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the rest of an epoch, which must be the present one or, if that is finished, the next.
+        """Yield the batches of an epoch from its start; of the present epoch, if it is unfinished, the rest.
 
-        Raises `DataError` when reading or decoding fails.
+        Raises `DataError` when reading or decoding fails; the same batch then comes first again.
         """
-        if epoch == self.at_epoch + 1 and self.at_step == self.steps_per_epoch:
-            self.at_epoch, self.at_step = epoch, 0
+        if not isinstance(epoch, int) or epoch < 0:
+            raise UserError(f"epoch: expected a number from 0 on, got {epoch}")
+        self.at_epoch, self.at_step = self._position
         if epoch != self.at_epoch:
-            raise UserError(
-                f"the loader is at step {self.at_step} of epoch {self.at_epoch} and cannot go to epoch {epoch}"
-            )
+            self._go_to(epoch, 0)
         while self.at_step < self.steps_per_epoch:
+            if os.getpid() != self._pid:
+                raise UserError("a loader works only in the process that made it; make one in each process")
             if self._batches is None:
                 self._batches = self._prefetcher.batches(self.at_epoch * self.steps_per_epoch + self.at_step)
             try:
-                plan, output = next(self._batches)
-            except BaseException:  # the iterator has ended; a new one may begin at this position
-                self._batches = None
+                batch = self._finish(*next(self._batches))
+            except BaseException:  # Ctrl-C, too: go on with this batch
+                self._go_to(self.at_epoch, self.at_step)
                 raise
             self.at_step += 1
-            yield self._finish(plan, output)
+            yield batch
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the present epoch or, if that is finished, the next one."""
-        return self.epoch(self.at_epoch + (self.at_step == self.steps_per_epoch))
+        return self.epoch(self._position[0])
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        """Epoch and step of the next batch."""
+        return (
+            (self.at_epoch + 1, 0) if self.at_step == self.steps_per_epoch else (self.at_epoch, self.at_step)
+        )
 
     def _finish(self, plan: Plan, output: Any) -> Batch:
         """Make a batch of what DALI returned: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
@@ -211,6 +233,7 @@ class Loader:
             "global batch size": self._batch_size * self._num_ranks,
             "shuffle": f"blocks of {self._config.block_shards} shards" if in_blocks else "global",
             "augmentation": augmentation,
+            "eigenbasis": hash_basis(self._basis),
             **decoder,
             "device": self.device.type,
             "DALI": nvidia.dali.__version__,
@@ -218,9 +241,10 @@ class Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last batch that was returned, in JSON types; equal on all ranks."""
+        """Return the position of the next batch, in JSON types; equal on all ranks."""
         assert self._training, "validation always starts at its beginning"
-        return {"fingerprint": self.fingerprint, "epoch": self.at_epoch, "step": self.at_step}
+        epoch, step = self._position
+        return {"fingerprint": self.fingerprint, "epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position, which may be of another number of ranks.
@@ -234,16 +258,28 @@ class Loader:
                     f"the saved position in the data does not fit: {name} was {theirs.get(name)}, now it is "
                     f"{mine.get(name)}"
                 )
-        self.close()
-        self.at_epoch, self.at_step = state["epoch"], state["step"]
+        epoch, step = state["epoch"], state["step"]
+        if not isinstance(epoch, int) or step not in range(self.steps_per_epoch) or epoch < 0:
+            raise UserError(f"the saved position in the data does not fit: step {step} of epoch {epoch}")
+        self._go_to(epoch, step)
 
     def close(self) -> None:
-        """Stop threads, close files, release DALI's memory, and go back to the start; `state_dict` saves the position
+        """Stop threads, close files, release memory, and go back to the start; `state_dict` saves the position
         before."""
+        self._go_to(0, 0)
+        self._buffers = BufferPool()
+
+    def _go_to(self, epoch: int, step: int) -> None:
+        """Drop the batches ahead and continue from another position."""
         if self._batches is not None:
             self._batches.close()  # type: ignore[attr-defined]
-        self._batches, self._buffers = None, BufferPool()
-        self.at_epoch, self.at_step = 0, 0
+        self._batches, self.at_epoch, self.at_step = None, epoch, step
+
+
+def hash_basis(basis: Eigenbasis) -> str:
+    """Hash mean, axes and mean image to 12 hexadecimal digits."""
+    image = b"" if basis.mean_image is None else basis.mean_image.tobytes()
+    return sha256(json.dumps(basis.to_json()).encode() + image)[:12]
 
 
 def find_gpu(device: torch.device) -> int | None:
@@ -319,7 +355,7 @@ def decoded_batches(
     Args:
         shards: The split to read.
         batch_size: Images per batch.
-        threads: DALI's CPU threads; by default one more than there are cores.
+        threads: DALI's CPU threads; by default one more than this process's share of the cores.
         device: Device that decodes the images, and on which they stay.
 
     Raises `DataError`.

@@ -32,6 +32,7 @@ def raise_open_file_limit(num_shards: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n"
+            f"{num_shards} shards need {needed} open files, the limit is {hard}; raise it with ulimit -n, or take "
+            "--data.shuffle blocks"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -25,16 +25,18 @@ class Plan(NamedTuple):
     means: np.ndarray
     """float32 (n, 3): colour to subtract."""
     stds: np.ndarray
-    """float64 (n, 3): divisors, all equal."""
+    """float64 (n, 3): divisors of R, G and B, equal for all samples."""
     draws: Draws | None = None
     """Crops, flips and colour noise; None: whole images."""
     blocks: tuple[Block, ...] = ()
-    """With `shuffle: blocks`: the blocks of these samples, and the one after the first of them."""
+    """With `shuffle: blocks`: the blocks of these samples."""
+    next_block: Block | None = None
+    """The block after them, unless they are of two already."""
 
     def select(self, kept: np.ndarray) -> "Plan":
         """Return a plan of some of the samples."""
         draws = self.draws and Draws(*(each[kept] for each in self.draws))
-        return Plan(self.rows[kept], self.means[kept], self.stds[kept], draws, self.blocks)
+        return self._replace(rows=self.rows[kept], means=self.means[kept], stds=self.stds[kept], draws=draws)
 
 
 class TrainSampler:
@@ -65,7 +67,7 @@ class TrainSampler:
         chunk = self._chunks.get(key)
         if chunk is None:
             chunk = self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
-            for old in sorted(self._chunks.copy())[:-4]:
+            for old in list(self._chunks)[:-4]:  # the oldest
                 self._chunks.pop(old, None)
         return chunk[step % self._chunk_steps]
 
@@ -80,6 +82,7 @@ class TrainSampler:
         stds = np.broadcast_to(compute_stds(augmentation, lighting.divisor), (size, 3))
         positions = np.add.outer(firsts, np.arange(size))
         blocks: list[tuple[Block, ...]] = [()] * len(firsts)
+        following: list[Block | None] = [None] * len(firsts)
         if self._shard_sizes is None:
             rows = order_global(positions, self._seed, epoch, self._shards.num_samples)
         else:
@@ -90,9 +93,15 @@ class TrainSampler:
             ]
             in_epoch = [shards for (each, _), shards in both if each == epoch]
             rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, in_epoch)
-            blocks = [tuple(both[row.min() : max(row.max() + 1, row.min() + 2)]) for row in numbers]
-        per_step = zip(rows, means.reshape(-1, size, 3), zip(*draws, strict=True), blocks, strict=True)
-        return [Plan(rows, means, stds, Draws(*draws), blocks) for rows, means, draws, blocks in per_step]
+            blocks = [tuple(both[row.min() : row.max() + 1]) for row in numbers]
+            following = [
+                None if len(each) > 1 else both[row[0] + 1] for row, each in zip(numbers, blocks, strict=True)
+            ]
+        means = means.reshape(-1, size, 3)
+        return [
+            Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)), blocks[n], following[n])
+            for n in range(len(firsts))
+        ]
 
     def _list_blocks(self, epoch: int) -> list[np.ndarray]:
         return list_blocks(self._seed, epoch, len(self._shards.tars), self._config.block_shards)

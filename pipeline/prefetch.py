@@ -17,7 +17,6 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.graph import Graph, build_pipeline, feed, wrap_encoded
-from pipeline.machine import raise_open_file_limit
 from pipeline.plan import Plan
 from pipeline.reader import Encoded, SampleReader
 from pipeline.settings import Speed
@@ -60,9 +59,7 @@ class Prefetcher:
         """Yield the batches from number `first` on, without an end: plan, and DALI's output of its samples (None if it
         has none). Raises `DataError`."""
         in_blocks, numbers = self._shuffle == "blocks", count(first)
-        if not in_blocks:
-            raise_open_file_limit(len(self._shards.tars))
-        reader = SampleReader(self._shards, random=self._shuffle == "global")
+        reader = SampleReader(self._shards, random=self._shuffle == "global", keeps_all_open=not in_blocks)
         # One thread reads samples out of blocks, which are in the page cache, and one reads the next block.
         pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
         block_pool = ThreadPoolExecutor(1, "block reader")
@@ -77,6 +74,7 @@ class Prefetcher:
             encoded = reader.read(plan.rows)
             return ReadBatch(plan, encoded, wrap_encoded(encoded.images) if len(plan.rows) else None)
 
+        pipe = None
         try:
             pipe = self._build_pipeline(self._batch_size)
             while True:
@@ -97,7 +95,8 @@ class Prefetcher:
         finally:
             pool.shutdown(cancel_futures=True)
             block_pool.shutdown(cancel_futures=True)
-            pipe = None  # before the buffers that it reads from
+            if pipe is not None:  # a traceback may hold it; and it reads from the reader's buffers
+                pipe._shutdown()
             reader.close()
 
     def _build_pipeline(self, batch_size: int) -> Any:
@@ -124,7 +123,7 @@ class Prefetcher:
         except DataError:
             raise
         except RuntimeError as error:
-            damaged = [n for n in range(len(plan.rows)) if not self._can_decode(batch, n)]
+            damaged = self._find_damaged(batch, np.arange(len(plan.rows)))
             if not damaged:
                 raise DataError(f"DALI failed: {find_dali_reason(error)}") from None
         described = [self._describe(int(plan.rows[n])) for n in damaged]
@@ -132,18 +131,24 @@ class Prefetcher:
             place = Path(self._shards.tars[0]).parents[1]
             raise DataError(
                 f"{described[0]} cannot be decoded; tools/make_shards.py verify {place} lists all damage, copy or pack "
-                "those shards again, or leave such images out with --data.on_corrupt skip"
+                "those shards again; or train.run leaves such images out with --data.on_corrupt skip"
             )
         self.skipped += described
         kept = np.delete(np.arange(len(plan.rows)), damaged)
         return plan.select(kept), self._decode_alone(batch, kept)
 
-    def _can_decode(self, batch: ReadBatch, n: int) -> bool:
+    def _find_damaged(self, batch: ReadBatch, numbers: np.ndarray) -> list[int]:
+        """List those of some samples of a batch that DALI refuses, by decoding halves. Raises `DataError` for a fault
+        of the GPU."""
         try:
-            self._decode_alone(batch, np.array([n]))
+            self._decode_alone(batch, numbers)
+        except DataError:
+            raise
         except RuntimeError:
-            return False
-        return True
+            if len(numbers) == 1:
+                return [int(numbers[0])]
+            return [n for half in np.array_split(numbers, 2) for n in self._find_damaged(batch, half)]
+        return []
 
     def _decode_alone(self, batch: ReadBatch, kept: np.ndarray) -> Any:
         """Decode some samples of a batch, in a pipeline of their own; None if there are none."""
@@ -151,12 +156,14 @@ class Prefetcher:
             return None
         pipe, images = self._build_pipeline(len(kept)), [batch.encoded.images[n] for n in kept]
         self._schedule(pipe, ReadBatch(batch.plan.select(kept), batch.encoded, wrap_encoded(images)))
-        return pipe.outputs()[0]
+        with name_gpu_errors():
+            return pipe.outputs()[0]
 
     def _describe(self, row: int) -> str:
         """Describe a sample by key, offset and shard."""
         sample = self._shards.samples[row]
-        return f"{self._shards.read_key(row)} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
+        key = self._shards.read_key(row) or "a sample"
+        return f"{key} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
 
 
 def read_blocks(
@@ -164,14 +171,14 @@ def read_blocks(
 ) -> None:
     """Close the blocks before those of a batch, start to read those and the next one, each in sequence, and wait for
     all but the next."""
-    wanted = dict(plan.blocks)
+    wanted = dict([*plan.blocks, *([plan.next_block] if plan.next_block else [])])
     for key in blocks.keys() - wanted.keys():
         blocks.pop(key).result()
     reader.keep_open(np.concatenate([*wanted.values()]))
     for key, shards in wanted.items():
         if key not in blocks:
             blocks[key] = pool.submit(reader.read_through, shards)
-    for key, _ in plan.blocks[:-1]:
+    for key, _ in plan.blocks:
         blocks[key].result()
 
 

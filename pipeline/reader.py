@@ -12,11 +12,12 @@ import os
 import platform
 from collections.abc import Iterable
 from threading import Lock
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.machine import raise_open_file_limit
 from pipeline.shards import ShardSet
 
 SYSCALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}.get(platform.machine())
@@ -48,8 +49,20 @@ class Encoded(NamedTuple):
 class SampleReader:
     """Reads samples of a split; safe to use by several threads."""
 
-    def __init__(self, shards: ShardSet, random: bool) -> None:
-        """`random`: samples are read in random order, so the kernel should not read ahead."""
+    open_files: ClassVar[int] = 0
+    """Files that the readers of this process may have open."""
+
+    def __init__(self, shards: ShardSet, random: bool, keeps_all_open: bool = True) -> None:
+        """Raises `UserError` if the process may not open so many files.
+
+        Args:
+            shards: The split.
+            random: Samples are read in random order, so the kernel should not read ahead.
+            keeps_all_open: False if `keep_open` is called.
+        """
+        self._num_files = len(shards.tars) if keeps_all_open else 0
+        raise_open_file_limit(SampleReader.open_files + self._num_files)
+        SampleReader.open_files += self._num_files
         self._shards, self._random, self._lock = shards, random, Lock()
         self._files = np.full(len(shards.tars), -1, np.int64)
         self._buffers: list[np.ndarray] = []
@@ -97,6 +110,8 @@ class SampleReader:
 
     def close(self) -> None:
         """Close files and contexts. No read may be running."""
+        SampleReader.open_files -= self._num_files
+        self._num_files = 0
         self.keep_open(np.empty(0))
         while self._contexts:
             call(1, self._contexts.pop())
@@ -110,7 +125,8 @@ class SampleReader:
                     try:
                         file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
                     except OSError as error:
-                        raise DataError(f"{tar}: {error.strerror}; copy it again") from None
+                        remedy = "ulimit -n N" if error.errno == errno.EMFILE else "copy it again"
+                        raise DataError(f"{tar}: {error.strerror}; {remedy}") from None
                     if self._random:  # else a disk reads half as much again as is asked
                         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
                     self._files[shard] = file

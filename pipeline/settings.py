@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pipeline.errors import check_choices
 from pipeline.lighting import Lighting
 from pipeline.machine import share_of_cores
 
@@ -29,14 +30,17 @@ class Augmentation:
     @property
     def stds(self) -> tuple[float, float, float]:
         """Divisors of R, G and B."""
-        return self.std if isinstance(self.std, tuple) else (self.std,) * 3
+        return (self.std,) * 3 if isinstance(self.std, int | float) else self.std
 
     def __post_init__(self) -> None:
+        check_choices(self, "augmentation")
+        if not isinstance(self.std, int | float):  # a list in a configuration as JSON
+            object.__setattr__(self, "std", tuple(map(float, self.std)))
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augmentation.flip: expected a probability, 0 to 1, got {self.flip}")
         if self.images_per_crop < 1:
             raise ValueError(f"augmentation.images_per_crop: expected at least 1, got {self.images_per_crop}")
-        if not all(0 < each < float("inf") for each in self.stds):
+        if len(self.stds) != 3 or not all(0 < each < float("inf") for each in self.stds):
             raise ValueError(
                 f"augmentation.std: expected one or three finite numbers above 0, got {self.std}"
             )
@@ -95,5 +99,6 @@ class DataConfig:
     """Settings that change only the speed."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "data")
         if self.block_shards < 1:
             raise ValueError(f"data.block_shards: expected at least 1, got {self.block_shards}")

@@ -3,6 +3,7 @@ and what a loader takes it gives back."""
 
 import gc
 import json
+import os
 import time
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +19,7 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting, apply_lighting
 from pipeline.loader import Loader, decoded_batches, train_loader
 from pipeline.plan import TrainSampler
+from pipeline.reader import SampleReader
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import SAMPLE, ShardSet, open_shards
 from tests.helpers import Make, collect, loaders, private_mb, run_python, same_batches
@@ -181,8 +183,8 @@ threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     for epoch in range(10**6):
         for batch in loader.epoch(epoch): pass
-except KeyboardInterrupt:
-    pass
+except KeyboardInterrupt as error:
+    kept = error  # as an interactive Python does, with all frames
 loader.close()
 time.sleep(0.2)
 assert tasks() <= before, (tasks(), before)
@@ -271,18 +273,92 @@ def test_memory_is_used_again_only_when_nobody_holds_it(
     assert {batch.images[1:, 2].data_ptr() for batch in loader.epoch(1)} <= places
 
 
-def test_refusals(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """Skipping an epoch, a batch that cannot be filled, a rank that is none, a GPU's decoder without a GPU."""
-    shards = numbered_shards(20, 2)
+def test_any_epoch_at_any_time(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
+    """A finished epoch begins again, an unfinished one goes on, any other begins at its start, bit for bit; a loop that
+    is interrupted while a batch is finished gets that batch again; a forked process is refused."""
+    shards = numbered_shards(40, 2)
     (loader,) = loaders(shards, plain_basis, 1, training=True)
-    with pytest.raises(ValueError, match="cannot go to epoch 1"):
-        next(loader.epoch(1))
+    epochs = [collect(loader, range(epoch, epoch + 1)) for epoch in range(3)]
+    assert len(loader) == 5 and same_batches(collect(loader, range(2, 3)), epochs[2])
+    assert same_batches(collect(loader, range(0, 1)), epochs[0])
+    next(loader.epoch(1))
+    assert same_batches(collect(loader, range(1, 3)), epochs[1][1:] + epochs[2])
+    finish = loader._finish
+
+    def interrupt(*_: Any) -> None:
+        loader._finish = finish  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    loader._finish = interrupt  # type: ignore[method-assign,assignment]
+    got = []
+    for _ in "12":
+        try:
+            for images, labels in loader.epoch(1):
+                got.append((images.clone(), labels))
+        except KeyboardInterrupt:
+            assert loader.at_step == 0
+    assert same_batches(got, epochs[1])
+    next(loader.epoch(2))
+    child = os.fork()
+    if child == 0:
+        try:
+            next(loader.epoch(2))
+        except ValueError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_blocks_are_read_in_sequence_first(
+    numbered_shards: Make, plain_basis: Eigenbasis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two epochs: when samples are read, all shards of their blocks have been read through, each once an epoch;
+    and the next block is begun before the present one is done."""
+    shards, begun, done, late = numbered_shards(160, 10), list[int](), list[int](), list[int]()
+    through, read = SampleReader.read_through, SampleReader.read
+
+    def read_through(self: SampleReader, block: np.ndarray) -> None:
+        begun.extend(block.tolist())
+        through(self, block)
+        done.extend(block.tolist())
+
+    def read_samples(self: SampleReader, rows: np.ndarray) -> Any:
+        late.extend(set(shards.samples["shard"][rows].tolist()) - set(done[-8:]))
+        return read(self, rows)
+
+    monkeypatch.setattr(SampleReader, "read_through", read_through)
+    monkeypatch.setattr(SampleReader, "read", read_samples)
+    (loader,) = loaders(shards, plain_basis, 1, True, shuffle="blocks", block_shards=2)
+    ahead = []
+    for epoch in range(2):
+        for _ in loader.epoch(epoch):
+            ahead.append(len(begun) > len(done) or len(done) >= 2 * len(ahead) // 4)
+    loader.close()
+    assert not late and all(ahead)
+    assert sorted(done[:10]) == sorted(done[10:20]) == list(range(10))
+
+
+def test_refusals(numbered_shards: Make, plain_basis: Eigenbasis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, when the loader is made: a batch that cannot be filled, a rank that is none or one of several processes
+    without one, a GPU's decoder without a GPU, settings that are no choice, seeds and stds that are none."""
+    shards = numbered_shards(20, 2)
     with pytest.raises(ValueError, match="smaller batch size"):
         loaders(shards, plain_basis, 3, training=True)
     with pytest.raises(ValueError, match="rank"):
         train_loader(shards, batch_size=1, basis=plain_basis, rank=2, num_ranks=2)
-    with pytest.raises(ValueError, match="decode"):
-        loaders(shards, plain_basis, 1, training=True, decode="gpu")
+    for name, value in (("decode", "gpu"), ("shuffle", "block"), ("on_corrupt", "Skip"), ("decode", "GPU")):
+        with pytest.raises(ValueError, match=name):
+            loaders(shards, plain_basis, 1, training=True, **{name: value})
+    for changes in ({"crop": "centre"}, {"std": (1, 2)}, {"std": (1, 2, 0)}, {"mean": "none"}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            Augmentation(**changes)  # type: ignore[arg-type]
+    assert Augmentation(std=[1, 2, 3]) == Augmentation(std=(1.0, 2.0, 3.0))  # type: ignore[arg-type]
+    for seed in (-1, 2**63, 1.5):
+        with pytest.raises(ValueError, match="seed"):
+            train_loader(shards, batch_size=1, basis=plain_basis, seed=seed, device="cpu")  # type: ignore[arg-type]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="num_ranks"):
+        train_loader(shards, batch_size=1, basis=plain_basis, device="cpu")
 
 
 def test_states(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
@@ -319,8 +395,10 @@ def test_states(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
         ("global batch size", {"num_ranks": 2}),
         ("shuffle", {"shuffle": "blocks"}),
         ("augmentation", {"augmentation": Augmentation(flip=0)}),
-        ("shards", {}),
-        ("seed", {}),
+        *(
+            (name, {})
+            for name in ("shards", "seed", "eigenbasis", "decode", "device", "DALI", "content version")
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(
@@ -333,6 +411,7 @@ def test_a_state_that_does_not_fit_is_refused(
     free = {"speed": Speed(threads=1), "augmentation": Augmentation(lighting=Lighting(strength=0))}
     loaders(shards, plain_basis, **place, **free)[0].load_state_dict(state)
     if not change:
+        assert state["fingerprint"][field] != "other"
         state["fingerprint"][field] = "other"
     with pytest.raises(ValueError, match=f"{field} was"):
         loaders(shards, plain_basis, **{**place, **change})[0].load_state_dict(state)

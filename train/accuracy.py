@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.augment import CROP_SIDE
+from pipeline.errors import DataError
 from pipeline.loader import Loader
 from pipeline.shards import IMAGE_SIDE, ClassName
 from train.distributed import Distributed
@@ -111,6 +112,8 @@ def evaluate(
     if stats:
         stats.all_reduce(distributed)
     counts = distributed.all_reduce_sum(torch.cat([samples[None], correct])).tolist()
+    if not counts[0]:
+        raise DataError("no validation image can be decoded; copy or pack the shards again")
     shares = [100 * count / counts[0] for count in counts[1:]]
     name = ("ten-view" if mirrored else "five-view") if all_views else ""
     return Accuracy(counts[0], shares[0], shares[1], name, shares[2], shares[3])

@@ -160,7 +160,8 @@ class Trainer:
         self.model.train()
         self.stop.sync()
         with self.progress_bar() as progress, self.profile() as profiler:
-            for batch in loader.epoch(self.epoch):
+            is_trained = loader.at_epoch > self.epoch  # but its evaluation was interrupted
+            for batch in () if is_trained else loader.epoch(self.epoch):
                 meter.start_step()
                 saving, log_step = self.writer.busy, (self.step + 1) % run.log_every == 0
                 self.schedule.set_lrs(self.optimizer, self.epoch_progress)
@@ -277,7 +278,8 @@ class Trainer:
             self.pinned_steps.append(self.step)
         if self.log:
             errors = {"centre_top1_error": error, "centre_top5_error": 100 - accuracy.centre_top5}
-            self.log.write("eval", self.step, epoch=self.epoch, **errors, eval_s=self.eval_s)
+            skipped = {"skipped": self.val_skipped} if self.val_skipped else {}
+            self.log.write("eval", self.step, epoch=self.epoch, **errors, eval_s=self.eval_s, **skipped)
             epochs = self.config.train.epochs
             log(f"epoch {self.epoch}/{epochs}: centre top-1 accuracy {accuracy.centre_top1:.1f} %")
 
@@ -297,6 +299,7 @@ class Trainer:
                 stats=stats,
             )
         self.eval_s = perf_counter() - started
+        self.val_skipped = log_skipped(self.val_loader)
         return accuracy
 
     def check_finite(self, loss: float) -> None:
@@ -373,7 +376,8 @@ class Trainer:
         """Load the content of a checkpoint. Raises `KeyError`, `TypeError` and others if another program wrote it."""
         config, shards = self.config.to_json(), self.config.data.shards
         ranks, distributed = content["ranks"], self.distributed
-        check_same_run(content["config"], config, content["loader"]["epoch"] + 1)
+        position = content["loader"]
+        check_same_run(content["config"], config, position["epoch"] + (position["step"] > 0))
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise UserError(f"{path} was trained on other classes than {shards}/classes.json lists")
         if content["eigenbasis"] != self.basis.to_json():
@@ -447,10 +451,13 @@ class Trainer:
         self.val_loader.close()
 
 
-def log_skipped(loader: Loader) -> None:
-    """Log the damaged samples that a loader has skipped since the last call, on the rank that met them."""
-    while loader.skipped:
+def log_skipped(loader: Loader) -> int:
+    """Log the damaged samples that a loader has skipped since the last call, on the rank that met them; returns their
+    number."""
+    count = len(loader.skipped)
+    for _ in range(count):
         log(f"skipped: {loader.skipped.pop(0)} cannot be decoded")
+    return count
 
 
 @contextmanager
