@@ -18,6 +18,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -152,7 +153,7 @@ def open_samples(directory: Path, manifest: dict[str, Any]) -> np.ndarray:
     Its checksum stands for a check of every row. Raises `FileNotFoundError` or `UserError`.
     """
     path, expected = directory / SAMPLES, manifest.get(SAMPLES_SHA256)
-    remedy = f"run tools/make_shards.py index {directory.parent} (--out DIR if it is read-only)"
+    remedy = f"run tools/make_shards.py index {quote(str(directory.parent))} (--out DIR if it is read-only)"
     if expected is None:
         raise UserError(f"{directory / 'manifest.json'}: expected {SAMPLES_SHA256}, got none; {remedy}")
     if not path.is_file():

@@ -181,3 +181,22 @@ def test_a_gpu_error_is_not_taken_for_damage(report: str, of_gpu: bool) -> None:
     with pytest.raises(RuntimeError) as error, name_gpu_errors():
         raise RuntimeError(report)
     assert isinstance(error.value, DataError) == of_gpu
+
+
+@pytest.mark.parametrize("on_corrupt", ["fail", "skip"])
+def test_a_gpu_error_in_the_search_for_damage(
+    numbered_shards: Make, plain_basis: Eigenbasis, on_corrupt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run as what it is: no sample is skipped or blamed."""
+    shards = numbered_shards(16, 1)
+    overwrite(Path(shards.tars[0]), lambda data: b"x" * len(data), 3)
+    (loader,) = loaders(shards, plain_basis, 1, True, on_corrupt=on_corrupt)
+
+    def fail(*_: object) -> None:
+        with name_gpu_errors():
+            raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory")
+
+    monkeypatch.setattr(loader._prefetcher, "_decode_alone", fail)
+    with pytest.raises(DataError, match="failed on the GPU"):
+        list(loader)
+    assert not loader.skipped

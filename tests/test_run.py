@@ -305,15 +305,16 @@ def test_skipped_data_resumes(few: Path, tmp_path: Path) -> None:
 
 def test_damaged_validation_data(few: Path, tmp_path: Path) -> None:
     """A damaged validation image costs nothing of the epoch before: it is saved, and resuming begins with the
-    evaluation."""
+    evaluation; with `on_corrupt: skip` that leaves the image out, names it and counts it."""
     run = small_run(tmp_path / "shards", tmp_path / "run", "--train.epochs", "1")
-    tar, intact, name, _ = damage("val", 7, few, tmp_path / "shards")
+    _, _, name, _ = damage("val", 7, few, tmp_path / "shards")
     done = run_python(*TRAIN, *run)
     assert done.returncode == 3 and name in done.stderr
     assert final(tmp_path / "run")["step"] == STEPS and final(tmp_path / "run")["epoch"] == 0
-    tar.write_bytes(intact)
-    assert f"step {STEPS})" in run_ok(*TRAIN, *run)
-    assert [row["kind"] for row in rows_of(tmp_path / "run")] == ["train"] * (STEPS // 4) + ["eval"]
+    output = run_ok(*TRAIN, *run, "--data.on_corrupt", "skip")
+    assert f"step {STEPS})" in output and f"skipped: {name} at offset" in output
+    rows = rows_of(tmp_path / "run")
+    assert [row["kind"] for row in rows] == ["train"] * (STEPS // 4) + ["eval"] and rows[-1]["skipped"] == 1
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from pipeline.shards import (
     SAMPLES_SHA256,
     check_manifest,
     hash_manifest,
-    open_samples,
+    open_shards,
     read_classes,
     read_header,
 )
@@ -97,7 +97,12 @@ def index(shards: Path, out: Path | None = None, workers: int | None = None) -> 
             print(f"{target / split} has its {SAMPLES} already; nothing to do")
             continue
         if out is None:
-            check_writable(shards / split / SAMPLES)
+            try:
+                check_writable(shards / split / SAMPLES)
+            except PermissionError:
+                raise UserError(
+                    f"{shards / split}: cannot be written; write into another folder with --out DIR"
+                ) from None
         read = partial(read_shard, shards / split, len(classes))
         sizes = [row["samples"] for row in manifest["shards"]]
         found[split] = (
@@ -133,7 +138,7 @@ def is_indexed(directory: Path, manifest: dict[str, Any]) -> bool:
     if not isinstance(present, dict) or hash_manifest(present) != hash_manifest(manifest):
         raise UserError(f"{path}: expected the same shards, got others; give another folder")
     try:
-        open_samples(directory, present)
+        open_shards(directory.parent, directory.name)
     except (FileNotFoundError, UserError):
         return False
     return True
