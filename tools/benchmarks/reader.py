@@ -92,11 +92,12 @@ def time_loops(shards: ShardSet, batch_size: int, repeats: int) -> tuple[dict[st
     import torch
 
     times: dict[str, list[list[float]]] = {ALONE: [], READING: []}
-    rates, number = [], torch.zeros(8)
+    rates, number, samples = [], torch.zeros(8), read_samples(shards, batch_size)
+    next(samples)  # opens the files
 
     def read(stop: Event) -> None:
         start = perf_counter()
-        for n, _ in enumerate(read_samples(shards, batch_size), start=1):
+        for n, _ in enumerate(samples, start=1):
             sleep(max(0, start + n * batch_size / SAMPLES_PER_S - perf_counter()))
             if stop.is_set():
                 break
