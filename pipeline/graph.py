@@ -99,8 +99,9 @@ def feed(pipe: Pipeline, graph: Graph, encoded: Any, plan: Plan) -> None:
 
 
 def wrap_encoded(images: Iterable[np.ndarray]) -> TensorListCPU:
-    """Wrap encoded images for `feed`; done here rather than there as it takes a microsecond for each."""
-    return TensorListCPU([TensorCPU(image, "") for image in images], "", contiguous=False)  # without a copy
+    """Wrap encoded images for `feed`, without a copy; not done there, as it takes a microsecond for each."""
+    tensors = [TensorCPU(image, "") for image in images]
+    return TensorListCPU(tensors, "", contiguous=False)  # type: ignore[call-overload]  # not in DALI's stubs
 
 
 def decode(encoded: "DataNode", graph: Graph, window: "tuple[DataNode, DataNode] | None") -> "DataNode":

@@ -114,10 +114,8 @@ def decode_shard(shards: Path, split: str, directory: Path, number: int) -> None
         with atomic_writer(path, wait=False) as file:
             tar = TarWriter(file)
             for row, pixels in enumerate(images):
-                key, content = source.read_key(row), io.BytesIO()
-                np.save(content, pixels)
-                label = str(source.samples["label"][row]).encode()
-                members = ((f"{key}.npy", content.getvalue()), (f"{key}.cls", label))
+                key, label = source.read_key(row), str(source.samples["label"][row]).encode()
+                members = ((f"{key}.npy", npy_bytes(pixels)), (f"{key}.cls", label))
                 index.append([tar.add(name, data) for name, data in members])
             tar.close()
         text = index_text(index).encode()
@@ -125,6 +123,13 @@ def decode_shard(shards: Path, split: str, directory: Path, number: int) -> None
         content_row = {"name": path.name, "samples": len(index), "bytes": tar.offset}
         content_row |= {"sha256": tar.digest.hexdigest(), "index_bytes": len(text)}
         write_json(path.with_suffix(".json"), content_row)
+
+
+def npy_bytes(pixels: np.ndarray) -> bytes:
+    """Return the content of a `.npy` file."""
+    content = io.BytesIO()
+    np.save(content, pixels)
+    return content.getvalue()
 
 
 def write_manifest(source: Path, directory: Path, tars: list[Path], counts: list[int]) -> None:
