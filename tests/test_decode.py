@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from nvidia.dali import Pipeline, fn
 from PIL import Image
@@ -172,14 +171,7 @@ def test_damage(pixels: Path, tmp_path: Path) -> None:
     tar.write_bytes(content)
     with pytest.raises(DataError):
         verify(copy, workers=1)
+    loader = train_loader(copy, batch_size=32, device="cpu")
     os.truncate(tar, 1_000_000)
     with pytest.raises(DataError, match=r"train-000001\.tar"):
-        list(
-            train_loader(
-                train,
-                batch_size=32,
-                device="cpu",
-                basis=Eigenbasis.load(copy / "pca.json", train.manifest_sha256),
-            )
-        )
-    assert torch.is_tensor(next(iter(val_loader(copy, batch_size=8, device="cpu"))).images)
+        list(loader)
