@@ -4,6 +4,7 @@
                    encoded, x, y, mirror, mean, std -> float16     (device gpu)
     whole images:  encoded -> uint8 256x256                        (device cpu, or without `normalize`)
                    encoded, mean, std -> float16                   (device gpu)
+    pixel stores:  pixels, x, mirror, mean, std -> float16         (device gpu; on a CPU nothing is left to do)
 
 There is no reader and no state: a batch depends only on what is fed. `decode: gpu` is DALI's `mixed` decoder on whole
 images; `decode: cpu` decodes on the host, of a crop only its window, and augments on the GPU if there is one. Images
@@ -35,7 +36,7 @@ class Graph:
     """What a pipeline computes."""
 
     decode: str = "cpu"
-    """"gpu" (whole images, nvJPEG) or "cpu"."""
+    """"gpu" (whole images, nvJPEG), "cpu", or "stored" (pixel stores)."""
     device: str = "cpu"
     """Device of the result, "gpu" or "cpu"."""
     any_size: bool = False
@@ -66,27 +67,29 @@ def connect(graph: Graph) -> "DataNode":
     def source(name: str, ndim: int) -> "DataNode":
         return fn.external_source(name=name, ndim=ndim, dtype=types.FLOAT)
 
-    encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True)
-    window = (source("x", 0), source("y", 0)) if graph.crop else None
-    pixels = decode(encoded, graph, window)
+    is_stored = graph.decode == "stored"
+    shape: dict[str, Any] = {"ndim": 3, "layout": "HWC"} if is_stored else {"ndim": 1}
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, no_copy=True, **shape)
+    # Of stored pixels the rows of a crop are read alone.
+    window = (source("x", 0), 0.0 if is_stored else source("y", 0)) if graph.crop else None
+    pixels = encoded if is_stored else decode(encoded, graph, window)
     if not graph.normalize:
         return pixels
     arguments: dict[str, Any] = {"mean": source("mean", 1), "std": source("std", 1)}
     if window:
         arguments["mirror"] = fn.external_source(name="mirror", ndim=0, dtype=types.INT32)
-        if graph.decode == "gpu" and not graph.any_size:
+        if graph.decode != "cpu" and not graph.any_size:
             arguments |= {"crop": (CROP_SIDE, CROP_SIDE), "crop_pos_x": window[0], "crop_pos_y": window[1]}
     return fn.crop_mirror_normalize(pixels.gpu(), dtype=types.FLOAT16, output_layout="HWC", **arguments)
 
 
-def feed(pipe: Pipeline, graph: Graph, encoded: TensorListCPU, plan: Plan) -> None:
-    """Feed one batch to a pipeline: its images, from `wrap_encoded`, and its plan."""
+def feed(pipe: Pipeline, graph: Graph, encoded: Any, plan: Plan) -> None:
+    """Feed one batch to a pipeline: its images, from `wrap_encoded`, or stored pixels (N, H, W, C); and its plan."""
     inputs: dict[str, Any] = {"encoded": encoded}
-    if graph.crop:
-        assert plan.draws
-        inputs["x"], inputs["y"] = (
-            (each / OFFSETS).astype(np.float32) for each in (plan.draws.left, plan.draws.top)
-        )
+    if plan.draws and graph.crop:
+        inputs["x"] = (plan.draws.left / OFFSETS).astype(np.float32)
+        if graph.decode != "stored":
+            inputs["y"] = (plan.draws.top / OFFSETS).astype(np.float32)
     if graph.normalize:
         inputs |= {"mean": plan.means, "std": plan.stds.astype(np.float32)}
         if plan.draws:

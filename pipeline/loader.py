@@ -19,7 +19,7 @@ Shapes: N images, C colours, H rows, W columns.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,8 +98,10 @@ class Loader:
         on_gpu = self.device.type == "cuda"
         if on_gpu and not torch.cuda.is_available():
             raise UserError(f"device: expected cpu, as PyTorch finds no GPU, got {self.device}")
-        decode = config.decode if config.decode != "auto" else ("gpu" if on_gpu else "cpu")
-        if decode == "gpu" and not on_gpu:
+        decode: str = config.decode if config.decode != "auto" else ("gpu" if on_gpu else "cpu")
+        if shards.is_decoded:
+            decode = "stored"
+        elif decode == "gpu" and not on_gpu:
             raise UserError("data.decode gpu: expected a GPU, got none; set --data.decode cpu")
         offset = compute_mean_offset(basis, config.augmentation)
         kind = torch.float16 if on_gpu else torch.float32
@@ -190,11 +192,10 @@ class Loader:
             (self.at_epoch + 1, 0) if self.at_step == self.steps_per_epoch else (self.at_epoch, self.at_step)
         )
 
-    def _finish(self, plan: Plan, output: Any) -> Batch:
-        """Make a batch of what DALI returned: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
+    def _finish(self, plan: Plan, pixels: torch.Tensor | None) -> Batch:
+        """Make a batch of what was decoded: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
         count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
         shape = (self._batch_size, side, side, 3)
-        pixels = None if output is None else torch.from_dlpack(output.as_tensor())
         offset_HWC = None
         if self._training and self.mean_offset is not None and count:
             lighting_divisor = plan.stds[0, 0] / self._config.augmentation.stds[0]
@@ -203,8 +204,12 @@ class Loader:
             images = self._buffers.acquire(shape)
             images.numpy()[count:] = 0
             if pixels is not None:
+                windows: Sequence[torch.Tensor] | torch.Tensor = pixels
+                if plan.draws and self._graph.decode == "stored":  # cut from rows at full width
+                    lefts = plan.draws.left.tolist()
+                    windows = [each[:, x : x + side] for each, x in zip(pixels, lefts, strict=True)]
                 mirrored = plan.draws.mirrored if plan.draws else None
-                normalize(pixels, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
+                normalize(windows, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
         else:
             if pixels is not None and offset_HWC is not None:
                 pixels.sub_(offset_HWC)
@@ -362,11 +367,12 @@ def decoded_batches(
     """
     place = torch.device(device)
     kind = "gpu" if place.type == "cuda" else "cpu"
+    decode = "stored" if shards.is_decoded else kind
     steps = math.ceil(shards.num_samples / batch_size)
     sampler = SequenceSampler(0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3))
     prefetcher = Prefetcher(
         shards,
-        Graph(kind, kind, shards.any_size, crop=False),
+        Graph(decode, kind, shards.any_size, crop=False),
         sampler,
         batch_size=batch_size,
         speed=replace(Speed(), threads=threads),
@@ -374,5 +380,5 @@ def decoded_batches(
     )
     batches = prefetcher.batches(0)
     for _ in range(steps):
-        _, output = next(batches)
-        yield torch.from_dlpack(output.as_tensor())
+        _, pixels = next(batches)
+        yield pixels.clone() if shards.is_decoded else pixels

@@ -5,7 +5,7 @@ ms: they work on one crop at a time, while it is in the core's cache, and on who
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 
 def normalize(
-    windows_NHWC: torch.Tensor,
+    windows_NHWC: Sequence[torch.Tensor] | torch.Tensor,
     mirrored_N: np.ndarray | None,
     means_N3: np.ndarray,
     stds_3: np.ndarray,
@@ -23,14 +23,14 @@ def normalize(
     """Write (windows, or their mirror images, - means) / stds - offset to `out_NHWC`.
 
     Args:
-        windows_NHWC: uint8 RGB, shape (N, height, width, 3).
+        windows_NHWC: N windows of uint8 RGB, each of shape (height, width, 3).
         mirrored_N: True for windows to be flipped horizontally, shape (N,); None: none.
         means_N3: float32, shape (N, 3).
         stds_3: Divisors of R, G and B.
         offset_HWC: float32, subtracted from every result, not flipped; None: nothing.
         out_NHWC: Output, float32, C-contiguous.
     """
-    _, height, width, colours = windows_NHWC.shape
+    _, height, width, colours = out_NHWC.shape
     rows = (height, width * colours)
     flags = [False] * len(windows_NHWC) if mirrored_N is None else mirrored_N.tolist()
     with one_thread():
@@ -39,8 +39,8 @@ def normalize(
         shifts = (torch.from_numpy(means_N3) * -scale).repeat(1, width)
         offset, scale = None if offset_HWC is None else offset_HWC.reshape(rows), scale.repeat(width)
         for window, mirrored, shift, out in zip(windows_NHWC, flags, shifts, out_NHWC, strict=True):
+            out.copy_(window.flip(1) if mirrored else window)
             target = out.view(rows)
-            target.copy_((window.flip(1) if mirrored else window).view(rows))
             torch.addcmul(shift, target, scale, out=target)
             if offset is not None:
                 target.sub_(offset)

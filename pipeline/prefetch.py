@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from pipeline.augment import CROP_SIDE
 from pipeline.errors import DataError
 from pipeline.graph import Graph, build_pipeline, feed, wrap_encoded
 from pipeline.plan import Plan
 from pipeline.reader import Encoded, SampleReader
 from pipeline.settings import Speed
-from pipeline.shards import ShardSet
+from pipeline.shards import IMAGE_SIDE, NPY_HEADER, ShardSet
 
 
 class ReadBatch(NamedTuple):
@@ -29,7 +31,7 @@ class ReadBatch(NamedTuple):
     plan: Plan
     encoded: Encoded
     tensors: Any
-    """Its images as DALI's TensorListCPU; None for a batch without samples."""
+    """Its images as DALI's TensorListCPU, of a pixel store uint8 (N, H, W, C); None for a batch without samples."""
 
 
 class Prefetcher:
@@ -52,14 +54,18 @@ class Prefetcher:
         self._shards, self._graph, self._plan, self._speed = shards, graph, plan, speed
         self._batch_size, self._device_id = batch_size, device_id
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
+        self._has_pixels = graph.decode == "stored" and graph.device == "cpu"
+        """True where nothing is left to DALI."""
         self.skipped: list[str] = []
         """Descriptions of the samples that were skipped."""
 
     def batches(self, first: int) -> Iterator[tuple[Plan, Any]]:
-        """Yield the batches from number `first` on, without an end: plan, and DALI's output of its samples (None if it
-        has none). Raises `DataError`."""
+        """Yield the batches from number `first` on, without an end: plan, and its images as `graph` describes them
+        (None if it has no samples), of a pixel store on a CPU the rows of crops at full width, which stay as they are
+        until the next batch is asked for. Raises `DataError`."""
         in_blocks, numbers = self._shuffle == "blocks", count(first)
-        reader = SampleReader(self._shards, random=self._shuffle == "global", keeps_all_open=not in_blocks)
+        pinned = self._graph.decode == "stored" and self._graph.device == "gpu"
+        reader = SampleReader(self._shards, self._shuffle == "global", not in_blocks, pinned)
         # One thread reads samples out of blocks, which are in the page cache, and one reads the next block.
         pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
         block_pool = ThreadPoolExecutor(1, "block reader")
@@ -71,6 +77,8 @@ class Prefetcher:
             plan = self._plan(number)
             if in_blocks:
                 read_blocks(reader, block_pool, blocks, plan)
+            if self._graph.decode == "stored":
+                return read_pixels(reader, plan)
             encoded = reader.read(plan.rows)
             return ReadBatch(plan, encoded, wrap_encoded(encoded.images) if len(plan.rows) else None)
 
@@ -89,9 +97,8 @@ class Prefetcher:
                 due = decoding.popleft()
                 if isinstance(due, DataError):
                     raise due
-                outputs = self._take_outputs(pipe, due)
+                yield self._take_outputs(pipe, due)
                 reader.release(due.encoded)
-                yield outputs
         finally:
             pool.shutdown(cancel_futures=True)
             block_pool.shutdown(cancel_futures=True)
@@ -100,6 +107,8 @@ class Prefetcher:
             reader.close()
 
     def _build_pipeline(self, batch_size: int) -> Any:
+        if self._has_pixels:
+            return None
         with name_gpu_errors():
             pipe = build_pipeline(self._graph, batch_size, self._speed.num_threads, self._device_id)
             pipe.build()
@@ -107,7 +116,7 @@ class Prefetcher:
 
     def _schedule(self, pipe: Any, batch: ReadBatch) -> ReadBatch:
         """Feed a batch to DALI and start to decode it; returns it."""
-        if batch.tensors is not None:
+        if batch.tensors is not None and not self._has_pixels:
             feed(pipe, self._graph, batch.tensors, batch.plan)
             pipe.schedule_run()
         return batch
@@ -115,15 +124,16 @@ class Prefetcher:
     def _take_outputs(self, pipe: Any, batch: ReadBatch) -> tuple[Plan, Any]:
         """Return the output of a batch that was scheduled, without damaged samples if these are to be skipped."""
         plan = batch.plan
-        if batch.tensors is None:
-            return plan, None
+        if batch.tensors is None or self._has_pixels:
+            return plan, batch.tensors
         try:
             with name_gpu_errors():
-                return plan, pipe.outputs()[0]
+                return plan, from_dali(pipe.outputs()[0])
         except DataError:
             raise
         except RuntimeError as error:
-            damaged = self._find_damaged(batch, np.arange(len(plan.rows)))
+            is_stored = self._graph.decode == "stored"
+            damaged = [] if is_stored else self._find_damaged(batch, np.arange(len(plan.rows)))
             if not damaged:
                 raise DataError(f"DALI failed: {find_dali_reason(error)}") from None
         described = [self._describe(int(plan.rows[n])) for n in damaged]
@@ -157,13 +167,27 @@ class Prefetcher:
         pipe, images = self._build_pipeline(len(kept)), [batch.encoded.images[n] for n in kept]
         self._schedule(pipe, ReadBatch(batch.plan.select(kept), batch.encoded, wrap_encoded(images)))
         with name_gpu_errors():
-            return pipe.outputs()[0]
+            return from_dali(pipe.outputs()[0])
 
     def _describe(self, row: int) -> str:
         """Describe a sample by key, offset and shard."""
         sample = self._shards.samples[row]
         key = self._shards.read_key(row) or "a sample"
         return f"{key} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
+
+
+def from_dali(output: Any) -> torch.Tensor:
+    """Return DALI's output as a tensor that shares its memory."""
+    return torch.from_dlpack(output.as_tensor())
+
+
+def read_pixels(reader: SampleReader, plan: Plan) -> ReadBatch:
+    """Read a batch of a pixel store: of crops only their rows, of whole images all."""
+    height, row = (CROP_SIDE if plan.draws else IMAGE_SIDE), 3 * IMAGE_SIDE
+    skip = NPY_HEADER + (plan.draws.top * row if plan.draws else 0)
+    encoded, count = reader.read(plan.rows, skip, height * row), len(plan.rows)
+    pixels = torch.from_numpy(encoded.buffer[: count * height * row]).view(count, height, IMAGE_SIDE, 3)
+    return ReadBatch(plan, encoded, pixels if count else None)
 
 
 def read_blocks(

@@ -52,29 +52,34 @@ class SampleReader:
     open_files: ClassVar[int] = 0
     """Files that the readers of this process may have open."""
 
-    def __init__(self, shards: ShardSet, random: bool, keeps_all_open: bool = True) -> None:
+    def __init__(
+        self, shards: ShardSet, random: bool, keeps_all_open: bool = True, pinned: bool = False
+    ) -> None:
         """Raises `UserError` if the process may not open so many files.
 
         Args:
             shards: The split.
             random: Samples are read in random order, so the kernel should not read ahead.
             keeps_all_open: False if `keep_open` is called.
+            pinned: Buffers are page-locked, as a GPU copies from them.
         """
         self._num_files = len(shards.tars) if keeps_all_open else 0
         raise_open_file_limit(SampleReader.open_files + self._num_files)
         SampleReader.open_files += self._num_files
-        self._shards, self._random, self._lock = shards, random, Lock()
+        self._shards, self._random, self._pinned, self._lock = shards, random, pinned, Lock()
         self._files = np.full(len(shards.tars), -1, np.int64)
         self._buffers: list[np.ndarray] = []
         self._contexts: list[int] = []
 
-    def read(self, rows: np.ndarray) -> Encoded:
-        """Read the samples of these rows; `release` what is returned when nothing reads it any more.
+    def read(self, rows: np.ndarray, skip: np.ndarray | int = 0, size: int | None = None) -> Encoded:
+        """Read the samples of these rows, or of each `size` bytes after the first `skip`; `release` what is returned
+        when nothing reads it any more.
 
         Raises `DataError` that names a shard which cannot be read or is too short.
         """
         samples = self._shards.samples[rows]
-        sizes, offsets = samples["size"].astype(np.int64), samples["offset"].astype(np.int64)
+        offsets = samples["offset"].astype(np.int64) + skip
+        sizes = samples["size"].astype(np.int64) if size is None else np.full(len(rows), size)
         files = self._open(samples["shard"])
         ends = np.cumsum(sizes)
         buffer, starts = self._take_buffer(int(sizes.sum())), ends - sizes
@@ -138,7 +143,13 @@ class SampleReader:
             buffer = self._buffers.pop()
         except IndexError:
             buffer = np.empty(0, np.uint8)
-        return buffer if len(buffer) >= size else np.empty(size * 5 // 4, np.uint8)
+        if len(buffer) >= size:
+            return buffer
+        if self._pinned:
+            import torch
+
+            return torch.empty(size * 5 // 4, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(size * 5 // 4, np.uint8)
 
     def _submit(
         self,

@@ -29,6 +29,8 @@ from pipeline.files import hash_file, json_text, read_json, sha256
 FORMAT_VERSION = 1
 IMAGE_SIDE = 256
 """Side of a packed image, and of the square that is cropped from other images (paper, section 2)."""
+NPY_HEADER = 128
+"""Bytes before the pixels in a `.npy` file of a pixel store (numpy's format 1.0)."""
 MAX_LABEL_DIGITS = 6
 KEY = re.compile(r"[A-Za-z0-9_-]{1,79}")
 SAMPLE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4")])
@@ -63,7 +65,8 @@ class ShardSet:
     manifest_sha256: str
     """`hash_manifest` of the manifest. It identifies the data, as the manifest has the checksums of all shards."""
     store: str
-    """"crop256" (256x256 images), "original" (of any size), "adopted" (shards of other programs) or "unknown"."""
+    """"crop256" (256x256 images), "original" (of any size), "adopted" (shards of other programs), "pixels" (256x256,
+    decoded) or "unknown"."""
 
     @property
     def num_samples(self) -> int:
@@ -96,6 +99,11 @@ class ShardSet:
                 return read_header(file, offset).name.rpartition("/")[2].partition(".")[0]
         except (OSError, ValueError, tarfile.TarError):
             return ""
+
+    @property
+    def is_decoded(self) -> bool:
+        """True for a pixel store: samples are `.npy` files of uint8 (256, 256, 3)."""
+        return self.store == "pixels"
 
     @property
     def any_size(self) -> bool:

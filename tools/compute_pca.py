@@ -78,6 +78,7 @@ def compute_pca(
     # A run resumes only with its own pca.json; another decoder's may differ in the last digits.
     if not has_basis:
         decoder = f"DALI {nvidia.dali.__version__} {'gpu' if device == 'cuda' else 'cpu'}"
+        decoder = "none, stored pixels" if train.is_decoded else decoder
         write_eigenbasis(path, moments, train.manifest_sha256, decoder)
     content = read_eigenbasis(path, train.manifest_sha256)
     print(f"{path}: {content['num_images']} images, decoder {content['decoder']}")

@@ -4,6 +4,7 @@
     python tools/make_shards.py verify SHARDS
     python tools/make_shards.py stats SHARDS
     python tools/make_shards.py adopt SRC SHARDS --split train --pattern GLOB
+    python tools/make_shards.py decode SHARDS OUT
     python tools/make_shards.py index SHARDS [--out DIR]
 
 Shards depend only on the raw images, the options and the seed, not on the number of workers, machines or restarts.
@@ -25,6 +26,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from pipeline.errors import UserError
 from tools.packing.adopt import adopt
+from tools.packing.decode import decode
 from tools.packing.index import index
 from tools.packing.layouts import open_raw, split_off_validation, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
@@ -194,4 +196,6 @@ def print_speed(results: list[PackStats], seconds: float, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    run_program({"pack": pack, "verify": verify, "stats": stats, "adopt": adopt, "index": index})
+    run_program(
+        {"pack": pack, "verify": verify, "stats": stats, "adopt": adopt, "decode": decode, "index": index}
+    )

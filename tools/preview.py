@@ -101,6 +101,7 @@ def preview(
 
 def render_views(shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation, seed: int) -> list[View]:
     """Render the first training images, at most `COUNT`, on the CPU. Raises `DataError` when one cannot be decoded."""
+    from pipeline.augment import CROP_SIDE
     from pipeline.graph import Graph  # DALI takes seconds; errors in the input come first
     from pipeline.plan import TrainSampler
     from pipeline.prefetch import Prefetcher
@@ -110,11 +111,17 @@ def render_views(shards: ShardSet, basis: Eigenbasis, augmentation: Augmentation
     sampler = TrainSampler(shards, basis, config, count, seed, 0, 1)
 
     def decode(crop: bool) -> np.ndarray:
-        graph = Graph(any_size=shards.any_size, crop=crop)
+        graph = Graph("stored" if shards.is_decoded else "cpu", any_size=shards.any_size, crop=crop)
         batches = Prefetcher(
             shards, graph, sampler, batch_size=count, speed=config.speed, device_id=None
         ).batches(0)
-        return np.array(next(batches)[1].as_tensor())
+        plan, pixels = next(batches)
+        pixels = pixels.numpy().copy()
+        if crop and shards.is_decoded and plan.draws:  # rows at full width
+            pixels = np.stack(
+                [rows[:, x : x + CROP_SIDE] for rows, x in zip(pixels, plan.draws.left, strict=True)]
+            )
+        return pixels
 
     plan, squares, crops = sampler(0), decode(crop=False), decode(crop=True)
     assert plan.draws is not None

@@ -186,7 +186,7 @@ def read_shard(directory: Path, num_classes: int, shard: dict[str, Any]) -> np.n
         for members in samples:
             places = {extension: Member(name, offset, size) for extension, offset, size, name in members}
             try:
-                image, label = places["jpg"], places["cls"]
+                image, label = places["jpg" if "jpg" in places else "npy"], places["cls"]
                 member = label._replace(size=read_header(file, label.offset).size)
                 is_next = image.offset > (rows[-1][1] if rows else 0) and image.offset + image.size <= size
                 fits = read_header(file, image.offset).size == image.size and member.size >= label.size

@@ -110,21 +110,23 @@ def get_extension(member: Member) -> str:
 
 
 def index_sample(
-    file: BinaryIO, key: str, members: list[Member]
+    file: BinaryIO, key: str, members: list[Member], extensions: tuple[str, ...] = IMAGE_EXTENSIONS
 ) -> tuple[list[tuple[str, int, int, str]], Member, int]:
     """Return index entries, image and class index of one sample.
 
     DALI picks components by the index's extension, so `.JPEG` becomes `jpg`; it reads as many bytes as the index says,
     so white space after a label is left out; it ignores the names, but splits lines at spaces.
 
-    Raises `UserError` (without the tar's name) unless there is one JPEG and one label.
+    Raises `UserError` (without the tar's name) unless there is one image with one of `extensions`, and one label.
     """
     place = f"sample {sanitize_name(key)} at byte {members[0].offset}"
     names = ", ".join(sanitize_name(member.name) for member in members)
-    images = [member for member in members if get_extension(member) in IMAGE_EXTENSIONS]
+    images = [member for member in members if get_extension(member) in extensions]
     labels = [member for member in members if get_extension(member) == "cls"]
     if len(images) != 1 or images[0].size == 0:
-        raise UserError(f"{place}: expected one .jpg or .jpeg, got {names}{' (empty)' if images else ''}")
+        raise UserError(
+            f"{place}: expected one .{' or .'.join(extensions)}, got {names}{' (empty)' if images else ''}"
+        )
     if len(labels) != 1:
         raise UserError(f"{place}: expected one .cls, got {names}")
     (image,), (label,) = images, labels
@@ -133,7 +135,7 @@ def index_sample(
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     entries = [
-        ("jpg", image.offset, image.size, sanitize_name(image.name)),
+        (extensions[0], image.offset, image.size, sanitize_name(image.name)),
         ("cls", label.offset, len(digits), sanitize_name(label.name)),
     ]
     return entries, image, int(digits)

@@ -26,16 +26,26 @@ import simplejpeg
 
 from pipeline.errors import DataError, UserError
 from pipeline.files import read_json
-from pipeline.shards import SAMPLE, SAMPLES, check_manifest, open_samples, open_shards, read_classes
+from pipeline.shards import (
+    NPY_HEADER,
+    SAMPLE,
+    SAMPLES,
+    check_manifest,
+    open_samples,
+    open_shards,
+    read_classes,
+)
+from tools.packing.decode import npy_bytes
 from tools.packing.images import SIDE, find_fault
 from tools.packing.index import SPLITS, Index, find_splits, read_index
 from tools.packing.pool import check_workers, run_jobs, set_current_item
-from tools.packing.tars import index_sample, read_samples, sanitize_name
+from tools.packing.tars import IMAGE_EXTENSIONS, index_sample, read_samples, sanitize_name
 from tools.packing.writer import is_top_file
 from train.cli import sanitize_message
 
 MAX_PROBLEMS = 20
 """Problems printed per shard; the rest are counted."""
+EMPTY_NPY = npy_bytes(np.zeros((SIDE, SIDE, 3), np.uint8))
 READERS = 16
 """Threads of `stats`."""
 
@@ -120,12 +130,12 @@ def suggest_remedy(damaged: list[str]) -> str:
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     return (
         f"remove {', '.join(damaged[:3])}{more} and run pack again, which writes those only; restore "
-        "adopted shards at their source, remove the split and adopt it again"
+        "adopted shards at their source, remove the split and adopt it again; decode a pixel store again"
     )
 
 
 def get_store(manifest: dict[str, Any]) -> str:
-    """Return the store of a manifest: "crop256" (256x256 JPEGs), else JPEGs of any size."""
+    """Return the store of a manifest: "crop256" (256x256 JPEGs), "pixels" (256x256 .npy), else JPEGs of any size."""
     return str(manifest.get("options", {}).get("store", ""))
 
 
@@ -202,6 +212,7 @@ def check_shard(
     if not path.is_file():
         return report
     problems, mismatches = report.problems, dict[str, str]()
+    extensions = ("npy",) if store == "pixels" else IMAGE_EXTENSIONS
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != row.get("sha256"):
             problems.append("SHA-256 differs from the manifest's")
@@ -210,7 +221,7 @@ def check_shard(
                 number = len(report.keys)
                 hashed = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
                 try:
-                    entries, image, label = index_sample(file, key, members)
+                    entries, image, label = index_sample(file, key, members, extensions)
                 except ValueError as error:
                     report.keys.append(int.from_bytes(hashed))
                     problems.append(str(error))
@@ -239,6 +250,9 @@ def check_shard(
 
 def find_image_fault(content: bytes, store: str) -> str:
     """Find the reason why an image does not fit the split's store; empty if it does."""
+    if store == "pixels":
+        fits = len(content) == len(EMPTY_NPY) and content.startswith(EMPTY_NPY[:NPY_HEADER])
+        return "" if fits else "expected a .npy of uint8 (256, 256, 3)"
     if fault := find_fault(content):
         return fault
     height, width, *_ = simplejpeg.decode_jpeg_header(content)
@@ -267,7 +281,10 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
     per_shard = np.bincount(samples["shard"], minlength=len(tars))
     first = samples[np.cumsum(per_shard) - per_shard]
     with ThreadPoolExecutor(READERS) as pool:  # small reads wait for the disk
-        shapes = list(pool.map(read_shape, tars, first["offset"].tolist(), first["size"].tolist()))
+        places = zip(tars, first["offset"].tolist(), first["size"].tolist(), strict=True)
+        shapes = list(
+            pool.map(lambda place: (SIDE, SIDE) if shard_set.is_decoded else read_shape(*place), places)
+        )
     per_class = np.bincount(samples["label"], minlength=len(shard_set.classes)).tolist()
     repairs = [str(row.get("found")) for row in manifest.get("repairs", ()) if isinstance(row, dict)]
     anomalies = Counter(re.sub(r"\b\d+\b", "N", kind) for found in repairs for kind in found.split("; "))
