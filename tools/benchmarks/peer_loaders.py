@@ -1,4 +1,4 @@
-"""Implement the contenders of `bench peers`: the same job, written with each library as its users would.
+"""Implement the contenders of `bench peers`: the same jobs, written with each library as its users would.
 
 A contender is an infinite generator of batches that stops its processes and threads when it is closed. Libraries are
 imported where they are used: any of them may be missing.
@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +23,16 @@ from torch.utils.data import DataLoader
 
 from pipeline.augment import CROP_SIDE, OFFSETS
 from pipeline.eigenbasis import Eigenbasis
+from pipeline.graph import Graph
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
-from pipeline.settings import Speed
-from pipeline.shards import ShardSet
+from pipeline.plan import Plan, TrainSampler
+from pipeline.prefetch import Prefetcher
+from pipeline.settings import DataConfig, Speed
+from pipeline.shards import IMAGE_SIDE, NPY_HEADER, ShardSet
 
 Batches = Generator[tuple[Any, Any], None, None]
-"""Images, float32 (N, 3, 224, 224) or (N, 224, 224, 3), and labels (N,); from another process, None and None."""
+"""Images, (N, 3, 224, 224) or (N, 224, 224, 3), and labels (N,); from another process, None and None."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class PeerData:
     """Processes, or threads where a contender has those."""
     scratch: Path
     """Temporary folder."""
-    ffcv_python: Path | None
-    """The interpreter of FFCV's environment."""
+    pythons: dict[str, Path | None]
+    """The interpreters of the environments of "ffcv" and "slipstream"."""
+    pixels: ShardSet | None = None
+    """The pixel store of `shards`."""
     show: bool = False
     """True while batches are checked: a contender in another process then transfers them."""
 
@@ -150,24 +155,103 @@ def load_with_dali(data: PeerData) -> Batches:
         yield batch["data"], batch["label"].squeeze(1)
 
 
-def load_with_ours(data: PeerData) -> Batches:
+def load_with_ours(data: PeerData, pixels: bool = False) -> Batches:
     """Load with the trainer's loader."""
     speed = Speed(threads=data.workers + 1)  # its default
     options: dict[str, Any] = {"batch_size": data.batch_size, "device": "cpu", "basis": data.basis}
-    with closing(train_loader(data.shards, **options, speed=speed)) as loader:
+    with closing(train_loader(choose_store(data, pixels), **options, speed=speed)) as loader:
         yield from itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def load_with_ffcv(data: PeerData) -> Batches:
-    """Load with FFCV, in a process with FFCV's Python, which prints a line per batch; only checked batches are
-    transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process ends."""
-    if data.ffcv_python is None:
-        raise ImportError("--ffcv-python: expected the Python of an environment with FFCV, got none")
-    settings, log = data.scratch / "ffcv.json", data.scratch / "ffcv.log"
+def choose_store(data: PeerData, pixels: bool) -> ShardSet:
+    """Return the pixel store or the JPEGs."""
+    assert data.pixels or not pixels, "expected a pixel store (--pixels), got none"
+    return data.pixels if data.pixels and pixels else data.shards
+
+
+def prefetch_windows(
+    shards: ShardSet, basis: Eigenbasis, batch_size: int, speed: Speed
+) -> Generator[tuple[Plan, Any], None, None]:
+    """Yield plans and uint8 windows as our loader has them for a GPU: (N, 224, 224, 3), but of a pixel store rows at
+    full width, (N, 224, 256, 3), which the GPU cuts."""
+    sampler = TrainSampler(shards, basis, DataConfig(Path(shards.tars[0]).parents[1]), batch_size, 0, 0, 1)
+    graph = Graph("stored" if shards.is_decoded else "cpu", any_size=shards.any_size)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "speed": speed,
+        "device_id": None,
+        "shuffle": "global",
+    }
+    with closing(Prefetcher(shards, graph, sampler, **options).batches(0)) as batches:  # type: ignore[type-var]
+        yield from batches
+
+
+def load_windows_with_ours(data: PeerData, pixels: bool) -> Batches:
+    """Load what our loader prepares for a GPU; columns are cut only if batches are checked."""
+    shards = choose_store(data, pixels)
+    speed = Speed(threads=data.workers + 1)
+    with closing(prefetch_windows(shards, data.basis, data.batch_size, speed)) as batches:
+        for plan, windows in batches:
+            if data.show and pixels and plan.draws:
+                lefts = plan.draws.left.tolist()
+                windows = torch.stack(
+                    [rows[:, x : x + CROP_SIDE] for rows, x in zip(windows, lefts, strict=True)]
+                )
+            yield windows, torch.from_numpy(shards.samples["label"][plan.rows].astype(np.int64))
+
+
+def map_pixels(shards: ShardSet) -> list[np.ndarray]:
+    """Map every image of a pixel store, uint8 (256, 256, 3)."""
+    maps, shape = [np.memmap(tar, mode="r") for tar in shards.tars], (IMAGE_SIDE, IMAGE_SIDE, 3)
+    places = zip(shards.samples["shard"].tolist(), shards.samples["offset"].tolist(), strict=True)
+    return [np.ndarray(shape, np.uint8, maps[shard], offset + NPY_HEADER) for shard, offset in places]
+
+
+def load_with_numpy(data: PeerData) -> Batches:
+    """Augment images out of memory maps with numpy, in one thread."""
+    shards = choose_store(data, True)
+    samples = list(zip(map_pixels(shards), shards.samples["label"].tolist(), strict=True))
+    numbers = yield_permutations(len(samples))
+    while True:
+        yield make_batch([samples[n] for n in itertools.islice(numbers, data.batch_size)], data.basis)
+
+
+def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
+    """Copy random windows out of memory maps into a batch with numpy, in one thread, which decodes and checks nothing:
+    a limit for what copies them."""
+    images, labels, rng = (
+        map_pixels(shards),
+        shards.samples["label"].astype(np.int64),
+        np.random.default_rng(),
+    )
+    windows, numbers = (
+        np.empty((batch_size, CROP_SIDE, CROP_SIDE, 3), np.uint8),
+        yield_permutations(len(images)),
+    )
+    while True:
+        batch = list(itertools.islice(numbers, batch_size))
+        places = rng.integers(OFFSETS + 1, size=(batch_size, 2)).tolist()
+        for window, n, (left, top) in zip(windows, batch, places, strict=True):
+            window[:] = images[n][top : top + CROP_SIDE, left : left + CROP_SIDE]
+        yield torch.from_numpy(windows), torch.from_numpy(labels[batch])
+
+
+def load_elsewhere(data: PeerData, library: str, raw: bool = False, windows: bool = False) -> Batches:
+    """Load with "ffcv" or "slipstream", in a process with its own Python, which prints a line per batch; only checked
+    batches are transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process
+    ends."""
+    python = data.pythons[library]
+    if python is None:
+        raise ImportError(
+            f"--{library}-python: expected the Python of an environment with {library}, got none"
+        )
+    name = f"{library}-{'checked' if data.show else 'timed'}-{raw}-{windows}"
+    settings, log = data.scratch / f"{name}.json", data.scratch / f"{name}.log"
     job = {"files": data.files, "batch_size": data.batch_size, "workers": data.workers, "show": data.show}
     job |= {"mean": data.basis.mean.tolist(), "matrix": Lighting().shift_matrix(data.basis).tolist()}
-    settings.write_text(json.dumps(job | {"divisor": Lighting().divisor}))
-    command: list[Any] = [data.ffcv_python, Path(__file__).with_name("ffcv_script.py"), settings]
+    job |= {"divisor": Lighting().divisor, "raw": raw, "windows": windows}
+    settings.write_text(json.dumps(job))
+    command: list[Any] = [python, Path(__file__).with_name(f"{library}_script.py"), settings]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=errors, text=True, bufsize=1)
     assert process.stdin and process.stdout
@@ -179,19 +263,53 @@ def load_with_ffcv(data: PeerData) -> Batches:
             else:
                 yield None, None
             print(file=process.stdin)
-        raise RuntimeError(f"FFCV ended: {log.read_text().strip()}")
+        raise RuntimeError(f"{library} ended: {log.read_text().strip()}")
     finally:
         process.kill()
         process.communicate()
 
 
-PEERS: dict[str, tuple[str, Callable[[PeerData], Batches], int]] = {
-    "pillow": ("torch DataLoader + Pillow", load_with_pillow, 1),
-    "webdataset": ("webdataset + Pillow", load_with_webdataset, 1),
-    "spdl": ("SPDL", load_with_spdl, 64),
-    "ffcv": ("FFCV", load_with_ffcv, 8),
-    "dali": ("DALI, as its ImageNet example", load_with_dali, 1),
-    "ours": ("ours", load_with_ours, 1),
+class Peer(NamedTuple):
+    """A contender."""
+
+    table: str
+    """`JPEGS`, `PIXELS` or `WINDOWS`."""
+    title: str
+    load: Callable[[PeerData], Batches]
+    """Generator of infinite batches, each image once per epoch."""
+    levels: int = 1
+    """Largest allowed difference of pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
+
+
+JPEGS, PIXELS = "loaders that do the same job", "the same job, from decoded pixels"
+WINDOWS = "uint8 windows, as for a GPU"
+OURS, COPY = "ours", "numpy copies windows of memory maps"
+FFCV_RAW, YUV = "FFCV, raw", "slipstream, YUV 4:2:0"
+
+PEERS = {
+    "pillow": [Peer(JPEGS, "torch DataLoader + Pillow", load_with_pillow)],
+    "webdataset": [Peer(JPEGS, "webdataset + Pillow", load_with_webdataset)],
+    "spdl": [Peer(JPEGS, "SPDL", load_with_spdl, 64)],
+    "ffcv": [
+        Peer(JPEGS, "FFCV", partial(load_elsewhere, library="ffcv"), 8),
+        Peer(PIXELS, FFCV_RAW, partial(load_elsewhere, library="ffcv", raw=True)),
+        Peer(WINDOWS, FFCV_RAW, partial(load_elsewhere, library="ffcv", raw=True, windows=True)),
+    ],
+    "slipstream": [
+        Peer(JPEGS, "slipstream", partial(load_elsewhere, library="slipstream"), 8),
+        Peer(PIXELS, YUV, partial(load_elsewhere, library="slipstream", raw=True), 64),
+        Peer(WINDOWS, YUV, partial(load_elsewhere, library="slipstream", raw=True, windows=True), 64),
+    ],
+    "dali": [Peer(JPEGS, "DALI, as its ImageNet example", load_with_dali)],
+    "numpy": [
+        Peer(PIXELS, "numpy, from memory maps, one thread", load_with_numpy),
+        Peer(WINDOWS, COPY, lambda data: copy_windows(choose_store(data, True), data.batch_size)),
+    ],
+    "ours": [
+        Peer(JPEGS, OURS, load_with_ours),
+        Peer(PIXELS, OURS, partial(load_with_ours, pixels=True)),
+        Peer(WINDOWS, OURS, partial(load_windows_with_ours, pixels=True)),
+        Peer(WINDOWS, "ours, from JPEGs", partial(load_windows_with_ours, pixels=False)),
+    ],
 }
-"""By name: title; generator of infinite batches, each image once per epoch; largest allowed difference of pixels from
-Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
+"""By name, the tables it is in."""

@@ -1,0 +1,53 @@
+"""Run slipstream (harvard-visionlab/slipstream) as a contender of `bench peers`, in its own process and environment.
+
+    SLIPSTREAM_PYTHON tools/benchmarks/slipstream_script.py SETTINGS.json
+
+lets it build its cache, of the JPEGs or with `raw` of its pixels, which are YUV 4:2:0. Then it serves batches; with
+`windows` uint8 crops alone.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peer_protocol import repeat_numbers, serve
+from slipstream import DecodeDirectRandomResizedCrop, SlipstreamImageFolder, SlipstreamLoader
+
+
+def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, Any]]:
+    """Yield batches forever. At this scale and ratio the random resized crop is a random 224x224 crop without
+    resizing."""
+    torch.set_num_threads(settings["workers"])
+    mean, matrix = (torch.tensor(settings[name]) for name in ("mean", "matrix"))
+    result = torch.empty(
+        settings["batch_size"], 224, 224 * 3
+    )  # new memory would cost more than the arithmetic
+
+    def flip_and_normalize(windows_NHWC: np.ndarray) -> torch.Tensor:
+        """Flip, shift, which slipstream lacks, and normalize, on whole rows; its own transforms take more passes."""
+        images = torch.from_numpy(windows_NHWC)
+        for number in (torch.rand(len(images)) < 0.5).nonzero():
+            images[number] = images[number].flip(2)
+        means = mean - torch.randn(len(images), 3) @ matrix.T
+        result.copy_(images.flatten(2)).sub_(means.repeat(1, 224)[:, None]).mul_(1 / settings["divisor"])
+        return result.view(images.shape)
+
+    scale = (224 / 256) ** 2
+    crop: Any = DecodeDirectRandomResizedCrop(224, (scale, scale), (1.0, 1.0), settings["workers"])
+    loader = SlipstreamLoader(
+        SlipstreamImageFolder(Path(settings["files"][0][0]).parents[1], cache_dir=folder / "slipstream"),
+        batch_size=settings["batch_size"],
+        indices=repeat_numbers(settings, np.int64),
+        image_format="yuv420" if settings["raw"] else "jpeg",
+        pipelines={"image": [crop] if settings["windows"] else [crop, flip_and_normalize]},
+        exclude_fields=["path", "index"],
+    )
+    while True:
+        for batch in loader:
+            yield batch["image"], batch["label"]
+
+
+if __name__ == "__main__":
+    serve(load_batches)
