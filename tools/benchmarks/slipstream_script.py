@@ -13,12 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 from peer_protocol import repeat_numbers, serve
-from slipstream import DecodeDirectRandomResizedCrop, SlipstreamImageFolder, SlipstreamLoader
+from slipstream import DecodeRandomResizedCrop, SlipstreamImageFolder, SlipstreamLoader
+from slipstream.decoders import numba_decoder, yuv420_decoder
+
+
+def draw_windows(widths: np.ndarray, *_: Any) -> np.ndarray:
+    """Draw random 224x224 windows of 256x256 images: left, top, width, height."""
+    sides = np.full((len(widths), 2), 224)
+    return np.hstack([np.random.randint(33, size=sides.shape), sides]).astype(np.int32)
 
 
 def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Yield batches forever. At this scale and ratio the random resized crop is a random 224x224 crop without
-    resizing."""
+    """Yield batches forever. Its own crops are around uniform points, moved into the image: nearly all would lie at an
+    edge, so uniform ones replace them."""
+    for module in (numba_decoder, yuv420_decoder):
+        module._generate_random_crop_params_batch = draw_windows
     torch.set_num_threads(settings["workers"])
     mean, matrix = (torch.tensor(settings[name]) for name in ("mean", "matrix"))
     result = torch.empty(
@@ -34,8 +43,7 @@ def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, 
         result.copy_(images.flatten(2)).sub_(means.repeat(1, 224)[:, None]).mul_(1 / settings["divisor"])
         return result.view(images.shape)
 
-    scale = (224 / 256) ** 2
-    crop: Any = DecodeDirectRandomResizedCrop(224, (scale, scale), (1.0, 1.0), settings["workers"])
+    crop: Any = DecodeRandomResizedCrop(224, num_threads=settings["workers"])
     loader = SlipstreamLoader(
         SlipstreamImageFolder(Path(settings["files"][0][0]).parents[1], cache_dir=folder / "slipstream"),
         batch_size=settings["batch_size"],
