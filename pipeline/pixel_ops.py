@@ -33,12 +33,12 @@ def normalize(
     _, height, width, colours = out_NHWC.shape
     rows = (height, width * colours)
     flags = [False] * len(windows_NHWC) if mirrored_N is None else mirrored_N.tolist()
-    # As window * scale - mean * scale, which takes one pass after the conversion to float32.
-    scale = torch.from_numpy((1 / stds_3).astype(np.float32))
-    shifts = (torch.from_numpy(means_N3) * -scale).repeat(1, width)
-    offset = None if offset_HWC is None else (offset_HWC * scale).reshape(rows)
-    scale = scale.repeat(width)
     with one_thread():
+        # As window * scale - mean * scale, which takes one pass after the conversion to float32.
+        scale = torch.from_numpy((1 / stds_3).astype(np.float32))
+        shifts = (torch.from_numpy(means_N3) * -scale).repeat(1, width)
+        offset = None if offset_HWC is None else (offset_HWC * scale).reshape(rows)
+        scale = scale.repeat(width)
         for window, mirrored, shift, out in zip(windows_NHWC, flags, shifts, out_NHWC, strict=True):
             out.copy_(window.flip(1) if mirrored else window)
             target = out.view(rows)
