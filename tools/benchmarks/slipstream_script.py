@@ -28,7 +28,7 @@ def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, 
     edge, so uniform ones replace them."""
     for module in (numba_decoder, yuv420_decoder):
         module._generate_random_crop_params_batch = draw_windows
-    torch.set_num_threads(settings["workers"])
+    torch.set_num_threads(1)  # they would spin on cores that decode
     mean, matrix = (torch.tensor(settings[name]) for name in ("mean", "matrix"))
     result = torch.empty(
         settings["batch_size"], 224, 224 * 3
