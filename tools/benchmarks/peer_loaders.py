@@ -40,6 +40,7 @@ class PeerData:
     """Input of a contender."""
 
     shards: ShardSet
+    """JPEGs or their pixel store."""
     files: list[tuple[str, int]]
     """(path, class index) of the same JPEGs in the same order: FOLDER/<class index>/<key>.jpg."""
     basis: Eigenbasis
@@ -50,8 +51,6 @@ class PeerData:
     """Temporary folder."""
     pythons: dict[str, Path | None]
     """The interpreters of the environments of "ffcv" and "slipstream"."""
-    pixels: ShardSet | None = None
-    """The pixel store of `shards`."""
     show: bool = False
     """True while batches are checked: a contender in another process then transfers them."""
 
@@ -155,18 +154,12 @@ def load_with_dali(data: PeerData) -> Batches:
         yield batch["data"], batch["label"].squeeze(1)
 
 
-def load_with_ours(data: PeerData, pixels: bool = False) -> Batches:
+def load_with_ours(data: PeerData) -> Batches:
     """Load with the trainer's loader."""
     speed = Speed(threads=data.workers + 1)  # its default
     options: dict[str, Any] = {"batch_size": data.batch_size, "device": "cpu", "basis": data.basis}
-    with closing(train_loader(choose_store(data, pixels), **options, speed=speed)) as loader:
+    with closing(train_loader(data.shards, **options, speed=speed)) as loader:
         yield from itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def choose_store(data: PeerData, pixels: bool) -> ShardSet:
-    """Return the pixel store or the JPEGs."""
-    assert data.pixels or not pixels, "expected a pixel store (--pixels), got none"
-    return data.pixels if data.pixels and pixels else data.shards
 
 
 def prefetch_windows(
@@ -186,17 +179,15 @@ def prefetch_windows(
         yield from batches
 
 
-def load_windows_with_ours(data: PeerData, pixels: bool) -> Batches:
-    """Load what our loader prepares for a GPU; columns are cut only if batches are checked."""
-    shards = choose_store(data, pixels)
-    speed = Speed(threads=data.workers + 1)
+def load_windows_with_ours(data: PeerData) -> Batches:
+    """Load what our loader prepares for a GPU; columns of stored pixels are cut only if batches are checked."""
+    shards, speed = data.shards, Speed(threads=data.workers + 1)
     with closing(prefetch_windows(shards, data.basis, data.batch_size, speed)) as batches:
         for plan, windows in batches:
-            if data.show and pixels and plan.draws:
+            if data.show and shards.is_decoded and plan.draws:
                 lefts = plan.draws.left.tolist()
-                windows = torch.stack(
-                    [rows[:, x : x + CROP_SIDE] for rows, x in zip(windows, lefts, strict=True)]
-                )
+                pairs = zip(windows, lefts, strict=True)
+                windows = torch.stack([rows[:, left : left + CROP_SIDE] for rows, left in pairs])
             yield windows, torch.from_numpy(shards.samples["label"][plan.rows].astype(np.int64))
 
 
@@ -209,8 +200,7 @@ def map_pixels(shards: ShardSet) -> list[np.ndarray]:
 
 def load_with_numpy(data: PeerData) -> Batches:
     """Augment images out of memory maps with numpy, in one thread."""
-    shards = choose_store(data, True)
-    samples = list(zip(map_pixels(shards), shards.samples["label"].tolist(), strict=True))
+    samples = list(zip(map_pixels(data.shards), data.shards.samples["label"].tolist(), strict=True))
     numbers = yield_permutations(len(samples))
     while True:
         yield make_batch([samples[n] for n in itertools.islice(numbers, data.batch_size)], data.basis)
@@ -236,17 +226,17 @@ def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
         yield torch.from_numpy(windows), torch.from_numpy(labels[batch])
 
 
-def load_elsewhere(data: PeerData, library: str, raw: bool = False, windows: bool = False) -> Batches:
+def load_elsewhere(data: PeerData, library: str, windows: bool = False) -> Batches:
     """Load with "ffcv" or "slipstream", in a process with its own Python, which prints a line per batch; only checked
     batches are transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process
     ends."""
-    python = data.pythons[library]
+    raw, python = data.shards.is_decoded, data.pythons[library]
     if python is None:
         raise ImportError(
             f"--{library}-python: expected the Python of an environment with {library}, got none"
         )
-    name = f"{library}-{'checked' if data.show else 'timed'}-{raw}-{windows}"
-    settings, log = data.scratch / f"{name}.json", data.scratch / f"{name}.log"
+    settings = data.scratch / f"{library}-{data.show}-{raw}-{windows}.json"
+    log = settings.with_suffix(".log")
     job = {"files": data.files, "batch_size": data.batch_size, "workers": data.workers, "show": data.show}
     job |= {"mean": data.basis.mean.tolist(), "matrix": Lighting().shift_matrix(data.basis).tolist()}
     job |= {"divisor": Lighting().divisor, "raw": raw, "windows": windows}
@@ -273,43 +263,45 @@ class Peer(NamedTuple):
     """A contender."""
 
     table: str
-    """`JPEGS`, `PIXELS` or `WINDOWS`."""
     title: str
     load: Callable[[PeerData], Batches]
     """Generator of infinite batches, each image once per epoch."""
     levels: int = 1
     """Largest allowed difference of pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
 
+    @property
+    def from_pixels(self) -> bool:
+        """True if it loads a pixel store."""
+        return self.table in (PIXELS, WINDOWS)
+
+    @property
+    def dtype(self) -> type:
+        """The type of its images."""
+        return np.uint8 if self.table in (WINDOWS, JPEG_WINDOWS) else np.float32
+
 
 JPEGS, PIXELS = "loaders that do the same job", "the same job, from decoded pixels"
-WINDOWS = "uint8 windows, as for a GPU"
-OURS, COPY = "ours", "numpy copies windows of memory maps"
-FFCV_RAW, YUV = "FFCV, raw", "slipstream, YUV 4:2:0"
-
+WINDOWS, JPEG_WINDOWS = "uint8 windows, as for a GPU", "uint8 windows, from JPEGs"
+OURS, COPY, RAW, YUV = "ours", "numpy copies windows of memory maps", "FFCV, raw", "slipstream, YUV 4:2:0"
+ffcv, ffcv_windows = (partial(load_elsewhere, library="ffcv", windows=each) for each in (False, True))
+slip, slip_windows = (partial(load_elsewhere, library="slipstream", windows=each) for each in (False, True))
 PEERS = {
     "pillow": [Peer(JPEGS, "torch DataLoader + Pillow", load_with_pillow)],
     "webdataset": [Peer(JPEGS, "webdataset + Pillow", load_with_webdataset)],
     "spdl": [Peer(JPEGS, "SPDL", load_with_spdl, 64)],
-    "ffcv": [
-        Peer(JPEGS, "FFCV", partial(load_elsewhere, library="ffcv"), 8),
-        Peer(PIXELS, FFCV_RAW, partial(load_elsewhere, library="ffcv", raw=True)),
-        Peer(WINDOWS, FFCV_RAW, partial(load_elsewhere, library="ffcv", raw=True, windows=True)),
-    ],
+    "ffcv": [Peer(JPEGS, "FFCV", ffcv, 8), Peer(PIXELS, RAW, ffcv), Peer(WINDOWS, RAW, ffcv_windows)],
     "slipstream": [
-        Peer(JPEGS, "slipstream", partial(load_elsewhere, library="slipstream"), 8),
-        Peer(PIXELS, YUV, partial(load_elsewhere, library="slipstream", raw=True), 64),
-        Peer(WINDOWS, YUV, partial(load_elsewhere, library="slipstream", raw=True, windows=True), 64),
+        Peer(JPEGS, "slipstream", slip, 8),
+        *(Peer(table, YUV, load, 64) for table, load in ((PIXELS, slip), (WINDOWS, slip_windows))),
     ],
     "dali": [Peer(JPEGS, "DALI, as its ImageNet example", load_with_dali)],
     "numpy": [
         Peer(PIXELS, "numpy, from memory maps, one thread", load_with_numpy),
-        Peer(WINDOWS, COPY, lambda data: copy_windows(choose_store(data, True), data.batch_size)),
+        Peer(WINDOWS, COPY, lambda data: copy_windows(data.shards, data.batch_size)),
     ],
     "ours": [
-        Peer(JPEGS, OURS, load_with_ours),
-        Peer(PIXELS, OURS, partial(load_with_ours, pixels=True)),
-        Peer(WINDOWS, OURS, partial(load_windows_with_ours, pixels=True)),
-        Peer(WINDOWS, "ours, from JPEGs", partial(load_windows_with_ours, pixels=False)),
+        *(Peer(table, OURS, load_with_ours) for table in (JPEGS, PIXELS)),
+        *(Peer(table, OURS, load_windows_with_ours) for table in (WINDOWS, JPEG_WINDOWS)),
     ],
 }
-"""By name, the tables it is in."""
+"""By name, a contender for each of its tables."""

@@ -71,7 +71,7 @@ def bench_peers(
         slipstream_python: The same with slipstream.
         out: File of JSON lines to append one row per contender to.
     """
-    from tools.benchmarks.peer_loaders import COPY, JPEGS, OURS, PEERS, WINDOWS, PeerData
+    from tools.benchmarks.peer_loaders import COPY, OURS, PEERS, Peer, PeerData
     from train.device import tune_malloc
 
     common.check_options(out, batch_size=batch_size, workers=workers, seconds=seconds, repeats=repeats)
@@ -82,45 +82,38 @@ def bench_peers(
     if train.any_size or train.num_samples < max(CHECKED, batch_size):
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
         raise UserError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
-    decoded = pixels and common.select_first_shards(open_shards(pixels, "train"), train.num_samples)
-    if decoded and (
-        not decoded.is_decoded or not np.array_equal(decoded.samples["label"], train.samples["label"])
-    ):
+    decoded = common.select_first_shards(open_shards(pixels, "train"), train.num_samples) if pixels else train
+    if pixels and not (decoded.is_decoded and decoded.num_samples == train.num_samples):
         raise UserError(
             f"--pixels: expected the pixel store of {shards} (make_shards.py decode), got {pixels}"
         )
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     pythons = {"ffcv": ffcv_python, "slipstream": slipstream_python}
-    contenders = [peer for name in names for peer in PEERS[name] if decoded or peer.table == JPEGS]
+    contenders = [peer for name in names for peer in PEERS[name] if pixels or not peer.from_pixels]
     raise_open_file_limit(4 * len(train.tars))
     tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
     workers = workers or num_cores()
-    turns: dict[str, Callable[[], common.Rate]] = {}
-    missing: dict[str, str] = {}
-    tables: dict[str, list[str]] = {}
+    stores, measured = {train.store: train, decoded.store: decoded}, dict[str, Peer]()
+    turns, missing = dict[str, Callable[[], common.Rate]](), dict[str, str]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         scratch = Path(folder)
-        few = write_numbered(train, scratch / "few")
-        few_decoded = write_numbered(decoded, scratch / "few-pixels") if decoded else None
-        files = extract(few, scratch / "few")
-        checked = PeerData(few, files, basis, CHECK_BATCH, 2, scratch, pythons, few_decoded, True)
-        files = extract(train, scratch / "all")
-        timed = PeerData(train, files, basis, batch_size, workers, scratch, pythons, decoded or None)
+        few = {store: write_numbered(each, scratch / store) for store, each in stores.items()}
+        files = extract(few[train.store], scratch / "few"), extract(train, scratch / "all")
         print(f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}:")
         for peer in contenders:
-            name = f"{peer.title} ({peer.table})"
+            name, store = f"{peer.title} ({peer.table})", decoded.store if peer.from_pixels else train.store
+            checked = PeerData(few[store], files[0], basis, CHECK_BATCH, 2, scratch, pythons, True)
+            timed = PeerData(stores[store], files[1], basis, batch_size, workers, scratch, pythons)
             try:
                 with closing(peer.load(checked)) as batches:
-                    found = check_batches(batches, checked, peer.levels, peer.table == WINDOWS)
-                    print(f"{name}: {found}", flush=True)
+                    print(f"{name}: {check_batches(batches, checked, peer.levels, peer.dtype)}", flush=True)
             except (ImportError, OSError, RuntimeError, AssertionError) as error:
                 missing[name] = (str(error).strip() or repr(error)).splitlines()[-1]
                 print(f"{name}: not measured: {missing[name]}")
                 continue
             step = partial(next, stack.enter_context(closing(peer.load(timed))))
-            turns[name] = partial(common.measure, step, batch_size, seconds)
-            tables.setdefault(peer.table, []).append(peer.title)
+            turns[name], measured[name] = partial(common.measure, step, batch_size, seconds), peer
         if not turns:
             raise UserError("--peers: expected one that runs here, got none; see above")
         rates = common.interleave(turns, repeats)
@@ -128,23 +121,16 @@ def bench_peers(
     data = common.describe_shards(train)
     print(f"{data}; batch {batch_size}")
     print(f"{workers} processes or threads each, of ours one more, {repeats} repeats")
-    context: dict[str, Any] = {
-        "data": data,
-        "shards": train.manifest_sha256,
-        "batch_size": batch_size,
-        "workers": workers,
-    }
-    context |= {"device": "cpu", "not_measured": missing}
+    context: dict[str, Any] = {"data": data, "shards": train.manifest_sha256, "batch_size": batch_size}
+    context |= {"workers": workers, "device": "cpu", "not_measured": missing}
     for library, python in pythons.items():
-        package = {"slipstream": "visionlab-slipstream"}.get(library, library)
-        show = [str(python), "-c", f"from importlib.metadata import version; print(version('{package}'))"]
+        code = f"from importlib.metadata import *; print(version(packages_distributions()['{library}'][0]))"
         if python:
-            context[library] = subprocess.run(
-                show, capture_output=True, text=True, check=False
-            ).stdout.strip()
-    for table, titles in tables.items():
-        reference = next((title for title in (COPY, OURS) if title in titles), titles[0])
-        rows = {title: rates[f"{title} ({table})"] for title in titles}
+            shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+            context[library] = shown.stdout.strip()
+    for table in dict.fromkeys(peer.table for peer in measured.values()):
+        rows = {peer.title: rates[name] for name, peer in measured.items() if peer.table == table}
+        reference = next((title for title in (COPY, OURS) if title in rows), next(iter(rows)))
         common.report_rates(table, rows, reference, out, **context)
 
 
@@ -180,23 +166,21 @@ def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
     return replace(shards, tars=tuple(tars), samples=samples)
 
 
-def check_batches(batches: "Batches", data: "PeerData", levels: int, only_windows: bool = False) -> str:
+def check_batches(batches: "Batches", data: "PeerData", levels: int, dtype: type = np.float32) -> str:
     """Load one epoch, and assert that each image came once, as a float32 crop of Pillow's pixels within `levels`, at
-    any offset, flipped in half of the cases, shifted by standard normal draws and normalized; or with `only_windows` as
-    the crop, uint8.
+    any offset, flipped in half of the cases, shifted by standard normal draws and normalized; of uint8 as the crop.
 
     Returns a summary. Class indexes are the images' numbers.
     """
-    dtype = np.uint8 if only_windows else np.float32
     pixels_NHWC = [np.asarray(Image.open(path).convert("RGB")) for path, _ in data.files]
     windows, seen, count, places = [], [], len(pixels_NHWC), IMAGE_SIDE - SIDE + 1
     for _ in range(count // data.batch_size):
         images, labels = (tensor.numpy() for tensor in next(batches))
         images_NHWC = images if images.shape[-1] == 3 else images.transpose(0, 2, 3, 1)
         kind = (images_NHWC.dtype, *images_NHWC.shape)
-        expected = f"expected 224x224 {dtype.__name__} crops, got {kind}"
-        assert kind == (dtype, data.batch_size, SIDE, SIDE, 3), expected
-        if only_windows:
+        complaint = f"expected 224x224 {dtype.__name__} crops, got {kind}"
+        assert kind == (dtype, data.batch_size, SIDE, SIDE, 3), complaint
+        if dtype is np.uint8:
             images_NHWC = (images_NHWC - data.basis.mean) / Lighting().divisor  # as without lighting
         seen += labels.tolist()
         pairs = zip(images_NHWC, labels, strict=True)
@@ -209,10 +193,8 @@ def check_batches(batches: "Batches", data: "PeerData", levels: int, only_window
     )
     offsets = [len(set(axis.tolist())) for axis in (columns, rows)]
     assert min(offsets) > places / 2, f"expected crops at {places} offsets, got {offsets}"
-    summary = (
-        f"{count} of {count} images, once each; pixels {difference}; at {offsets[0]} x {offsets[1]} offsets"
-    )
-    if only_windows:
+    summary = f"{count} of {count} images, once each; pixels {difference}; at {' x '.join(map(str, offsets))} offsets"
+    if dtype is np.uint8:
         assert not flips.any() and np.abs(draws).max() < 0.05 * levels, "expected windows as they are"
         return summary
     assert 0.3 < flips.mean() < 0.7, f"expected half of the images flipped, got {flips.mean():.0%}"
