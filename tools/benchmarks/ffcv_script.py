@@ -6,7 +6,6 @@ writes the JPEGs, byte for byte, in FFCV's format, or with `raw` their pixels as
 batches; with `windows` uint8 crops alone.
 """
 
-import io
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
-from peer_protocol import repeat_numbers, serve
+from peer_protocol import serve
 from PIL import Image
 
 
@@ -64,34 +63,23 @@ class ShiftAndNormalize(Operation):
         return state, AllocationQuery(previous_state.shape, dtype)
 
 
-class Images:
-    """The dataset that FFCV's writer reads: JPEGs, or with `raw` pixels, and labels."""
-
-    def __init__(self, files: list[tuple[str, int]], raw: bool) -> None:
-        self.files, self.raw = files, raw
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> tuple[Any, int]:
-        path, label = self.files[number]
-        return Image.open(path).convert("RGB") if self.raw else Path(path).read_bytes(), label
-
-
 def write_beton(files: list[tuple[str, int]], raw: bool, path: Path) -> None:
-    """Write FFCV's file. Its field would decode and re-encode JPEGs, so its `encode` is replaced for them."""
-    field = RGBImageField(write_mode="raw" if raw else "jpg")
+    """Write FFCV's file. Its field would decode and re-encode JPEGs, so its `encode` is replaced."""
+    field, pixels = RGBImageField(write_mode="jpg"), RGBImageField(write_mode="raw")
 
-    def encode(_: Any, destination: Any, jpeg: bytes, malloc: Any) -> None:
+    def encode(_: Any, destination: Any, file: str, malloc: Any) -> None:
+        image, jpeg = Image.open(file), Path(file).read_bytes()
+        if raw:
+            pixels.encode(destination, image.convert("RGB"), malloc)
+            return
         destination["mode"] = IMAGE_MODES["jpg"]
-        destination["width"], destination["height"] = Image.open(io.BytesIO(jpeg)).size
+        destination["width"], destination["height"] = image.size
         destination["data_ptr"], storage = malloc(len(jpeg))
         storage[:] = np.frombuffer(jpeg, np.uint8)
 
-    if not raw:
-        field.encode = types.MethodType(encode, field)
+    field.encode = types.MethodType(encode, field)
     writer = DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=1)
-    writer.from_indexed_dataset(Images(files, raw))
+    writer.from_indexed_dataset(files)
 
 
 def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, Any]]:
@@ -110,7 +98,7 @@ def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, 
     pipelines = {"image": images, "label": [IntDecoder(), ToTensor(), Squeeze()]}
     order: dict[str, Any] = {
         "order": OrderOption.RANDOM,
-        "indices": repeat_numbers(settings, np.uint64),  # it allocates its buffers again in every epoch
+        "indices": settings["numbers"].astype(np.uint64),  # it allocates its buffers again in every epoch
         "os_cache": True,
         "drop_last": True,
     }

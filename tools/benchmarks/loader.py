@@ -74,18 +74,18 @@ def bench_loader(
     turns: dict[str, tuple[Callable[[], Any], int]]
     with ThreadPoolExecutor(cores) as pool:
         if train.is_decoded:
-            turns = {COPY: (partial(next, copy_windows(train, batch_size)), batch_size)}
-            turns[DALI] = partial(next, read_with_dali(train, batch_size, cores, crop=True)), batch_size
+            limits = {
+                COPY: copy_windows(train, batch_size),
+                DALI: read_with_dali(train, batch_size, cores, True),
+            }
+            turns = {name: (partial(next, each), batch_size) for name, each in limits.items()}
         else:
             jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
             check_pixels(jpegs[:32])
             turns = {LIMIT: (partial(decode_all, jpegs, pool), len(jpegs))}
-        turns[ROWS if train.is_decoded else CROPS] = partial(next, crops), batch_size
-        turns[LOADER] = partial(next, batches), batch_size
-        turns[NO_LIGHTING] = partial(next, others), batch_size
-        contenders = {
-            name: partial(common.measure, step, images, seconds) for name, (step, images) in turns.items()
-        }
+        own = {ROWS if train.is_decoded else CROPS: crops, LOADER: batches, NO_LIGHTING: others}
+        turns |= {name: (partial(next, each), batch_size) for name, each in own.items()}
+        contenders = {name: partial(common.measure, *turn, seconds) for name, turn in turns.items()}
         rates = common.interleave(contenders | {EIGENBASIS: partial(measure_sums, few, cores)}, repeats)
     for open_files in (*loaders, crops):
         open_files.close()

@@ -23,12 +23,9 @@ from torch.utils.data import DataLoader
 
 from pipeline.augment import CROP_SIDE, OFFSETS
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.graph import Graph
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
-from pipeline.plan import Plan, TrainSampler
-from pipeline.prefetch import Prefetcher
-from pipeline.settings import DataConfig, Speed
+from pipeline.settings import Speed
 from pipeline.shards import IMAGE_SIDE, NPY_HEADER, ShardSet
 
 Batches = Generator[tuple[Any, Any], None, None]
@@ -162,21 +159,11 @@ def load_with_ours(data: PeerData) -> Batches:
         yield from itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def prefetch_windows(
-    shards: ShardSet, basis: Eigenbasis, batch_size: int, speed: Speed
-) -> Generator[tuple[Plan, Any], None, None]:
-    """Yield plans and uint8 windows as our loader has them for a GPU: (N, 224, 224, 3), but of a pixel store rows at
-    full width, (N, 224, 256, 3), which the GPU cuts."""
-    sampler = TrainSampler(shards, basis, DataConfig(Path(shards.tars[0]).parents[1]), batch_size, 0, 0, 1)
-    graph = Graph("stored" if shards.is_decoded else "cpu", any_size=shards.any_size)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "speed": speed,
-        "device_id": None,
-        "shuffle": "global",
-    }
-    with closing(Prefetcher(shards, graph, sampler, **options).batches(0)) as batches:  # type: ignore[type-var]
-        yield from batches
+def prefetch_windows(shards: ShardSet, basis: Eigenbasis, batch_size: int, speed: Speed) -> Any:
+    """Return an iterator of plans and uint8 windows as our loader has them for a GPU: (N, 224, 224, 3), but of a pixel
+    store rows at full width, (N, 224, 256, 3), which the GPU cuts."""
+    options: dict[str, Any] = {"batch_size": batch_size, "device": "cpu", "basis": basis, "speed": speed}
+    return train_loader(shards, **options)._prefetcher.batches(0)
 
 
 def load_windows_with_ours(data: PeerData) -> Batches:
@@ -191,37 +178,20 @@ def load_windows_with_ours(data: PeerData) -> Batches:
             yield windows, torch.from_numpy(shards.samples["label"][plan.rows].astype(np.int64))
 
 
-def map_pixels(shards: ShardSet) -> list[np.ndarray]:
-    """Map every image of a pixel store, uint8 (256, 256, 3)."""
+def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
+    """Copy random windows of a pixel store out of memory maps with numpy, in one thread: the reference."""
     maps, shape = [np.memmap(tar, mode="r") for tar in shards.tars], (IMAGE_SIDE, IMAGE_SIDE, 3)
     places = zip(shards.samples["shard"].tolist(), shards.samples["offset"].tolist(), strict=True)
-    return [np.ndarray(shape, np.uint8, maps[shard], offset + NPY_HEADER) for shard, offset in places]
-
-
-def load_with_numpy(data: PeerData) -> Batches:
-    """Augment images out of memory maps with numpy, in one thread."""
-    samples = list(zip(map_pixels(data.shards), data.shards.samples["label"].tolist(), strict=True))
-    numbers = yield_permutations(len(samples))
-    while True:
-        yield make_batch([samples[n] for n in itertools.islice(numbers, data.batch_size)], data.basis)
-
-
-def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
-    """Copy random windows out of memory maps into a batch with numpy, in one thread, which decodes and checks nothing:
-    a limit for what copies them."""
-    images, labels, rng = (
-        map_pixels(shards),
-        shards.samples["label"].astype(np.int64),
-        np.random.default_rng(),
-    )
+    images = [np.ndarray(shape, np.uint8, maps[shard], offset + NPY_HEADER) for shard, offset in places]
+    labels, rng = shards.samples["label"].astype(np.int64), np.random.default_rng()
     windows, numbers = (
         np.empty((batch_size, CROP_SIDE, CROP_SIDE, 3), np.uint8),
         yield_permutations(len(images)),
     )
     while True:
         batch = list(itertools.islice(numbers, batch_size))
-        places = rng.integers(OFFSETS + 1, size=(batch_size, 2)).tolist()
-        for window, n, (left, top) in zip(windows, batch, places, strict=True):
+        corners = rng.integers(OFFSETS + 1, size=(batch_size, 2)).tolist()
+        for window, n, (left, top) in zip(windows, batch, corners, strict=True):
             window[:] = images[n][top : top + CROP_SIDE, left : left + CROP_SIDE]
         yield torch.from_numpy(windows), torch.from_numpy(labels[batch])
 
@@ -259,29 +229,29 @@ def load_elsewhere(data: PeerData, library: str, windows: bool = False) -> Batch
         process.communicate()
 
 
+class Table(NamedTuple):
+    """The contenders that load the same store and yield images of the same type."""
+
+    title: str
+    from_pixels: bool
+    dtype: type
+
+
 class Peer(NamedTuple):
     """A contender."""
 
-    table: str
+    table: Table
     title: str
     load: Callable[[PeerData], Batches]
     """Generator of infinite batches, each image once per epoch."""
     levels: int = 1
     """Largest allowed difference of pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
 
-    @property
-    def from_pixels(self) -> bool:
-        """True if it loads a pixel store."""
-        return self.table in (PIXELS, WINDOWS)
 
-    @property
-    def dtype(self) -> type:
-        """The type of its images."""
-        return np.uint8 if self.table in (WINDOWS, JPEG_WINDOWS) else np.float32
-
-
-JPEGS, PIXELS = "loaders that do the same job", "the same job, from decoded pixels"
-WINDOWS, JPEG_WINDOWS = "uint8 windows, as for a GPU", "uint8 windows, from JPEGs"
+JPEGS = Table("loaders that do the same job", False, np.float32)
+PIXELS = Table("the same job, from decoded pixels", True, np.float32)
+WINDOWS = Table("uint8 windows, as for a GPU", True, np.uint8)
+JPEG_WINDOWS = Table("uint8 windows, from JPEGs", False, np.uint8)
 OURS, COPY, RAW, YUV = "ours", "numpy copies windows of memory maps", "FFCV, raw", "slipstream, YUV 4:2:0"
 ffcv, ffcv_windows = (partial(load_elsewhere, library="ffcv", windows=each) for each in (False, True))
 slip, slip_windows = (partial(load_elsewhere, library="slipstream", windows=each) for each in (False, True))
@@ -295,10 +265,7 @@ PEERS = {
         *(Peer(table, YUV, load, 64) for table, load in ((PIXELS, slip), (WINDOWS, slip_windows))),
     ],
     "dali": [Peer(JPEGS, "DALI, as its ImageNet example", load_with_dali)],
-    "numpy": [
-        Peer(PIXELS, "numpy, from memory maps, one thread", load_with_numpy),
-        Peer(WINDOWS, COPY, lambda data: copy_windows(data.shards, data.batch_size)),
-    ],
+    "numpy": [Peer(WINDOWS, COPY, lambda data: copy_windows(data.shards, data.batch_size))],
     "ours": [
         *(Peer(table, OURS, load_with_ours) for table in (JPEGS, PIXELS)),
         *(Peer(table, OURS, load_windows_with_ours) for table in (WINDOWS, JPEG_WINDOWS)),

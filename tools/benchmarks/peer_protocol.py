@@ -17,14 +17,16 @@ EPOCH = 200_000
 def serve(load: Callable[[dict[str, Any], Path], Iterator[tuple[Any, Any]]]) -> None:
     """Load a batch, print a line, and repeat this for each line on stdin, by `load(settings, folder to write into)`.
 
-    The settings are the file of JSON named on the command line. If they have `show`, each batch is saved as an `.npz`
-    of images and labels before its line is printed.
+    The settings are the file of JSON named on the command line, and `numbers`, those of an epoch's images. With `show`
+    each batch is saved as an `.npz` of images and labels before its line is printed.
     """
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keep what libraries print out of the answers
     path = Path(sys.argv[1])
     settings = json.loads(path.read_text())
+    count, repeats = len(settings["files"]), 1 if settings["show"] else -(-EPOCH // len(settings["files"]))
+    settings["numbers"] = np.tile(np.arange(count), repeats)
     for images, labels in load(settings, path.parent):
         if settings["show"]:
             np.savez(path.with_suffix(".npz"), images=np.asarray(images), labels=np.asarray(labels))
@@ -32,9 +34,3 @@ def serve(load: Callable[[dict[str, Any], Path], Iterator[tuple[Any, Any]]]) -> 
         if not sys.stdin.readline():
             break
     os._exit(0)  # the library's threads are still running
-
-
-def repeat_numbers(settings: dict[str, Any], dtype: type) -> np.ndarray:
-    """Return the numbers of the images of an epoch: all images, repeated unless batches are checked."""
-    count = len(settings["files"])
-    return np.tile(np.arange(count, dtype=dtype), 1 if settings["show"] else -(-EPOCH // count))

@@ -79,17 +79,15 @@ def bench_peers(
     if not names or set(names) - set(PEERS):
         raise UserError(f"--peers: expected some of {', '.join(PEERS)}, got {', '.join(names) or 'none'}")
     train = common.select_first_shards(open_shards(shards, "train"), max(MAX_IMAGES, batch_size))
-    if train.any_size or train.num_samples < max(CHECKED, batch_size):
+    if train.any_size or train.is_decoded or train.num_samples < max(CHECKED, batch_size):
         expected = f"{max(CHECKED, batch_size)} images of 256x256 or more (pack --store crop256)"
         raise UserError(f"{shards}: expected {expected}, got {train.num_samples} of store {train.store}")
     decoded = common.select_first_shards(open_shards(pixels, "train"), train.num_samples) if pixels else train
     if pixels and not (decoded.is_decoded and decoded.num_samples == train.num_samples):
-        raise UserError(
-            f"--pixels: expected the pixel store of {shards} (make_shards.py decode), got {pixels}"
-        )
+        raise UserError(f"--pixels: expected what make_shards.py decode makes of {shards}, got {pixels}")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     pythons = {"ffcv": ffcv_python, "slipstream": slipstream_python}
-    contenders = [peer for name in names for peer in PEERS[name] if pixels or not peer.from_pixels]
+    contenders = [peer for name in names for peer in PEERS[name] if pixels or not peer.table.from_pixels]
     raise_open_file_limit(4 * len(train.tars))
     tune_malloc()  # as the trainer does
     multiprocessing.set_forkserver_preload(["torch"])
@@ -102,12 +100,14 @@ def bench_peers(
         files = extract(few[train.store], scratch / "few"), extract(train, scratch / "all")
         print(f"one epoch of {CHECKED} images from each, in batches of {CHECK_BATCH}:")
         for peer in contenders:
-            name, store = f"{peer.title} ({peer.table})", decoded.store if peer.from_pixels else train.store
+            name = f"{peer.title} ({peer.table.title})"
+            store = decoded.store if peer.table.from_pixels else train.store
             checked = PeerData(few[store], files[0], basis, CHECK_BATCH, 2, scratch, pythons, True)
             timed = PeerData(stores[store], files[1], basis, batch_size, workers, scratch, pythons)
             try:
                 with closing(peer.load(checked)) as batches:
-                    print(f"{name}: {check_batches(batches, checked, peer.levels, peer.dtype)}", flush=True)
+                    found = check_batches(batches, checked, peer.levels, peer.table.dtype)
+                    print(f"{name}: {found}", flush=True)
             except (ImportError, OSError, RuntimeError, AssertionError) as error:
                 missing[name] = (str(error).strip() or repr(error)).splitlines()[-1]
                 print(f"{name}: not measured: {missing[name]}")
@@ -131,7 +131,7 @@ def bench_peers(
     for table in dict.fromkeys(peer.table for peer in measured.values()):
         rows = {peer.title: rates[name] for name, peer in measured.items() if peer.table == table}
         reference = next((title for title in (COPY, OURS) if title in rows), next(iter(rows)))
-        common.report_rates(table, rows, reference, out, **context)
+        common.report_rates(table.title, rows, reference, out, **context)
 
 
 def extract(shards: ShardSet, folder: Path) -> list[tuple[str, int]]:

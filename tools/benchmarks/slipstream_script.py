@@ -1,9 +1,8 @@
-"""Run slipstream (harvard-visionlab/slipstream) as a contender of `bench peers`, in its own process and environment.
+"""Run slipstream (harvard-visionlab/slipstream) as a contender of `bench peers`, in its own process.
 
     SLIPSTREAM_PYTHON tools/benchmarks/slipstream_script.py SETTINGS.json
 
-lets it build its cache, of the JPEGs or with `raw` of its pixels, which are YUV 4:2:0. Then it serves batches; with
-`windows` uint8 crops alone.
+serves batches of JPEGs or with `raw` of pixels, which it has as YUV 4:2:0; with `windows` uint8 crops alone.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_protocol import repeat_numbers, serve
+from peer_protocol import serve
 from slipstream import DecodeRandomResizedCrop, SlipstreamImageFolder, SlipstreamLoader
 from slipstream.decoders import numba_decoder, yuv420_decoder
 
@@ -24,15 +23,13 @@ def draw_windows(widths: np.ndarray, *_: Any) -> np.ndarray:
 
 
 def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Yield batches forever. Its own crops are around uniform points, moved into the image: nearly all would lie at an
-    edge, so uniform ones replace them."""
+    """Yield batches forever. Its own crops are around uniform points, then moved into the image: at this size nearly all
+    lie at an edge, so uniform ones replace them."""
     for module in (numba_decoder, yuv420_decoder):
         module._generate_random_crop_params_batch = draw_windows
     torch.set_num_threads(1)  # they would spin on cores that decode
     mean, matrix = (torch.tensor(settings[name]) for name in ("mean", "matrix"))
-    result = torch.empty(
-        settings["batch_size"], 224, 224 * 3
-    )  # new memory would cost more than the arithmetic
+    result = torch.empty(settings["batch_size"], 224, 224 * 3)  # new memory takes longer than the arithmetic
 
     def flip_and_normalize(windows_NHWC: np.ndarray) -> torch.Tensor:
         """Flip, shift, which slipstream lacks, and normalize, on whole rows; its own transforms take more passes."""
@@ -47,7 +44,7 @@ def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, 
     loader = SlipstreamLoader(
         SlipstreamImageFolder(Path(settings["files"][0][0]).parents[1], cache_dir=folder / "slipstream"),
         batch_size=settings["batch_size"],
-        indices=repeat_numbers(settings, np.int64),
+        indices=settings["numbers"],
         image_format="yuv420" if settings["raw"] else "jpeg",
         pipelines={"image": [crop] if settings["windows"] else [crop, flip_and_normalize]},
         exclude_fields=["path", "index"],
