@@ -89,8 +89,8 @@ def test_the_job_done_passes(data: PeerData, name: str) -> None:
 
 @pytest.mark.parametrize("name, title", [("ours", PIXELS), ("ours", WINDOWS), ("numpy", WINDOWS)])
 def test_a_pixel_store_gives_the_pixels_of_its_jpegs(decoded: PeerData, name: str, title: Table) -> None:
-    """Finished batches and uint8 windows of a pixel store have Pillow's pixels of the JPEGs; windows of other pixels, or
-    flipped, are refused."""
+    """Finished batches and uint8 windows of a pixel store have Pillow's pixels of the JPEGs; others, or flipped ones,
+    are refused."""
     peer = next(peer for peer in PEERS[name] if peer.table == title)
     with closing(peer.load(decoded)) as batches:
         assert "pixels 0.00 levels off" in peers.check_batches(batches, decoded, 1, title.dtype)

@@ -23,8 +23,8 @@ def draw_windows(widths: np.ndarray, *_: Any) -> np.ndarray:
 
 
 def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Yield batches forever. Its own crops are around uniform points, then moved into the image: at this size nearly all
-    lie at an edge, so uniform ones replace them."""
+    """Yield batches forever. Its own crops are around uniform points, then moved into the image: nearly all of these
+    would lie at an edge, so uniform ones replace them."""
     for module in (numba_decoder, yuv420_decoder):
         module._generate_random_crop_params_batch = draw_windows
     torch.set_num_threads(1)  # they would spin on cores that decode
