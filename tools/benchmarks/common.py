@@ -145,9 +145,8 @@ def report_rates(title: str, rates: Rates, reference: str, out: Path | None, **c
         text = " ".join(f"{number:>8.{0 if number >= 100 else 2}f}" for number in numbers)
         print(f"{name:<{width}} {text} {ratio:>6.2f} {median(per_cpu_s):>13.1f} {ratio_per_cpu_s:>6.2f}")
         row: dict[str, Any] = {"contender": name, "table": title, "unit": "images/s", "reference": reference}
-        row |= {"ratio": ratio, "median": numbers[0], "median_per_cpu_s": median(per_cpu_s)}
-        row |= {"ratio_per_cpu_s": ratio_per_cpu_s}
-        rows.append(row | {"values": per_s, "values_per_cpu_s": per_cpu_s})
+        row |= {"ratio": ratio, "median": numbers[0], "values": per_s, "values_per_cpu_s": per_cpu_s}
+        rows.append(row | {"ratio_per_cpu_s": ratio_per_cpu_s, "median_per_cpu_s": median(per_cpu_s)})
     append_rows(out, rows, **context)
 
 
@@ -179,8 +178,7 @@ def describe_shards(shards: ShardSet) -> str:
 
 
 def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
-    """Yield key, JPEG (of a pixel store its file) and class index of every sample, in stored order, by webdataset.
-    Raises `DataError`."""
+    """Yield key, image's file and class index of every sample, in stored order, by webdataset. Raises `DataError`."""
     import webdataset
 
     extension = "npy" if shards.is_decoded else "jpg"

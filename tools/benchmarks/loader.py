@@ -35,8 +35,8 @@ def bench_loader(
     out: Path | None = None,
 ) -> None:
     """Measure the training loader with and without lighting, libjpeg-turbo and DALI alone, and the eigenbasis' sums,
-    which all decode the same files; then our reader and DALI's, which decode nothing. Of a pixel store numpy's copies
-    out of memory maps and DALI's own reader take the place of the decoders.
+    which all decode the same files; then our reader and DALI's, which decode nothing. Of a pixel store numpy and DALI's
+    reader copy windows instead.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -66,11 +66,10 @@ def bench_loader(
         for each in (Lighting(), Lighting(strength=0))
     ]
     batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
-    crops = prefetch_windows(train, basis, batch_size, speed)
+    crops = prefetch_windows(train, basis=basis, **options)
     images, (_, windows) = next(batches).images, next(crops)
     assert images.shape == (batch_size, 3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
-    width = 256 if train.is_decoded else 224
-    assert windows.shape == (batch_size, 224, width, 3) and windows.dtype == torch.uint8, "crops: wrong batch"
+    assert windows.shape[:2] == (batch_size, 224) and windows.dtype == torch.uint8, "crops: wrong batch"
     turns: dict[str, tuple[Callable[[], Any], int]]
     with ThreadPoolExecutor(cores) as pool:
         if train.is_decoded:

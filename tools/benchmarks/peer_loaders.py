@@ -46,6 +46,8 @@ class PeerData:
     """Processes, or threads where a contender has those."""
     scratch: Path
     """Temporary folder."""
+    windows: bool
+    """True for uint8 crops alone, as for a GPU."""
     pythons: dict[str, Path | None]
     """The interpreters of the environments of "ffcv" and "slipstream"."""
     show: bool = False
@@ -151,31 +153,25 @@ def load_with_dali(data: PeerData) -> Batches:
         yield batch["data"], batch["label"].squeeze(1)
 
 
-def load_with_ours(data: PeerData) -> Batches:
-    """Load with the trainer's loader."""
-    speed = Speed(threads=data.workers + 1)  # its default
-    options: dict[str, Any] = {"batch_size": data.batch_size, "device": "cpu", "basis": data.basis}
-    with closing(train_loader(data.shards, **options, speed=speed)) as loader:
-        yield from itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def prefetch_windows(shards: ShardSet, basis: Eigenbasis, batch_size: int, speed: Speed) -> Any:
+def prefetch_windows(shards: ShardSet, **options: Any) -> Any:
     """Return an iterator of plans and uint8 windows as our loader has them for a GPU: (N, 224, 224, 3), but of a pixel
     store rows at full width, (N, 224, 256, 3), which the GPU cuts."""
-    options: dict[str, Any] = {"batch_size": batch_size, "device": "cpu", "basis": basis, "speed": speed}
-    return train_loader(shards, **options)._prefetcher.batches(0)
+    return train_loader(shards, **options, device="cpu")._prefetcher.batches(0)
 
 
-def load_windows_with_ours(data: PeerData) -> Batches:
-    """Load what our loader prepares for a GPU; columns of stored pixels are cut only if batches are checked."""
-    shards, speed = data.shards, Speed(threads=data.workers + 1)
-    with closing(prefetch_windows(shards, data.basis, data.batch_size, speed)) as batches:
+def load_with_ours(data: PeerData) -> Batches:
+    """Load with the trainer's loader. Columns of windows from a pixel store are cut only if batches are checked."""
+    options: dict[str, Any] = {"batch_size": data.batch_size, "basis": data.basis}
+    options |= {"speed": Speed(threads=data.workers + 1)}  # its default
+    if not data.windows:
+        with closing(train_loader(data.shards, **options, device="cpu")) as loader:
+            yield from itertools.chain.from_iterable(itertools.repeat(loader))
+    with closing(prefetch_windows(data.shards, **options)) as batches:
         for plan, windows in batches:
-            if data.show and shards.is_decoded and plan.draws:
-                lefts = plan.draws.left.tolist()
-                pairs = zip(windows, lefts, strict=True)
+            if data.show and data.shards.is_decoded:
+                pairs = zip(windows, plan.draws.left.tolist(), strict=True)
                 windows = torch.stack([rows[:, left : left + CROP_SIDE] for rows, left in pairs])
-            yield windows, torch.from_numpy(shards.samples["label"][plan.rows].astype(np.int64))
+            yield windows, torch.from_numpy(data.shards.samples["label"][plan.rows].astype(np.int64))
 
 
 def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
@@ -184,10 +180,8 @@ def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
     places = zip(shards.samples["shard"].tolist(), shards.samples["offset"].tolist(), strict=True)
     images = [np.ndarray(shape, np.uint8, maps[shard], offset + NPY_HEADER) for shard, offset in places]
     labels, rng = shards.samples["label"].astype(np.int64), np.random.default_rng()
-    windows, numbers = (
-        np.empty((batch_size, CROP_SIDE, CROP_SIDE, 3), np.uint8),
-        yield_permutations(len(images)),
-    )
+    numbers = yield_permutations(len(images))
+    windows = np.empty((batch_size, CROP_SIDE, CROP_SIDE, 3), np.uint8)
     while True:
         batch = list(itertools.islice(numbers, batch_size))
         corners = rng.integers(OFFSETS + 1, size=(batch_size, 2)).tolist()
@@ -196,20 +190,18 @@ def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
         yield torch.from_numpy(windows), torch.from_numpy(labels[batch])
 
 
-def load_elsewhere(data: PeerData, library: str, windows: bool = False) -> Batches:
+def load_elsewhere(data: PeerData, library: str) -> Batches:
     """Load with "ffcv" or "slipstream", in a process with its own Python, which prints a line per batch; only checked
     batches are transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process
     ends."""
     raw, python = data.shards.is_decoded, data.pythons[library]
     if python is None:
-        raise ImportError(
-            f"--{library}-python: expected the Python of an environment with {library}, got none"
-        )
-    settings = data.scratch / f"{library}-{data.show}-{raw}-{windows}.json"
+        raise ImportError(f"--{library}-python: expected a Python that has {library}, got none")
+    settings = data.scratch / f"{library}-{data.show}-{raw}-{data.windows}.json"
     log = settings.with_suffix(".log")
     job = {"files": data.files, "batch_size": data.batch_size, "workers": data.workers, "show": data.show}
     job |= {"mean": data.basis.mean.tolist(), "matrix": Lighting().shift_matrix(data.basis).tolist()}
-    job |= {"divisor": Lighting().divisor, "raw": raw, "windows": windows}
+    job |= {"divisor": Lighting().divisor, "raw": raw, "windows": data.windows}
     settings.write_text(json.dumps(job))
     command: list[Any] = [python, Path(__file__).with_name(f"{library}_script.py"), settings]
     with log.open("w") as errors:
@@ -230,11 +222,11 @@ def load_elsewhere(data: PeerData, library: str, windows: bool = False) -> Batch
 
 
 class Table(NamedTuple):
-    """The contenders that load the same store and yield images of the same type."""
+    """The contenders that load the same store, finished batches or uint8 windows alone."""
 
     title: str
     from_pixels: bool
-    dtype: type
+    windows: bool
 
 
 class Peer(NamedTuple):
@@ -248,27 +240,23 @@ class Peer(NamedTuple):
     """Largest allowed difference of pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
 
 
-JPEGS = Table("loaders that do the same job", False, np.float32)
-PIXELS = Table("the same job, from decoded pixels", True, np.float32)
-WINDOWS = Table("uint8 windows, as for a GPU", True, np.uint8)
-JPEG_WINDOWS = Table("uint8 windows, from JPEGs", False, np.uint8)
+JPEGS = Table("loaders that do the same job", False, False)
+PIXELS = Table("the same job, from decoded pixels", True, False)
+WINDOWS = Table("uint8 windows, as for a GPU", True, True)
+JPEG_WINDOWS = Table("uint8 windows, from JPEGs", False, True)
 OURS, COPY, RAW, YUV = "ours", "numpy copies windows of memory maps", "FFCV, raw", "slipstream, YUV 4:2:0"
-ffcv, ffcv_windows = (partial(load_elsewhere, library="ffcv", windows=each) for each in (False, True))
-slip, slip_windows = (partial(load_elsewhere, library="slipstream", windows=each) for each in (False, True))
+ffcv, slipstream = (partial(load_elsewhere, library=library) for library in ("ffcv", "slipstream"))
 PEERS = {
     "pillow": [Peer(JPEGS, "torch DataLoader + Pillow", load_with_pillow)],
     "webdataset": [Peer(JPEGS, "webdataset + Pillow", load_with_webdataset)],
     "spdl": [Peer(JPEGS, "SPDL", load_with_spdl, 64)],
-    "ffcv": [Peer(JPEGS, "FFCV", ffcv, 8), Peer(PIXELS, RAW, ffcv), Peer(WINDOWS, RAW, ffcv_windows)],
+    "ffcv": [Peer(JPEGS, "FFCV", ffcv, 8), *(Peer(table, RAW, ffcv) for table in (PIXELS, WINDOWS))],
     "slipstream": [
-        Peer(JPEGS, "slipstream", slip, 8),
-        *(Peer(table, YUV, load, 64) for table, load in ((PIXELS, slip), (WINDOWS, slip_windows))),
+        Peer(JPEGS, "slipstream", slipstream, 8),
+        *(Peer(table, YUV, slipstream, 64) for table in (PIXELS, WINDOWS)),
     ],
     "dali": [Peer(JPEGS, "DALI, as its ImageNet example", load_with_dali)],
     "numpy": [Peer(WINDOWS, COPY, lambda data: copy_windows(data.shards, data.batch_size))],
-    "ours": [
-        *(Peer(table, OURS, load_with_ours) for table in (JPEGS, PIXELS)),
-        *(Peer(table, OURS, load_windows_with_ours) for table in (WINDOWS, JPEG_WINDOWS)),
-    ],
+    "ours": [Peer(table, OURS, load_with_ours) for table in (JPEGS, PIXELS, WINDOWS, JPEG_WINDOWS)],
 }
 """By name, a contender for each of its tables."""

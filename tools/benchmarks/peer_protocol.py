@@ -25,8 +25,8 @@ def serve(load: Callable[[dict[str, Any], Path], Iterator[tuple[Any, Any]]]) -> 
     os.dup2(2, 1)  # keep what libraries print out of the answers
     path = Path(sys.argv[1])
     settings = json.loads(path.read_text())
-    count, repeats = len(settings["files"]), 1 if settings["show"] else -(-EPOCH // len(settings["files"]))
-    settings["numbers"] = np.tile(np.arange(count), repeats)
+    numbers = np.arange(len(settings["files"]))
+    settings["numbers"] = np.tile(numbers, 1 if settings["show"] else -(-EPOCH // len(numbers)))
     for images, labels in load(settings, path.parent):
         if settings["show"]:
             np.savez(path.with_suffix(".npz"), images=np.asarray(images), labels=np.asarray(labels))

@@ -10,7 +10,7 @@ Shapes: N images, H rows, W columns, C colours.
 import itertools
 import multiprocessing
 import subprocess
-import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -29,7 +29,6 @@ from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_file_limit
 from pipeline.shards import IMAGE_SIDE, SAMPLE, ShardSet, open_shards
 from tools.benchmarks import common
-from tools.packing.index import read_index
 
 if TYPE_CHECKING:
     from tools.benchmarks.peer_loaders import Batches, PeerData
@@ -102,12 +101,12 @@ def bench_peers(
         for peer in contenders:
             name = f"{peer.title} ({peer.table.title})"
             store = decoded.store if peer.table.from_pixels else train.store
-            checked = PeerData(few[store], files[0], basis, CHECK_BATCH, 2, scratch, pythons, True)
-            timed = PeerData(stores[store], files[1], basis, batch_size, workers, scratch, pythons)
+            rest = scratch, peer.table.windows, pythons
+            checked = PeerData(few[store], files[0], basis, CHECK_BATCH, 2, *rest, True)
+            timed = PeerData(stores[store], files[1], basis, batch_size, workers, *rest)
             try:
                 with closing(peer.load(checked)) as batches:
-                    found = check_batches(batches, checked, peer.levels, peer.table.dtype)
-                    print(f"{name}: {found}", flush=True)
+                    print(f"{name}: {check_batches(batches, checked, peer.levels)}", flush=True)
             except (ImportError, OSError, RuntimeError, AssertionError) as error:
                 missing[name] = (str(error).strip() or repr(error)).splitlines()[-1]
                 print(f"{name}: not measured: {missing[name]}")
@@ -126,8 +125,7 @@ def bench_peers(
     for library, python in pythons.items():
         code = f"from importlib.metadata import *; print(version(packages_distributions()['{library}'][0]))"
         if python:
-            shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-            context[library] = shown.stdout.strip()
+            context[library] = subprocess.check_output([python, "-c", code], text=True).strip()
     for table in dict.fromkeys(peer.table for peer in measured.values()):
         rows = {peer.title: rates[name] for name, peer in measured.items() if peer.table == table}
         reference = next((title for title in (COPY, OURS) if title in rows), next(iter(rows)))
@@ -155,23 +153,22 @@ def write_numbered(shards: ShardSet, folder: Path) -> ShardSet:
     with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=CHECK_SHARD, verbose=0) as writer:
         for number, (_, image, _) in enumerate(itertools.islice(common.read_samples(shards), CHECKED)):
             writer.write({"__key__": f"{number:06}", extension: image, "cls": number})
-    tars = sorted(map(str, folder.glob("*.tar")))
-    indexes = [tar.replace(".tar", ".idx") for tar in tars]
-    wds2idx = [sys.executable, str(Path(sys.executable).with_name("wds2idx"))]  # DALI's own program
-    for pair in zip(tars, indexes, strict=True):
-        subprocess.run([*wds2idx, *pair], capture_output=True, check=True)
-    entries = [entry for each in indexes for members in read_index(Path(each)) for entry in members]
-    places = [(offset, size) for kind, offset, size, _ in entries if kind == extension]
-    samples = np.array([(n // CHECK_SHARD, *place, n) for n, place in enumerate(places)], SAMPLE)
+    tars, places = sorted(map(str, folder.glob("*.tar"))), []
+    for number, tar in enumerate(tars):
+        with tarfile.open(tar) as file:
+            members = [member for member in file if member.name.endswith(extension)]
+        places += [(number, member.offset_data, member.size) for member in members]
+    samples = np.array([(*place, number) for number, place in enumerate(places)], SAMPLE)
     return replace(shards, tars=tuple(tars), samples=samples)
 
 
-def check_batches(batches: "Batches", data: "PeerData", levels: int, dtype: type = np.float32) -> str:
+def check_batches(batches: "Batches", data: "PeerData", levels: int) -> str:
     """Load one epoch, and assert that each image came once, as a float32 crop of Pillow's pixels within `levels`, at
-    any offset, flipped in half of the cases, shifted by standard normal draws and normalized; of uint8 as the crop.
+    any offset, flipped in half of the cases, shifted by standard normal draws and normalized; or as that crop, uint8.
 
     Returns a summary. Class indexes are the images' numbers.
     """
+    dtype = np.uint8 if data.windows else np.float32
     pixels_NHWC = [np.asarray(Image.open(path).convert("RGB")) for path, _ in data.files]
     windows, seen, count, places = [], [], len(pixels_NHWC), IMAGE_SIDE - SIDE + 1
     for _ in range(count // data.batch_size):
@@ -180,7 +177,7 @@ def check_batches(batches: "Batches", data: "PeerData", levels: int, dtype: type
         kind = (images_NHWC.dtype, *images_NHWC.shape)
         complaint = f"expected 224x224 {dtype.__name__} crops, got {kind}"
         assert kind == (dtype, data.batch_size, SIDE, SIDE, 3), complaint
-        if dtype is np.uint8:
+        if data.windows:
             images_NHWC = (images_NHWC - data.basis.mean) / Lighting().divisor  # as without lighting
         seen += labels.tolist()
         pairs = zip(images_NHWC, labels, strict=True)
@@ -194,7 +191,7 @@ def check_batches(batches: "Batches", data: "PeerData", levels: int, dtype: type
     offsets = [len(set(axis.tolist())) for axis in (columns, rows)]
     assert min(offsets) > places / 2, f"expected crops at {places} offsets, got {offsets}"
     summary = f"{count} of {count} images, once each; pixels {difference}; at {' x '.join(map(str, offsets))} offsets"
-    if dtype is np.uint8:
+    if data.windows:
         assert not flips.any() and np.abs(draws).max() < 0.05 * levels, "expected windows as they are"
         return summary
     assert 0.3 < flips.mean() < 0.7, f"expected half of the images flipped, got {flips.mean():.0%}"
