@@ -96,12 +96,8 @@ def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, 
         images += [RandomHorizontalFlip(), normalize]
     images += [ToTensor(), ToTorchImage(channels_last=True)]
     pipelines = {"image": images, "label": [IntDecoder(), ToTensor(), Squeeze()]}
-    order: dict[str, Any] = {
-        "order": OrderOption.RANDOM,
-        "indices": settings["numbers"].astype(np.uint64),  # it allocates its buffers again in every epoch
-        "os_cache": True,
-        "drop_last": True,
-    }
+    order: dict[str, Any] = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True}
+    order["indices"] = settings["numbers"].astype(np.uint64)  # it allocates its buffers again in every epoch
     batch_size, workers = settings["batch_size"], settings["workers"]
     loader = Loader(str(beton), batch_size=batch_size, num_workers=workers, pipelines=pipelines, **order)
     while True:

@@ -41,14 +41,10 @@ def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, 
         return result.view(images.shape)
 
     crop: Any = DecodeRandomResizedCrop(224, num_threads=settings["workers"])
-    loader = SlipstreamLoader(
-        SlipstreamImageFolder(Path(settings["files"][0][0]).parents[1], cache_dir=folder / "slipstream"),
-        batch_size=settings["batch_size"],
-        indices=settings["numbers"],
-        image_format="yuv420" if settings["raw"] else "jpeg",
-        pipelines={"image": [crop] if settings["windows"] else [crop, flip_and_normalize]},
-        exclude_fields=["path", "index"],
-    )
+    images = SlipstreamImageFolder(Path(settings["files"][0][0]).parents[1], cache_dir=folder / "slipstream")
+    options = {"image_format": "yuv420" if settings["raw"] else "jpeg", "indices": settings["numbers"]}
+    options |= {"pipelines": {"image": [crop] if settings["windows"] else [crop, flip_and_normalize]}}
+    loader = SlipstreamLoader(images, settings["batch_size"], exclude_fields=["path", "index"], **options)
     while True:
         for batch in loader:
             yield batch["image"], batch["label"]
