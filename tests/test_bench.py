@@ -11,8 +11,10 @@ from time import process_time, sleep
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
+from pipeline.shards import open_shards
 from tests.helpers import TORCHVISION, refuses, run_ok
 from tools.benchmarks import common, model, pack, reader
 from tools.benchmarks.common import Rate
@@ -44,6 +46,25 @@ def test_loader_has_a_row_for_each_contender(few: Path, tmp_path: Path) -> None:
     assert rows[0]["ratio"] == 1 and rows[3]["contender"].endswith("(strength 0)")
     assert rows[5]["ratio_per_cpu_s"] > 0 and 1000 < rows[8]["samples_per_s"] < 31_000
     assert "--repeats" in refuses("tools/bench.py", "loader", few, "--repeats", "0")
+
+
+def test_loader_measures_a_pixel_store_next_to_numpy(few: Path, tmp_path: Path) -> None:
+    """Of a pixel store the rows are relative to numpy's copies; DALI's reader yields crops of the stored pixels."""
+    run_ok("tools/make_shards.py", "decode", few, tmp_path / "pixels")
+    options = ("--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
+    run_ok("tools/bench.py", "loader", tmp_path / "pixels", *options)
+    names = " ".join(row["contender"].split()[0] for row in rows_of(tmp_path / "rows.jsonl"))
+    assert names == "numpy uint8 uint8 loader: loader: compute_pca: our DALI's alone while"
+    shards = open_shards(tmp_path / "pixels", "train")
+    images, labels = next(reader.read_with_dali(shards, 2, crop=True))
+    stored = [
+        (s["npy"], int(s["cls"]))
+        for s in webdataset.WebDataset(list(shards.tars), shardshuffle=False).decode()
+    ]
+    for crop, label in zip(images, labels, strict=True):
+        corner = bytes(np.array(crop)[0].tobytes())
+        same_class = (image for image, cls in stored if cls == int(bytes(np.array(label))))
+        assert any(corner in image.tobytes() for image in same_class)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """`bench peers` times no contender that does less than the job, and leaves none out in silence."""
 
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tests.helpers import run_ok
 from tests.test_bench import TURNS, rows_of
 from tools.benchmarks import peers
 from tools.benchmarks.common import read_samples, select_first_shards
-from tools.benchmarks.peer_loaders import PEERS, Batches, PeerData
+from tools.benchmarks.peer_loaders import JPEGS, PEERS, PIXELS, WINDOWS, Batches, PeerData, Table
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,17 @@ def data(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> PeerData:
     place, train = tmp_path_factory.mktemp("peers"), open_shards(shards, "train")
     few = peers.write_numbered(train, place / "few")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    return PeerData(few, peers.extract(few, place / "few"), basis, 16, 2, place, None, show=True)
+    return PeerData(few, peers.extract(few, place / "few"), basis, 16, 2, place, False, {}, show=True)
+
+
+@pytest.fixture(scope="module")
+def decoded(data: PeerData, few: Path, tmp_path_factory: pytest.TempPathFactory) -> PeerData:
+    """The same images out of a pixel store."""
+    place = tmp_path_factory.mktemp("decoded")
+    run_ok("tools/make_shards.py", "decode", few, place / "pixels")
+    pixels = peers.write_numbered(open_shards(place / "pixels", "train"), place / "few")
+    jpegs = peers.write_numbered(open_shards(few, "train"), place / "jpegs")
+    return replace(data, shards=pixels, files=peers.extract(jpegs, place / "files"))
 
 
 def honest(data: PeerData, **less: Any) -> Batches:
@@ -69,10 +81,24 @@ def test_less_than_the_job_is_refused(data: PeerData, less: dict[str, Any], comp
 @pytest.mark.parametrize("name", ["honest", "dali", "ours"])
 def test_the_job_done_passes(data: PeerData, name: str) -> None:
     """The formula itself, DALI's example graph and the trainer's loader do the job, to Pillow's pixels."""
-    batches = honest(data) if name == "honest" else PEERS[name][1](data)
+    batches = honest(data) if name == "honest" else PEERS[name][0].load(data)
     found = peers.check_batches(batches, data, levels=1)
     assert "128 of 128 images, once each; pixels 0.00 levels off" in found
     batches.close()
+
+
+@pytest.mark.parametrize("name, table", [("ours", PIXELS), ("ours", WINDOWS), ("numpy", WINDOWS)])
+def test_a_pixel_store_gives_the_pixels_of_its_jpegs(decoded: PeerData, name: str, table: Table) -> None:
+    """Finished batches and uint8 windows of a pixel store have Pillow's pixels of the JPEGs; others, or flipped ones,
+    are refused."""
+    peer = next(peer for peer in PEERS[name] if peer.table == table)
+    decoded = replace(decoded, windows=table.windows)
+    with closing(peer.load(decoded)) as batches:
+        assert "pixels 0.00 levels off" in peers.check_batches(batches, decoded, 1)
+    if table == WINDOWS:
+        for change in (lambda images: images ^ 1, lambda images: images.flip(2), lambda images: 255 - images):
+            with closing(peer.load(decoded)) as batches, pytest.raises(AssertionError, match="expected"):
+                peers.check_batches(((change(x), y) for x, y in batches), decoded, 1)  # type: ignore[arg-type]
 
 
 def test_the_same_bytes_everywhere(numbered_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
@@ -95,11 +121,15 @@ def test_each_peer_is_timed_or_listed_with_the_reason(shards: Path, tmp_path: Pa
     text = run_ok("tools/bench.py", "peers", shards, "--batch-size", "32", *TURNS, tmp_path / "rows.jsonl")
     rows = rows_of(tmp_path / "rows.jsonl")
     missing = rows[0]["not_measured"]
-    assert {row["contender"] for row in rows} | set(missing) == {title for title, *_ in PEERS.values()}
+    titles = {peer.title for table in PEERS.values() for peer in table if peer.table == JPEGS}
+    assert {row["contender"] for row in rows} | {each.partition(" (")[0] for each in missing} == titles
     assert {"torch DataLoader + Pillow", "webdataset + Pillow", "DALI, as its ImageNet example", "ours"} <= {
         row["contender"] for row in rows
     }
-    assert all(row["versions"]["webdataset"] for row in rows) and "--ffcv-python" in missing["FFCV"]
+    assert (
+        all(row["versions"]["webdataset"] for row in rows)
+        and "--ffcv-python" in missing[f"FFCV ({JPEGS.title})"]
+    )
     assert text.count("128 of 128 images, once each") == len(rows) and text.count("not measured: ") == len(
         missing
     )

@@ -1,7 +1,7 @@
 """Run benchmarks, one subcommand per question.
 
     python tools/bench.py loader SHARDS     speed of the loader, and of the decoders that bound it
-    python tools/bench.py peers SHARDS      speed of other loaders at the same job
+    python tools/bench.py peers SHARDS      speed of other loaders at the same job; --pixels: of decoded pixels, too
     python tools/bench.py train SHARDS      whether the network waits: loader alone, network alone, both
     python tools/bench.py model             speed of training, ours and torchvision's
     python tools/bench.py pack RAW          speed of packing: make_shards, Pillow and webdataset, the codec alone

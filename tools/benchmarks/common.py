@@ -136,17 +136,17 @@ def settle() -> None:
 def report_rates(title: str, rates: Rates, reference: str, out: Path | None, **context: Any) -> None:
     """Print medians, ranges and ratios to the reference, turn by turn, and append them to `out`, a row each."""
     width, rows = max(40, len(title), *map(len, rates)), []
-    print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s")
+    print(f"{title:<{width}} images/s      min      max  ratio  images/CPU-s  ratio")
     for name, values in rates.items():
         per_s, per_cpu_s = ([value[field] for value in values] for field in (0, 1))
-        pairs = zip(values, rates[reference], strict=True)
-        ratio = median(value.per_s / other.per_s for value, other in pairs)
+        pairs = np.array(values) / np.array(rates[reference])
+        ratio, ratio_per_cpu_s = np.median(pairs, axis=0).tolist()
         numbers = [f(per_s) for f in (median, min, max)]
         text = " ".join(f"{number:>8.{0 if number >= 100 else 2}f}" for number in numbers)
-        print(f"{name:<{width}} {text} {ratio:>6.2f} {median(per_cpu_s):>13.1f}")
+        print(f"{name:<{width}} {text} {ratio:>6.2f} {median(per_cpu_s):>13.1f} {ratio_per_cpu_s:>6.2f}")
         row: dict[str, Any] = {"contender": name, "table": title, "unit": "images/s", "reference": reference}
-        row |= {"ratio": ratio, "median": numbers[0], "median_per_cpu_s": median(per_cpu_s)}
-        rows.append(row | {"values": per_s, "values_per_cpu_s": per_cpu_s})
+        row |= {"ratio": ratio, "median": numbers[0], "values": per_s, "values_per_cpu_s": per_cpu_s}
+        rows.append(row | {"ratio_per_cpu_s": ratio_per_cpu_s, "median_per_cpu_s": median(per_cpu_s)})
     append_rows(out, rows, **context)
 
 
@@ -178,12 +178,13 @@ def describe_shards(shards: ShardSet) -> str:
 
 
 def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
-    """Yield key, JPEG and class index of every sample, in stored order, by webdataset. Raises `DataError`."""
+    """Yield key, image's file and class index of every sample, in stored order, by webdataset. Raises `DataError`."""
     import webdataset
 
+    extension = "npy" if shards.is_decoded else "jpg"
     try:
         for sample in webdataset.WebDataset(list(shards.tars), shardshuffle=False, empty_check=False):
-            yield sample["__key__"], sample["jpg"], int(sample["cls"])
+            yield sample["__key__"], sample[extension], int(sample["cls"])
     except (OSError, ValueError, KeyError, tarfile.TarError) as error:
         place = Path(shards.tars[0]).parent
         raise DataError(f"{place}: damaged shard ({error}); copy or pack it again") from None

@@ -2,17 +2,11 @@
 
     FFCV_PYTHON tools/benchmarks/ffcv_script.py SETTINGS.json
 
-writes the JPEGs, byte for byte, in FFCV's format. Then it loads a batch, prints a line, and repeats this for each line
-on stdin. If the settings have `show`, it saves each batch as an .npz of images and labels before it prints the line. It
-does not import this project.
+writes the JPEGs, byte for byte, in FFCV's format, or with `raw` their pixels as Pillow decodes them. Then it serves
+batches; with `windows` uint8 crops alone.
 """
 
-import io
-import json
-import os
-import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +22,8 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
+from peer_protocol import serve
 from PIL import Image
-
-EPOCH = 200_000
-"""Least images per epoch: FFCV allocates its buffers again in every epoch, which costs most on a small set."""
 
 
 class ShiftAndNormalize(Operation):
@@ -71,62 +63,46 @@ class ShiftAndNormalize(Operation):
         return state, AllocationQuery(previous_state.shape, dtype)
 
 
-def write_beton(files: list[tuple[str, int]], path: Path) -> None:
-    """Write FFCV's file. Its field would decode and re-encode, so its `encode` is replaced."""
-    field = RGBImageField(write_mode="jpg")
+def write_beton(files: list[tuple[str, int]], raw: bool, path: Path) -> None:
+    """Write FFCV's file. Its field would decode and re-encode JPEGs, so its `encode` is replaced."""
+    field, pixels = RGBImageField(write_mode="jpg"), RGBImageField(write_mode="raw")
 
-    def encode(_: Any, destination: Any, jpeg: bytes, malloc: Any) -> None:
+    def encode(_: Any, destination: Any, file: str, malloc: Any) -> None:
+        image, jpeg = Image.open(file), Path(file).read_bytes()
+        if raw:
+            pixels.encode(destination, image.convert("RGB"), malloc)
+            return
         destination["mode"] = IMAGE_MODES["jpg"]
-        destination["width"], destination["height"] = Image.open(io.BytesIO(jpeg)).size
+        destination["width"], destination["height"] = image.size
         destination["data_ptr"], storage = malloc(len(jpeg))
         storage[:] = np.frombuffer(jpeg, np.uint8)
 
     field.encode = types.MethodType(encode, field)
     writer = DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=1)
-    writer.from_indexed_dataset([(Path(file).read_bytes(), label) for file, label in files])
+    writer.from_indexed_dataset(files)
 
 
-def load_batches(settings: dict[str, Any], beton: str) -> Iterator[tuple[Any, Any]]:
-    """Yield augmented batches forever. At this scale and ratio the random resized crop is a random 224x224 crop without
+def load_batches(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Any, Any]]:
+    """Yield batches forever. At this scale and ratio the random resized crop is a random 224x224 crop without
     resizing."""
-    side, count = 224, len(settings["files"])
+    side, raw = 224, settings["raw"]
+    beton = folder / f"{'checked' if settings['show'] else 'timed'}-{'raw' if raw else 'jpg'}.beton"
+    if not beton.exists():
+        write_beton(settings["files"], raw, beton)
     crop: dict[str, Any] = {"scale": ((side / 256) ** 2, (side / 256) ** 2), "ratio": (1.0, 1.0)}
-    decode = [RandomResizedCropRGBImageDecoder((side, side), **crop), RandomHorizontalFlip()]
-    normalize = ShiftAndNormalize(settings["mean"], settings["matrix"], settings["divisor"])
-    images = [*decode, normalize, ToTensor(), ToTorchImage(channels_last=True)]
+    images = [RandomResizedCropRGBImageDecoder((side, side), **crop)]
+    if not settings["windows"]:
+        normalize = ShiftAndNormalize(settings["mean"], settings["matrix"], settings["divisor"])
+        images += [RandomHorizontalFlip(), normalize]
+    images += [ToTensor(), ToTorchImage(channels_last=True)]
     pipelines = {"image": images, "label": [IntDecoder(), ToTensor(), Squeeze()]}
-    repeats = 1 if settings["show"] else -(-EPOCH // count)
-    numbers = np.tile(np.arange(count, dtype=np.uint64), repeats)
-    order: dict[str, Any] = {
-        "order": OrderOption.RANDOM,
-        "indices": numbers,
-        "os_cache": True,
-        "drop_last": True,
-    }
+    order: dict[str, Any] = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True}
+    order["indices"] = settings["numbers"].astype(np.uint64)  # it allocates its buffers again in every epoch
     batch_size, workers = settings["batch_size"], settings["workers"]
-    loader = Loader(beton, batch_size=batch_size, num_workers=workers, pipelines=pipelines, **order)
+    loader = Loader(str(beton), batch_size=batch_size, num_workers=workers, pipelines=pipelines, **order)
     while True:
         yield from loader
 
 
-def main() -> None:
-    """Answer the lines on standard input, after the first batch."""
-    warnings.simplefilter("ignore")
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # keep what libraries print out of the answers
-    path = Path(sys.argv[1])
-    settings = json.loads(path.read_text())
-    beton = path.with_suffix(".beton")
-    write_beton(settings["files"], beton)
-    for images, labels in load_batches(settings, str(beton)):
-        if settings["show"]:
-            images_NHWC = images.permute(0, 2, 3, 1).numpy()
-            np.savez(path.with_suffix(".npz"), images=images_NHWC, labels=labels.numpy())
-        print("done", file=answers)
-        if not sys.stdin.readline():
-            break
-    os._exit(0)  # FFCV's threads are still running
-
-
 if __name__ == "__main__":
-    main()
+    serve(load_batches)

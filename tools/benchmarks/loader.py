@@ -13,12 +13,13 @@ import numpy as np
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.machine import num_cores, raise_open_file_limit
-from pipeline.settings import Augmentation, DataConfig, Speed
+from pipeline.settings import Augmentation, Speed
 from pipeline.shards import ShardSet, open_shards
 from tools.benchmarks import common
-from tools.benchmarks.reader import bench_reader
+from tools.benchmarks.reader import bench_reader, read_with_dali
 
 LIMIT, CROPS = "libjpeg-turbo alone (simplejpeg, whole)", "uint8 crops, as for a GPU (DALI, cpu)"
+ROWS, DALI = "uint8 rows of crops, as for a GPU", "uint8 crops by DALI's webdataset reader"
 LOADER, NO_LIGHTING = "loader: finished batches", "loader: the same without lighting (strength 0)"
 EIGENBASIS = "compute_pca: decode and sum, exact"
 MAX_JPEGS, MAX_IMAGES, CHUNK = 2000, 20_000, 16
@@ -34,7 +35,8 @@ def bench_loader(
     out: Path | None = None,
 ) -> None:
     """Measure the training loader with and without lighting, libjpeg-turbo and DALI alone, and the eigenbasis' sums,
-    which all decode the same files; then our reader and DALI's, which decode nothing.
+    which all decode the same files; then our reader and DALI's, which decode nothing. Of a pixel store numpy and DALI's
+    reader copy windows instead.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
@@ -46,10 +48,8 @@ def bench_loader(
     """
     import torch
 
-    from pipeline.graph import Graph
     from pipeline.loader import train_loader
-    from pipeline.plan import TrainSampler
-    from pipeline.prefetch import Prefetcher
+    from tools.benchmarks.peer_loaders import COPY, copy_windows, prefetch_windows
     from train.device import pick_device, tune_malloc
 
     common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
@@ -66,28 +66,26 @@ def bench_loader(
         for each in (Lighting(), Lighting(strength=0))
     ]
     batches, others = (itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders)
-    sampler = TrainSampler(train, basis, DataConfig(shards), batch_size, 0, 0, 1)
-    graph = Graph(any_size=train.any_size)
-    prefetcher = Prefetcher(train, graph, sampler, device_id=None, shuffle="global", **options)
-    crops: Any = prefetcher.batches(0)
-    jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
-    images, (_, output) = next(batches).images, next(crops)
+    crops = prefetch_windows(train, basis=basis, **options)
+    images, (_, windows) = next(batches).images, next(crops)
     assert images.shape == (batch_size, 3, 224, 224) and images.isfinite().all(), "loader: wrong batch"
-    assert output.as_tensor().shape() == [batch_size, 224, 224, 3], "DALI: wrong batch"
-    check_pixels(jpegs[:32])
-    with ThreadPoolExecutor(cores) as pool:  # simplejpeg releases the GIL
-
-        def decode_all() -> None:
-            list(pool.map(decode, [jpegs[start : start + CHUNK] for start in range(0, len(jpegs), CHUNK)]))
-
-        contenders: dict[str, Callable[[], common.Rate]] = {
-            LIMIT: partial(common.measure, decode_all, len(jpegs), seconds),
-            CROPS: partial(common.measure, partial(next, crops), batch_size, seconds),
-            LOADER: partial(common.measure, partial(next, batches), batch_size, seconds),
-            NO_LIGHTING: partial(common.measure, partial(next, others), batch_size, seconds),
-            EIGENBASIS: partial(measure_sums, few, cores),
-        }
-        rates = common.interleave(contenders, repeats)
+    assert windows.shape[:2] == (batch_size, 224) and windows.dtype == torch.uint8, "crops: wrong batch"
+    turns: dict[str, tuple[Callable[[], Any], int]]
+    with ThreadPoolExecutor(cores) as pool:
+        if train.is_decoded:
+            limits = {
+                COPY: copy_windows(train, batch_size),
+                DALI: read_with_dali(train, batch_size, cores, True),
+            }
+            turns = {name: (partial(next, each), batch_size) for name, each in limits.items()}
+        else:
+            jpegs = [jpeg for _, jpeg, _ in itertools.islice(common.read_samples(train), MAX_JPEGS)]
+            check_pixels(jpegs[:32])
+            turns = {LIMIT: (partial(decode_all, jpegs, pool), len(jpegs))}
+        own = {ROWS if train.is_decoded else CROPS: crops, LOADER: batches, NO_LIGHTING: others}
+        turns |= {name: (partial(next, each), batch_size) for name, each in own.items()}
+        contenders = {name: partial(common.measure, *turn, seconds) for name, turn in turns.items()}
+        rates = common.interleave(contenders | {EIGENBASIS: partial(measure_sums, few, cores)}, repeats)
     for open_files in (*loaders, crops):
         open_files.close()
     data = common.describe_shards(train)
@@ -95,8 +93,13 @@ def bench_loader(
     print(f"{speed.num_threads} threads of DALI, {cores} of libjpeg-turbo, {repeats} repeats")
     context: dict[str, Any] = {"data": data, "shards": train.manifest_sha256, "device": device.type}
     context |= {"batch_size": batch_size, "threads": speed.num_threads}
-    common.report_rates("training images", rates, LIMIT, out, **context)
+    common.report_rates("training images", rates, next(iter(rates)), out, **context)
     bench_reader(few, batch_size, seconds, repeats, out, context | {"threads": 1})
+
+
+def decode_all(jpegs: list[bytes], pool: ThreadPoolExecutor) -> None:
+    """Decode in the threads of a pool, as simplejpeg releases the GIL."""
+    list(pool.map(decode, [jpegs[start : start + CHUNK] for start in range(0, len(jpegs), CHUNK)]))
 
 
 def check_pixels(jpegs: list[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Implement the contenders of `bench peers`: the same job, written with each library as its users would.
+"""Implement the contenders of `bench peers`: the same jobs, written with each library as its users would.
 
 A contender is an infinite generator of batches that stops its processes and threads when it is closed. Libraries are
 imported where they are used: any of them may be missing.
@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import Lighting
 from pipeline.loader import train_loader
 from pipeline.settings import Speed
-from pipeline.shards import ShardSet
+from pipeline.shards import IMAGE_SIDE, NPY_HEADER, ShardSet
 
 Batches = Generator[tuple[Any, Any], None, None]
-"""Images, float32 (N, 3, 224, 224) or (N, 224, 224, 3), and labels (N,); from another process, None and None."""
+"""Images, (N, 3, 224, 224) or (N, 224, 224, 3), and labels (N,); from another process, None and None."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class PeerData:
     """Input of a contender."""
 
     shards: ShardSet
+    """JPEGs or their pixel store."""
     files: list[tuple[str, int]]
     """(path, class index) of the same JPEGs in the same order: FOLDER/<class index>/<key>.jpg."""
     basis: Eigenbasis
@@ -45,8 +46,10 @@ class PeerData:
     """Processes, or threads where a contender has those."""
     scratch: Path
     """Temporary folder."""
-    ffcv_python: Path | None
-    """The interpreter of FFCV's environment."""
+    windows: bool
+    """True for uint8 crops alone, as for a GPU."""
+    pythons: dict[str, Path | None]
+    """The interpreters of the environments of "ffcv" and "slipstream"."""
     show: bool = False
     """True while batches are checked: a contender in another process then transfers them."""
 
@@ -150,24 +153,57 @@ def load_with_dali(data: PeerData) -> Batches:
         yield batch["data"], batch["label"].squeeze(1)
 
 
+def prefetch_windows(shards: ShardSet, **options: Any) -> Any:
+    """Return an iterator of plans and uint8 windows as our loader has them for a GPU: (N, 224, 224, 3), but of a pixel
+    store rows at full width, (N, 224, 256, 3), which the GPU cuts."""
+    return train_loader(shards, **options, device="cpu")._prefetcher.batches(0)
+
+
 def load_with_ours(data: PeerData) -> Batches:
-    """Load with the trainer's loader."""
-    speed = Speed(threads=data.workers + 1)  # its default
-    options: dict[str, Any] = {"batch_size": data.batch_size, "device": "cpu", "basis": data.basis}
-    with closing(train_loader(data.shards, **options, speed=speed)) as loader:
-        yield from itertools.chain.from_iterable(itertools.repeat(loader))
+    """Load with the trainer's loader. Columns of windows from a pixel store are cut only if batches are checked."""
+    options: dict[str, Any] = {"batch_size": data.batch_size, "basis": data.basis}
+    options |= {"speed": Speed(threads=data.workers + 1)}  # its default
+    if not data.windows:
+        with closing(train_loader(data.shards, **options, device="cpu")) as loader:
+            yield from itertools.chain.from_iterable(itertools.repeat(loader))
+    with closing(prefetch_windows(data.shards, **options)) as batches:
+        for plan, windows in batches:
+            if data.show and data.shards.is_decoded:
+                pairs = zip(windows, plan.draws.left.tolist(), strict=True)
+                windows = torch.stack([rows[:, left : left + CROP_SIDE] for rows, left in pairs])
+            yield windows, torch.from_numpy(data.shards.samples["label"][plan.rows].astype(np.int64))
 
 
-def load_with_ffcv(data: PeerData) -> Batches:
-    """Load with FFCV, in a process with FFCV's Python, which prints a line per batch; only checked batches are
-    transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process ends."""
-    if data.ffcv_python is None:
-        raise ImportError("--ffcv-python: expected the Python of an environment with FFCV, got none")
-    settings, log = data.scratch / "ffcv.json", data.scratch / "ffcv.log"
+def copy_windows(shards: ShardSet, batch_size: int) -> Batches:
+    """Copy random windows of a pixel store out of memory maps with numpy, in one thread: the reference."""
+    maps, shape = [np.memmap(tar, mode="r") for tar in shards.tars], (IMAGE_SIDE, IMAGE_SIDE, 3)
+    places = zip(shards.samples["shard"].tolist(), shards.samples["offset"].tolist(), strict=True)
+    images = [np.ndarray(shape, np.uint8, maps[shard], offset + NPY_HEADER) for shard, offset in places]
+    labels, rng = shards.samples["label"].astype(np.int64), np.random.default_rng()
+    numbers = yield_permutations(len(images))
+    windows = np.empty((batch_size, CROP_SIDE, CROP_SIDE, 3), np.uint8)
+    while True:
+        batch = list(itertools.islice(numbers, batch_size))
+        corners = rng.integers(OFFSETS + 1, size=(batch_size, 2)).tolist()
+        for window, n, (left, top) in zip(windows, batch, corners, strict=True):
+            window[:] = images[n][top : top + CROP_SIDE, left : left + CROP_SIDE]
+        yield torch.from_numpy(windows), torch.from_numpy(labels[batch])
+
+
+def load_elsewhere(data: PeerData, library: str) -> Batches:
+    """Load with "ffcv" or "slipstream", in a process with its own Python, which prints a line per batch; only checked
+    batches are transferred. Raises `ImportError` without that Python, `RuntimeError` with its output when the process
+    ends."""
+    raw, python = data.shards.is_decoded, data.pythons[library]
+    if python is None:
+        raise ImportError(f"--{library}-python: expected a Python that has {library}, got none")
+    settings = data.scratch / f"{library}-{data.show}-{raw}-{data.windows}.json"
+    log = settings.with_suffix(".log")
     job = {"files": data.files, "batch_size": data.batch_size, "workers": data.workers, "show": data.show}
     job |= {"mean": data.basis.mean.tolist(), "matrix": Lighting().shift_matrix(data.basis).tolist()}
-    settings.write_text(json.dumps(job | {"divisor": Lighting().divisor}))
-    command: list[Any] = [data.ffcv_python, Path(__file__).with_name("ffcv_script.py"), settings]
+    job |= {"divisor": Lighting().divisor, "raw": raw, "windows": data.windows}
+    settings.write_text(json.dumps(job))
+    command: list[Any] = [python, Path(__file__).with_name(f"{library}_script.py"), settings]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=errors, text=True, bufsize=1)
     assert process.stdin and process.stdout
@@ -179,19 +215,48 @@ def load_with_ffcv(data: PeerData) -> Batches:
             else:
                 yield None, None
             print(file=process.stdin)
-        raise RuntimeError(f"FFCV ended: {log.read_text().strip()}")
+        raise RuntimeError(f"{library} ended: {log.read_text().strip()}")
     finally:
         process.kill()
         process.communicate()
 
 
-PEERS: dict[str, tuple[str, Callable[[PeerData], Batches], int]] = {
-    "pillow": ("torch DataLoader + Pillow", load_with_pillow, 1),
-    "webdataset": ("webdataset + Pillow", load_with_webdataset, 1),
-    "spdl": ("SPDL", load_with_spdl, 64),
-    "ffcv": ("FFCV", load_with_ffcv, 8),
-    "dali": ("DALI, as its ImageNet example", load_with_dali, 1),
-    "ours": ("ours", load_with_ours, 1),
+class Table(NamedTuple):
+    """The contenders that load the same store, finished batches or uint8 windows alone."""
+
+    title: str
+    from_pixels: bool
+    windows: bool
+
+
+class Peer(NamedTuple):
+    """A contender."""
+
+    table: Table
+    title: str
+    load: Callable[[PeerData], Batches]
+    """Generator of infinite batches, each image once per epoch."""
+    levels: int = 1
+    """Largest allowed difference of pixels from Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
+
+
+JPEGS = Table("loaders that do the same job", False, False)
+PIXELS = Table("the same job, from decoded pixels", True, False)
+WINDOWS = Table("uint8 windows, as for a GPU", True, True)
+JPEG_WINDOWS = Table("uint8 windows, from JPEGs", False, True)
+OURS, COPY, RAW, YUV = "ours", "numpy copies windows of memory maps", "FFCV, raw", "slipstream, YUV 4:2:0"
+ffcv, slipstream = (partial(load_elsewhere, library=library) for library in ("ffcv", "slipstream"))
+PEERS = {
+    "pillow": [Peer(JPEGS, "torch DataLoader + Pillow", load_with_pillow)],
+    "webdataset": [Peer(JPEGS, "webdataset + Pillow", load_with_webdataset)],
+    "spdl": [Peer(JPEGS, "SPDL", load_with_spdl, 64)],
+    "ffcv": [Peer(JPEGS, "FFCV", ffcv, 8), *(Peer(table, RAW, ffcv) for table in (PIXELS, WINDOWS))],
+    "slipstream": [
+        Peer(JPEGS, "slipstream", slipstream, 8),
+        *(Peer(table, YUV, slipstream, 64) for table in (PIXELS, WINDOWS)),
+    ],
+    "dali": [Peer(JPEGS, "DALI, as its ImageNet example", load_with_dali)],
+    "numpy": [Peer(WINDOWS, COPY, lambda data: copy_windows(data.shards, data.batch_size))],
+    "ours": [Peer(table, OURS, load_with_ours) for table in (JPEGS, PIXELS, WINDOWS, JPEG_WINDOWS)],
 }
-"""By name: title; generator of infinite batches, each image once per epoch; largest allowed difference of pixels from
-Pillow's, in levels of 0..255 (docs/benchmarks/details.md)."""
+"""By name, a contender for each of its tables."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.augment import CROP_SIDE
 from pipeline.order import order_global
 from pipeline.reader import SampleReader
 from pipeline.shards import ShardSet
@@ -46,10 +47,7 @@ def bench_reader(
         for name, step in steps.items()
     }
     rates = common.interleave(turns, repeats)
-    pairs = zip(rates[OURS], rates[DALI], strict=True)
-    ratio = median(ours.per_cpu_s / dali.per_cpu_s for ours, dali in pairs)
-    common.report_rates("reading alone, from memory", rates, DALI, out, ratio_per_cpu_s=ratio, **context)
-    print(f"our reader's samples per CPU-second, as a multiple of DALI's: {ratio:.2f}")
+    common.report_rates("reading alone, from memory", rates, DALI, out, **context)
     report_loops(*time_loops(shards, batch_size, repeats), out, context)
 
 
@@ -67,21 +65,24 @@ def read_samples(shards: ShardSet, batch_size: int) -> Iterator[None]:
                 yield
 
 
-def read_with_dali(shards: ShardSet, batch_size: int) -> Iterator[None]:
-    """Read batches in random order by DALI's reader, forever."""
-    from nvidia.dali import Pipeline, fn
+def read_with_dali(shards: ShardSet, batch_size: int, threads: int = 1, crop: bool = False) -> Iterator[Any]:
+    """Read batches in random order by DALI's reader, forever; with `crop` random crops of a pixel store."""
+    from nvidia.dali import Pipeline, fn, types
 
     indexes = [str(Path(tar).with_suffix(".idx")) for tar in shards.tars]
-    files = {"paths": list(shards.tars), "index_paths": indexes, "ext": ["jpg", "cls"]}
+    extension = "npy" if shards.is_decoded else "jpg"
+    files = {"paths": list(shards.tars), "index_paths": indexes, "ext": [extension, "cls"]}
     options: dict[str, Any] = {"random_shuffle": True, "initial_fill": 4096, "dont_use_mmap": True}
-    pipe = Pipeline(batch_size, 1, None)
+    pipe = Pipeline(batch_size, threads, None, seed=0)
     with pipe:
-        outputs: Any = fn.readers.webdataset(**options | files)
-        pipe.set_outputs(*outputs)
+        images, labels = fn.readers.webdataset(**options | files)  # type: ignore[misc]
+        if crop:
+            x, y = fn.random.uniform(range=(0.0, 1.0)), fn.random.uniform(range=(0.0, 1.0))
+            pixels = fn.reshape(fn.decoders.numpy(images, dtype=types.UINT8), layout="HWC")
+            images = fn.crop(pixels, crop=(CROP_SIDE, CROP_SIDE), crop_pos_x=x, crop_pos_y=y)
+        pipe.set_outputs(images, labels)
     while True:
-        images, _ = pipe.run()
-        assert len(images) == batch_size
-        yield
+        yield pipe.run()
 
 
 def time_loops(shards: ShardSet, batch_size: int, repeats: int) -> tuple[dict[str, np.ndarray], float]:
