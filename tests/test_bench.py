@@ -48,6 +48,7 @@ def test_loader_has_a_row_for_each_contender(few: Path, tmp_path: Path) -> None:
     assert "--repeats" in refuses("tools/bench.py", "loader", few, "--repeats", "0")
 
 
+@pytest.mark.slow
 def test_loader_measures_a_pixel_store_next_to_numpy(few: Path, tmp_path: Path) -> None:
     """Of a pixel store the rows are relative to numpy's copies; DALI's reader yields crops of the stored pixels."""
     run_ok("tools/make_shards.py", "decode", few, tmp_path / "pixels")

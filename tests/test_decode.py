@@ -20,13 +20,18 @@ from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
 from pipeline.graph import Graph, build_pipeline
+from pipeline.lighting import Lighting
 from pipeline.loader import decoded_batches, train_loader, val_loader
+from pipeline.settings import Augmentation
 from pipeline.shards import open_shards
 from tests.helpers import (
     TRAIN,
+    Make,
     collect,
     files,
     final,
+    jpeg,
+    photo,
     read_tar,
     refuses,
     run_ok,
@@ -57,12 +62,12 @@ def test_the_store_is_the_loaders_pixels(few: Path, pixels: Path) -> None:
         originals = [item for tar in source.tars for item in read_tar(Path(tar)).items()]
         members = [item for tar in store.tars for item in read_tar(Path(tar)).items()]
         assert [name.replace(".npy", ".jpg") for name, _ in members] == [name for name, _ in originals]
-        for (name, jpeg), (_, data) in list(zip(originals, members, strict=True))[:200]:
+        for (name, original), (_, data) in list(zip(originals, members, strict=True))[:200]:
             if name.endswith(".cls"):
-                assert data == jpeg
+                assert data == original
                 continue
             array = np.load(io.BytesIO(data))
-            expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(int)
+            expected = np.asarray(Image.open(io.BytesIO(original)).convert("RGB")).astype(int)
             assert array.dtype == np.uint8 and np.abs(array - expected).max() <= 1
         stored = np.concatenate(list(decoded_batches(store, 64)))
         assert np.array_equal(stored, np.concatenate(list(decoded_batches(source, 64))))
@@ -175,3 +180,18 @@ def test_damage(pixels: Path, tmp_path: Path) -> None:
     os.truncate(tar, 1_000_000)
     with pytest.raises(DataError, match=r"train-000001\.tar"):
         list(loader)
+
+
+def test_originals(numbered_shards: Make, plain_basis: Eigenbasis, tmp_path: Path) -> None:
+    """Of images of any size the store has the resampled squares: training's crops are within a level of those that are
+    resampled directly from the originals."""
+    shards = numbered_shards(24, 2, jpeg(photo(np.random.default_rng(5), 300, 420), quality=95))
+    folder, out = Path(shards.tars[0]).parents[1], tmp_path / "pixels"
+    for split in ("train", "val"):
+        path = folder / split / "manifest.json"
+        write_json(path, read_json(path) | {"options": {"store": "original"}})
+    run_ok(*DECODE, folder, out, "--workers", "1")
+    plain = Augmentation(lighting=Lighting(strength=0.0))
+    options: dict[str, Any] = {"batch_size": 8, "device": "cpu", "basis": plain_basis, "augmentation": plain}
+    for one, two in zip(train_loader(folder, **options), train_loader(out, **options), strict=True):
+        assert one.labels.equal(two.labels) and (one.images - two.images).abs().max() < 1.001
