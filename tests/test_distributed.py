@@ -52,8 +52,8 @@ def test_towers_learn_what_replicas_learn(shards: Path, tmp_path: Path) -> None:
     for part in ("model", "optimizer"):
         expected, got = (final(tmp_path / name)[part] for name in ("replicas", "towers"))
         for name, tensor in expected.items():  # type: ignore[attr-defined]
-            # At the start of training gradients are sums that nearly cancel, so velocities have fewer digits.
-            tolerance = 5e-3 if part == "optimizer" else 1e-5
+            # Gradients are small sums at the start, so velocities, and biases that began at 0, have fewer digits.
+            tolerance = 1e-6 if part == "model" and name.endswith("weight") else 5e-3
             assert (got[name] - tensor).abs().max() <= tolerance * tensor.abs().max()  # type: ignore[index]
 
 
