@@ -161,12 +161,12 @@ class Loader:
         """
         if not isinstance(epoch, int) or epoch < 0:
             raise UserError(f"epoch: expected a number from 0 on, got {epoch}")
+        self._check_process()
         self.at_epoch, self.at_step = self._position
         if epoch != self.at_epoch:
             self._go_to(epoch, 0)
         while self.at_step < self.steps_per_epoch:
-            if os.getpid() != self._pid:
-                raise UserError("a loader works only in the process that made it; make one in each process")
+            self._check_process()
             if self._batches is None:
                 self._batches = self._prefetcher.batches(self.at_epoch * self.steps_per_epoch + self.at_step)
             try:
@@ -176,6 +176,11 @@ class Loader:
                 raise
             self.at_step += 1
             yield batch
+
+    def _check_process(self) -> None:
+        """Raise `UserError` in a forked process, which has none of the threads."""
+        if os.getpid() != self._pid:
+            raise UserError("a loader works only in the process that made it; make one in each process")
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""

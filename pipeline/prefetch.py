@@ -78,7 +78,7 @@ class Prefetcher:
             if in_blocks:
                 read_blocks(reader, block_pool, blocks, plan)
             if self._graph.decode == "stored":
-                return read_pixels(reader, plan)
+                return read_pixels(reader, plan, self._graph.crop)
             encoded = reader.read(plan.rows)
             return ReadBatch(plan, encoded, wrap_encoded(encoded.images) if len(plan.rows) else None)
 
@@ -181,10 +181,10 @@ def from_dali(output: Any) -> torch.Tensor:
     return torch.from_dlpack(output.as_tensor())
 
 
-def read_pixels(reader: SampleReader, plan: Plan) -> ReadBatch:
+def read_pixels(reader: SampleReader, plan: Plan, crop: bool) -> ReadBatch:
     """Read a batch of a pixel store: of crops only their rows, of whole images all."""
-    height, row = (CROP_SIDE if plan.draws else IMAGE_SIDE), 3 * IMAGE_SIDE
-    skip = NPY_HEADER + (plan.draws.top * row if plan.draws else 0)
+    height, row = (CROP_SIDE if crop else IMAGE_SIDE), 3 * IMAGE_SIDE
+    skip = NPY_HEADER + (plan.draws.top * row if crop and plan.draws else 0)
     encoded, count = reader.read(plan.rows, skip, height * row), len(plan.rows)
     pixels = torch.from_numpy(encoded.buffer[: count * height * row]).view(count, height, IMAGE_SIDE, 3)
     return ReadBatch(plan, encoded, pixels if count else None)

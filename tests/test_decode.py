@@ -42,6 +42,7 @@ from tests.helpers import (
     wait_for,
 )
 from tools.packing.verify import verify
+from tools.preview import render_views
 
 DECODE = ("tools/make_shards.py", "decode")
 
@@ -85,7 +86,8 @@ def test_the_store_is_the_loaders_pixels(few: Path, pixels: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"shuffle": "blocks", "block_shards": 1}])
 def test_batches_are_the_sources(few: Path, pixels: Path, settings: dict[str, Any]) -> None:
-    """Training and validation, on one rank and on two, bit for bit; also batches that are kept."""
+    """Training and validation, on one rank and on two, bit for bit; also batches that are kept. The preview shows the
+    same stored images and crops."""
     for make, more in ((train_loader, settings), (val_loader, {})):
         for rank, num_ranks in ((0, 1), (1, 2)):
             place: dict[str, Any] = {
@@ -97,6 +99,10 @@ def test_batches_are_the_sources(few: Path, pixels: Path, settings: dict[str, An
             }
             one, two = (collect(make(folder, **place), range(2)) for folder in (few, pixels))  # type: ignore[operator]
             assert same_batches(one, two) and len(one) >= 6
+    basis = Eigenbasis.load(few / "pca.json", open_shards(few, "train").manifest_sha256)
+    views = [render_views(open_shards(folder, "train"), basis, Augmentation(), 3) for folder in (few, pixels)]
+    for a, b in zip(*views, strict=True):
+        assert a.key == b.key and np.array_equal(a.stored, b.stored) and np.array_equal(a.pixels, b.pixels)
 
 
 def test_a_gpu_gets_the_same_crops(pixels: Path) -> None:
@@ -132,7 +138,7 @@ def test_killed_and_resumed(few: Path, pixels: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk(few: Path, tmp_path: Path) -> None:
-    """It is said with the file's name and code 2; whole shards stay, and the same command goes on."""
+    """It is said with the file's name and code 2; whole shards stay, and the same command resumes."""
     limit = 40_000_000
 
     def restrict() -> None:

@@ -274,7 +274,7 @@ def test_memory_is_used_again_only_when_nobody_holds_it(
 
 
 def test_any_epoch_at_any_time(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
-    """A finished epoch begins again, an unfinished one goes on, any other begins at its start, bit for bit; a loop that
+    """A finished epoch begins again, an unfinished one resumes, any other begins at its start, bit for bit; a loop that
     is interrupted while a batch is finished gets that batch again; a forked process is refused."""
     shards = numbered_shards(40, 2)
     (loader,) = loaders(shards, plain_basis, 1, training=True)

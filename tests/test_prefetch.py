@@ -72,7 +72,7 @@ def test_the_image_that_dali_refuses_is_named(copy: Path) -> None:
 def test_a_truncated_image_has_the_same_verdict_whatever_was_read_before(
     numbered_shards: Make, plain_basis: Eigenbasis
 ) -> None:
-    """An image cut at its end, of which `samples.npy` tells the shorter size, is refused in every order, also where the
+    """An image cut at its end, of which `samples.npy` has the shorter size, is refused in every order, also where the
     memory that it is read into held the whole image before."""
     whole = jpeg(photo(np.random.default_rng(1)))
     shards = numbered_shards(48, 2, whole)

@@ -59,7 +59,7 @@ def test_a_damaged_shard_is_named(
 
 @pytest.mark.slow
 def test_a_cold_disk_reads_little_more_than_is_asked(tmp_path: Path, shards: Path) -> None:
-    """At most 1.25 times the bytes of random samples, of which every page has to be read anew."""
+    """At most 1.25 times the bytes of random samples, none of whose pages is in memory."""
     shutil.copytree(shards, tmp_path / "shards")
     train = open_shards(tmp_path / "shards", "train")
     for tar in train.tars:

@@ -169,14 +169,17 @@ def write_manifest(source: Path, directory: Path, tars: list[Path], counts: list
 
 
 def copy_eigenbasis(shards: Path, out: Path, source: str) -> None:
-    """Copy pca.json and mean_image.npy, if they were made of the same pixels: decoded on a CPU."""
-    if (out / "pca.json").exists() or not (shards / "pca.json").is_file():
+    """Copy pca.json and mean_image.npy, if they were made of the same pixels: of these shards, decoded on a CPU."""
+    if (out / "pca.json").exists():
         return
-    content = read_eigenbasis(shards / "pca.json", source)
+    try:
+        content = read_eigenbasis(shards / "pca.json", source)
+    except (FileNotFoundError, UserError):
+        return
     if not content["decoder"].endswith(" cpu"):
         return
-    identity = hash_manifest(read_json(out / "train" / "manifest.json"))
-    write_json(out / "pca.json", content | {"manifest_sha256": identity})
     image = read_mean_image(shards / "mean_image.npy", np.array(content["mean"]))
     if image is not None:
         write_bytes(out / "mean_image.npy", (shards / "mean_image.npy").read_bytes())
+    identity = hash_manifest(read_json(out / "train" / "manifest.json"))
+    write_json(out / "pca.json", content | {"manifest_sha256": identity})
