@@ -90,6 +90,9 @@ def test_rows_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     odd = b'{"kind": "train", "step": null, "epoch": 0}\n' + b"[" * 100_000 + b"\n{}\n[1]\n"
     log.path.write_bytes(b"".join([lines[0], b"\xff", lines[1][1:], odd, *lines[2:], b'{"kind": "tra']))
     assert [row["step"] for row in read_metrics(log.path)] == [10, 20, 20, 30]
+    time.sleep(
+        1
+    )  # TensorBoard orders files by the second, then by a process's count of them as text: 10 before 9.
     log = MetricsLog(tmp_path, 20, 0)
     assert steps_of(log.path) == [10, 20] and read_metrics(log.path)[0]["loss"] == 1.23457
     log.write("train", 30, epoch=1, loss=2.0)
