@@ -8,6 +8,7 @@ memory map: a truncated shard is an error, not a SIGBUS.
 
 import ctypes
 import errno
+import itertools
 import os
 import platform
 from collections.abc import Iterable
@@ -41,9 +42,15 @@ SEQUENTIAL_BYTES = 4 << 20
 class Encoded(NamedTuple):
     """The files of some samples."""
 
-    images: list[np.ndarray]
-    """Their bytes, uint8, each at its exact length: parts of `buffer`."""
     buffer: np.ndarray
+    """Their bytes, uint8, one after another."""
+    ends: np.ndarray
+    """Their ends in `buffer`, (N,)."""
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """The bytes of each, a part of `buffer`."""
+        return [self.buffer[start:end] for start, end in itertools.pairwise([0, *self.ends.tolist()])]
 
 
 class SampleReader:
@@ -89,8 +96,7 @@ class SampleReader:
             for n in first + np.flatnonzero(done != sizes[part]):
                 view = memoryview(buffer[starts[n] : ends[n]].data)
                 self._read_one(int(samples["shard"][n]), int(files[n]), int(offsets[n]), view)
-        images = [buffer[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return Encoded(images, buffer)
+        return Encoded(buffer, ends)
 
     def release(self, encoded: Encoded) -> None:
         """Let other samples use the memory of these."""

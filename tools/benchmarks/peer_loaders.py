@@ -79,18 +79,34 @@ def read_batch(files: list[tuple[str, int]], basis: Eigenbasis) -> tuple[torch.T
     return make_batch([(np.asarray(Image.open(path).convert("RGB")), label) for path, label in files], basis)
 
 
+def transform_batch(files: list[tuple[str, int]], basis: Eigenbasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode files with Pillow and augment them with torchvision's transforms of tensors."""
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2.functional import normalize
+
+    matrix, divisor = torch.from_numpy(Lighting().shift_matrix(basis)), [Lighting().divisor] * 3
+    uint8 = [v2.PILToTensor(), v2.RandomCrop(CROP_SIDE), v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*uint8, v2.ToDtype(torch.float32)])
+    images = []
+    for path, _ in files:
+        mean = torch.from_numpy(basis.mean) - matrix @ torch.randn(3, dtype=matrix.dtype)
+        images.append(
+            normalize(transform(Image.open(path).convert("RGB")), mean.tolist(), divisor, inplace=True)
+        )
+    return torch.stack(images), torch.tensor([label for _, label in files])
+
+
 def yield_permutations(count: int) -> Iterator[int]:
     """Yield the numbers below `count` in random order, reshuffled forever."""
     while True:
         yield from np.random.default_rng().permutation(count).tolist()
 
 
-def load_with_pillow(data: PeerData) -> Batches:
-    """Load with a DataLoader, Pillow and numpy, which is faster than torchvision's transforms; its processes are forked
-    from a server, as ours has threads."""
+def load_with_torch(data: PeerData, read: Callable[..., Any]) -> Batches:
+    """Load with torch's DataLoader; its processes are forked from a server, as ours has threads."""
     options: dict[str, Any] = {"num_workers": data.workers, "multiprocessing_context": "forkserver"}
     options |= {"sampler": yield_permutations(len(data.files)), "batch_size": data.batch_size}
-    yield from DataLoader(data.files, collate_fn=partial(read_batch, basis=data.basis), **options)  # type: ignore[arg-type]
+    yield from DataLoader(data.files, collate_fn=partial(read, basis=data.basis), **options)  # type: ignore[arg-type]
 
 
 def load_with_webdataset(data: PeerData) -> Batches:
@@ -162,7 +178,7 @@ def prefetch_windows(shards: ShardSet, **options: Any) -> Any:
 def load_with_ours(data: PeerData) -> Batches:
     """Load with the trainer's loader. Columns of windows from a pixel store are cut only if batches are checked."""
     options: dict[str, Any] = {"batch_size": data.batch_size, "basis": data.basis}
-    options |= {"speed": Speed(threads=data.workers + 1)}  # its default
+    options |= {"speed": Speed(threads=data.workers + 1, reader_queue_depth=data.workers)}
     if not data.windows:
         with closing(train_loader(data.shards, **options, device="cpu")) as loader:
             yield from itertools.chain.from_iterable(itertools.repeat(loader))
@@ -247,7 +263,10 @@ JPEG_WINDOWS = Table("uint8 windows, from JPEGs", False, True)
 OURS, COPY, RAW, YUV = "ours", "numpy copies windows of memory maps", "FFCV, raw", "slipstream, YUV 4:2:0"
 ffcv, slipstream = (partial(load_elsewhere, library=library) for library in ("ffcv", "slipstream"))
 PEERS = {
-    "pillow": [Peer(JPEGS, "torch DataLoader + Pillow", load_with_pillow)],
+    "pillow": [Peer(JPEGS, "torch DataLoader + Pillow", partial(load_with_torch, read=read_batch))],
+    "torchvision": [
+        Peer(JPEGS, "torch DataLoader + torchvision v2", partial(load_with_torch, read=transform_batch))
+    ],
     "webdataset": [Peer(JPEGS, "webdataset + Pillow", load_with_webdataset)],
     "spdl": [Peer(JPEGS, "SPDL", load_with_spdl, 64)],
     "ffcv": [Peer(JPEGS, "FFCV", ffcv, 8), *(Peer(table, RAW, ffcv) for table in (PIXELS, WINDOWS))],

@@ -65,7 +65,7 @@ def bench_peers(
         workers: Processes or threads of each (default: one per core); ours has one thread more, as by default.
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
-        peers: Some of pillow, webdataset, spdl, ffcv, slipstream, dali, numpy and ours (default: all).
+        peers: Some of pillow, torchvision, webdataset, spdl, ffcv, slipstream, dali, numpy and ours (default: all).
         ffcv_python: Python of an environment with FFCV (docs/benchmarks/details.md).
         slipstream_python: The same with slipstream.
         out: File of JSON lines to append one row per contender to.

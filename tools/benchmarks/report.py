@@ -16,18 +16,27 @@ from tools.benchmarks import common
 
 
 def bench_all(
-    shards: Path, raw: Path | None = None, out: Path = Path("benchmarks"), ffcv_python: Path | None = None
+    shards: Path,
+    raw: Path | None = None,
+    pixels: Path | None = None,
+    out: Path = Path("benchmarks"),
+    ffcv_python: Path | None = None,
+    slipstream_python: Path | None = None,
 ) -> None:
     """Run all benchmarks, each in its own process. One that fails does not stop the others.
 
     Args:
         shards: Folder written by make_shards and compute_pca.
         raw: Folder of raw images, for pack (default: no pack).
+        pixels: Pixel store of these shards, for peers (default: JPEGs alone).
         out: Folder for rows, a file per benchmark, and report.md.
         ffcv_python: Python of an environment with FFCV, for peers.
+        slipstream_python: The same with slipstream.
     """
-    folder, ffcv = str(shards.resolve()), ["--ffcv-python", str(ffcv_python)] if ffcv_python else []
-    data = {"loader": [folder], "peers": [folder, *ffcv], "train": [folder], "model": []}
+    folder = str(shards.resolve())
+    options = {"pixels": pixels, "ffcv-python": ffcv_python, "slipstream-python": slipstream_python}
+    given = [text for name, path in options.items() if path for text in (f"--{name}", str(path.absolute()))]
+    data = {"loader": [folder], "peers": [folder, *given], "train": [folder], "model": []}
     words = data | ({"pack": [str(raw.resolve())]} if raw else {})
     run_parts({f"bench {name}": bench(out, name, *words[name]) for name in words}, out, inf)
 
