@@ -124,7 +124,7 @@ def bench_peers(
     context |= {"workers": workers, "device": "cpu", "not_measured": missing}
     for library, python in pythons.items():
         code = f"from importlib.metadata import *; print(version(packages_distributions()['{library}'][0]))"
-        if any(peer in measured.values() for peer in PEERS[library]):
+        if python and any(peer in measured.values() for peer in PEERS[library]):
             context[library] = subprocess.check_output([python, "-c", code], text=True).strip()
     for table in dict.fromkeys(peer.table for peer in measured.values()):
         rows = {peer.title: rates[name] for name, peer in measured.items() if peer.table == table}
