@@ -6,6 +6,7 @@ skips the rest. Nothing is extracted: data are read by offset.
 
 import os
 import re
+import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> I
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         if member.offset >= end:
             raise UserError(f"no end mark at byte {end} of an inner tar")
-        if member.isdir():
+        if member.isdir() or (member.name.endswith("/") and not member.size):  # some programs mark folders so
             continue
         place = f"{member.name!r} at byte {member.offset}"
         if not member.isreg() or member.issparse():
@@ -80,6 +81,12 @@ def list_members(path: Path, start: int = 0, length: int | None = None) -> Itera
         try:
             yield from read_members(file, start, length)
         except ValueError as error:
+            if os.pread(file.fileno(), 2, 0) == b"\x1f\x8b":
+                name = shlex.quote(str(path))
+                command = f"mv {name} {name}.gz && gunzip {name}.gz"
+                raise UserError(
+                    f"{path}: expected a tar, got one compressed by gzip; run {command}"
+                ) from None
             raise UserError(f"{path}: {error}; download it again, or make it of regular files") from None
 
 
