@@ -114,6 +114,8 @@ def pack(
             f"no validation images: using {len(data.splits['val'])} training images, {options.val_fraction:.3g} of "
             f"each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
+    elif "train" not in data.splits:
+        print("validation images alone: networks can be evaluated on them, not trained")
     elif "val" not in data.splits:
         remedy = (
             "add some" if val_fraction is None else "leave --val-fraction out to use a tenth of each class"

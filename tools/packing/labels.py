@@ -96,10 +96,10 @@ def choose_classes(data: RawImageNet, file: Path | None) -> RawImageNet:
     place = {name.wnid: label for label, name in enumerate(names)}
     if not place.keys() & set(found) and all(each.isdecimal() and int(each) < len(names) for each in found):
         place = {each: int(each) for each in found}  # numbers of the classes, as ImageNet-V2 has them
-    labels, splits = np.array([place.get(each, -1) for each in found], np.int32), {}
-    for split, listing in data.splits.items():
+    labels, splits = np.array([place.get(each, -1) for each in found], np.int32), dict(data.splits)
+    for split, listing in data.splits.items() if file else ():
         kept = labels[np.frombuffer(listing.label, np.int32)]
-        splits[split] = listing.take(np.flatnonzero(kept >= 0)) if file else listing
+        splits[split] = listing.take(np.flatnonzero(kept >= 0))
         splits[split].label = array("i", kept[kept >= 0].tobytes())
         if not splits[split]:
             raise UserError(f"{file}: expected classes of the {split} images, got none; correct it")
