@@ -62,7 +62,7 @@ class Trainer:
             )
         with collect_errors(problems):
             self.basis = Eigenbasis.load(
-                shards / "pca.json",
+                config.data.eigenbasis or shards / "pca.json",
                 self.train_shards.manifest_sha256,
                 with_mean_image=config.data.augmentation.mean == "image",
             )
@@ -381,7 +381,11 @@ class Trainer:
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise UserError(f"{path} was trained on other classes than {shards}/classes.json lists")
         if content["eigenbasis"] != self.basis.to_json():
-            raise UserError(f"{path} was trained with another {shards}/pca.json; restore that file")
+            ours = self.config.data.eigenbasis or shards / "pca.json"
+            raise UserError(
+                f"{path} was trained with another eigenbasis than {ours}; restore that file, or give it as "
+                "--data.eigenbasis FILE"
+            )
         for part in ("model", "optimizer"):
             check_shapes(content[part], self.config.model, path)
         check_finite(content["model"], path)
@@ -422,7 +426,7 @@ class Trainer:
         config = {
             name: value
             for name, value in flatten(self.config.to_json()).items()
-            if name not in ("data.shards", "run.dir", "train.init_from")
+            if name not in ("data.shards", "data.eigenbasis", "run.dir", "train.init_from")
             and not name.startswith("data.speed.")
         }
         root = Path(__file__).resolve().parents[1]
