@@ -110,9 +110,10 @@ def suggest_command(path: Path, options: str = "") -> str:
     """Suggest a command that makes `path`, or another file where that cannot be written."""
     folder = path.parent
     in_shards = path.name == "pca.json" and (folder / "train").is_dir()
-    command = f"tools/compute_pca.py {folder if in_shards else 'SHARDS'}{options}"
+    shards = folder if in_shards else "SHARDS"
+    command = f"tools/compute_pca.py {shards}{options}"
     if path.is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
-        return f"{command} --out FILE, and train with --data.eigenbasis FILE (tools: --eigenbasis FILE)"
+        return f"{command} --out FILE, train with --data.eigenbasis FILE (tools: a folder with links to {shards}/*)"
     return command if in_shards else f"{command} --out {path}"
 
 

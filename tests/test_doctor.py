@@ -147,12 +147,12 @@ def test_unreadable_shards_are_problems(
     for place in (tmp_path / "none", half, cut):
         found = run_check(partial(check_split, place, "train"))
         assert found.status == "problem" and str(place) in found.value and found.remedy
-    found = run_check(partial(check_eigenbasis, tmp_path / "pca.json", train))
+    found = run_check(partial(check_eigenbasis, tmp_path, train))
     assert found.status == "problem" and "compute_pca" in found.remedy
     shutil.copy(shards / "pca.json", tmp_path)
-    assert run_check(partial(check_eigenbasis, tmp_path / "pca.json", train)).status == "problem"
+    assert run_check(partial(check_eigenbasis, tmp_path, train)).status == "problem"
     whole, copy = open_shards(shards, "train"), tmp_path / "copy"
-    assert check_eigenbasis(shards / "pca.json", whole).status == "ok"
+    assert check_eigenbasis(shards, whole).status == "ok"
     for tar in train.tars:
         os.truncate(tar, 512)
     found = run_check(partial(check_disk, train, 0))
@@ -160,7 +160,7 @@ def test_unreadable_shards_are_problems(
     copy.mkdir()
     shutil.copy(shards / "pca.json", copy)
     np.save(copy / "mean_image.npy", np.zeros(3))
-    found = run_check(partial(check_eigenbasis, copy / "pca.json", whole))
+    found = run_check(partial(check_eigenbasis, copy, whole))
     assert found.status == "problem" and "mean_image.npy" in found.value
 
 

@@ -50,7 +50,7 @@ def compute_pca(
         mean_image: Also write the mean of each pixel: mean_image.npy (float32, 256x256x3, RGB, 0..255) and
             mean_image.png, next to pca.json.
         out: JSON file to write, for shards whose folder may not be written, in a folder of its own; SHARDS/pca.json by
-            default. Training takes it as --data.eigenbasis, tools as --eigenbasis.
+            default. train.run takes it as --data.eigenbasis.
         device: Device that decodes and sums. A GPU's decoder may differ by a level in some pixels; pca.json names the
             decoder.
     """

@@ -1,6 +1,6 @@
 """Check this machine for training, and print what a bug report needs, on one screen.
 
-    python tools/doctor.py [SHARDS] [--eigenbasis FILE] [--json]
+    python tools/doctor.py [SHARDS] [--json]
 
 A line per check: `ok`, `warning` (it works, but slowly, or not always), `problem` (training fails, or cannot use the
 GPU) or `-` (does not apply), and below it the remedy. Exit code 2 if there is a problem, else 0.
@@ -69,7 +69,7 @@ ProbeResult = dict[str, Any]
 """Output of a probe; `error` if it failed."""
 
 
-def doctor(shards: Path | None, eigenbasis: Path | None, as_json: bool) -> None:
+def doctor(shards: Path | None, as_json: bool) -> None:
     """Run all checks, print the findings, and exit with code 2 if there is a problem."""
     with ThreadPoolExecutor() as pool:
         driver, torch, dali = pool.map(probe, ("driver", "torch", "dali"))
@@ -91,7 +91,7 @@ def doctor(shards: Path | None, eigenbasis: Path | None, as_json: bool) -> None:
     if shards:
         checks |= {f"{split} shards": partial(check_split, shards, split) for split in ("train", "val")}
     if shards and train:
-        checks["eigenbasis"] = partial(check_eigenbasis, eigenbasis or shards / "pca.json", train)
+        checks["eigenbasis"] = partial(check_eigenbasis, shards, train)
         checks["disk"] = partial(check_disk, train, gpus)
     findings = {name: run_check(check) for name, check in checks.items()}
     if as_json:
@@ -243,11 +243,11 @@ def check_split(shards: Path, split: str) -> Finding:
     return Finding("ok", f"{size}, {len(opened.classes)} classes")
 
 
-def check_eigenbasis(path: Path, train: ShardSet) -> Finding:
+def check_eigenbasis(shards: Path, train: ShardSet) -> Finding:
     """Check that pca.json, and mean_image.npy where it exists, were computed from these shards."""
-    with_image = path.with_name("mean_image.npy").exists()
-    Eigenbasis.load(path, train.manifest_sha256, with_mean_image=with_image)
-    return Finding("ok", path.name + (" and mean_image.npy" if with_image else ", no mean_image.npy"))
+    with_image = (shards / "mean_image.npy").exists()
+    Eigenbasis.load(shards / "pca.json", train.manifest_sha256, with_mean_image=with_image)
+    return Finding("ok", "pca.json" + (" and mean_image.npy" if with_image else ", no mean_image.npy"))
 
 
 def check_disk(train: ShardSet, gpus: int) -> Finding:
@@ -328,10 +328,9 @@ def main() -> None:
     description = (__doc__ or "").partition("\n\n")[0] + " Exit code 2 if there is a problem."
     parser = Parser(prog="python tools/doctor.py", description=description)
     parser.add_argument("shards", nargs="?", type=Path, help="Folder of shards to check.")
-    parser.add_argument("--eigenbasis", type=Path, help="pca.json of these shards elsewhere.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     options = parser.parse_args()
-    run_main(lambda: doctor(options.shards, options.eigenbasis, options.json))
+    run_main(lambda: doctor(options.shards, options.json))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ def preview(
     seed: int = 2012,
     strength: float = Lighting.strength,
     convention: Literal["stddev", "eigenvalue"] = "stddev",
-    eigenbasis: Path | None = None,
 ) -> None:
     """Draw 24 augmentations of one image, the first 24 training images, and the RGB eigenbasis.
 
@@ -73,12 +72,11 @@ def preview(
         seed: Seed of order, crops, flips and lighting; with a run's `train.seed` the lower half is its first images.
         strength: Strength of lighting; 0 turns it off.
         convention: Convention of lighting.
-        eigenbasis: pca.json of these shards elsewhere, as compute_pca.py --out writes it; SHARDS/pca.json by default.
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed: expected 0..2^63-1, got {seed}; give another seed")
     train = open_shards(shards, "train")
-    content = read_eigenbasis(eigenbasis or shards / "pca.json", train.manifest_sha256)
+    content = read_eigenbasis(shards / "pca.json", train.manifest_sha256)
     basis, augmentation = Eigenbasis.from_json(content), Augmentation(lighting=Lighting(convention, strength))
     sheet, axes = ((out or shards) / name for name in ("preview.png", "pca.png"))
     check_writable(sheet)

@@ -70,12 +70,7 @@ class Trial(NamedTuple):
 
 
 def tune_pipeline(
-    shards: Path,
-    batch_size: int = 128,
-    step_ms: float = 0.0,
-    seconds: float = 5.0,
-    out: Path | None = None,
-    eigenbasis: Path | None = None,
+    shards: Path, batch_size: int = 128, step_ms: float = 0.0, seconds: float = 5.0, out: Path | None = None
 ) -> None:
     """Find the fastest settings of the loader for this machine and these shards, in one to three minutes.
 
@@ -89,7 +84,6 @@ def tune_pipeline(
             cores, which this does not simulate.
         seconds: Length of one measurement.
         out: YAML file for the settings, a second --config of train.run.
-        eigenbasis: pca.json of these shards elsewhere, as compute_pca.py --out writes it; SHARDS/pca.json by default.
     """
     if batch_size < 1 or not 0 < seconds < math.inf or not 0 <= step_ms < math.inf:
         got = f"{batch_size}, {seconds:g}, {step_ms:g}"
@@ -102,7 +96,7 @@ def tune_pipeline(
 
     tune_malloc()  # as the trainer does
     device, train = pick_device("auto"), open_shards(shards, "train")
-    basis = Eigenbasis.load(eigenbasis or shards / "pca.json", train.manifest_sha256)
+    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     on_gpu, seeds = device.type == "cuda", itertools.count()
     axes, in_flight = list_axes(num_cores(), on_gpu), IN_FLIGHT if on_gpu else 1
     max_trials = 3 + sum(map(len, axes))  # the defaults, all changes, the defaults and the best again

@@ -33,7 +33,6 @@ def bench_loader(
     seconds: float = 3.0,
     repeats: int = 5,
     out: Path | None = None,
-    eigenbasis: Path | None = None,
 ) -> None:
     """Measure the training loader with and without lighting, libjpeg-turbo and DALI alone, and the eigenbasis' sums,
     which all decode the same files; then our reader and DALI's, which decode nothing. Of a pixel store numpy and DALI's
@@ -46,7 +45,6 @@ def bench_loader(
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
-        eigenbasis: pca.json of these shards elsewhere, as compute_pca.py --out writes it; SHARDS/pca.json by default.
     """
     import torch
 
@@ -58,7 +56,7 @@ def bench_loader(
     tune_malloc()  # as the trainer does
     torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
-    basis = Eigenbasis.load(eigenbasis or shards / "pca.json", train.manifest_sha256)
+    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
     raise_open_file_limit(6 * len(train.tars))
     few = common.select_first_shards(train, max(MAX_IMAGES, batch_size))

@@ -53,7 +53,6 @@ def bench_peers(
     ffcv_python: Path | None = None,
     slipstream_python: Path | None = None,
     out: Path | None = None,
-    eigenbasis: Path | None = None,
 ) -> None:
     """Measure our loader and others on a CPU: torch's DataLoader, webdataset, SPDL, FFCV, slipstream, DALI's example.
 
@@ -70,7 +69,6 @@ def bench_peers(
         ffcv_python: Python of an environment with FFCV (docs/benchmarks/details.md).
         slipstream_python: The same with slipstream.
         out: File of JSON lines to append one row per contender to.
-        eigenbasis: pca.json of these shards elsewhere, as compute_pca.py --out writes it; SHARDS/pca.json by default.
     """
     from tools.benchmarks.peer_loaders import COPY, OURS, PEERS, Peer, PeerData
     from train.device import tune_malloc
@@ -86,7 +84,7 @@ def bench_peers(
     decoded = common.select_first_shards(open_shards(pixels, "train"), train.num_samples) if pixels else train
     if pixels and not (decoded.is_decoded and decoded.num_samples == train.num_samples):
         raise UserError(f"--pixels: expected what make_shards.py decode makes of {shards}, got {pixels}")
-    basis = Eigenbasis.load(eigenbasis or shards / "pca.json", train.manifest_sha256)
+    basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     pythons = {"ffcv": ffcv_python, "slipstream": slipstream_python}
     contenders = [peer for name in names for peer in PEERS[name] if pixels or not peer.table.from_pixels]
     raise_open_file_limit(4 * len(train.tars))

@@ -22,7 +22,6 @@ def bench_all(
     out: Path = Path("benchmarks"),
     ffcv_python: Path | None = None,
     slipstream_python: Path | None = None,
-    eigenbasis: Path | None = None,
 ) -> None:
     """Run all benchmarks, each in its own process. One that fails does not stop the others.
 
@@ -33,20 +32,11 @@ def bench_all(
         out: Folder for rows, a file per benchmark, and report.md.
         ffcv_python: Python of an environment with FFCV, for peers.
         slipstream_python: The same with slipstream.
-        eigenbasis: pca.json of these shards elsewhere, as compute_pca.py --out writes it; SHARDS/pca.json by default.
     """
     folder = str(shards.resolve())
     options = {"pixels": pixels, "ffcv-python": ffcv_python, "slipstream-python": slipstream_python}
     given = [text for name, path in options.items() if path for text in (f"--{name}", str(path.absolute()))]
-    basis = str(eigenbasis.absolute()) if eigenbasis else ""
-    ours = ["--eigenbasis", basis] if basis else []
-    settings = ["--settings", f"--data.eigenbasis {shlex.quote(basis)}"] if basis else []
-    data = {
-        "loader": [folder, *ours],
-        "peers": [folder, *given, *ours],
-        "train": [folder, *settings],
-        "model": [],
-    }
+    data = {"loader": [folder], "peers": [folder, *given], "train": [folder], "model": []}
     words = data | ({"pack": [str(raw.resolve())]} if raw else {})
     run_parts({f"bench {name}": bench(out, name, *words[name]) for name in words}, out, inf)
 

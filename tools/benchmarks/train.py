@@ -10,7 +10,6 @@ period of a turn, a sixth of a second to a second, in which any kernel ran.
 
 import itertools
 import json
-import shlex
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -65,7 +64,7 @@ def bench_train(
     with tempfile.TemporaryDirectory() as scratch:  # a config needs a directory; nothing is written there
         recipe = recipe or Path("fast" if torch.cuda.is_available() else "quickstart")
         paths = ["--data.shards", str(shards), "--run.dir", scratch]
-        config = parse_config(["--config", str(recipe), *shlex.split(settings), *paths])
+        config = parse_config(["--config", str(recipe), *settings.split(), *paths])
         tune_malloc()  # this and `set_precision` as train.run does
         set_precision(config.run.deterministic)
         device = pick_device(config.run.device)
