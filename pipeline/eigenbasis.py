@@ -108,12 +108,11 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
 
 def suggest_command(path: Path, options: str = "") -> str:
     """Suggest a command that makes `path`, or another file where that cannot be written."""
-    folder = path.parent
-    in_shards = path.name == "pca.json" and (folder / "train").is_dir()
-    shards = folder if in_shards else "SHARDS"
+    in_shards = path.name == "pca.json" and (path.parent / "train").is_dir()
+    shards = path.parent if in_shards else "SHARDS"
     command = f"tools/compute_pca.py {shards}{options}"
-    if path.is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
-        return f"{command} --out FILE, train with --data.eigenbasis FILE (tools: a folder with links to {shards}/*)"
+    if path.is_dir() or (path.parent.exists() and not os.access(path.parent, os.W_OK)):
+        return f"{command} --out FILE, train with --data.eigenbasis FILE (tools: a folder of links to {shards}/*)"
     return command if in_shards else f"{command} --out {path}"
 
 

@@ -97,7 +97,7 @@ def find_images(name: str) -> list[Path]:
         names = [str(path), *glob(str(path))]  # noqa: PTH207 (of Path, whose pattern may not be absolute)
         paths = list({Path(each) for each in names if Path(each).is_file()})
     if not paths:
-        raise FileNotFoundError(f"{name}: expected an image file, a folder or a glob of some; check the name")
+        raise FileNotFoundError(f"{path}: expected an image file, a folder or a glob of some; check the name")
     return sorted(paths)
 
 

@@ -8,7 +8,6 @@ Shapes: N images, C colours, H rows, W columns, K classes.
 """
 
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -28,7 +27,7 @@ from model.alexnet import AlexNet
 from model.towers import seed_process
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError, UserError
-from pipeline.loader import PADDING, Batch, Loader, train_loader, val_loader
+from pipeline.loader import PADDING, Batch, Loader, hash_basis, train_loader, val_loader
 from pipeline.shards import open_shards
 from train.accuracy import Accuracy, EvalStats, evaluate
 from train.checkpoint import CheckpointWriter, load_checkpoint
@@ -438,7 +437,7 @@ class Trainer:
             "the newest checkpoint in run.dir": checkpoint.name if checkpoint else "none",
             "train/manifest.json": self.train_shards.manifest_sha256[:12],
             "val/manifest.json": self.val_shards.manifest_sha256[:12],
-            "pca.json": short_sha256(json.dumps(self.basis.to_json(), sort_keys=True).encode()),
+            "pca.json": hash_basis(self.basis),
             "the program's source": short_sha256(b"\0".join(path.read_bytes() for path in sources)),
             "Python": platform.python_version(),
             "torch": torch.__version__,
