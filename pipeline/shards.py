@@ -121,10 +121,10 @@ def open_shards(shards: Path, split: str) -> ShardSet:
     if not path.is_file():
         without = {
             "val": "no validation shards; finish packing, or pack into another folder without --val-fraction 0",
-            "train": "only validation images; finish packing, or give training shards, or val_loader a basis=",
+            "train": "only validation images; give shards with training images, or pass basis= to val_loader",
         }
         other = "train" if split == "val" else "val"
-        if (Path(shards) / other / "manifest.json").is_file():
+        if (Path(shards) / other / "manifest.json").is_file() and (split == "val" or not directory.exists()):
             raise FileNotFoundError(f"{directory} holds no manifest.json: there are {without[split]}")
         raise FileNotFoundError(
             f"{directory} holds no manifest.json, so no finished shards; run tools/make_shards.py pack RAW SHARDS, or "

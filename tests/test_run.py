@@ -150,7 +150,7 @@ def test_validation_images_alone(few: Path, undisturbed: Path, tmp_path: Path) -
     assert with_train == alone and "all valid" in run_ok("tools/make_shards.py", "verify", tmp_path)
     assert "10, 0 without an image" in run_ok("tools/make_shards.py", "stats", tmp_path)
     assert "only validation images" in train_refuses(*small_run(tmp_path, tmp_path / "run"))
-    with pytest.raises(FileNotFoundError, match="val_loader a basis="):
+    with pytest.raises(FileNotFoundError, match="pass basis= to val_loader"):
         val_loader(tmp_path, batch_size=8, device="cpu")
     content = read_json(few / "classes.json")
     wnid = content["classes"][3]["wnid"]
