@@ -273,7 +273,8 @@ def read_shard(path: Path, classes: Mapping[str, int], on_bad: OnBad) -> ShardIn
                 if fault and on_bad == "fail":
                     remedy = "--on-bad skip leaves such images out"
                     with suppress(UserError):  # decodable
-                        fault, remedy = pack_image(raw, "original", 90).found, f"--convert encodes, {remedy}"
+                        fault = pack_image(raw, "original", 90).found
+                        remedy = f"--convert encodes it, {remedy}"
                     raise UserError(f"{place} (key {sanitize_name(key)}): {fault}")
                 if fault:
                     row = {"key": sanitize_name(key), "name": sanitize_name(image.name), "reason": fault}
@@ -306,6 +307,6 @@ def convert_shard(directory: Path, path: Path, classes: Mapping[str, int], on_ba
     if note is None:
         raise UserError(f"{plan.path}: another process writes it; wait until it has ended, and start again")
     if not note["shard"]["samples"]:
-        raise UserError(f"{path}: no valid sample found; {REMEDY}")
+        raise UserError(f"{path}: no{' valid' if samples else ''} sample found; {REMEDY}")
     rows = read_rows(directory, 10**MAX_LABEL_DIGITS, note["shard"])
     return ShardIndex(note["shard"], b"", rows, int(rows["label"].max()), note["skipped"], note["repairs"])
