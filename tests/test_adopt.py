@@ -108,7 +108,7 @@ def test_classes(tmp_path: Path) -> None:
     for content, message in [
         (b"n02\nn01\nn03\n", "in sorted order"),
         (b"n01\nn02\n", "expected more than 2 classes"),
-        (b"n01\nn02 \xff\nn03\n", "in sorted order"),
+        (b"n01\nn02 \xff\nn03\n", "lines of a class"),
     ]:
         names.write_bytes(content)
         with pytest.raises(ValueError, match=message):

@@ -37,6 +37,7 @@ from pipeline.shards import (
 from tools.packing.images import find_fault, pack_image
 from tools.packing.index import index_text, write_samples
 from tools.packing.index import read_shard as read_rows
+from tools.packing.labels import read_class_file
 from tools.packing.listing import RawImage
 from tools.packing.plan import Options, Sample, ShardPlan, library_versions
 from tools.packing.pool import check_workers, run_jobs, set_current_item
@@ -107,7 +108,7 @@ def adopt(
         print(f"{directory} is adopted already; nothing to do")
         return
     present = shards / "classes.json"
-    known = read_class_file(classes or present) if classes or present.exists() else ()
+    known = read_class_list(classes or present) if classes or present.exists() else ()
     options: dict[str, Any] = {"classes": {name.wnid: k for k, name in enumerate(known)}, "on_bad": on_bad}
     read = partial(read_shard, **options)
     if convert:
@@ -213,7 +214,7 @@ def load_class_names(
     place = shards / "classes.json"
     names = read_classes(shards) if place.exists() else None
     if file is not None:
-        listed = read_class_file(file)
+        listed = read_class_list(file)
         if names not in (None, listed):
             raise UserError(
                 f"{file}: expected the classes of {place}; leave --classes out or give another folder"
@@ -234,22 +235,12 @@ def load_class_names(
     return names, f"of {place}"
 
 
-def read_class_file(path: Path) -> tuple[ClassName, ...]:
-    """Read a classes.json, or lines of WordNet id and words. Raises `FileNotFoundError` or `ValueError`."""
-    if path.name == "classes.json":
-        return read_classes(path.parent)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; give --classes a text file of one WordNet id per line")
-    try:
-        lines = [line.split(maxsplit=1) for line in path.read_bytes().decode().splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        lines = []
-    wnids = [line[0] for line in lines]
-    if not wnids or wnids != sorted(set(wnids)):
-        raise UserError(
-            f"{path}: expected one WordNet id per line in sorted order, the order of the labels; sort it"
-        )
-    return tuple(ClassName(line[0], line[-1].strip()) for line in lines)
+def read_class_list(path: Path) -> tuple[ClassName, ...]:
+    """Read the classes in the order of the labels. Raises `UserError` unless it is the sorted one."""
+    names = read_class_file(path)
+    if [name.wnid for name in names] != sorted(name.wnid for name in names):
+        raise UserError(f"{path}: expected classes in sorted order, the order of the labels; sort it")
+    return tuple(names)
 
 
 def read_shard(path: Path, classes: Mapping[str, int], on_bad: OnBad) -> ShardIndex:
