@@ -57,9 +57,8 @@ def import_pyarrow() -> ModuleType:
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
     """Find the parquet files of each split: those called `train*`, and numbered ones in a folder called so, in `raw`,
-    its only folder, `raw/data` or `raw/default`. Others, such as test files, which have no labels, are skipped.
-
-    Raises `UserError` unless all parts of one upload are there."""
+    its only folder, `raw/data` or `raw/default`. Others, such as test files, which have no labels, are skipped. Raises
+    `UserError` unless all parts of one upload are there."""
     paths, folders = list_folder(raw)
     places = [each for each in folders if len(folders) == 1 or each.name in ("data", "default")]
     for files, inner in map(list_folder, places):
@@ -149,9 +148,8 @@ def read_columns(path: Path) -> tuple[list[Any], Any]:
         source = import_pyarrow().ParquetFile(path)
         schema, groups = source.schema_arrow, range(source.num_row_groups)
         columns = [source.schema.column(k).path for k in range(len(source.schema))]
-        if not COLUMNS.issubset(columns) or not re.search(
-            r"bytes: \w*binary", str(schema.field("image").type)
-        ):
+        has_all = COLUMNS.issubset(columns)
+        if not has_all or "binary" not in str(schema.field("image").type.field("bytes").type):
             got = ", ".join(f"{field.name}: {field.type}" for field in schema)
             raise UserError(
                 f"{path}: expected image: struct<bytes: binary, path: string> and label, got {got}; rename or cast them"
