@@ -99,9 +99,11 @@ def write_rows(path: Path, labels: list[Any], images: list[Any] | None = None, *
 )
 def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], labels: list[Any]) -> None:
     """Shards of the files of a split hold what pyarrow reads from them: every image to the byte, under its class, of
-    which names are sorted, however their accents are written. Test images are passed over."""
+    which names are sorted, however their accents are written. Test images and other tables are passed over."""
     raw, classes = tmp_path / "raw", sorted(set(labels))
-    for name in [*train, *val, train[0].replace("train", "test")]:
+    (raw / ".cache").mkdir(parents=True)
+    others = [train[0].replace("train", "test"), str(Path(train[0]).parent / "metadata")]
+    for name in [*train, *val, *others]:
         spelled = {"caf\u00e9": "cafe\u0301"} if name in val else {}
         write_rows(raw / f"{name}.parquet", [spelled.get(label, label) for label in labels], row_group_size=2)
     pack(raw, tmp_path / "s", store="original", workers=1)
