@@ -4,6 +4,7 @@ Fancy PCA (Krizhevsky et al. 2012, section 4.1) shifts an image's colours along 
 the whole training set.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ class Eigenbasis:
         image = read_mean_image(path.with_name("mean_image.npy"), basis.mean)
         if image is None:
             raise UserError(
-                f"{path.with_name('mean_image.npy')} is missing, damaged or of other images; make it with "
-                f"tools/compute_pca.py {path.parent} --mean-image"
+                f"{path.with_name('mean_image.npy')} is missing, damaged or of other images; run "
+                f"{suggest_command(path, ' --mean-image')}"
             )
         return replace(basis, mean_image=image)
 
@@ -57,19 +58,15 @@ class Eigenbasis:
     def from_json(content: dict[str, Any]) -> "Eigenbasis":
         """Make a basis of the fields `mean`, `eigenvalues` and `eigenvectors` of `pca.json`. Raises `UserError`."""
         found = [np.asarray(content[name]) for name in ("mean", "eigenvalues", "eigenvectors")]
-        if not all(array.dtype.kind in "if" for array in found):  # numpy would also convert "1" and true
-            raise UserError(
-                "mean, eigenvalues or eigenvectors are no numbers; run tools/compute_pca.py again"
-            )
-        mean, eigenvalues, eigenvectors = (array.astype(np.float64) for array in found)
-        shapes = [mean.shape, eigenvalues.shape, eigenvectors.shape]
-        finite = all(np.isfinite(array).all() for array in (mean, eigenvalues, eigenvectors))
-        sound = shapes == [(3,), (3,), (3, 3)] and finite and (eigenvalues >= 0).all()
-        if not sound or not np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-3):
-            raise UserError(
-                "mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again"
-            )
-        return Eigenbasis(mean, eigenvalues, eigenvectors)
+        # numpy would also convert "1" and true
+        numbers = all(each.dtype.kind in "if" and np.isfinite(each).all() for each in found)
+        if numbers and [each.shape for each in found] == [(3,), (3,), (3, 3)] and (found[1] >= 0).all():
+            mean, eigenvalues, eigenvectors = (each.astype(np.float64) for each in found)
+            if np.allclose(eigenvectors.T @ eigenvectors, np.eye(3), atol=1e-3):
+                return Eigenbasis(mean, eigenvalues, eigenvectors)
+        raise UserError(
+            "mean, eigenvalues or eigenvectors are no RGB eigenbasis; run tools/compute_pca.py again"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that `from_json` reads."""
@@ -86,12 +83,12 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
     Raises `FileNotFoundError` if it is missing, `UserError` if it is damaged or was made from other shards than those
     of the manifest with this checksum.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; remove it")
+    advice = f"run {suggest_command(path)}"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; make it with tools/compute_pca.py {path.parent}")
-    content = read_json(path)
-    advice = f"remove it and run tools/compute_pca.py {path.parent}"
+        raise FileNotFoundError(
+            f"{path}: expected a file, found {'a folder' if path.is_dir() else 'none'}; {advice}"
+        )
+    content, advice = read_json(path), "remove it and " * os.access(path.parent, os.W_OK) + advice
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} is damaged or has another format version; {advice}")
     if content.get("manifest_sha256") != manifest_sha256:
@@ -107,6 +104,16 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged: it holds no RGB eigenbasis; {advice}") from None
     return content
+
+
+def suggest_command(path: Path, options: str = "") -> str:
+    """Suggest a command that makes `path`, or another file where that cannot be written."""
+    in_shards = path.name == "pca.json" and (path.parent / "train").is_dir()
+    shards = path.parent if in_shards else "SHARDS"
+    command = f"tools/compute_pca.py {shards}{options}"
+    if path.is_dir() or (path.parent.exists() and not os.access(path.parent, os.W_OK)):
+        return f"{command} --out FILE, train with --data.eigenbasis FILE (tools: a folder of links to {shards}/*)"
+    return command if in_shards else f"{command} --out {path}"
 
 
 def read_mean_image(path: Path, mean: np.ndarray) -> np.ndarray | None:

@@ -72,13 +72,14 @@ class Loader:
     ) -> None:
         """See `train_loader`. Raises `FileNotFoundError` or `UserError`."""
         if not isinstance(shards, ShardSet):
-            shards = open_shards(Path(shards), "train" if training else "val")
+            shards = open_shards(Path(shards).expanduser(), "train" if training else "val")
         folder = Path(shards.tars[0]).parents[1]
         config = DataConfig(folder, **settings)
         if basis is None:
             identity = (shards if training else open_shards(folder, "train")).manifest_sha256
             with_image = config.augmentation.mean == "image"
-            basis = Eigenbasis.load(folder / "pca.json", identity, with_mean_image=with_image)
+            path = Path(config.eigenbasis or folder / "pca.json").expanduser()
+            basis = Eigenbasis.load(path, identity, with_mean_image=with_image)
         if rank is None and num_ranks is None:
             joined = torch.distributed.is_available() and torch.distributed.is_initialized()
             if not joined and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -335,8 +336,8 @@ def train_loader(
         num_ranks: Their number.
         device: Device of the batches; by default a GPU if there is one.
         basis: Mean and colour axes; by default those of SHARDS/pca.json.
-        settings: Other fields of `DataConfig` (augmentation, decode, shuffle, block_shards, on_corrupt, speed), such as
-            `augmentation=Augmentation(std=(58.4, 57.1, 57.4))`.
+        settings: Other fields of `DataConfig` (eigenbasis, augmentation, decode, shuffle, block_shards, on_corrupt,
+            speed), such as `augmentation=Augmentation(std=(58.4, 57.1, 57.4))`.
     """
     place: dict[str, Any] = {"seed": seed, "rank": rank, "num_ranks": num_ranks, "device": device}
     return Loader(shards, training=True, batch_size=batch_size, **place, basis=basis, **settings)

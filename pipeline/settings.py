@@ -83,6 +83,8 @@ class DataConfig:
 
     shards: Path
     """Folder written by tools/make_shards.py and tools/compute_pca.py."""
+    eigenbasis: Path | None = None
+    """pca.json of these shards elsewhere, where their folder may not be written (default: SHARDS/pca.json)."""
     decode: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded: gpu: nvJPEG; cpu: libjpeg-turbo (augmented on the GPU if there is one); auto: on the
     device of the network."""

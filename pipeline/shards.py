@@ -119,11 +119,13 @@ def open_shards(shards: Path, split: str) -> ShardSet:
     directory = Path(shards) / split
     path = directory / "manifest.json"
     if not path.is_file():
-        if split == "val" and (Path(shards) / "train" / "manifest.json").is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no manifest.json: there are no validation shards; finish packing, or pack into "
-                "another folder without --val-fraction 0"
-            )
+        without = {
+            "val": "no validation shards; finish packing, or pack into another folder without --val-fraction 0",
+            "train": "only validation images; give shards with training images, or pass basis= to val_loader",
+        }
+        other = "train" if split == "val" else "val"
+        if (Path(shards) / other / "manifest.json").is_file() and (split == "val" or not directory.exists()):
+            raise FileNotFoundError(f"{directory} holds no manifest.json: there are {without[split]}")
         raise FileNotFoundError(
             f"{directory} holds no manifest.json, so no finished shards; run tools/make_shards.py pack RAW SHARDS, or "
             "give the folder that has them"

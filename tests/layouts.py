@@ -7,8 +7,10 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from pipeline.files import read_json
 from tests.helpers import jpeg, photo, tar_of, write
 
+SOLUTION = "LOC_val_solution.csv"
 WNIDS = ["n00000011", "n00000022", "n00000033"]
 Images = dict[str, tuple[str, str, bytes]]  # stem -> (split, wnid, file)
 
@@ -36,7 +38,7 @@ def kaggle(raw: Path, images: Images) -> None:
         write(tree / (f"train/{wnid}" if split == "train" else "val") / f"{stem}.JPEG", data)
     write(tree / "test/ILSVRC2012_test_00000001.JPEG", b"not used")
     solution = [f"{stem},{wnid} 1 2 3 4 \n" for stem, (split, wnid, _) in images.items() if split == "val"]
-    (raw / "LOC_val_solution.csv").write_text("".join(["ImageId,PredictionString\n", *solution]))
+    (raw / SOLUTION).write_text("".join(["ImageId,PredictionString\n", *solution]), "utf-8-sig")
     (raw / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} thing, {wnid[-1]}\n" for wnid in WNIDS))
 
 
@@ -96,6 +98,19 @@ def expected_square(data: bytes) -> np.ndarray:
     left, top = (width - 256) // 2, (height - 256) // 2
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + 256, top + 256)))
+
+
+def check_shards(shards: Path, images: Images, wnids: list[str] = WNIDS) -> None:
+    """Assert that shards hold these images, each in its split, under its class of `wnids`, with Pillow's pixels."""
+    assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == wnids
+    splits = sorted({split for split, *_ in images.values()})
+    assert sorted(path.name for path in shards.iterdir() if path.is_dir()) == splits
+    samples = [(split, *sample) for split in splits for sample in read_shards(shards, split)]
+    assert sorted(key for _, key, *_ in samples) == sorted(images)
+    for split, key, label, data in samples:
+        assert (split, wnids[label]) == images[key][:2], key
+        pixels = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+        assert np.abs(pixels - expected_square(images[key][2])).mean() < 1.5, key
 
 
 def read_shards(shards: Path, split: str) -> list[tuple[str, int, bytes]]:

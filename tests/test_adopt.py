@@ -1,5 +1,5 @@
 """Adoption: shards that the webdataset library wrote give through DALI what that library reads; what the loader would
-misread is refused with shard and sample, and SRC is never touched."""
+misread is refused with shard and sample, or converted with --convert, and SRC is never touched."""
 
 import io
 import tarfile
@@ -19,7 +19,8 @@ from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
 from pipeline.loader import decoded_batches, train_loader, val_loader
 from pipeline.shards import open_shards
-from tests.helpers import Members, files, jpeg, photo, refuses, run_ok, tar_of, write, write_foreign
+from tests.helpers import Members, files, jpeg, photo, read_tar, refuses, run_ok, tar_of, write, write_foreign
+from tools.compute_pca import compute_pca
 from tools.packing.adopt import adopt
 from tools.packing.verify import verify
 
@@ -120,9 +121,20 @@ def test_classes(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists() and not (shards / "val").exists()
 
 
-def sample(label: bytes) -> Members:
+def is_encoded(image: bytes, raw: bytes) -> bool:
+    """True for a JPEG like Pillow's of the same pixels at quality 90: a GIF differs from its own by 5 levels."""
+    expected = jpeg(pixels_of(raw).astype(np.uint8), quality=90, subsampling=2)
+    return image[:2] == b"\xff\xd8" and np.abs(pixels_of(image) - pixels_of(expected)).mean() < 1.2
+
+
+def pixels_of(image: bytes) -> np.ndarray:
+    """RGB pixels, by Pillow."""
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(int)
+
+
+def sample(label: bytes, extension: str = "cls") -> Members:
     """One image with the given text as its label, after a good one."""
-    return [("a.jpg", IMAGE), ("a.cls", b"0"), ("b.jpg", IMAGE), ("b.cls", label)]
+    return [("a.jpg", IMAGE), ("a.cls", b"0"), ("b.jpg", IMAGE), (f"b.{extension}", label)]
 
 
 GOOD = tar_of(sample(b"1"))
@@ -131,14 +143,25 @@ GOOD = tar_of(sample(b"1"))
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tar_of(sample(b"-1")), r"sample b at byte \d+: expected a class index .* in b.cls, got b'-1'"),
-        (tar_of(sample(b"7.0")), r"b'7.0'"),
-        (tar_of(sample(b"")), r"got b''"),
+        (tar_of(sample(b"-1")), r"sample b at byte \d+: expected a class index.* in b.cls, got '-1'"),
+        (tar_of(sample(b"7.0")), r"'7.0'"),
+        (tar_of(sample(b"")), r"got ''"),
         (tar_of(sample(b"1234567")), "expected a class index"),
-        (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls, got a.jpg, a.txt"),
+        (tar_of([("a.jpg", IMAGE), ("a.txt", b"0")]), "one .cls or .json with the label, got a.jpg, a.txt"),
         (tar_of([("a.jpg", IMAGE), ("a.jpeg", IMAGE), ("a.cls", b"0")]), "got a.jpg, a.jpeg"),
-        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png"),
-        (tar_of([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0")]), "one .cls, got a.jpg"),
+        (tar_of([("a.cls", b"0"), ("a.png", b"x")]), "one .jpg or .jpeg, got a.cls, a.png; --convert"),
+        (tar_of([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0")]), "got a.jpg; download or make"),
+        (
+            tar_of(sample(b'{"label": -1}', "json")),
+            "sample b at .*a class index.* in b.json, got '-1'; download",
+        ),
+        (tar_of(sample(b'{"label": true}', "json")), "got 'True'"),
+        (
+            tar_of(sample(b'{"label": "n07"}', "json")),
+            "a name that --classes FILE lists, in b.json, got 'n07'",
+        ),
+        (tar_of(sample(b'{"url": 1, "cap": "cat"}', "json")), "without labels: .* got url, cap; download"),
+        (tar_of(sample(b"[[[[", "json")), r"a JSON object in b.json, got b'\[\[\[\['"),
         (tar_of([("a.jpg", b""), ("a.cls", b"0")]), r"\(empty\)"),
         (tar_of([("notes", b"x")]), "no sample found"),
         (GOOD[: len(IMAGE) // 2], "truncated inside 'a.jpg'"),
@@ -146,7 +169,8 @@ GOOD = tar_of(sample(b"1"))
     ],
 )
 def test_bad_shards_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    """One sentence with the shard's path; nothing is written. The undamaged tar alone is taken."""
+    """One sentence with the shard's path; nothing is written. The undamaged tar alone is taken. With --convert the
+    same, unless the remedy is --convert."""
     src, shards = tmp_path / "src", tmp_path / "shards"
     src.mkdir()
     (src / "a.tar").write_bytes(GOOD)
@@ -155,6 +179,8 @@ def test_bad_shards_are_refused(tmp_path: Path, content: bytes, message: str) ->
         adopt(src, shards, split="train", pattern="*.tar", workers=1)
     assert f"{src}/b.tar: " in str(caught.value) and "\n" not in str(caught.value)
     assert not shards.exists()
+    with pytest.raises(ValueError, match="not decodable" if "--convert" in message else message):
+        adopt(src, tmp_path / "converted", split="train", pattern="b.tar", convert=True, workers=1)
     adopt(src, shards, split="train", pattern="a.tar", workers=1)
 
 
@@ -163,7 +189,7 @@ def test_images_that_others_would_misread(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other formats under a JPEG's name, CMYK, stray bytes and damage are refused by key, or left out of the index and
-    listed; what is left verifies, and DALI reads it whole."""
+    listed; what is left verifies, and DALI reads it whole. What Pillow decodes, --convert encodes."""
     out, pixels, shards = io.BytesIO(), photo(np.random.default_rng(1)), tmp_path / "shards"
     odd = {"CMYK": jpeg(pixels, "CMYK"), "stray": IMAGE[:20] + bytes(11) + IMAGE[20:]}
     odd |= {"warns": IMAGE[:-2] + bytes(40) + IMAGE[-2:], "lossless": IMAGE.replace(b"\xff\xc0", b"\xff\xc3")}
@@ -178,6 +204,15 @@ def test_images_that_others_would_misread(
     command = ("tools/make_shards.py", "adopt", tmp_path / "src", shards, *options)
     message = refuses(*command)
     assert "a-0.tar: k3.jpg at byte" in message and "--on-bad skip" in message and not shards.exists()
+    assert ("--convert" in message) == (kind not in ("TGA", "lossless")), message
+    if "--convert" in message:
+        assert kind in message or kind in ("stray", "warns")
+        converted = tmp_path / "converted"
+        run_ok("tools/make_shards.py", "adopt", tmp_path / "src", converted, *options, "--convert")
+        verify(converted, workers=1)
+        found = read_tar(converted / "train" / "a-0.tar")
+        assert list(found) == [name for name, _ in members] and found["k2.jpg"] == IMAGE
+        assert is_encoded(found["k3.jpg"], dict(members)["k3.jpg"])
     output = run_ok(*command, "--on-bad", "skip")
     assert "5 images in 1 shards" in output and "2 classes (numbered" in output
     path = shards / "train" / "manifest.json"
@@ -246,3 +281,82 @@ def test_labels_that_are_not_classes(tmp_path: Path) -> None:
     assert not (shards / "train" / "manifest.json").exists()
     (src / "x-0001.tar").write_bytes(tar_of(sample(b"?")))
     assert "x-0001.tar: sample b at byte" in refuses(*command, "--workers", "2")
+
+
+def encode(kind: str, seed: int) -> bytes:
+    """An image of its own size in any of Pillow's formats."""
+    out = io.BytesIO()
+    Image.fromarray(photo(np.random.default_rng(seed), 100 + seed, 150)).save(out, kind)
+    return out.getvalue()
+
+
+def test_converted_shards(tmp_path: Path, plain_basis: Eigenbasis) -> None:
+    """PNG, WebP and labels in json, as numbers, digits or names: the webdataset library reads the source's keys, order,
+    labels and images from the converted shards, a sound JPEG byte for byte; verify, compute_pca and the loader, too."""
+    src, shards, names = tmp_path / "src", tmp_path / "shards", tmp_path / "classes.txt"
+    names.write_text("n01\nn02 tench\nn03\n")
+    labels = [2, 0, 1, 1, 2, 0, 1]
+    members = [
+        [("x/sp ace.png", encode("PNG", 0)), ("x/sp ace.json", b'{"label": 2, "cls": 0}')],
+        [("k1.webp", encode("WEBP", 1)), ("k1.cls", b" 0\n"), ("k1.json", b'{"label": 9}')],
+        [("k2.JPEG", encode("JPEG", 2)), ("k2.png", b"a mask"), ("k2.json", b'{"cls": "n02", "a": [1]}')],
+        [("k3.txt", b"a cat"), ("k3.jpg", encode("TIFF", 3)), ("k3.json", b'{"label": "1"}')],
+        [(f"{'d' * 60}/{'k' * 120}.bmp", encode("BMP", 4)), (f"{'d' * 60}/{'k' * 120}.cls", b"n03")],
+        [("\u00fc.gif", encode("GIF", 5)), ("\u00fc.cls", b"0")],
+        [("k6.jpg", IMAGE), ("k6.cls", b"1")],
+    ]
+    write(src / "t-0.tar", tar_of([each for group in members[:4] for each in group], tarfile.PAX_FORMAT))
+    write(src / "t-1.tar", tar_of([each for group in members[4:] for each in group], tarfile.PAX_FORMAT))
+    before = files(src)
+    options = ("adopt", src, shards, "--split", "train", "--pattern", "t-*.tar", "--workers")
+    command = ("tools/make_shards.py", *options, "1", "--classes", names)
+    assert "t-0.tar: sample x/sp_ace at byte" in (message := refuses(*command)) and "--convert" in message
+    assert "7 images in 2 shards, 0 skipped, 5 converted" in run_ok(*command, "--convert", "--workers", "2")
+    assert files(src) == before and not any(path.is_symlink() for path in (shards / "train").iterdir())
+    train = open_shards(shards, "train")
+    found = list(webdataset.WebDataset([*train.tars], shardshuffle=False))
+    assert [each["__key__"] for each in found] == [group[0][0].rpartition(".")[0] for group in members]
+    assert [int(each["cls"]) for each in found] == labels
+    assert found[2]["jpg"] == members[2][0][1] and found[6]["jpg"] == IMAGE
+    for group, each in zip(members, found, strict=True):
+        image = next(data for name, data in group if name.split(".")[1] not in ("cls", "json", "txt"))
+        assert each["jpg"] == image or is_encoded(each["jpg"], image)
+    verify(shards, workers=1)
+    compute_pca(shards)
+    place: dict[str, Any] = {"rank": 0, "num_ranks": 1, "device": "cpu", "basis": plain_basis}
+    (batch,) = train_loader(train, batch_size=7, seed=1, **place)
+    assert sorted(batch.labels.tolist()) == sorted(labels) and train.samples["label"].tolist() == labels
+    with pytest.raises(ValueError, match="packed, or adopted from elsewhere"):
+        adopt(src, shards, split="train", pattern="t-*.tar", classes=names, workers=1)
+
+
+def test_a_stopped_conversion_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped at an undecodable image, killed before a record of a shard or of the split: the same command with
+    --on-bad skip keeps finished shards and ends with the bytes of an uninterrupted one. Tars of others stay."""
+    src, shards = tmp_path / "src", tmp_path / "shards"
+    for number, image in enumerate([encode("PNG", 1), encode("WEBP", 2), b"damaged"]):
+        odd = {f"k{number}.png": image, f"k{number}.json": b'{"label":1}'}
+        write(src / f"x-{number}.tar", tar_of({"k.jpg": IMAGE, "k.cls": b"0", **odd}))
+    command = partial(adopt, src, split="train", pattern="x-*.tar", convert=True, workers=1)
+    with pytest.raises(ValueError, match=r"k2.png in .*x-2.tar \(key k2\): not decodable.* --on-bad skip"):
+        command(shards)
+    assert {path.name for path in (shards / "train").glob("*.tar")} == {"x-0.tar", "x-1.tar"}
+    whole = tmp_path / "whole"
+    command(whole, on_bad="skip")
+    manifest = read_json(whole / "train" / "manifest.json")
+    assert [row["key"] for row in manifest["skipped"]] == ["k2"] and manifest["num_samples"] == 5
+    repairs = {row["key"]: row["found"] for row in manifest["repairs"]}
+    assert repairs == {"k0": "RGB PNG file", "k1": "RGB WEBP file"}
+    verify(whole, workers=1)
+    (shards / "train" / "x-1.json").unlink()
+    inode = (shards / "train" / "x-0.tar").stat().st_ino
+    command(shards, on_bad="skip")
+    assert files(shards) == files(whole) and (shards / "train" / "x-0.tar").stat().st_ino == inode
+    write_json(shards / "train" / "x-1.json", {})
+    capsys.readouterr()
+    command(shards)
+    assert "nothing to do" in capsys.readouterr().out and files(shards) == files(whole)
+    write(tmp_path / "other" / "train" / "x-1.tar", b"somebody's own")
+    with pytest.raises(ValueError, match=r"expected the shards of .*, got x-1.tar"):
+        command(tmp_path / "other")
+    assert len(files(tmp_path / "other")) == 1

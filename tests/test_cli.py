@@ -177,6 +177,41 @@ def test_good_files_pass(tmp_path: Path) -> None:
     assert (config.optimizer.lr, lighting.strength, config.data.augmentation.flip) == (0.25, 0.5, 0.5)
 
 
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` at the beginning of any path is the home folder: in a word, after `=`, in YAML, in the place of a YAML file;
+    `./~` is a name. Without a home folder it is refused. No folder is ever called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("data: {shards: ~/s}\nrun:\n  dir: ~/runs/b\noptimizer: ~/o.yaml\n")
+    (tmp_path / "o.yaml").write_text("lr: 0.25\n")
+    more = ["--train.init_from=~/w", "--data.eigenbasis", "./~/p"]
+    config = parse_config(["--config", "quickstart", "--config=~/c.yaml", *more])
+    assert (config.data.shards, config.run.dir) == (tmp_path / "s", tmp_path / "runs" / "b")
+    assert (config.train.init_from, config.data.eigenbasis) == (tmp_path / "w", Path("~/p"))
+    assert config.optimizer.lr == 0.25
+    programs = [
+        ("tools/make_shards.py", "stats", "~/s"),
+        ("tools/make_shards.py", "adopt", "~/s", "s", "--split=val", "--pattern=*"),
+        ("tools/bench.py", "loader", "~/s"),
+        ("tools/export_weights.py", "r", "~/s"),
+        ("tools/predict.py", "~/s", ROOT / "docs"),
+        ("tools/predict.py", "r", "~/s/x"),
+        ("tools/tune_pipeline.py", "s", "--out=~/s"),
+        ("-m", "train.evaluate", "r", "s", "--per-class=~/s"),
+        ("-m", "train.run", "--run.dir=~/s"),
+        ("-m", "train.run", *RUN[:2], "--data.shards=~/s", "--run.dir=~/r"),
+    ]
+    (tmp_path / "s").touch()
+    for words in programs:
+        assert f"{tmp_path}/s" in refuses(*words), words
+        nobody = [word.replace("~", "~no-such-user") if isinstance(word, str) else word for word in words]
+        message = refuses(*nobody)
+        assert "~no-such-user/" in message and "; give the whole path" in message, message
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert "--train.init_from: ~/w: expected a user with" in train_refuses(*RUN, "--train.init_from", "~/w")
+    assert not (ROOT / "~").exists()
+
+
 def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours are found from everywhere; a file of that name comes first, a directory does not; the error lists ours."""
     monkeypatch.chdir(tmp_path)

@@ -103,6 +103,11 @@ def test_wrong_input_writes_nothing(few: Path, tmp_path: Path) -> None:
     write_json(out, other)
     assert "other shards" in refuses("tools/compute_pca.py", few, "--out", out)
     assert read_json(out) == other
+    (tmp_path / "train").symlink_to(few / "train")
+    shutil.copy(few / "classes.json", tmp_path)
+    out.rename(tmp_path / "old.json")
+    (tmp_path / "pca.json.tmp").mkdir()
+    assert "pca.json: cannot be written" in refuses("tools/compute_pca.py", tmp_path)
 
 
 def test_images_of_other_sizes_count_as_packed(tmp_path: Path) -> None:

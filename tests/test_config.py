@@ -152,7 +152,7 @@ def config_of(*words: str) -> dict[str, Any]:
 
 def test_same_run() -> None:
     """Speed, processes, logging, places and epochs to come are free; anything else is refused by name."""
-    free = "--run.log_every 3 --data.speed.threads 1 --train.epochs 11 --data.shards elsewhere"
+    free = "--run.log_every 3 --data.speed.threads 1 --train.epochs 11 --data.shards a --data.eigenbasis b"
     free += " --data.on_corrupt skip --train.grad_accum_steps 2 --parallel.mode towers"
     check_same_run(config_of(), config_of(*free.split()), 10)
     other = "optimizer.lr=0.1 train.seed=1 data.augmentation.flip=0 run.device=cpu data.shuffle=blocks"

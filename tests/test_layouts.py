@@ -14,9 +14,10 @@ from PIL import Image
 from pipeline.files import read_json
 from tests.helpers import jpeg, photo, tar_of, write
 from tests.layouts import (
+    SOLUTION,
     WNIDS,
+    check_shards,
     class_tars,
-    expected_square,
     folders,
     image_set,
     kaggle,
@@ -25,7 +26,8 @@ from tests.layouts import (
     split_tars,
 )
 from tools.make_shards import pack
-from tools.packing.layouts import open_raw, split_off_validation
+from tools.packing.labels import split_off_validation
+from tools.packing.layouts import open_raw
 from tools.packing.listing import load_listing, save_listing
 
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
@@ -73,7 +75,7 @@ def test_kaggles_tree_is_found_from_any_level(
     kaggle(tmp_path / "raw", image_set())
     (tmp_path / "raw" / "link").symlink_to("ILSVRC/Data/CLS-LOC")
     data, _ = open_raw(tmp_path / "raw" / place, tmp_path / "none")
-    assert data.layout == "Kaggle's ILSVRC tree" and len(data.splits["val"]) == 6
+    assert SOLUTION in data.layout and len(data.splits["val"]) == 6
     monkeypatch.chdir(tmp_path / "raw" / place)
     assert open_raw(Path(), tmp_path / "none")[0].classes == data.classes
 
@@ -84,23 +86,17 @@ def test_every_image_once_with_its_class_and_pixels(
     """In each layout, in its split, under its class among the sorted wnids; the first line of output names the layout.
     The same images in the same splits become the same bytes."""
     images, found = image_set(), []
-    names = ("Kaggle", "class folders", "parquet", "tars", "per-class tars")
+    names = ("labelled by LOC_val_solution.csv", "class folders", "parquet", "tars", "per-class tars")
     for layout, name in zip((kaggle, folders, parquet, split_tars, class_tars), names, strict=True):
         raw, shards = tmp_path / layout.__name__ / "raw", tmp_path / layout.__name__ / "shards"
         raw.parent.mkdir()
         layout(raw, images)
         pack(raw, shards, samples_per_shard=5, workers=1, quality=97, val_fraction=0)
         output = capsys.readouterr().out
-        assert ("ignored 1 files" in output) == (layout is folders)  # system files are not counted
+        assert ("ignored 1 files" in output) == (layout in (folders, kaggle))  # system files are not counted
         assert name in output.splitlines()[0] and "warning" not in output
-        assert [row["wnid"] for row in read_json(shards / "classes.json")["classes"]] == WNIDS
-        samples = [(split, *sample) for split in ("train", "val") for sample in read_shards(shards, split)]
-        assert sorted(key for _, key, *_ in samples) == sorted(images)
-        for split, key, label, data in samples:
-            place, wnid, raw_data = images[key]
-            assert split == ("train" if layout is class_tars else place) and WNIDS[label] == wnid
-            pixels = np.asarray(Image.open(io.BytesIO(data))).astype(int)
-            assert np.abs(pixels - expected_square(raw_data)).mean() < 1.5, key
+        of_train = {key: ("train", *image[1:]) for key, image in images.items()}
+        check_shards(shards, of_train if layout is class_tars else images)
         found.append({path.name: path.read_bytes() for path in shards.rglob("*-*.*")})
     *same, without_val = found
     assert len(same[0]) == 12 and all(each == same[0] != without_val for each in same)
@@ -185,11 +181,11 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
     names = ["car", "car-b", "plane", "train"]
     for name in names:
         content = {f"{wrapper.format(name)}{name}_{k}.jpg": IMAGE for k in range(2)}
-        system = {"./._x.jpg": b"x", ".DS_Store": b"x", "Thumbs.db": b"x"}
+        system = {"./._x.jpg": b"x", ".DS_Store": b"x", "Thumbs.db": b"x", "folder/": b""}
         write(tmp_path / f"{name}.tar", tar_of(content | system))
     assert [name.wnid for name in open_raw(tmp_path, tmp_path / "none")[0].classes] == names
     assert listed(tmp_path) == {"train": [(name, f"{name}_{k}.jpg") for name in names for k in range(2)]}
-    assert ignored(tmp_path) == ["Thumbs.db"] * 4
+    assert ignored(tmp_path) == []
 
 
 def test_what_is_ignored(tmp_path: Path) -> None:

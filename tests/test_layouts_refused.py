@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.helpers import jpeg, photo, read_tar, refuses, tar_of, write
-from tests.layouts import WNIDS, class_tars, folders, image_set, kaggle, parquet
+from tests.layouts import SOLUTION, WNIDS, class_tars, folders, image_set, kaggle, parquet
 from tools.make_demo import DIGIT_TO_WNID, make_devkit
 from tools.make_shards import pack
 from tools.packing import layouts
@@ -83,11 +83,10 @@ def test_damaged_tars(content: object, message: str, tmp_path: Path) -> None:
     ("tars", "named"),
     [
         ({"ILSVRC2012_img_test_v10102019": ["test/ILSVRC2012_test_00000001.JPEG"]}, "img_test_v10102019"),
-        ({"val": ["a/1.JPEG", "b/1.JPEG"]}, "val.tar"),
-        ({"imagenet": ["imagenet/val/a/1.JPEG", "imagenet/val/b/1.JPEG"]}, "val: expected a class"),
+        ({"val": ["1.JPEG", "2.JPEG"]}, "val.tar"),
         ({"train": ["1.JPEG"], "val": ["1.JPEG"]}, "train.tar"),
         ({"train": ["a.tar", "b.tar"]}, "train.tar"),
-        ({"train": ["a/1.JPEG", "b/1.JPEG"], "val": ["c/1.JPEG"]}, "val.tar"),
+        ({"train": ["a/1.JPEG", "b/1.JPEG"], "val": ["a/1.JPEG", "c/1.JPEG"]}, "class c: expected training"),
         ({"part1": ["a/1.JPEG", "b/1.JPEG"], "part2": ["c/1.JPEG", "d/1.JPEG"]}, "part1.tar"),
         ({"00000": ["0.jpg", "0.json", "0.txt"], "00001": ["1.jpg", "1.json", "1.txt"]}, "00000.tar"),
         ({"00000": ["a/0.jpg", "a/0.cls"]}, "make_shards.py adopt"),
@@ -96,7 +95,7 @@ def test_damaged_tars(content: object, message: str, tmp_path: Path) -> None:
         ({"imagenet": ["imagenet/train/a/1.JPEG", "docs/logo.png"]}, "train: expected a class"),
         ({"images": ["1.jpg", "2.jpg"], "labels": ["1.txt", "2.txt"]}, "labels.tar"),
         ({"": ["cat/1.jpg", "dog/1.jpg"], "extra": ["1.jpg"]}, "extra.tar"),
-        ({"": ["val/dog/1.jpg"]}, "val: expected a class"),
+        ({"": ["val/dog/1.jpg", "train.tar.gz"]}, "gunzip"),
         ({"": ["Train/cat/1.jpg", "Train/dog/1.jpg", "Val/cat/1.jpg"]}, "Train: expected a class"),
         ({"": ["ILSVRC2012_img_train/n01/1.jpg", "ILSVRC2012_img_val/1.jpg"]}, "the name of a split"),
         ({"": ["imagenet/train/cat/1.jpg", "docs/1.jpg"]}, "train: expected a class"),
@@ -122,7 +121,6 @@ def write_parquet(path: Path, *rows: dict[str, object], **options: object) -> No
     pyarrow.parquet.write_table(table, path, **options)
 
 
-SOLUTION = "LOC_val_solution.csv"
 FILE = {"bytes": b"", "path": "x.JPEG"}
 
 
@@ -131,10 +129,12 @@ FILE = {"bytes": b"", "path": "x.JPEG"}
     [
         (None, lambda raw: raw.mkdir(), "no images found"),
         (None, lambda raw: (raw / "train").mkdir(parents=True), "no class folders found"),
-        (kaggle, lambda raw: (raw / SOLUTION).unlink(), SOLUTION),
-        (kaggle, lambda raw: (raw / SOLUTION).write_text("a,b\n1,2\n"), "Kaggle's columns"),
+        (kaggle, lambda raw: (raw / SOLUTION).unlink(), f"CLS-LOC/val: no class folders found.*{SOLUTION}"),
+        (kaggle, lambda raw: (raw / SOLUTION).write_text("a,b\n1,2\n"), f"expected a class in .*{SOLUTION}"),
         (kaggle, lambda raw: write(raw / "ILSVRC/Data/CLS-LOC/val/again/ILSVRC2012_val_00000003.JPEG", IMAGE),
-         "expected 6 images, .* got 7, 6 distinct"),
+         "expected one image ILSVRC2012_val_00000003"),
+        (kaggle, lambda raw: next(raw.glob("ILSVRC/Data/CLS-LOC/val/*")).unlink(),
+         "expected the 6 images .* got 5, not"),
         (None, lambda raw: write_parquet(raw / "train.parquet", {"image": {"bytes": "text", "path": "a"}, "label": 0}),
          "expected image: struct<bytes: binary.*, got image: struct<bytes: string"),
         (None, lambda raw: write_parquet(raw / "train.parquet", {"image": FILE, "label": -1}), "class index, got -1"),

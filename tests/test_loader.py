@@ -138,14 +138,17 @@ def test_mean_image(numbered_shards: Make, plain_basis: Eigenbasis) -> None:
         make("image", True, plain_basis)
 
 
-def test_only_a_folder_is_needed(few: Path) -> None:
-    """`train_loader("SHARDS", batch_size=N)`: seed 0, one rank, the folder's eigenbasis."""
+def test_only_a_folder_is_needed(few: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train_loader("SHARDS", batch_size=N)`: seed 0, one rank, the folder's eigenbasis, or that of another file."""
     from pipeline import train_loader as public
 
     train = open_shards(few, "train")
     basis = Eigenbasis.load(few / "pca.json", train.manifest_sha256)
     options = {"seed": 0, "rank": 0, "num_ranks": 1, "device": "cpu"}
-    (short, full) = public(str(few), batch_size=8), train_loader(train, batch_size=8, basis=basis, **options)
+    monkeypatch.setenv("HOME", str(few.parent))
+    with pytest.raises(ValueError, match="other shards"):
+        public(few, batch_size=8, eigenbasis="~/shards/pca.json")
+    (short, full) = public("~/few", batch_size=8), train_loader(train, batch_size=8, basis=basis, **options)
     if short.device.type == "cpu":
         assert torch.equal(next(iter(short)).images, next(iter(full)).images)
 

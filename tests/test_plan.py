@@ -83,7 +83,7 @@ def test_the_digest_names_the_content() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("samples_per_shard", 0), ("quality", 101), ("val_fraction", 1.0)]
+    ("name", "value"), [("samples_per_shard", 0), ("quality", 101), ("val_fraction", 1.1)]
 )
 def test_options_that_make_no_sense(name: str, value: object) -> None:
     """Each is refused by name."""

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from model.weights import read_weights
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
+from pipeline.loader import val_loader
 from tests.helpers import (
     EPOCHS,
     ROOT,
@@ -27,6 +29,7 @@ from tests.helpers import (
     files,
     final,
     look_at,
+    refuses,
     rows_of,
     rows_without_times,
     run_here,
@@ -134,6 +137,57 @@ def test_a_finished_run_again(few: Path, undisturbed: Path) -> None:
     evaluated = run_ok("-m", "train.evaluate", undisturbed, few, "--batch-size", "50", "--device", "cpu")
     assert len(run_lines) == 4 and all(line in evaluated for line in run_lines)
     assert f"{read_json(few / 'val' / 'manifest.json')['num_samples']} images" in evaluated
+
+
+def test_validation_images_alone(few: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A folder of `val` and `classes.json` is verified and evaluated on as one with training images; what needs these
+    says so; of other classes it names the first."""
+    shutil.copytree(few / "val", tmp_path / "val")
+    shutil.copy(few / "classes.json", tmp_path)
+    with_train, alone = (
+        run_ok("-m", "train.evaluate", undisturbed, each, "--device", "cpu") for each in (few, tmp_path)
+    )
+    assert with_train == alone and "all valid" in run_ok("tools/make_shards.py", "verify", tmp_path)
+    assert "10, 0 without an image" in run_ok("tools/make_shards.py", "stats", tmp_path)
+    assert "only validation images" in train_refuses(*small_run(tmp_path, tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="pass basis= to val_loader"):
+        val_loader(tmp_path, batch_size=8, device="cpu")
+    content = read_json(few / "classes.json")
+    wnid = content["classes"][3]["wnid"]
+    content["classes"][3]["wnid"] += "0"
+    write_json(tmp_path / "classes.json", content)
+    assert f"class 3 is {wnid}, got {wnid}0;" in refuses("-m", "train.evaluate", undisturbed, tmp_path)
+
+
+def test_eigenbasis_elsewhere(
+    few: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the shards' folder may not be written, the refusals' commands make the file elsewhere, with the mean image
+    next to it, and nothing in the folder. A run resumes with the file from any place, but with another content not."""
+    shards, run, file = tmp_path / "shards", tmp_path / "run", tmp_path / "new" / "few.json"
+    shards.mkdir()
+    for name in ("train", "val", "classes.json"):
+        (shards / name).symlink_to(few / name)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != shards and access(path, mode)
+    )  # root may always
+    message = train_refuses(*small_run(shards, run))
+    command, _, option = message.partition("; run ")[2].partition(", train with ")
+    run_ok(*command.replace("FILE", str(file)).split())
+    options = option.partition(" (")[0].replace("FILE", str(file)).split()
+    message = train_refuses(*small_run(shards, run, *options, "--data.augmentation.mean", "image"))
+    run_ok(*message.partition("; run ")[2].replace("SHARDS", str(shards)).split())
+    assert np.load(file.with_name("mean_image.npy")).shape == (256, 256, 3)
+    shutil.copytree(undisturbed, run)
+    assert "resuming" in run_ok(*TRAIN, *small_run(shards, run, *options))
+    moved = file.rename(tmp_path / "moved.json")
+    assert f"{file}: " in train_refuses("--run.dir", run)
+    assert "resuming" in run_ok(*TRAIN, "--run.dir", run, "--data.eigenbasis", moved)
+    write_json(moved, read_json(moved) | {"mean": [0.0, 0.0, 0.0]})
+    message = train_refuses("--run.dir", run)
+    assert f"another eigenbasis than {moved}; " in message
+    assert {path.name for path in shards.iterdir()} == {"train", "val", "classes.json"}
 
 
 def test_resumed_by_its_folder_alone(few: Path, tmp_path: Path) -> None:

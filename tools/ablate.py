@@ -84,7 +84,6 @@ def ablate(
             and --rates override them.
     """
     train, val = open_shards(shards, "train"), open_shards(shards, "val")
-    Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
     base, files = find_recipe(str(base)), find_ablations(ablations)
     each_rate: list[float | None] = [None] if rates is None else [*rates]
     for name, values in {"--seeds": seeds, "--rates": each_rate}.items():
@@ -101,6 +100,7 @@ def ablate(
         for name, file in ({BASE: None} | files).items()
     }
     first = {name: by_rate[each_rate[0]][0].config for name, by_rate in plan.items()}
+    Eigenbasis.load(first[BASE].data.eigenbasis or shards / "pca.json", train.manifest_sha256)
     for name, config in first.items():
         if name != BASE and replace(config, run=first[BASE].run) == first[BASE]:
             raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.eigenbasis import read_eigenbasis, read_mean_image
+from pipeline.errors import UserError
 from pipeline.files import atomic_writer, check_writable
 from pipeline.machine import share_of_cores
 from pipeline.shards import ShardSet, open_shards
@@ -48,7 +49,8 @@ def compute_pca(
         shards: Folder written by make_shards.
         mean_image: Also write the mean of each pixel: mean_image.npy (float32, 256x256x3, RGB, 0..255) and
             mean_image.png, next to pca.json.
-        out: JSON file to write, for read-only shards; SHARDS/pca.json by default.
+        out: JSON file to write, for shards whose folder may not be written, in a folder of its own; SHARDS/pca.json by
+            default. train.run takes it as --data.eigenbasis.
         device: Device that decodes and sums. A GPU's decoder may differ by a level in some pixels; pca.json names the
             decoder.
     """
@@ -59,7 +61,12 @@ def compute_pca(
     if has_basis and not (mean_image and read_mean_image(mean_path, existing["mean"]) is None):
         print(f"{path} is up to date; nothing to do")
         return
-    check_writable(path)
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written, {error.strerror}; give another file: --out FILE"
+        ) from None
     import nvidia.dali  # takes seconds, as torch does; errors in the input come first
 
     from train.device import pick_device

@@ -28,7 +28,8 @@ from pipeline.errors import UserError
 from tools.packing.adopt import adopt
 from tools.packing.decode import decode
 from tools.packing.index import index
-from tools.packing.layouts import open_raw, split_off_validation, verify_md5
+from tools.packing.labels import choose_classes, split_off_validation
+from tools.packing.layouts import open_raw, verify_md5
 from tools.packing.listing import RawImageNet, measure_random_reads, save_listing
 from tools.packing.parquet import pack_parquet
 from tools.packing.plan import Options, Plan, find_part, make_plan
@@ -63,16 +64,18 @@ def pack(
     quality: int = 90,
     on_bad: Literal["fail", "skip"] = "fail",
     val_fraction: float | None = None,
+    classes: Path | None = None,
+    labels: Path | None = None,
     part: str | None = None,
     check_md5: bool = False,
 ) -> None:
     """Pack raw images into shards. The same command resumes an interrupted pack.
 
     Args:
-        raw: Folder of the raw images; nothing is extracted. One of: the three archives of ILSVRC-2012;
-            Kaggle's ILSVRC/Data/CLS-LOC and LOC_val_solution.csv; class folders, as train/<class> and val/<class> or
-            as <class> alone; the same folders in train.tar and val.tar, or in one tar; a <class>.tar for each class;
-            Hugging Face's train-*.parquet and validation-*.parquet.
+        raw: Folder of the raw images; nothing is extracted. One of: the three archives of ILSVRC-2012; class folders,
+            as train/<class> and val/<class> or as <class> alone; the same folders in train.tar and val.tar, or in one
+            tar; a <class>.tar for each class; Kaggle's ILSVRC/Data/CLS-LOC or tiny-imagenet with their labels of val/;
+            Hugging Face's parquet files; images in any folders, with --labels. Validation images may come alone.
         shards: Folder to write into; new, empty, or written by the same command.
         store: 256x256 JPEGs, or the files as they are.
         samples_per_shard: Images per shard, at most; shards differ by one image at most.
@@ -81,7 +84,10 @@ def pack(
         quality: JPEG quality of encoded images, 1 to 100.
         on_bad: What to do with an undecodable image: stop, or leave it out and list it in the manifest.
         val_fraction: Part of each class for validation, at least one image, where the source has none (default: a
-            tenth; 0 for none).
+            tenth; 0 for none; 1: all are validation images).
+        classes: Classes to pack, one a line, or the classes.json of other shards, to validate a network trained on
+            those (default: all).
+        labels: List of image and class, a pair a line, for images that are not in class folders.
         part: Part of this machine as i/n (i from 1, or from 0 to n-1); by default from torchrun's or srun's variables,
             else everything. All parts write into the same folder.
         check_md5: First compare the archives with the published MD5 sums.
@@ -89,22 +95,27 @@ def pack(
     options = Options(store, quality, samples_per_shard, seed, val_fraction or 0.0, on_bad)
     task = find_part(part, os.environ)
     workers = check_workers(workers)
-    data, validity = open_raw(raw, shards / LISTING)
-    print_layout(raw, shards, data)
+    data, validity = open_raw(raw, shards / LISTING, labels)
+    listed = data
+    if val_fraction == 1:
+        data = split_off_validation(data, 1, seed)
+    data = choose_classes(data, classes)
+    print_layout(raw, shards, data, sum(map(len, listed.splits.values())))
     if check_md5:
         verify_md5(raw, data.layout)
         print("the archives have the published MD5 sums")
-    listed = data
     if val_fraction is None and "val" not in data.splits:
         options = replace(
             options, val_fraction=VAL_FRACTION if len(data.splits["train"]) > len(data.classes) else 0.0
         )
-    if options.val_fraction:
+    if 0 < options.val_fraction < 1:
         data = split_off_validation(data, options.val_fraction, seed)
         print(
             f"no validation images: using {len(data.splits['val'])} training images, {options.val_fraction:.3g} of "
             f"each class, at least one (seed {seed}); --val-fraction 0 keeps them"
         )
+    elif "train" not in data.splits:
+        print("validation images alone: networks can be evaluated on them, not trained")
     elif "val" not in data.splits:
         remedy = (
             "add some" if val_fraction is None else "leave --val-fraction out to use a tenth of each class"
@@ -143,17 +154,23 @@ def pack(
         finish_split(plan, data)
 
 
-def print_layout(raw: Path, shards: Path, data: RawImageNet) -> None:
-    """Print the layout. Raises `UserError` when the output would lie among the images."""
+def print_layout(raw: Path, shards: Path, data: RawImageNet, num_listed: int) -> None:
+    """Print the layout, and what is left out of `num_listed` images. Raises `UserError` when the output would lie among
+    the images."""
     if data.in_folders and shards.resolve().is_relative_to(raw.resolve()):
         raise UserError(
             f"{shards}: expected a folder outside of {raw}, whose folders are classes; give another"
         )
     counts = ", ".join(f"{len(listing)} {split} images" for split, listing in data.splits.items())
     print(f"{raw}: {data.layout}, {len(data.classes)} classes, {counts}", flush=True)
+    if left_out := num_listed - sum(map(len, data.splits.values())):
+        print(f"left out {left_out} images of classes that --classes does not list")
     if others := data.ignored:
-        reason = "without an image extension or outside of class folders"
+        reason = "without an image extension, outside of class folders, or of classes without training images"
         print(sanitize_message(f"ignored {len(others)} files {reason}, such as {others[0]}"))
+    names = [name.wnid for name in data.classes]
+    if all(map(str.isdecimal, names)) and names != sorted(names, key=int):
+        print(f"note: class names are sorted as text: {', '.join(names[:3])}, ...")
     if len(data.classes) == 1:
         print(
             f"warning: only one class, {data.classes[0].wnid!r}, from which nothing can be learned; check RAW"
@@ -175,7 +192,7 @@ def finish_split(plan: Plan, data: RawImageNet) -> None:
 def warn_if_slow(raw: Path, data: RawImageNet, workers: int) -> None:
     """Measure random reads of the source for a second; warn if they will take most of the time."""
     images = sum(len(listing) for listing in data.splits.values())
-    rate = measure_random_reads(data.splits["train"], readers=max(8, workers))
+    rate = measure_random_reads(max(data.splits.values(), key=len), readers=max(8, workers))
     if rate < SLOW_READS_PER_S and images / rate > WORTH_A_WARNING_S:
         print(
             f"warning: {raw}: {rate:.0f} random reads/s, {images / rate / 3600:.1f} hours for all images; copy the "

@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.shards import ClassName, read_classes
-from train.cli import Parser, run_main
+from train.cli import Parser, expand_home, run_main
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def find_images(name: str) -> list[Path]:
     """List the file, the images in a folder, or the files of a glob. Raises `FileNotFoundError` if there is none."""
     from tools.packing import layouts
 
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         images, _ = layouts.collect_images(layouts.read_folder(path))
         paths = [Path(image.name) for image in images]
@@ -97,7 +97,7 @@ def find_images(name: str) -> list[Path]:
         names = [str(path), *glob(str(path))]  # noqa: PTH207 (of Path, whose pattern may not be absolute)
         paths = list({Path(each) for each in names if Path(each).is_file()})
     if not paths:
-        raise FileNotFoundError(f"{name}: expected an image file, a folder or a glob of some; check the name")
+        raise FileNotFoundError(f"{path}: expected an image file, a folder or a glob of some; check the name")
     return sorted(paths)
 
 

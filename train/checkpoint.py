@@ -260,6 +260,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()
         content = config.to_json()
-        content["data"]["shards"] = str(config.data.shards.absolute())  # a resume may start elsewhere
+        for name in ("shards", "eigenbasis"):  # a resume may start elsewhere
+            if path := getattr(config.data, name):
+                content["data"][name] = str(path.absolute())
         write_bytes(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
         (self.path / "checkpoints").mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, auto_cli, set_parsing_settings
+from jsonargparse.typing import register_type
 from tqdm import tqdm
 
 from pipeline.errors import DataError, UserError
@@ -51,6 +52,18 @@ def log(line: str) -> None:
     with suppress(OSError):
         tqdm.write(line)
         sys.stdout.flush()
+
+
+def expand_home(text: str | os.PathLike[str]) -> Path:
+    """Make a path, in which `~` and `~user` at the beginning are home folders: a shell leaves them after `=` and in
+    quotes. `./~` stays a name. Raises `UserError` for a user without one."""
+    path = os.path.expanduser(text)  # noqa: PTH111 (Path drops the ./ of ./~)
+    if path.startswith("~"):
+        raise UserError(f"{text}: expected a user with a home folder, found none; give the whole path")
+    return Path(path)
+
+
+register_type(Path, str, expand_home, type_check=isinstance)  # of every option and setting
 
 
 def run_program(program: Callable[..., None] | dict[str, Any]) -> NoReturn:
@@ -180,6 +193,8 @@ class Parser(ArgumentParser):
             inner = re.search(rf'Parser key "{re.escape(key)}\..*', fault)
             expected = f"{option}: expected settings, or the name of a YAML file with some"
             return self.format_type_error(inner[0]) if inner else expected
+        if homeless := re.search(r"Not of type Path: (~.*?; give the whole path)", fault):
+            return f"{option}: {homeless[1]}"
         value = re.search(r"(?:Got|Given) value: ?(.*)", fault)
         kind = format_type(getattr(action, "_typehint", None))
         return f"{option}: expected {kind}, got {value[1] or 'nothing'}" if value and kind else message
@@ -230,7 +245,7 @@ def check_yaml(path: Path, options: Mapping[str, Any], prefix: str = "") -> None
         options: Type of each setting by its dotted name, such as "optimizer.lr".
         prefix: Prefix of the names in this file: "optimizer." if it holds that section alone.
     """
-    path = path.expanduser()
+    path = expand_home(path)
     if not path.is_file():
         return  # a pipe can be read only once, so it is not checked; jsonargparse reports a missing file
     try:
@@ -255,7 +270,7 @@ def check_settings(settings: Mapping[str, Any], path: Path, options: Mapping[str
             if isinstance(value, dict):
                 check_settings(value, path, options, f"{name}.")
             elif isinstance(value, str):
-                check_yaml(path.parent / value, options, f"{name}.")
+                check_yaml(path.parent / expand_home(value), options, f"{name}.")
             else:
                 raise UserError(
                     f"{path}: expected settings below {name}, got {value!r}; add some or leave it out"
@@ -307,7 +322,7 @@ def find_recipe(name: str) -> Path:
 
     A file of that name in the working directory wins. Raises `FileNotFoundError`.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.exists() and not path.is_dir():
         return path
     ours = {each.stem: each for folder in (RECIPES, ABLATIONS) for each in folder.glob("*.yaml")}

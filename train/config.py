@@ -17,7 +17,7 @@ from jsonargparse import set_parsing_settings
 from model.settings import AlexNetConfig
 from pipeline.errors import UserError
 from pipeline.settings import DataConfig
-from train.cli import Parser, check_renamed, find_recipe
+from train.cli import Parser, check_renamed, expand_home, find_recipe
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
@@ -277,7 +277,7 @@ def add_saved_config(words: list[str]) -> list[str]:
     given = {word.partition("=")[0] for word in words}
     if "--config" in given or "--run.dir" not in words[:-1] or given >= REQUIRED:
         return words
-    directory = Path(words[words.index("--run.dir") + 1])
+    directory = expand_home(words[words.index("--run.dir") + 1])
     refuse_old_run(directory)
     if (directory / "run.lock").is_file() and (directory / "config.yaml").is_file():
         return ["--config", str(directory / "config.yaml"), *words]
@@ -293,14 +293,14 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], epochs_begun: int
     """Raise `UserError` for a setting with which a run cannot resume, given both configurations as JSON.
 
     These may differ: sections `run` (except the device), `data.speed` and `parallel`; `data.on_corrupt` and
-    `train.grad_accum_steps`; the path of the same shards; what a schedule sets for epochs after the first
-    `epochs_begun`.
+    `train.grad_accum_steps`; the paths of shards and eigenbasis, whose content is compared elsewhere; what a schedule
+    sets for epochs after the first `epochs_begun`.
     """
     before, after = flatten(saved), flatten(now)
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
         may_differ = name.startswith(("run.", "data.speed.", "parallel.")) and name != "run.device"
-        may_differ |= name in ("data.shards", "data.on_corrupt", "train.grad_accum_steps")
+        may_differ |= name in ("data.shards", "data.eigenbasis", "data.on_corrupt", "train.grad_accum_steps")
         if may_differ or old == new:
             continue
         if name in ("optimizer.steps", "optimizer.changes"):

@@ -4,6 +4,7 @@ python -m train.evaluate CHECKPOINT SHARDS
 """
 
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -115,11 +116,12 @@ def open_val(trained: "Pretrained", shards: Path) -> ShardSet:
     """Open the validation split. Raises `UserError` unless its classes are the network's."""
     val = open_shards(shards, "val")
     names = [name.wnid for name in val.classes]
-    if trained.wnids is not None and names != trained.wnids:
-        raise UserError(
-            f"{trained.path} was trained on other classes than {shards}/classes.json lists; give the shards it was "
-            "trained on"
-        )
+    for k, (expected, found) in enumerate(zip_longest(trained.wnids or names, names, fillvalue="none")):
+        if expected != found:
+            raise UserError(
+                f"{shards}/classes.json: expected the classes of {trained.path}, whose class {k} is {expected}, got "
+                f"{found}; give shards of the same classes"
+            )
     if len(names) != trained.config.outputs:
         raise UserError(
             f"{trained.path} has {trained.config.outputs} outputs, {shards} has {len(names)} classes; give other shards"

@@ -8,7 +8,6 @@ Shapes: N images, C colours, H rows, W columns, K classes.
 """
 
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -28,7 +27,7 @@ from model.alexnet import AlexNet
 from model.towers import seed_process
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.errors import DataError, UserError
-from pipeline.loader import PADDING, Batch, Loader, train_loader, val_loader
+from pipeline.loader import PADDING, Batch, Loader, hash_basis, train_loader, val_loader
 from pipeline.shards import open_shards
 from train.accuracy import Accuracy, EvalStats, evaluate
 from train.checkpoint import CheckpointWriter, load_checkpoint
@@ -62,7 +61,7 @@ class Trainer:
             )
         with collect_errors(problems):
             self.basis = Eigenbasis.load(
-                shards / "pca.json",
+                config.data.eigenbasis or shards / "pca.json",
                 self.train_shards.manifest_sha256,
                 with_mean_image=config.data.augmentation.mean == "image",
             )
@@ -381,7 +380,11 @@ class Trainer:
         if content["wnids"] != [name.wnid for name in self.train_shards.classes]:
             raise UserError(f"{path} was trained on other classes than {shards}/classes.json lists")
         if content["eigenbasis"] != self.basis.to_json():
-            raise UserError(f"{path} was trained with another {shards}/pca.json; restore that file")
+            ours = self.config.data.eigenbasis or shards / "pca.json"
+            raise UserError(
+                f"{path} was trained with another eigenbasis than {ours}; restore that file, or give it as "
+                "--data.eigenbasis FILE"
+            )
         for part in ("model", "optimizer"):
             check_shapes(content[part], self.config.model, path)
         check_finite(content["model"], path)
@@ -422,7 +425,7 @@ class Trainer:
         config = {
             name: value
             for name, value in flatten(self.config.to_json()).items()
-            if name not in ("data.shards", "run.dir", "train.init_from")
+            if name not in ("data.shards", "data.eigenbasis", "run.dir", "train.init_from")
             and not name.startswith("data.speed.")
         }
         root = Path(__file__).resolve().parents[1]
@@ -434,7 +437,7 @@ class Trainer:
             "the newest checkpoint in run.dir": checkpoint.name if checkpoint else "none",
             "train/manifest.json": self.train_shards.manifest_sha256[:12],
             "val/manifest.json": self.val_shards.manifest_sha256[:12],
-            "pca.json": short_sha256(json.dumps(self.basis.to_json(), sort_keys=True).encode()),
+            "pca.json": hash_basis(self.basis),
             "the program's source": short_sha256(b"\0".join(path.read_bytes() for path in sources)),
             "Python": platform.python_version(),
             "torch": torch.__version__,

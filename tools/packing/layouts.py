@@ -2,43 +2,46 @@
 
 | layout | classes |
 |---|---|
-| ILSVRC-2012's archives: a tar of tars, a tar, a devkit | the devkit's wnids |
-| Kaggle's ILSVRC/Data/CLS-LOC | folders of train/; LOC_val_solution.csv labels val/ |
 | train/<class> and val/<class>, or <class> alone, in folders, in one tar or in a tar for each split | folders |
-| one <class>.tar for each class, as ImageNet-21k comes | tars |
+| the same with a flat val/, as Kaggle and tiny-imagenet have it | folders of train/; a table labels val/ |
+| one <class>.tar for each class, as ImageNet-21k comes, also in one tar | tars |
+| ILSVRC-2012's archives: a tar of class tars, a flat tar, a devkit | tars; the devkit labels the flat one |
+| images in any folders with a list (`--labels`) | the list |
 | Hugging Face's parquet files (parquet.py) | labels |
 
-A class is a folder (or a tar) that holds images. An ambiguous tree is refused.
+So a split is a folder of class folders, or a flat folder with a table of labels, and tars are folders, too. A class
+is a folder that holds images. An ambiguous tree is refused.
 """
 
-import csv
 import functools
 import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.shards import ClassName
+from tools.packing.labels import IMAGE_NAME, Labels, read_class_file, read_labels, strip_extension
 from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_archives
 from tools.packing.parquet import find_parquet, read_parquet
-from tools.packing.plan import hash_key, stem
 from tools.packing.tars import Member, list_members
 
 LAYOUTS = (
     "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one "
-    "<class>.tar per class, tars of class folders or parquet files called train-*"
+    "<class>.tar per class, tars of class folders, parquet files called train-*, or images with --labels FILE"
 )
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -48,7 +51,6 @@ ARCHIVES = {  # and their published MD5 sums
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT_ARCHIVE: "fa75699e90414af021442c21a62c3abf",
 }
-IMAGE_NAME = re.compile(r".+\.(jpe?g?|jfif|png|bmp|gif|webp|tiff?|p[gp]m|avif)", re.IGNORECASE | re.DOTALL)
 VAL_NAMES = ("val", "validation", "valid")
 """Names of a folder or a tar of validation images."""
 SPLIT_NAME = re.compile(
@@ -56,16 +58,33 @@ SPLIT_NAME = re.compile(
     re.IGNORECASE,
 )
 """Names that mean a split, so that a class cannot have one."""
-VAL_SOLUTION = "LOC_val_solution.csv"
-SYNSET_WORDS = "LOC_synset_mapping.txt"
+TABLES = ("LOC_val_solution.csv", "val_annotations.txt")
+"""Labels of the validation images in Kaggle's download and in tiny-imagenet."""
+WORDS = ("LOC_synset_mapping.txt", "words.txt")
+"""Lines of wnid and words in the same."""
+UNPACK = {
+    ".gz": "gunzip {}",
+    ".tgz": "gunzip {}",
+    ".bz2": "bunzip2 {}",
+    ".xz": "unxz {}",
+    ".zip": "unzip {} -d {}",
+}
+"""How to unpack archives, by extension; a tar is then read as it is."""
 
 
-def open_raw(raw: Path, cache: Path) -> tuple[RawImageNet, list[list[Any]] | None]:
-    """List a raw data set, or load the listing from `cache` if the archives are unchanged.
+def open_raw(
+    raw: Path, cache: Path, labels: Path | None = None
+) -> tuple[RawImageNet, list[list[Any]] | None]:
+    """List a raw data set, or load the listing from `cache` if the archives are unchanged. `labels`: a list of path and
+    class, for images that are not in class folders.
 
     Returns the listing, and the stamps that `save_listing` needs (None: it came from the cache, or from folders, which
     are as fast to list). Raises `FileNotFoundError` or `ValueError`.
     """
+    if not raw.is_dir():
+        raise FileNotFoundError(f"{raw}: not a folder; expected one with {LAYOUTS}")
+    if labels:
+        return read_labelled(raw, read_labels(labels, of_all=True)), None
     sources, read = find_layout(raw)
     if not sources:
         return read(), None
@@ -80,12 +99,10 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
 
     Raises `FileNotFoundError` or `ValueError` for an unknown layout.
     """
-    if not raw.is_dir():
-        raise FileNotFoundError(f"{raw}: not a folder; expected one with {LAYOUTS}")
     if (raw / TRAIN_ARCHIVE).exists() or (raw / VAL_ARCHIVE).exists():
         return [raw / name for name in ARCHIVES if (raw / name).is_file()], lambda: read_archives(raw)
     if tree := find_kaggle_tree(raw):
-        return [], lambda: read_kaggle(raw, tree)
+        return [], lambda: read_tree(raw, read_folder(tree))
     if any((files := find_parquet(raw)).values()):
         return [*files["train"], *files["val"]], lambda: read_parquet(raw, files)
     folder = read_folder(raw)
@@ -99,6 +116,7 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
         )
     if "train" not in others:
         if not holds_images(folder):
+            refuse_compressed(folder)
             raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
         if (inner := unwrap(folder, keep_splits=True)) is not folder:
             return find_layout(inner.path)
@@ -109,84 +127,44 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
     return [], lambda: read_tree(raw, folder)
 
 
-def split_off_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:
-    """Split a validation set off train: `fraction` of each class, rounded, at least one image but never the last.
-
-    Images are chosen by a hash of seed and name, so the layout makes no difference. Raises `UserError` when there is
-    a validation split, or no class has two images.
-    """
-    if "val" in data.splits:
-        raise UserError(
-            f"--val-fraction: expected data without validation images, got {data.layout}; leave it out"
-        )
-    train = data.splits["train"]
-    labels = np.frombuffer(train.label, np.int32)
-    hashes = b"".join(hash_key(seed, f"val:{stem(train.name(row))}")[:8] for row in range(len(train)))
-    order = np.lexsort((np.frombuffer(hashes, ">u8"), labels))
-    bounds = np.searchsorted(labels[order], np.arange(len(data.classes) + 1))
-    in_val = np.zeros(len(train), bool)
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        number = max(0, min(end - start - 1, max(1, round((end - start) * fraction))))
-        in_val[order[start : start + number]] = True
-    if not in_val.any():
-        raise UserError("--val-fraction: expected a class with two images, got none; use 0")
-    splits = {"train": train.take(np.flatnonzero(~in_val)), "val": train.take(np.flatnonzero(in_val))}
-    return replace(data, splits=splits)
+def refuse_compressed(folder: "Folder") -> None:
+    """Raise `UserError` if there is a compressed archive in a folder."""
+    for path in folder.others:
+        if command := UNPACK.get(path.suffix.lower()):
+            command = command.format(*map(shlex.quote, (str(path), str(path.parent))))
+            raise UserError(f"{path}: expected a tar or folders, got a compressed file; run {command}")
 
 
 def is_system_file(name: str) -> bool:
-    """Return True for files and folders of an operating system: .DS_Store, ._photo.jpg, __MACOSX."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Return True for files and folders of an operating system: .DS_Store, ._photo.jpg, __MACOSX, Thumbs.db."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 # ---- ILSVRC-2012's archives
 
 
 def read_archives(raw: Path) -> RawImageNet:
-    """List the three archives of ILSVRC-2012.
+    """List the archives of ILSVRC-2012, or without the training images the other two.
 
     Class index = position among the sorted wnids; the devkit's validation labels are ILSVRC2012_IDs, another order,
     mapped by its `meta.mat`. Raises `FileNotFoundError` for a missing archive, `ValueError` for an unexpected one.
     """
+    train = raw / TRAIN_ARCHIVE
     for name in ARCHIVES:
-        if not (raw / name).is_file():
+        if not (raw / name).is_file() and not (raw / name == train and (raw / DEVKIT_ARCHIVE).is_file()):
             raise FileNotFoundError(f"{raw / name}: not found; keep the archives' original names")
     by_id, ground_truth = read_devkit(raw / DEVKIT_ARCHIVE)
-    tars = sorted((Path(tar.name).stem, tar.offset, tar.size) for tar in list_members(raw / TRAIN_ARCHIVE))
-    wnids, by_wnid = [wnid for wnid, *_ in tars], {name.wnid: name for name in by_id.values()}
-    if wnids != sorted(by_wnid):
-        odd = sorted(set(wnids) ^ set(by_wnid)) or [wnid for wnid in wnids if wnids.count(wnid) > 1]
+    # Line n of the ground truth belongs to ILSVRC2012_val_<n>.JPEG.
+    wnid_of = {f"ILSVRC2012_val_{n:08}": by_id[label].wnid for n, label in enumerate(ground_truth, 1)}
+    words = {name.wnid: name.words for name in by_id.values()}
+    trees = {"train": read_tar(train)} if train.is_file() else {}
+    if unknown := sorted({name for tree in trees.values() for name in tree.folders} - words.keys()):
         raise UserError(
-            f"{raw / TRAIN_ARCHIVE}: expected each of the {len(by_wnid)} classes of {DEVKIT_ARCHIVE} once, got "
-            f"{len(wnids)} tars; they differ in {odd[0]}; download both again"
+            f"{train}: expected classes of {DEVKIT_ARCHIVE}, got {unknown[0]}; download both again"
         )
-    train, val = Listing(raw), Listing(raw)
-    archives = train.add_file(raw / TRAIN_ARCHIVE), val.add_file(raw / VAL_ARCHIVE)
-    for label, (wnid, start, length) in enumerate(tqdm(tars, "listing", unit="class", disable=None)):
-        images = sorted(list_members(raw / TRAIN_ARCHIVE, start, length))
-        if not images:
-            raise UserError(f"{raw / TRAIN_ARCHIVE}: no images of class {wnid}; download it again")
-        for member in images:
-            train.append(archives[0], *member, label)
-    index = {wnid: position for position, wnid in enumerate(wnids)}
-    for member in sorted(list_members(raw / VAL_ARCHIVE)):
-        # Line n of the ground truth belongs to ILSVRC2012_val_<n>.JPEG.
-        match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", member.name)
-        if not match or not 1 <= int(match[1]) <= len(ground_truth):
-            raise UserError(
-                f"{raw / VAL_ARCHIVE}: the devkit has no label for {member.name!r}; download it again"
-            )
-        label = index[by_id[ground_truth[int(match[1]) - 1]].wnid]
-        val.append(archives[1], *member, label)
-    distinct = len({stem(image.name) for image in val})
-    if not len(val) == distinct == len(ground_truth):
-        raise UserError(
-            f"{raw / VAL_ARCHIVE}: expected {len(ground_truth)} images, as the devkit has labels, got {len(val)}, "
-            f"{distinct} distinct; download it again"
-        )
-    return RawImageNet(
-        "ILSVRC-2012 archives", tuple(by_wnid[wnid] for wnid in wnids), {"train": train, "val": val}
-    )
+    trees["val"] = read_tar(raw / VAL_ARCHIVE)
+    labels = Labels(raw / DEVKIT_ARCHIVE, wnid_of)
+    return read_splits(raw, trees, [], labels, words, "ILSVRC-2012 archives")
 
 
 def verify_md5(raw: Path, layout: str) -> None:
@@ -194,6 +172,8 @@ def verify_md5(raw: Path, layout: str) -> None:
     if "archives" not in layout:
         raise UserError(f"--check-md5: expected the archives of ILSVRC-2012, got {layout}; leave it out")
     for name, published in ARCHIVES.items():
+        if name == TRAIN_ARCHIVE and not (raw / name).is_file():
+            continue
         with (raw / name).open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         print(f"{raw / name}: MD5 {found}", flush=True)
@@ -312,28 +292,39 @@ def read_folder(path: Path, parents: tuple[tuple[int, int], ...] = ()) -> Folder
 
 
 @functools.lru_cache(maxsize=2)
-def read_tar(tar: Path) -> Folder:
-    """Read the headers of a tar. Raises `UserError`, also for a WebDataset shard."""
-    images, others = list[tuple[tuple[str, ...], Member]](), list[tuple[tuple[str, ...], Member]]()
-    for member in list_members(tar):
+def read_tar(tar: Path, inside: str = "", start: int = 0, length: int | None = None) -> Folder:
+    """Read the headers of a tar, or of the tar called `inside` at an offset of it. Raises `UserError`, also for a
+    WebDataset shard."""
+    images, tars, others = (list[tuple[tuple[str, ...], Member]]() for _ in range(3))
+    for member in list_members(tar, start, length):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [member.name]
         if not any(map(is_system_file, parts)):
-            (images if IMAGE_NAME.fullmatch(parts[-1]) else others).append((tuple(parts[:-1]), member))
-    if not images:  # as ImageNet-21k has them
+            is_image = IMAGE_NAME.fullmatch(parts[-1])
+            kind = images if is_image else tars if parts[-1].endswith(".tar") else others
+            kind.append((tuple(parts[:-1]), member))
+    path = tar / inside
+    if images or not tars:
+        others += tars
+        tars = []
+    if not images and not tars:  # as ImageNet-21k has them
         images = [file for file in others if "." not in Path(file[1].name).name]
         others = [file for file in others if "." in Path(file[1].name).name]
-    if len(images) != len({member.name for _, member in images}):
+    if any(len(files) != len({member.name for _, member in files}) for files in (images, tars)):
         raise UserError(
-            f"{tar}: holds a file twice; extract it, which keeps the last one, and pack the folders"
+            f"{path}: holds a file twice; extract it, which keeps the last one, and pack the folders"
         )
     if len({folders for folders, _ in images}) == 1:  # class folders may hold other files, too
         keys = {split_key(member)[0] for _, member in images}
         if extensions := [split_key(member)[1] for _, member in others if split_key(member)[0] in keys]:
             raise UserError(
-                f"{tar}: expected raw images, got a WebDataset shard (.{min(extensions)} with each image); use "
+                f"{path}: expected raw images, got a WebDataset shard (.{min(extensions)} with each image); use "
                 "make_shards.py adopt if it has labels (.cls), else put the images of each class into its own folder"
             )
-    return nest_images(tar, tar, images, sorted(tar / member.name for _, member in others))
+    rest = sorted(path / member.name for _, member in others)
+    if tars:
+        readers = {Path(each.name).stem: partial(read_tar, tar, *each) for _, each in tars}
+        return Folder(path, dict(sorted(readers.items())), others=rest, tars=frozenset(readers), tar=tar)
+    return nest_images(tar, path, images, rest)
 
 
 def split_key(member: Member) -> tuple[str, str]:
@@ -398,19 +389,19 @@ def read_tree(raw: Path, tree: Folder) -> RawImageNet:
     """List a folder of class folders or of splits. Raises `UserError` where that is ambiguous."""
     names = list(tree.folders)
     splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
+    val = next((name for name in VAL_NAMES if name in names), None)
     # A tar called train may be a split or a class.
-    if "train" in names and (
+    has_train = "train" in names and (
         splits == names or "train" not in tree.tars or len(unwrap(tree.folders["train"]()).folders) > 1
-    ):
-        val = next((name for name in VAL_NAMES if name in names), None)
-        trees = {"train": unwrap(tree.folders["train"]())} | (
-            {"val": unwrap(tree.folders[val]())} if val else {}
-        )
-        return read_splits(
-            raw,
-            trees,
-            [tree.locate(name) for name in names if name not in ("train", val)] + tree.loose_files(),
-        )
+    )
+    if has_train or (val and splits == names):
+        if not has_train:
+            refuse_compressed(tree)
+        chosen = {"train": "train"} if has_train else {}
+        chosen |= {"val": val} if val else {}
+        trees = {split: unwrap(tree.folders[name]()) for split, name in chosen.items()}
+        ignored = [tree.locate(name) for name in names if name not in chosen.values()] + tree.loose_files()
+        return read_splits(raw, trees, ignored, *find_labels(tree.path, trees))
     # ILSVRC-2012's test archive is often stored with the class tars.
     tests = [name for name in splits if "test" in name.lower() and name in tree.tars]
     classes = {name: read for name, read in tree.folders.items() if name not in tests}
@@ -426,85 +417,162 @@ def read_tree(raw: Path, tree: Folder) -> RawImageNet:
     return read_splits(raw, {"train": replace(tree, folders=classes)}, [tree.locate(name) for name in tests])
 
 
-def read_splits(raw: Path, trees: dict[str, Folder], ignored: list[Path]) -> RawImageNet:
-    """List the class folders of every split. Raises `UserError` for a class without training images."""
-    index = {wnid: label for label, wnid in enumerate(trees["train"].folders)}
-    splits = {}
+def read_splits(
+    raw: Path,
+    trees: dict[str, Folder],
+    ignored: list[Path],
+    labels: Labels | None = None,
+    words: dict[str, str] | None = None,
+    layout: str = "",
+) -> RawImageNet:
+    """List every split: class folders, or a flat folder with a table of labels.
+
+    Images of a table are left out if there are class folders, but not of their class. Raises `UserError`.
+    """
+    groups = {split: group_folders(tree) for split, tree in trees.items()}
+    of_all, wnids = (labels.of_all, set(labels.wnid_of.values())) if labels else (False, set[str]())
+    known = set(groups["train"]) if "train" in trees and not of_all else wnids
+    flat = [
+        split for split in trees if of_all or (labels and split == "val" and not known & groups[split].keys())
+    ]
+    in_folders = {wnid for split in trees if split not in flat for wnid in groups[split]}
+    index = {wnid: label for label, wnid in enumerate(sorted(in_folders or known))}
+    splits, found = {split: Listing(raw) for split in trees}, set[str]()
     for split, tree in trees.items():
-        listing = splits[split] = Listing(raw)
-        ignored = [*ignored, *tree.loose_files()]
-        for wnid, read in tqdm(tree.folders.items(), f"listing {split}", unit="class", disable=None):
-            if wnid not in index:
-                raise UserError(
-                    f"{tree.locate(wnid)}: a class without training images; add some or remove it"
-                )
-            folder = leaf = read()
-            while wnid in tree.tars and not leaf.images and len(leaf.folders) == 1:
+        if labels and split in flat:
+            ignored = ignored + append_labelled(splits[split], tree, labels, index, found)
+        else:
+            ignored = ignored + append_folders(splits[split], split, tree, groups[split], index)
+    if not layout:
+        tree = next(iter(trees.values()))
+        layout = "per-class tars" if tree.tars else "class folders in tars" if tree.tar else "class folders"
+        layout += f", val labelled by {labels.path.name}" if labels and flat else ""
+    if labels and flat:
+        lost = [key for key, wnid in labels.wnid_of.items() if wnid in index and key not in found]
+        if lost:
+            places = " and ".join(str(trees[split].path) for split in flat)
+            raise UserError(
+                f"{places}: expected the {len(found) + len(lost)} images that {labels.path.name} lists, got "
+                f"{len(found)}, not {lost[0]}; download them again, or correct the list"
+            )
+    for split, tree in trees.items():
+        if not splits[split]:
+            raise UserError(
+                f"{tree.path}: no class folders found; put the images of each class into its own folder, or list them "
+                f"in a file for --labels{' (Kaggle has ' + TABLES[0] + ')' if split == 'val' else ''}"
+            )
+    classes = tuple(ClassName(wnid, (words or {}).get(wnid, wnid)) for wnid in index)
+    return RawImageNet(layout, classes, splits, ignored)
+
+
+def group_folders(tree: Folder) -> dict[str, list[str]]:
+    """Group folders by class: by their names in Unicode's composed form (NFC), as disks of Apple decompose them."""
+    groups: dict[str, list[str]] = {}
+    for name in tree.folders:
+        groups.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return dict(sorted(groups.items()))
+
+
+def append_folders(
+    listing: Listing, split: str, tree: Folder, groups: dict[str, list[str]], index: dict[str, int]
+) -> list[Path]:
+    """Add the images of class folders; returns the other files. Raises `UserError` for a class without training images
+    and for a tar of several folders."""
+    ignored = tree.loose_files()
+    for wnid, names in tqdm(groups.items(), f"listing {split}", unit="class", disable=None):
+        before, others = len(listing), list[Path]()
+        for name in names:
+            folder = leaf = tree.folders[name]()
+            while name in tree.tars and not leaf.images and len(leaf.folders) == 1:
                 leaf = leaf.folders[min(leaf.folders)]()
-            if wnid in tree.tars and leaf.folders:
+            if name in tree.tars and leaf.folders:
                 raise UserError(
-                    f"{tree.locate(wnid)}: expected one class, got several folders, such as {max(leaf.folders)!r}; "
+                    f"{tree.locate(name)}: expected one class, got several folders, such as {max(leaf.folders)!r}; "
                     "extract it into train/, a folder for each class"
                 )
-            images, others = collect_images(folder)
-            if not images and split == "train":
-                raise UserError(f"{tree.locate(wnid)}: no images found; download it again or remove it")
+            images, more = collect_images(folder)
             append_images(listing, images, folder.tar, index[wnid])
-            ignored += others
-        if not listing:
+            others += more
+        if len(listing) == before and split == "train":
+            got = f"{len(others)} files such as {others[0].name}" if others else "none"
             raise UserError(
-                f"{tree.path}: no class folders found; put the images of each class into its own folder"
+                f"{tree.locate(names[0])}: expected images (.jpg, .png and the like), got {got}; rename or convert "
+                "them, or remove the folder"
             )
-    train = trees["train"]
-    layout = "class folders in tars" if train.tar else "per-class tars" if train.tars else "class folders"
-    return RawImageNet(layout, tuple(ClassName(wnid, wnid) for wnid in index), splits, ignored)
+        ignored += others
+    return ignored
+
+
+def append_labelled(
+    listing: Listing, tree: Folder, labels: Labels, index: dict[str, int], found: set[str]
+) -> list[Path]:
+    """Add the images that a table labels with a class of `index`, and their keys in the table to `found`; returns the
+    files that are left out. Raises `UserError` for two images of one key and, unless the table is a list to choose by,
+    for an image without a label."""
+    images, ignored = collect_images(tree)
+    for image in images:
+        path = Path(tree.tar or "", image.name)
+        _, *parts = path.absolute().parts
+        keys = (
+            strip_extension("/".join(each))
+            for each in (["", *parts], *(parts[k:] for k in range(len(parts))))
+        )
+        key = next((each for each in keys if each in labels.wnid_of), None)
+        if key is None and not labels.of_all:
+            raise UserError(f"{path}: expected a class in {labels.path}, got none; download both again")
+        if key is None or labels.wnid_of[key] not in index:
+            ignored.append(path)
+        elif key in found:
+            raise UserError(
+                f"{path}: expected one image {key}, as in {labels.path.name}, got another; remove one"
+            )
+        else:
+            found.add(key)
+            append_images(listing, [image], tree.tar, index[labels.wnid_of[key]])
+    return ignored
+
+
+# ---- images that a table labels
+
+
+def read_labelled(raw: Path, labels: Labels) -> RawImageNet:
+    """List the images that a table labels, in any folders, or in one tar; splits are folders called train and val."""
+    tree = read_folder(raw)
+    while len(tree.folders) == 1 and not tree.images and not SPLIT_NAME.fullmatch(min(tree.folders)):
+        tree = tree.folders[min(tree.folders)]()
+    val = next((name for name in VAL_NAMES if name in tree.folders), None)
+    trees = {"train": tree}
+    if val or "train" in tree.folders:
+        names = {"train": "train", "val": val}
+        trees = {split: tree.folders[name]() for split, name in names.items() if name in tree.folders}
+    return read_splits(raw, trees, [], labels, layout=f"images labelled by {labels.path.name}")
+
+
+def find_labels(folder: Path, trees: dict[str, Folder]) -> tuple[Labels | None, dict[str, str]]:
+    """Find the table of validation labels and the words of the classes in a folder of splits, its val/, or, of Kaggle's
+    tree, above it."""
+    folder = folder.resolve()
+    places = [each.path for each in trees.values()]
+    places += [folder, *folder.parents][: 4 if folder.name == "CLS-LOC" else 1]
+    tables, words = (
+        [each / name for each in places for name in names if (each / name).is_file()]
+        for names in (TABLES, WORDS)
+    )
+    named: dict[str, str] = {}
+    with suppress(UserError):  # another words.txt
+        named = {name.wnid: name.words for path in words[:1] for name in read_class_file(path)}
+    return read_labels(tables[0]) if tables else None, named
 
 
 def find_kaggle_tree(raw: Path) -> Path | None:
     """Find the folder CLS-LOC of Kaggle's download in `raw`; None if there is none."""
     candidates = [raw, *(raw / inner for inner in ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"))]
+    splits = ("train", *VAL_NAMES)
     return next(
-        (path for path in candidates if path.resolve().name == "CLS-LOC" and (path / "train").is_dir()), None
+        (
+            path
+            for path in candidates
+            if path.resolve().name == "CLS-LOC" and any((path / split).is_dir() for split in splits)
+        ),
+        None,
     )
-
-
-def read_kaggle(raw: Path, tree: Path) -> RawImageNet:
-    """List Kaggle's tree: `train/<wnid>/*.JPEG`, and `val/*.JPEG` labelled by LOC_val_solution.csv.
-
-    Raises `FileNotFoundError` or `ValueError` when the two do not match.
-    """
-    folders = (raw, *[tree.resolve(), *tree.resolve().parents][:4])
-    solution = next(
-        (each / VAL_SOLUTION for each in folders if (each / VAL_SOLUTION).is_file()), raw / VAL_SOLUTION
-    )
-    try:
-        with solution.open(newline="", encoding="utf-8") as file:
-            wnid_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-    except (OSError, LookupError, AttributeError, ValueError, csv.Error):
-        raise UserError(
-            f"{solution}: expected Kaggle's columns ImageId, PredictionString, which label the validation images; "
-            "download it again"
-        ) from None
-    words = solution.with_name(SYNSET_WORDS)
-    lines = words.read_text("utf-8", errors="replace").splitlines() if words.is_file() else []
-    words_by_wnid = dict(line.split(" ", 1) for line in lines if " " in line)
-    data = read_splits(raw, {"train": read_folder(tree / "train")}, [])
-    index = {name.wnid: position for position, name in enumerate(data.classes)}
-    val = Listing(raw)
-    images, others = collect_images(read_folder(tree / "val"))
-    for image in images:
-        wnid = wnid_of.get(Path(image.name).stem, "")
-        if wnid not in index:
-            raise UserError(
-                f"{solution}: expected a class of {tree / 'train'} for {image.name}, got {wnid!r}; download it again"
-            )
-        append_images(val, [image], None, index[wnid])
-    distinct = len({stem(image.name) for image in val})
-    if not val or not len(val) == distinct == len(wnid_of):
-        raise UserError(
-            f"{tree / 'val'}: expected {len(wnid_of)} images, as in {solution.name}, got {len(val)}, {distinct} "
-            "distinct; download them again"
-        )
-    classes = tuple(ClassName(name.wnid, words_by_wnid.get(name.wnid, name.wnid)) for name in data.classes)
-    splits = data.splits | {"val": val}
-    return RawImageNet("Kaggle's ILSVRC tree", classes, splits, [*data.ignored, *others])

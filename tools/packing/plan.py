@@ -46,8 +46,8 @@ class Options:
             raise UserError(f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality: expected 1 to 100, got {self.quality}")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction: expected at least 0 and less than 1, got {self.val_fraction}")
+        if not 0 <= self.val_fraction <= 1:
+            raise UserError(f"--val-fraction: expected 0 to 1, got {self.val_fraction}")
 
 
 class ShardPlan(NamedTuple):

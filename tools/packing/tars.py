@@ -4,17 +4,23 @@
 skips the rest. Nothing is extracted: data are read by offset.
 """
 
+import json
 import os
 import re
+import shlex
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.shards import MAX_LABEL_DIGITS
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg")
+RAW_EXTENSIONS = (*IMAGE_EXTENSIONS, "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+"""Of images that `adopt --convert` takes."""
+LABEL_FIELDS = ("label", "cls")
+"""Of a `.json`, the first that is there."""
 MAX_LABEL_BYTES = 64
 READ_BYTES = 2**20
 
@@ -49,7 +55,7 @@ def read_members(file: BinaryIO, start: int = 0, length: int | None = None) -> I
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         if member.offset >= end:
             raise UserError(f"no end mark at byte {end} of an inner tar")
-        if member.isdir():
+        if member.isdir() or (member.name.endswith("/") and not member.size):  # some programs mark folders so
             continue
         place = f"{member.name!r} at byte {member.offset}"
         if not member.isreg() or member.issparse():
@@ -80,6 +86,12 @@ def list_members(path: Path, start: int = 0, length: int | None = None) -> Itera
         try:
             yield from read_members(file, start, length)
         except ValueError as error:
+            if os.pread(file.fileno(), 2, 0) == b"\x1f\x8b":
+                name = shlex.quote(str(path))
+                command = f"mv {name} {name}.gz && gunzip {name}.gz"
+                raise UserError(
+                    f"{path}: expected a tar, got one compressed by gzip; run {command}"
+                ) from None
             raise UserError(f"{path}: {error}; download it again, or make it of regular files") from None
 
 
@@ -110,28 +122,39 @@ def get_extension(member: Member) -> str:
 
 
 def index_sample(
-    file: BinaryIO, key: str, members: list[Member], extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    file: BinaryIO,
+    key: str,
+    members: list[Member],
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS,
+    classes: Mapping[str, int] | None = None,
 ) -> tuple[list[tuple[str, int, int, str]], Member, int]:
     """Return index entries, image and class index of one sample.
 
     DALI picks components by the index's extension, so `.JPEG` becomes `jpg`; it reads as many bytes as the index says,
     so white space after a label is left out; it ignores the names, but splits lines at spaces.
 
+    With `classes` (index by name), for a conversion: labels may be in a `.json`, or names. A JPEG goes before another
+    image, a `.cls` before a `.json`.
+
     Raises `UserError` (without the tar's name) unless there is one image with one of `extensions`, and one label.
     """
     place = f"sample {sanitize_name(key)} at byte {members[0].offset}"
     names = ", ".join(sanitize_name(member.name) for member in members)
-    images = [member for member in members if get_extension(member) in extensions]
+    images = [member for member in members if get_extension(member) in extensions[:2]]
+    images = images or [member for member in members if get_extension(member) in extensions[2:]]
     labels = [member for member in members if get_extension(member) == "cls"]
+    if classes is not None:
+        labels = labels or [member for member in members if get_extension(member) == "json"]
     if len(images) != 1 or images[0].size == 0:
         raise UserError(
             f"{place}: expected one .{' or .'.join(extensions)}, got {names}{' (empty)' if images else ''}"
         )
     if len(labels) != 1:
-        raise UserError(f"{place}: expected one .cls, got {names}")
+        expected = ".cls" if classes is None else ".cls or .json with the label"
+        raise UserError(f"{place}: expected one {expected}, got {names}")
     (image,), (label,) = images, labels
     try:
-        digits = read_label(file, label)
+        digits = read_label(file, label) if classes is None else read_class(file, label, classes)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     entries = [
@@ -149,6 +172,30 @@ def read_label(file: BinaryIO, label: Member) -> bytes:
         expected = f"a class index of at most {MAX_LABEL_DIGITS} digits in {sanitize_name(label.name)}"
         raise UserError(f"expected {expected}, got {text[:16]!r}")
     return digits
+
+
+def read_class(file: BinaryIO, label: Member, classes: Mapping[str, int]) -> bytes:
+    """Read a class index, or a name in `classes`, from a `.cls`, or from a field of a `.json`; returns the digits.
+
+    Raises `UserError` (without tar and sample) for anything else.
+    """
+    text = os.pread(file.fileno(), min(label.size, READ_BYTES), label.offset).strip()
+    value: Any = text.decode(errors="replace")
+    place = sanitize_name(label.name)
+    if get_extension(label) == "json":
+        try:
+            fields = dict(json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"expected a JSON object in {place}, got {text[:16]!r}") from None
+        if not (found := [fields[name] for name in LABEL_FIELDS if name in fields]):
+            expected = f"{' or '.join(LABEL_FIELDS)} in {place}, got {', '.join(fields)[:200] or 'no field'}"
+            raise UserError(f"WebDataset shards without labels: expected {expected}")
+        value = found[0]
+    number = str(classes.get(value, value) if isinstance(value, str) else value)
+    if not re.fullmatch(rf"[0-9]{{1,{MAX_LABEL_DIGITS}}}", number):
+        expected = "a class index, or with --convert a name that --classes FILE lists,"
+        raise UserError(f"expected {expected} in {place}, got {str(value)[:40]!r}")
+    return number.encode()
 
 
 def sanitize_name(name: str) -> str:

@@ -28,6 +28,7 @@ from tools.packing.images import Packed, pack_image
 from tools.packing.index import index_text, read_index, write_samples
 from tools.packing.plan import Options, Plan, Sample, ShardPlan, library_versions
 from tools.packing.pool import set_current_item
+from tools.packing.tars import sanitize_name
 
 READ_AHEAD = 16
 """Images that the kernel reads ahead of the one being packed."""
@@ -97,11 +98,12 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
             skipped: list[dict[str, str]] = []
             for (key, image), (result, size) in packed:
                 bytes_read += size
+                note_key = sanitize_name(key)  # another program's may be of any characters, ours are not
                 if isinstance(result, str):
-                    skipped.append({"key": key, "name": image.escaped_name, "reason": result})
+                    skipped.append({"key": note_key, "name": image.escaped_name, "reason": result})
                     continue
                 if result.found:
-                    repairs.append({"key": key, "found": result.found, "done": result.done})
+                    repairs.append({"key": note_key, "found": result.found, "done": result.done})
                 members = ((f"{key}.jpg", result.jpeg), (f"{key}.cls", str(image.label).encode()))
                 index.append([tar.add(name, data) for name, data in members])
             tar.close()
@@ -122,7 +124,7 @@ def write_packed(plan: ShardPlan, packed: Iterable[tuple[Sample, tuple[Packed | 
 
 
 class TarWriter:
-    """Plain USTAR members (mtime, uid and gid 0), hashed as they are written."""
+    """Plain USTAR members (mtime, uid and gid 0), or PAX ones where names need it, hashed as they are written."""
 
     def __init__(self, file: BinaryIO) -> None:
         """Write to an empty `file`."""
@@ -132,11 +134,11 @@ class TarWriter:
         """Append a member; returns its entry in the index."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        self.write(info.tobuf(tarfile.USTAR_FORMAT))
+        self.write(info.tobuf(tarfile.PAX_FORMAT))
         offset = self.offset
         self.write(data)
         self.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return name.rsplit(".", 1)[1], offset, len(data), name
+        return name.rsplit(".", 1)[1], offset, len(data), sanitize_name(name)
 
     def close(self) -> None:
         """Write the end mark."""
