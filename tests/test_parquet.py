@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipeline.files import open_locked, read_json
-from tests.helpers import files, start_python, wait_for
-from tests.layouts import folders, image_set
+from tests.helpers import files, jpeg, photo, start_python, wait_for
+from tests.layouts import folders, image_set, read_shards
 from tests.layouts import parquet as write_parquet
 from tools.make_shards import pack
 from tools.packing import parquet
@@ -69,3 +72,90 @@ def test_it_is_one_machines_work(place: Path, tmp_path: Path) -> None:
     (spill,) = shards.glob("train/spill-*")
     with open_locked(spill / "lock", wait=False), pytest.raises(BlockingIOError):
         pack_here(raw, shards)
+
+
+def write_rows(path: Path, labels: list[Any], images: list[Any] | None = None, **options: Any) -> None:
+    """Write a parquet file of such rows, by default with an image each, named by the file."""
+    stem = f"{path.parent.name}_{path.stem}"
+    rng = np.random.default_rng(list(stem.encode()))
+    images = images or [
+        {"bytes": jpeg(photo(rng, 40, 40)), "path": f"{stem}_{k}.jpg"} for k in range(len(labels))
+    ]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"image": pyarrow.array(images, kind), "label": labels})
+    pyarrow.parquet.write_table(table, path, **options)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "labels"),
+    [
+        (["train-00000-of-00002-a1b2", "train-00001-of-00002-c3d4"], ["val-00000-of-00001"], [1, 0, 1]),
+        (["train/0000"], ["validation/0000"], [1, 0, 0]),
+        (["default/train/0000", "default/train/0001"], ["default/validation/0000"], [0, 1, 0]),
+        (["plain_text/train-00000-of-00001"], ["plain_text/valid/0000"], ["n02", "n01", "n02"]),
+        (["train_224"], ["val_224"], ["zebra", "caf\u00e9", "cat"]),
+    ],
+)
+def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], labels: list[Any]) -> None:
+    """Shards of the files of a split hold what pyarrow reads from them: every image to the byte, under its class, of
+    which names are sorted, however their accents are written. Test images and other tables are passed over."""
+    raw, classes = tmp_path / "raw", sorted(set(labels))
+    (raw / ".cache").mkdir(parents=True)
+    others = [train[0].replace("train", "test"), str(Path(train[0]).parent / "metadata")]
+    for name in [*train, *val, *others]:
+        spelled = {"caf\u00e9": "cafe\u0301"} if name in val else {}
+        write_rows(raw / f"{name}.parquet", [spelled.get(label, label) for label in labels], row_group_size=2)
+    pack(raw, tmp_path / "s", store="original", workers=1)
+    names = [row["wnid"] for row in read_json(tmp_path / "s" / "classes.json")["classes"]]
+    assert names == (classes if isinstance(labels[0], str) else ["000000", "000001"])
+    for split, parts in (("train", train), ("val", val)):
+        tables = [pyarrow.parquet.read_table(raw / f"{part}.parquet", columns=["image"]) for part in parts]
+        images = [row["image"] for table in tables for row in table.to_pylist()]
+        indexes = [classes.index(label) for label in labels * len(parts)]
+        found = {key: (label, data) for key, label, data in read_shards(tmp_path / "s", split)}
+        expected = zip(images, indexes, strict=True)
+        assert found == {Path(image["path"]).stem: (index, image["bytes"]) for image, index in expected}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"train/0000": [0], "train/0002": [0]}, "part 1 of train"),
+        ({"train/0001": [0]}, "part 0 of train"),
+        ({"train/0000": [0], "data/train-00000-of-00001": [0]}, "expected one push, got also .*/train/0000"),
+        ({"default/partial-train/0000": [0]}, "rename this one train"),
+        ({"validation/0000": [0]}, r"no images in parquet files called train\*"),
+        ({"train": ["a", "b"], "val": ["b", "c"]}, "row 1 of .*val.*: expected the name of .*, got 'c'"),
+        ({"train": ["a", None]}, "row 1 of .*train.*: expected the name of .*, got None"),
+        ({"train": ["a"], "val": [0]}, "expected the name of a training class, got 0"),
+        ({"train": [0, 1], "val": ["a"]}, "expected a class index, got 'a'"),
+    ],
+)
+def test_files_and_labels_refused(tmp_path: Path, rows: dict[str, list[Any]], message: str) -> None:
+    """Parts that are missing, of two pushes or of a part of the data; labels of no training class, or of two kinds."""
+    for name, labels in rows.items():
+        write_rows(tmp_path / "raw" / f"{name}.parquet", labels)
+    with pytest.raises(ValueError, match=message):
+        pack(tmp_path / "raw", tmp_path / "s", workers=1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_rows_without_bytes(tmp_path: Path) -> None:
+    """A row of a path alone, or of null, is named with what it holds, or listed so where bad images are skipped. A file
+    of such rows alone is refused before anything is written."""
+    good = [{"bytes": jpeg(photo(np.random.default_rng(k), 40, 40)), "path": f"{k}.jpg"} for k in range(3)]
+    bad = [{"bytes": None, "path": "a/x.jpg"}, None, {"bytes": None, "path": None}]
+    path = tmp_path / "raw" / "train.parquet"
+    write_rows(path, [0] * 6, [*good, *bad])
+    with pytest.raises(ValueError, match=r"row 3 of .*: expected image bytes, got only a path \(a/x\.jpg\)"):
+        pack(tmp_path / "raw", tmp_path / "s", workers=1, val_fraction=0)
+    pack(tmp_path / "raw", tmp_path / "s", workers=1, val_fraction=0, on_bad="skip")
+    skipped = read_json(tmp_path / "s" / "train" / "manifest.json")["skipped"]
+    found = {row["key"]: row["reason"].removeprefix("expected image bytes, got ") for row in skipped}
+    assert found == {"x": "only a path (a/x.jpg)", "train_4": "null", "train_5": "null"}
+    assert sorted(key for key, *_ in read_shards(tmp_path / "s", "train")) == ["0", "1", "2"]
+    write_rows(path, [0] * 3, bad, row_group_size=1)
+    with pytest.raises(ValueError, match=r"row 0 of .*only a path"):
+        pack(tmp_path / "raw", tmp_path / "t", workers=1, on_bad="skip")
+    assert not (tmp_path / "t").exists()

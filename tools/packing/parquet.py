@@ -9,6 +9,7 @@ optional dependency.
 import json
 import os
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from copy import copy
@@ -40,6 +41,7 @@ from tools.packing.writer import (
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)")
 Notes = dict[str, tuple[str, str] | str]
 COLUMNS = {"image.bytes", "image.path", "label"}
+EMBED = "embed the images by datasets.table.embed_table_storage, or pack the folder that holds them"
 
 
 def import_pyarrow() -> ModuleType:
@@ -54,68 +56,118 @@ def import_pyarrow() -> ModuleType:
 
 
 def find_parquet(raw: Path) -> dict[str, list[Path]]:
-    """Find the parquet files of each split, in `raw` or `raw/data`, by Hugging Face's names; test files, which have no
-    labels, are skipped. Raises `UserError` unless all parts of one upload are there."""
-    paths = sorted(raw.glob("*.parquet")) or sorted(raw.glob("data/*.parquet"))
-    by_split = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "val")}
-    for files in by_split.values():
-        # A folder may also hold files of an earlier upload (push), with another hash or another number of parts.
-        parts = [re.fullmatch(r"([^-]+)-(\d+)-of-(\d{1,6})(-\w+)?", path.stem) for path in files]
-        found = [(part[1], int(part[2]), int(part[3])) for part in parts if part]
-        name, _, total = found[0] if found else ("", 0, 0)
-        if found and (len(found) != len(files) or sorted(found) != [(name, k, total) for k in range(total)]):
+    """Find the parquet files of each split: those called `train*`, and numbered ones in a folder called so, in `raw`,
+    its only folder, `raw/data` or `raw/default`. Others, such as test files, which have no labels, are skipped. Raises
+    `UserError` unless all parts of one upload are there."""
+    paths, folders = list_folder(raw)
+    places = [each for each in folders if len(folders) == 1 or each.name in ("data", "default")]
+    for files, inner in map(list_folder, places):
+        paths, folders = paths + files, folders + inner
+    for folder in folders:
+        if folder.name.startswith(("partial-train", "partial-val")):
             raise UserError(
-                f"{files[0]}: expected parts 0 to {total - 1} of {total} once each, got {len(files)} files; download "
-                "what is missing, keep the files of one push"
+                f"{folder}: expected all images, got Hugging Face's conversion of the first 5 GB; download the "
+                f"original files into another folder, or rename this one {folder.name[8:]}"
             )
+        paths += list_folder(folder)[0] if folder.name.startswith(("train", "val")) else []
+    by_split = {}
+    for split in ("train", "val"):
+        name = re.compile(rf"(^|/){split}[^/]*(/\d[^/]*)?\.parquet\Z")
+        by_split[split] = sorted({path for path in paths if name.search(str(path))})
+        check_parts(split, by_split[split])
     return by_split
 
 
-def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
-    """List parquet files, reading labels and names only.
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the parquet files and the folders in a folder, without hidden ones."""
+    entries = [each for each in os.scandir(folder) if each.name[0] not in "._"]
+    files = [Path(each.path) for each in entries if each.name.endswith(".parquet")]
+    return files, [Path(each.path) for each in entries if each.is_dir()]
 
-    Raises `UserError` for other columns, and for labels that are not class indexes.
+
+def check_parts(split: str, files: list[Path]) -> None:
+    """Raise `UserError` unless files are all parts of one upload (push). A folder may also hold those of an earlier
+    one, with another hash or another number of parts."""
+    # What is before a number, the number, the number of parts.
+    found = [re.findall(r"(?s)(.*?)(\d{1,6})?(?:-of-(\d{1,6})(?:-\w+)?)?\Z", path.stem)[0] for path in files]
+    if not files or (len(files) == 1 and found[0][0] and not found[0][2]):
+        return  # train_224.parquet is not part 224
+    pushes = {(path.parent, name, total) for path, (name, _, total) in zip(files, found, strict=True)}
+    numbers = {int(number or 0) for _, number, _ in found}
+    if len(pushes) > 1 or len(numbers) < len(files):
+        raise UserError(f"{files[0]}: expected one push, got also {files[-1]}; keep the files of one")
+    if missing := set(range(int(found[0][2] or max(numbers) + 1))) - numbers:
+        place = f"{files[0].parent}: part {min(missing)} of {split}"
+        raise UserError(f"{place}: expected a file, got none; download it, or number the files from 0")
+
+
+def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
+    """List parquet files, reading labels and names only. Labels are class indexes, or names of classes.
+
+    Raises `UserError` for other labels, and for a class name without training images.
     """
-    parquet = import_pyarrow()
     splits: dict[str, Listing] = {}
     wnids: dict[int, set[str]] = {}
     words: list[str] = []
+    content = {path: read_columns(path) for paths in files.values() for path in paths}
+    tables = [table for path in files["train"] or files["val"] for table in content[path][0]]
+    labels = {label for table in tables for label in table.column("label").to_pylist()}
+    texts = {unicodedata.normalize("NFC", label) for label in labels if isinstance(label, str) and label}
+    indexes = {text: index for index, text in enumerate(sorted(texts))}
     for split, paths in files.items():
         listing = splits[split] = Listing(raw)
         for path in paths:
-            try:
-                source = parquet.ParquetFile(path)
-                columns = {source.schema.column(k).path for k in range(len(source.schema))}
-                if not columns >= COLUMNS:
-                    raise UserError(f"lacks the columns {', '.join(sorted(COLUMNS - columns))}")
-                kind = str(source.schema_arrow.field("image").type.field("bytes").type)
-                if kind not in ("binary", "large_binary"):
-                    raise UserError(f"image.bytes: expected binary, got {kind}")
-                groups = range(source.num_row_groups)
-                tables = [source.read_row_group(group, columns=["image.path", "label"]) for group in groups]
-                metadata = json.loads((source.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            except Exception as error:  # pyarrow raises several kinds over damaged bytes
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    f"{path}: not a data set of images and labels ({reason}); download it again"
-                ) from None
+            tables, metadata = content[path]
             words = read_class_words(metadata) or words
             row = 0
             for table in tables:
                 archive = listing.add_file(path)  # one a row group
                 names = table.column("image").combine_chunks().field("path").to_pylist()
                 for name, label in zip(names, table.column("label").to_pylist(), strict=True):
-                    if not isinstance(label, int) or not 0 <= label < 10**MAX_LABEL_DIGITS:
+                    index = None if indexes else label
+                    if isinstance(label, str):
+                        index = indexes.get(unicodedata.normalize("NFC", label))
+                    if not isinstance(index, int) or not 0 <= index < 10**MAX_LABEL_DIGITS:
+                        expected = "the name of a training class" if indexes else "a class index"
                         raise UserError(
-                            f"{path}: expected a class index in row {row}, got {label}; download it again"
+                            f"row {row} of {path}: expected {expected}, got {label!r}; correct it or remove the row"
                         )
-                    listing.append(archive, name or f"{path.stem}_{row}", row, 0, label)
-                    wnids.setdefault(label, set()).update(WNID.findall(name or ""))
+                    listing.append(archive, name or f"{path.stem}_{row}", row, 0, index)
+                    wnids.setdefault(index, set()).update(WNID.findall(name or ""))
                     row += 1
-    splits = {split: listing for split, listing in splits.items() if files[split]}
-    if "train" not in splits or not all(splits.values()):
-        raise UserError(f"{raw}: no images in parquet files called train-*; download them again")
-    return RawImageNet("Hugging Face parquet files", infer_class_names(wnids, words), splits, sequential=True)
+    splits = {split: listing for split, listing in splits.items() if files[split] or split == "train"}
+    if empty := [split for split, listing in splits.items() if not listing]:
+        raise UserError(f"{raw}: no images in parquet files called {empty[0]}*; download them again")
+    classes = tuple(ClassName(text, text) for text in indexes) or infer_class_names(wnids, words)
+    return RawImageNet("Hugging Face parquet files", classes, splits, sequential=True)
+
+
+def read_columns(path: Path) -> tuple[list[Any], Any]:
+    """Read names and labels of every row group, and Hugging Face's metadata. Raises `UserError`."""
+    try:
+        source = import_pyarrow().ParquetFile(path)
+        schema, groups = source.schema_arrow, range(source.num_row_groups)
+        columns = [source.schema.column(k).path for k in range(len(source.schema))]
+        has_all = COLUMNS.issubset(columns)
+        if not has_all or "binary" not in str(schema.field("image").type.field("bytes").type):
+            got = ", ".join(f"{field.name}: {field.type}" for field in schema)
+            raise UserError(
+                f"{path}: expected image: struct<bytes: binary, path: string> and label, got {got}; rename or cast them"
+            )
+        tables = [source.read_row_group(group, columns=["image.path", "label"]) for group in groups]
+        chunks = [source.metadata.row_group(group).column(columns.index("image.bytes")) for group in groups]
+        nulls = [chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics]
+        has_none = 0 < sum(nulls) == source.metadata.num_rows
+        if has_none and isinstance(found := next(read_row_group(path, 0))[1], str):
+            raise UserError(f"row 0 of {path}: {found}; {EMBED}")
+        return tables, json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises several kinds over damaged bytes
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not a data set of images and labels ({reason}); download it again"
+        ) from None
 
 
 def read_class_words(metadata: Any) -> list[str]:
@@ -169,24 +221,32 @@ def pack_row_group(plan: ShardPlan) -> PackStats:
 
     def iter_packed() -> Iterator[tuple[Sample, tuple[Packed | str, int]]]:
         samples = {image.offset: (key, image) for key, image in plan.samples}
-        for row, raw in read_row_group(Path(plan.samples[0][1].file), min(samples)) if samples else ():
-            if row in samples:
-                yield samples[row], pack_sample(samples[row], plan.options, raw)
+        rows = read_row_group(Path(plan.samples[0][1].file), min(samples)) if samples else ()
+        for sample, raw in ((samples[row], raw) for row, raw in rows if row in samples):
+            if isinstance(raw, bytes):
+                yield sample, pack_sample(sample, plan.options, raw)
+            elif plan.options.on_bad == "skip":
+                yield sample, (raw, 0)
+            else:
+                row = f"row {sample[1].offset} of {sample[1].file}"
+                raise UserError(f"{row}: {raw}; {EMBED}; --on-bad skip leaves such rows out")
 
     return write_packed(plan, iter_packed())
 
 
-def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the rows of the row group that holds `row`, and their images, empty for a row without bytes. Raises
+def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes | str]]:
+    """Yield the rows of the row group that holds `row`, and their images, or what is there in place of one. Raises
     `UserError`."""
     try:
         source = import_pyarrow().ParquetFile(path, buffer_size=2**20)
         ends = np.cumsum([source.metadata.row_group(k).num_rows for k in range(source.num_row_groups)])
         group = int(np.searchsorted(ends, row, side="right"))
-        batches = source.iter_batches(batch_size=32, row_groups=[group], columns=["image.bytes"])
-        images = (image for batch in batches for image in batch.column("image").field("bytes"))
+        batches = source.iter_batches(batch_size=32, row_groups=[group], columns=["image"])
+        images = (image.as_py() for batch in batches for image in batch.column("image"))
         for number, image in enumerate(images, int(ends[group - 1]) if group else 0):
-            yield number, image.as_py() or b""
+            data, name = (image["bytes"], image["path"]) if image else (None, "")
+            null = f"expected image bytes, got {f'only a path ({name})' if name else 'null'}"
+            yield number, null if data is None else data
     except OSError as error:  # pyarrow's decoders raise it, too
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: damaged near row {row} ({reason}); download it again") from None
