@@ -220,6 +220,17 @@ def test_validation_images_alone(tmp_path: Path, place: str, names: str) -> None
     assert "24" in run_ok("tools/make_shards.py", "stats", tmp_path / "shards")
 
 
+def test_parquet_of_validation_images_alone(tmp_path: Path) -> None:
+    """Their labels are numbers of the classes in a file."""
+    images = {key: image for key, image in image_set().items() if image[0] == "val"}
+    parquet(tmp_path / "raw", {key: image for key, image in images.items() if image[1] == WNIDS[1]})
+    for path in (tmp_path / "raw" / "data").glob("train*"):
+        path.unlink()
+    (tmp_path / "list").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
+    pack(tmp_path / "raw", tmp_path / "shards", workers=1, quality=97, classes=tmp_path / "list")
+    check_shards(tmp_path / "shards", {key: image for key, image in images.items() if image[1] == WNIDS[1]})
+
+
 def test_composed_and_decomposed_names_are_one_class(tmp_path: Path) -> None:
     """As macOS and Linux write an accent: in two splits, and twice in one."""
     names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]

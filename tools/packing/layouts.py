@@ -541,10 +541,8 @@ def read_labelled(raw: Path, labels: Labels) -> RawImageNet:
     while len(tree.folders) == 1 and not tree.images and not SPLIT_NAME.fullmatch(min(tree.folders)):
         tree = tree.folders[min(tree.folders)]()
     val = next((name for name in VAL_NAMES if name in tree.folders), None)
-    trees = {"train": tree}
-    if val or "train" in tree.folders:
-        names = {"train": "train", "val": val}
-        trees = {split: tree.folders[name]() for split, name in names.items() if name in tree.folders}
+    names = {split: name for split, name in (("train", "train"), ("val", val)) if name in tree.folders}
+    trees = {split: tree.folders[name]() for split, name in names.items()} or {"train": tree}
     return read_splits(raw, trees, [], labels, layout=f"images labelled by {labels.path.name}")
 
 
@@ -566,13 +564,5 @@ def find_labels(folder: Path, trees: dict[str, Folder]) -> tuple[Labels | None, 
 
 def find_kaggle_tree(raw: Path) -> Path | None:
     """Find the folder CLS-LOC of Kaggle's download in `raw`; None if there is none."""
-    candidates = [raw, *(raw / inner for inner in ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"))]
-    splits = ("train", *VAL_NAMES)
-    return next(
-        (
-            path
-            for path in candidates
-            if path.resolve().name == "CLS-LOC" and any((path / split).is_dir() for split in splits)
-        ),
-        None,
-    )
+    places = [raw / inner for inner in ("", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
+    return next((path for path in places if path.resolve().name == "CLS-LOC" and path.is_dir()), None)

@@ -135,7 +135,7 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                     listing.append(archive, name or f"{path.stem}_{row}", row, 0, index)
                     wnids.setdefault(index, set()).update(WNID.findall(name or ""))
                     row += 1
-    splits = {split: listing for split, listing in splits.items() if files[split] or split == "train"}
+    splits = {split: listing for split, listing in splits.items() if files[split]}
     if empty := [split for split, listing in splits.items() if not listing]:
         raise UserError(f"{raw}: no images in parquet files called {empty[0]}*; download them again")
     classes = tuple(ClassName(text, text) for text in indexes) or infer_class_names(wnids, words)
