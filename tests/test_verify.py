@@ -257,8 +257,6 @@ def test_stats(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "bytes": f"{sum(tar.stat().st_size for tar in tars):,}",
             "bytes per shard": spread([tar.stat().st_size for tar in tars]),
             "bytes per image": spread([len(sample["jpg"]) for sample in samples]),
-            "width": f"{spread([256])}, of the first image of each shard",
-            "height": spread([256]),
             "repaired or noted": str(len(manifest["repairs"])),
             f"  {cmyk}": "CMYK JPEG file",
             "skipped": "0",
@@ -269,8 +267,7 @@ def test_stats(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stats_of_adopted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A manifest without versions, seed and plan; a class without an image is counted; a damaged image is an error that
-    leads to verify, exit code 3."""
+    """A manifest without versions, seed and plan; a class without an image is counted."""
     write_foreign(tmp_path / "src", "x", [0, 0, 2, 2, 2, 2], 4, newline=b"\n")
     adopt(tmp_path / "src", tmp_path / "shards", split="val", pattern="x-*.tar", workers=1)
     capsys.readouterr()
@@ -278,8 +275,3 @@ def test_stats_of_adopted_shards(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = {"classes": "3, 1 without an image", "images per class": spread([2, 0, 4]), "versions": "unknown"}
     rows |= {"options": "store adopted", "source": f"adopted from {tmp_path / 'src'} with x-*.tar"}
     assert format_rows(rows) <= set(capsys.readouterr().out.splitlines())
-    tar = tmp_path / "src" / "x-0000.tar"
-    rewrite(tar, lambda content: content.replace(b"\xff\xd8\xff", b"x\xd8\xff"))
-    done = run_here("tools/make_shards.py", "stats", tmp_path / "shards")
-    assert done.returncode == 3 and "run make_shards.py verify" in done.stderr
-    assert len(done.stderr.splitlines()) == 1

@@ -14,7 +14,6 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,8 +45,6 @@ from train.cli import sanitize_message
 MAX_PROBLEMS = 20
 """Problems printed per shard; the rest are counted."""
 EMPTY_NPY = npy_bytes(np.zeros((SIDE, SIDE, 3), np.uint8))
-READERS = 16
-"""Threads of `stats`."""
 
 
 @dataclass
@@ -275,16 +272,10 @@ def stats(shards: Path) -> None:
 
 
 def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the table of one split. Raises `FileNotFoundError`, `ValueError` or `DataError` for damaged shards."""
+    """Return the table of one split. Raises `FileNotFoundError` or `UserError` for damaged shards."""
     shard_set = open_shards(shards, split)
     samples, tars = shard_set.samples, shard_set.tars
     per_shard = np.bincount(samples["shard"], minlength=len(tars))
-    first = samples[np.cumsum(per_shard) - per_shard]
-    with ThreadPoolExecutor(READERS) as pool:  # small reads wait for the disk
-        places = zip(tars, first["offset"].tolist(), first["size"].tolist(), strict=True)
-        shapes = list(
-            pool.map(lambda place: (SIDE, SIDE) if shard_set.is_decoded else read_shape(*place), places)
-        )
     per_class = np.bincount(samples["label"], minlength=len(shard_set.classes)).tolist()
     repairs = [str(row.get("found")) for row in manifest.get("repairs", ()) if isinstance(row, dict)]
     anomalies = Counter(re.sub(r"\b\d+\b", "N", kind) for found in repairs for kind in found.split("; "))
@@ -298,8 +289,6 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
         ("bytes", f"{sum(tar_bytes):,}"),
         ("bytes per shard", summarize(tar_bytes)),
         ("bytes per image", summarize(samples["size"].tolist())),
-        ("width", f"{summarize([width for _, width in shapes])}, of the first image of each shard"),
-        ("height", summarize([height for height, _ in shapes])),
         ("repaired or noted", str(len(manifest.get("repairs", ())))),
         *((f"  {count}", kind) for kind, count in anomalies.most_common()),
         ("skipped", str(len(manifest.get("skipped", ())))),
@@ -314,14 +303,3 @@ def describe_split(shards: Path, split: str, manifest: dict[str, Any]) -> list[t
 def summarize(values: Sequence[int]) -> str:
     """Format minimum, median, mean and maximum."""
     return f"min {min(values):,}, median {median(values):,.0f}, mean {mean(values):,.0f}, max {max(values):,}"
-
-
-def read_shape(tar: str, offset: int, size: int) -> tuple[int, int]:
-    """Read height and width of an image. Raises `DataError`."""
-    with Path(tar).open("rb") as file:
-        content = os.pread(file.fileno(), size, offset)
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        raise DataError(f"{tar}: damaged at byte {offset}; run make_shards.py verify") from None
-    return height, width
