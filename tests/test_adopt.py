@@ -360,3 +360,19 @@ def test_a_stopped_conversion_resumes(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(ValueError, match=r"expected the shards of .*, got x-1.tar"):
         command(tmp_path / "other")
     assert len(files(tmp_path / "other")) == 1
+
+
+def test_files_of_systems_are_passed_over(tmp_path: Path) -> None:
+    """Those that macOS and Windows put next to the members of a tar."""
+    content = {"./d/._0.jpg": b"x", "./d/0.jpg": IMAGE, "./d/.DS_Store": b"x", "./d/0.cls": b"0"}
+    content |= {
+        "__MACOSX/d/1.jpg": b"x",
+        "d/Thumbs.db": b"x",
+        "d/1.jpg": IMAGE,
+        "d/._1.cls": b"x",
+        "d/1.cls": b"0",
+    }
+    write(tmp_path / "src" / "a.tar", tar_of(content))
+    adopt(tmp_path / "src", tmp_path / "shards", split="train", pattern="a.tar", workers=1)
+    assert open_shards(tmp_path / "shards", "train").num_samples == 2
+    verify(tmp_path / "shards", workers=1)

@@ -37,7 +37,7 @@ from pipeline.shards import ClassName
 from tools.packing.labels import IMAGE_NAME, Labels, read_class_file, read_labels, strip_extension
 from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_archives
 from tools.packing.parquet import find_parquet, read_parquet
-from tools.packing.tars import Member, list_members
+from tools.packing.tars import Member, is_system_file, list_members
 
 LAYOUTS = (
     "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one "
@@ -133,11 +133,6 @@ def refuse_compressed(folder: "Folder") -> None:
         if command := UNPACK.get(path.suffix.lower()):
             command = command.format(*map(shlex.quote, (str(path), str(path.parent))))
             raise UserError(f"{path}: expected a tar or folders, got a compressed file; run {command}")
-
-
-def is_system_file(name: str) -> bool:
-    """Return True for files and folders of an operating system: .DS_Store, ._photo.jpg, __MACOSX, Thumbs.db."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 # ---- ILSVRC-2012's archives
@@ -298,7 +293,7 @@ def read_tar(tar: Path, inside: str = "", start: int = 0, length: int | None = N
     images, tars, others = (list[tuple[tuple[str, ...], Member]]() for _ in range(3))
     for member in list_members(tar, start, length):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [member.name]
-        if not any(map(is_system_file, parts)):
+        if not is_system_file(member.name):
             is_image = IMAGE_NAME.fullmatch(parts[-1])
             kind = images if is_image else tars if parts[-1].endswith(".tar") else others
             kind.append((tuple(parts[:-1]), member))
@@ -318,7 +313,7 @@ def read_tar(tar: Path, inside: str = "", start: int = 0, length: int | None = N
         if extensions := [split_key(member)[1] for _, member in others if split_key(member)[0] in keys]:
             raise UserError(
                 f"{path}: expected raw images, got a WebDataset shard (.{min(extensions)} with each image); use "
-                "make_shards.py adopt if it has labels (.cls), else put the images of each class into its own folder"
+                "make_shards.py adopt if it has labels (.cls, .json), else put each class into its own folder"
             )
     rest = sorted(path / member.name for _, member in others)
     if tars:

@@ -95,9 +95,17 @@ def list_members(path: Path, start: int = 0, length: int | None = None) -> Itera
             raise UserError(f"{path}: {error}; download it again, or make it of regular files") from None
 
 
+def is_system_file(path: str) -> bool:
+    """Return True for files of an operating system, and what is in its folders: .DS_Store, ._photo.jpg, __MACOSX,
+    Thumbs.db."""
+    parts = (part for part in path.split("/") if part not in ("", ".", ".."))
+    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in parts)
+
+
 def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
     """Yield (key, members) of each sample of a shard, by the webdataset library's rule: consecutive files with
-    the same path up to the first dot of the base name; __NAME__ files and files without a dot are skipped.
+    the same path up to the first dot of the base name; __NAME__ files, files without a dot and those of an operating
+    system are skipped.
 
     Raises as `read_members`.
     """
@@ -105,7 +113,7 @@ def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
     members: list[Member] = []
     for member in read_members(file):
         match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)
-        if match is None or re.match(r"__[^/]*__($|/)", member.name):
+        if match is None or re.match(r"__[^/]*__($|/)", member.name) or is_system_file(member.name):
             continue
         if match[1] != current:
             if current is not None:
