@@ -104,14 +104,14 @@ def check_parts(split: str, files: list[Path]) -> None:
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
     """List parquet files, reading labels and names only. Labels are class indexes, or names of classes.
 
-    Raises `UserError` for other labels, and for a class name without training images.
+    Raises `UserError` for other labels.
     """
     splits: dict[str, Listing] = {}
     wnids: dict[int, set[str]] = {}
     words: list[str] = []
     content = {path: read_columns(path) for paths in files.values() for path in paths}
-    tables = [table for path in files["train"] or files["val"] for table in content[path][0]]
-    labels = {label for table in tables for label in table.column("label").to_pylist()}
+    columns = [table.column("label") for tables, _ in content.values() for table in tables]
+    labels = {label for column in columns for label in column.to_pylist()}
     texts = {unicodedata.normalize("NFC", label) for label in labels if isinstance(label, str) and label}
     indexes = {text: index for index, text in enumerate(sorted(texts))}
     for split, paths in files.items():
@@ -128,14 +128,14 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                     if isinstance(label, str):
                         index = indexes.get(unicodedata.normalize("NFC", label))
                     if not isinstance(index, int) or not 0 <= index < 10**MAX_LABEL_DIGITS:
-                        expected = "the name of a training class" if indexes else "a class index"
                         raise UserError(
-                            f"row {row} of {path}: expected {expected}, got {label!r}; correct it or remove the row"
+                            f"row {row} of {path}: expected a class {'name' if indexes else 'index'}, got {label!r}; "
+                            "label all rows by index or all by name"
                         )
                     listing.append(archive, name or f"{path.stem}_{row}", row, 0, index)
                     wnids.setdefault(index, set()).update(WNID.findall(name or ""))
                     row += 1
-    splits = {split: listing for split, listing in splits.items() if files[split] or split == "train"}
+    splits = {split: listing for split, listing in splits.items() if files[split]}
     if empty := [split for split, listing in splits.items() if not listing]:
         raise UserError(f"{raw}: no images in parquet files called {empty[0]}*; download them again")
     classes = tuple(ClassName(text, text) for text in indexes) or infer_class_names(wnids, words)
