@@ -102,10 +102,7 @@ def check_parts(split: str, files: list[Path]) -> None:
 
 
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
-    """List parquet files, reading labels and names only. Labels are class indexes, or names of classes.
-
-    Raises `UserError` for other labels.
-    """
+    """List parquet files by names and labels alone; labels are class indexes or class names. Raises `UserError`."""
     splits: dict[str, Listing] = {}
     wnids: dict[int, set[str]] = {}
     words: list[str] = []
@@ -155,6 +152,8 @@ def read_columns(path: Path) -> tuple[list[Any], Any]:
                 f"{path}: expected image: struct<bytes: binary, path: string> and label, got {got}; rename or cast them"
             )
         tables = [source.read_row_group(group, columns=["image.path", "label"]) for group in groups]
+        for table in tables:
+            table.validate(full=True)
         chunks = [source.metadata.row_group(group).column(columns.index("image.bytes")) for group in groups]
         nulls = [chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics]
         has_none = 0 < sum(nulls) == source.metadata.num_rows
@@ -247,7 +246,7 @@ def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes | str]]:
             data, name = (image["bytes"], image["path"]) if image else (None, "")
             null = f"expected image bytes, got {f'only a path ({name})' if name else 'null'}"
             yield number, null if data is None else data
-    except OSError as error:  # pyarrow's decoders raise it, too
+    except (OSError, ValueError) as error:  # pyarrow's decoders raise both
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: damaged near row {row} ({reason}); download it again") from None
 
