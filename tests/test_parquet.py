@@ -94,6 +94,7 @@ def write_rows(path: Path, labels: list[Any], images: list[Any] | None = None, *
         (["train/0000"], ["validation/0000"], [1, 0, 0]),
         (["default/train/0000", "default/train/0001"], ["default/validation/0000"], [0, 1, 0]),
         (["plain_text/train-00000-of-00001"], ["plain_text/valid/0000"], ["n02", "n01", "n02"]),
+        ([], ["validation/0000"], ["n02", "n01", "n02"]),
         (["train_224"], ["val_224"], ["zebra", "caf\u00e9", "cat"]),
     ],
 )
@@ -102,8 +103,9 @@ def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], label
     which names are sorted, however their accents are written. Test images and other tables are passed over."""
     raw, classes = tmp_path / "raw", sorted(set(labels))
     (raw / ".cache").mkdir(parents=True)
-    others = [train[0].replace("train", "test"), str(Path(train[0]).parent / "metadata")]
-    for name in [*train, *val, *others]:
+    first = (train or val)[0]
+    test = first.replace("train", "test").replace("validation", "test")
+    for name in [*train, *val, test, Path(first).with_name("metadata")]:
         spelled = {"caf\u00e9": "cafe\u0301"} if name in val else {}
         write_rows(raw / f"{name}.parquet", [spelled.get(label, label) for label in labels], row_group_size=2)
     pack(raw, tmp_path / "s", store="original", workers=1)
@@ -125,10 +127,10 @@ def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], label
         ({"train/0001": [0]}, "part 0 of train"),
         ({"train/0000": [0], "data/train-00000-of-00001": [0]}, "expected one push, got also .*/train/0000"),
         ({"default/partial-train/0000": [0]}, "rename this one train"),
-        ({"train": ["a", "b"], "val": ["b", "c"]}, "row 1 of .*val.*: expected the name of .*, got 'c'"),
-        ({"train": ["a", None]}, "row 1 of .*train.*: expected the name of .*, got None"),
-        ({"train": ["a"], "val": [0]}, "expected the name of a training class, got 0"),
-        ({"train": [0, 1], "val": ["a"]}, "expected a class index, got 'a'"),
+        ({"train": ["a", "b"], "val": ["b", "c"]}, "class c: expected training images, got none"),
+        ({"train": ["a", None]}, "row 1 of .*train.*: expected a class name, got None"),
+        ({"train": [0, 1], "val": ["a"]}, "row 0 of .*train.*: expected a class name, got 0"),
+        ({"train": [0, None]}, "row 1 of .*train.*: expected a class index, got None"),
     ],
 )
 def test_files_and_labels_refused(tmp_path: Path, rows: dict[str, list[Any]], message: str) -> None:

@@ -29,7 +29,7 @@ MAX_JPEGS, MAX_IMAGES, CHUNK = 2000, 20_000, 16
 def bench_loader(
     shards: Path,
     batch_size: int = 128,
-    threads: int | None = None,
+    workers: int | None = None,
     seconds: float = 3.0,
     repeats: int = 5,
     out: Path | None = None,
@@ -41,7 +41,7 @@ def bench_loader(
     Args:
         shards: Folder written by make_shards and compute_pca.
         batch_size: Images per batch.
-        threads: DALI's threads (default: cores + 1) and libjpeg-turbo's (default: cores).
+        workers: DALI's threads (default: cores + 1) and libjpeg-turbo's (default: cores).
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         out: File of JSON lines to append one row per contender to.
@@ -52,12 +52,12 @@ def bench_loader(
     from tools.benchmarks.peer_loaders import COPY, copy_windows, prefetch_windows
     from train.device import pick_device, tune_malloc
 
-    common.check_options(out, batch_size=batch_size, threads=threads, seconds=seconds, repeats=repeats)
+    common.check_options(out, batch_size=batch_size, workers=workers, seconds=seconds, repeats=repeats)
     tune_malloc()  # as the trainer does
     torch.set_num_threads(1)  # as loader and compute_pca do: torch's threads would spin on cores that decode
     train = open_shards(shards, "train")
     basis = Eigenbasis.load(shards / "pca.json", train.manifest_sha256)
-    cores, speed, device = threads or num_cores(), Speed(threads=threads), pick_device("auto")
+    cores, speed, device = workers or num_cores(), Speed(threads=workers), pick_device("auto")
     raise_open_file_limit(6 * len(train.tars))
     few = common.select_first_shards(train, max(MAX_IMAGES, batch_size))
     options: dict[str, Any] = {"batch_size": batch_size, "speed": speed}

@@ -41,7 +41,7 @@ from tools.packing.tars import Member, is_system_file, list_members
 
 LAYOUTS = (
     "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one "
-    "<class>.tar per class, tars of class folders, parquet files called train-*, or images with --labels FILE"
+    "<class>.tar per class, tars of class folders, parquet files called train*, or images with --labels FILE"
 )
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"

@@ -102,16 +102,13 @@ def check_parts(split: str, files: list[Path]) -> None:
 
 
 def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
-    """List parquet files, reading labels and names only. Labels are class indexes, or names of classes.
-
-    Raises `UserError` for other labels, and for a class name without training images.
-    """
+    """List parquet files by names and labels alone; labels are class indexes or class names. Raises `UserError`."""
     splits: dict[str, Listing] = {}
     wnids: dict[int, set[str]] = {}
     words: list[str] = []
     content = {path: read_columns(path) for paths in files.values() for path in paths}
-    tables = [table for path in files["train"] or files["val"] for table in content[path][0]]
-    labels = {label for table in tables for label in table.column("label").to_pylist()}
+    columns = [table.column("label") for tables, _ in content.values() for table in tables]
+    labels = {label for column in columns for label in column.to_pylist()}
     texts = {unicodedata.normalize("NFC", label) for label in labels if isinstance(label, str) and label}
     indexes = {text: index for index, text in enumerate(sorted(texts))}
     for split, paths in files.items():
@@ -128,9 +125,9 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
                     if isinstance(label, str):
                         index = indexes.get(unicodedata.normalize("NFC", label))
                     if not isinstance(index, int) or not 0 <= index < 10**MAX_LABEL_DIGITS:
-                        expected = "the name of a training class" if indexes else "a class index"
                         raise UserError(
-                            f"row {row} of {path}: expected {expected}, got {label!r}; correct it or remove the row"
+                            f"row {row} of {path}: expected a class {'name' if indexes else 'index'}, got {label!r}; "
+                            "label all rows by index or all by name"
                         )
                     listing.append(archive, name or f"{path.stem}_{row}", row, 0, index)
                     wnids.setdefault(index, set()).update(WNID.findall(name or ""))
@@ -155,6 +152,8 @@ def read_columns(path: Path) -> tuple[list[Any], Any]:
                 f"{path}: expected image: struct<bytes: binary, path: string> and label, got {got}; rename or cast them"
             )
         tables = [source.read_row_group(group, columns=["image.path", "label"]) for group in groups]
+        for table in tables:
+            table.validate(full=True)
         chunks = [source.metadata.row_group(group).column(columns.index("image.bytes")) for group in groups]
         nulls = [chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics]
         has_none = 0 < sum(nulls) == source.metadata.num_rows
@@ -247,7 +246,7 @@ def read_row_group(path: Path, row: int) -> Iterator[tuple[int, bytes | str]]:
             data, name = (image["bytes"], image["path"]) if image else (None, "")
             null = f"expected image bytes, got {f'only a path ({name})' if name else 'null'}"
             yield number, null if data is None else data
-    except OSError as error:  # pyarrow's decoders raise it, too
+    except (OSError, ValueError) as error:  # pyarrow's decoders raise both
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: damaged near row {row} ({reason}); download it again") from None
 
