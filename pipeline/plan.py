@@ -13,8 +13,6 @@ from pipeline.shards import ShardSet
 
 CHUNK = 4096
 """Samples whose order and augmentation are computed at a time, as numpy's calls take longer than a batch's numbers."""
-Block = tuple[tuple[int, int], np.ndarray]
-"""A block of shards: (epoch, number), and the shards."""
 
 
 class Plan(NamedTuple):
@@ -28,10 +26,8 @@ class Plan(NamedTuple):
     """float64 (n, 3): divisors of R, G and B, equal for all samples."""
     draws: Draws | None = None
     """Crops, flips and colour noise; None: whole images."""
-    blocks: tuple[Block, ...] = ()
-    """With `shuffle: blocks`: the blocks of these samples."""
-    next_block: Block | None = None
-    """The block after them, unless they are of two already."""
+    shards: np.ndarray | None = None
+    """With `shuffle: blocks`: the shards of these samples' blocks, and of the next one if they are of one block."""
 
     def select(self, kept: np.ndarray) -> "Plan":
         """Return a plan of some of the samples."""
@@ -81,25 +77,17 @@ class TrainSampler:
         means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting).astype(np.float32)
         stds = np.broadcast_to(compute_stds(augmentation, lighting.divisor), (size, 3))
         positions = np.add.outer(firsts, np.arange(size))
-        blocks: list[tuple[Block, ...]] = [()] * len(firsts)
-        following: list[Block | None] = [None] * len(firsts)
+        shards: list[np.ndarray | None] = [None] * len(firsts)
         if self._shard_sizes is None:
             rows = order_global(positions, self._seed, epoch, self._shards.num_samples)
         else:
-            both = [
-                ((each, number), shards)
-                for each in (epoch, epoch + 1)
-                for number, shards in enumerate(self._list_blocks(each))
-            ]
-            in_epoch = [shards for (each, _), shards in both if each == epoch]
-            rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, in_epoch)
-            blocks = [tuple(both[row.min() : row.max() + 1]) for row in numbers]
-            following = [
-                None if len(each) > 1 else both[row[0] + 1] for row, each in zip(numbers, blocks, strict=True)
-            ]
+            blocks, following = (self._list_blocks(each) for each in (epoch, epoch + 1))
+            rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, blocks)
+            blocks += following
+            shards = [np.concatenate(blocks[row[0] : max(row[-1], row[0] + 1) + 1]) for row in numbers]
         means = means.reshape(-1, size, 3)
         return [
-            Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)), blocks[n], following[n])
+            Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)), shards[n])
             for n in range(len(firsts))
         ]
 

@@ -66,17 +66,15 @@ class Prefetcher:
         in_blocks, numbers = self._shuffle == "blocks", count(first)
         pinned = self._graph.decode == "stored" and self._graph.device == "gpu"
         reader = SampleReader(self._shards, self._shuffle == "global", not in_blocks, pinned)
-        # One thread reads samples out of blocks, which are in the page cache, and one reads the next block.
+        # One thread reads samples out of blocks, which are in the page cache: the reader has one for the next block.
         pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
-        block_pool = ThreadPoolExecutor(1, "block reader")
-        blocks: dict[tuple[int, int], Future[None]] = {}
         reading: deque[Future[ReadBatch]] = deque()
         decoding: deque[ReadBatch | DataError] = deque()
 
         def read(number: int) -> ReadBatch:
             plan = self._plan(number)
-            if in_blocks:
-                read_blocks(reader, block_pool, blocks, plan)
+            if plan.shards is not None:
+                reader.read_ahead(plan.shards, plan.rows)
             if self._graph.decode == "stored":
                 return read_pixels(reader, plan, self._graph.crop)
             encoded = reader.read(plan.rows)
@@ -101,7 +99,6 @@ class Prefetcher:
                 reader.release(due.encoded)
         finally:
             pool.shutdown(cancel_futures=True)
-            block_pool.shutdown(cancel_futures=True)
             if pipe is not None:  # a traceback may hold it; and it reads from the reader's buffers
                 pipe._shutdown()
             reader.close()
@@ -188,22 +185,6 @@ def read_pixels(reader: SampleReader, plan: Plan, crop: bool) -> ReadBatch:
     encoded, count = reader.read(plan.rows, skip, height * row), len(plan.rows)
     pixels = torch.from_numpy(encoded.buffer[: count * height * row]).view(count, height, IMAGE_SIDE, 3)
     return ReadBatch(plan, encoded, pixels if count else None)
-
-
-def read_blocks(
-    reader: SampleReader, pool: ThreadPoolExecutor, blocks: dict[tuple[int, int], "Future[None]"], plan: Plan
-) -> None:
-    """Close the blocks before those of a batch, start to read those and the next one, each in sequence, and wait for
-    all but the next."""
-    wanted = dict([*plan.blocks, *([plan.next_block] if plan.next_block else [])])
-    for key in blocks.keys() - wanted.keys():
-        blocks.pop(key).result()
-    reader.keep_open(np.concatenate([*wanted.values()]))
-    for key, shards in wanted.items():
-        if key not in blocks:
-            blocks[key] = pool.submit(reader.read_through, shards)
-    for key, _ in plan.blocks:
-        blocks[key].result()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import itertools
 import os
 import platform
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import ClassVar, NamedTuple
 
@@ -67,7 +68,7 @@ class SampleReader:
         Args:
             shards: The split.
             random: Samples are read in random order, so the kernel should not read ahead.
-            keeps_all_open: False if `keep_open` is called.
+            keeps_all_open: False if `read_ahead` is called.
             pinned: Buffers are page-locked, as a GPU copies from them.
         """
         self._num_files = len(shards.tars) if keeps_all_open else 0
@@ -77,6 +78,8 @@ class SampleReader:
         self._files = np.full(len(shards.tars), -1, np.int64)
         self._buffers: list[np.ndarray] = []
         self._contexts: list[int] = []
+        self._ahead = ThreadPoolExecutor(1, "shard reader")
+        self._reading: dict[int, Future[None]] = {}
 
     def read(self, rows: np.ndarray, skip: np.ndarray | int = 0, size: int | None = None) -> Encoded:
         """Read the samples of these rows, or of each `size` bytes after the first `skip`; `release` what is returned
@@ -113,7 +116,19 @@ class SampleReader:
             except OSError as error:
                 raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
 
-    def keep_open(self, shards: np.ndarray) -> None:
+    def read_ahead(self, shards: np.ndarray, rows: np.ndarray) -> None:
+        """Start to read these shards in sequence, in their order, and wait for those of the samples `rows`. All others
+        are closed: no read of their samples may be running. Raises `DataError`."""
+        for shard in self._reading.keys() - set(shards.tolist()):
+            self._reading.pop(shard).result()
+        self._keep_open(shards)
+        for shard in shards.tolist():
+            if shard not in self._reading:
+                self._reading[shard] = self._ahead.submit(self.read_through, [shard])
+        for shard in set(self._shards.samples["shard"][rows].tolist()):
+            self._reading[shard].result()
+
+    def _keep_open(self, shards: np.ndarray) -> None:
         """Close all other shards. No read of those may be running."""
         for shard in np.setdiff1d(np.flatnonzero(self._files >= 0), shards):
             os.close(int(self._files[shard]))
@@ -121,9 +136,10 @@ class SampleReader:
 
     def close(self) -> None:
         """Close files and contexts. No read may be running."""
+        self._ahead.shutdown(cancel_futures=True)
         SampleReader.open_files -= self._num_files
         self._num_files = 0
-        self.keep_open(np.empty(0))
+        self._keep_open(np.empty(0))
         while self._contexts:
             call(1, self._contexts.pop())
 

@@ -317,15 +317,16 @@ def test_any_epoch_at_any_time(numbered_shards: Make, plain_basis: Eigenbasis) -
 def test_blocks_are_read_in_sequence_first(
     numbered_shards: Make, plain_basis: Eigenbasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over two epochs: when samples are read, all shards of their blocks have been read through, each once an epoch;
-    and the next block is begun before the present one is done."""
+    """Over two epochs: when samples are read, their shards have been read through, each once an epoch (of the last
+    block of one and the first of the next once for both); and the next block is begun before the present one is done.
+    """
     shards, begun, done, late = numbered_shards(160, 10), list[int](), list[int](), list[int]()
     through, read = SampleReader.read_through, SampleReader.read
 
-    def read_through(self: SampleReader, block: np.ndarray) -> None:
-        begun.extend(block.tolist())
+    def read_through(self: SampleReader, block: list[int]) -> None:
+        begun.extend(block)
         through(self, block)
-        done.extend(block.tolist())
+        done.extend(block)
 
     def read_samples(self: SampleReader, rows: np.ndarray) -> Any:
         late.extend(set(shards.samples["shard"][rows].tolist()) - set(done[-8:]))
