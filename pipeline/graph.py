@@ -89,7 +89,7 @@ def feed(pipe: Pipeline, graph: Graph, encoded: Any, plan: Plan) -> None:
         if graph.decode != "stored":
             inputs["y"] = (plan.draws.top / OFFSETS).astype(np.float32)
     if graph.normalize:
-        inputs |= {"mean": plan.means, "std": plan.stds.astype(np.float32)}
+        inputs |= {"mean": plan.means, "std": np.tile(plan.stds.astype(np.float32), (len(plan.rows), 1))}
         if plan.draws:
             inputs["mirror"] = plan.draws.mirrored.astype(np.int32)
     for name, values in inputs.items():

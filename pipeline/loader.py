@@ -19,8 +19,9 @@ Shapes: N images, C colours, H rows, W columns.
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.graph import Graph
 from pipeline.pixel_ops import BufferPool, normalize
-from pipeline.plan import Plan, SequenceSampler, TrainSampler, compute_stds
+from pipeline.plan import Plan, TrainSampler, plan_in_order
 from pipeline.prefetch import Prefetcher
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
@@ -110,10 +111,11 @@ class Loader:
         subtracts it; in validation the evaluation does, which makes the crops."""
         self._buffers = BufferPool()
         total = shards.num_samples
-        self._sampler: TrainSampler | SequenceSampler
+        plan: Callable[[int], Plan]
         if training:
-            self._sampler = TrainSampler(shards, basis, config, batch_size, seed, rank, num_ranks)
-            if not self._sampler.steps:
+            plan = TrainSampler(shards, basis, config, batch_size, seed, rank, num_ranks)
+            steps = plan.steps
+            if not steps:
                 raise UserError(
                     f"{total} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; take a "
                     "smaller batch size"
@@ -121,11 +123,11 @@ class Loader:
         else:
             first, last = (number * total // num_ranks for number in (rank, rank + 1))
             steps = math.ceil(math.ceil(total / num_ranks) / batch_size)
-            stds = compute_stds(config.augmentation)
-            self._sampler = SequenceSampler(first, last, batch_size, steps, basis.mean, stds)
-        self.steps_per_epoch = self._sampler.steps
+            stds = np.array(config.augmentation.stds)
+            plan = partial(plan_in_order, first, last, batch_size, steps, basis.mean, stds)
+        self.steps_per_epoch = steps
         """Batches per epoch, equal on all ranks."""
-        self.dropped_per_epoch = total - self.steps_per_epoch * batch_size * num_ranks if training else 0
+        self.dropped_per_epoch = total - steps * batch_size * num_ranks if training else 0
         """Number of training samples, over all ranks, that an epoch leaves out; other samples every epoch."""
         self._graph = Graph(
             decode,
@@ -138,7 +140,7 @@ class Loader:
         self._prefetcher = Prefetcher(
             shards,
             self._graph,
-            self._sampler,
+            plan,
             batch_size=batch_size,
             speed=config.speed,
             device_id=find_gpu(self.device),
@@ -203,7 +205,7 @@ class Loader:
         shape = (self._batch_size, side, side, 3)
         offset_HWC = None
         if self._training and self.mean_offset is not None and count:
-            lighting_divisor = plan.stds[0, 0] / self._config.augmentation.stds[0]
+            lighting_divisor = plan.stds[0] / self._config.augmentation.stds[0]
             offset_HWC = self.mean_offset.permute(1, 2, 0) / float(lighting_divisor)
         if self.device.type == "cpu":
             images = self._buffers.acquire(shape)
@@ -214,7 +216,7 @@ class Loader:
                     lefts = plan.draws.left.tolist()
                     windows = [each[:, x : x + side] for each, x in zip(pixels, lefts, strict=True)]
                 mirrored = plan.draws.mirrored if plan.draws else None
-                normalize(windows, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
+                normalize(windows, mirrored, plan.means, plan.stds, offset_HWC, images[:count])
         else:
             if pixels is not None and offset_HWC is not None:
                 pixels.sub_(offset_HWC)
@@ -374,11 +376,11 @@ def decoded_batches(
     kind = "gpu" if place.type == "cuda" else "cpu"
     decode = "stored" if shards.is_decoded else kind
     steps = math.ceil(shards.num_samples / batch_size)
-    sampler = SequenceSampler(0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3))
+    plan = partial(plan_in_order, 0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3))
     prefetcher = Prefetcher(
         shards,
         Graph(decode, kind, shards.any_size, crop=False),
-        sampler,
+        plan,
         batch_size=batch_size,
         speed=replace(Speed(), threads=threads),
         device_id=find_gpu(place),

@@ -8,7 +8,7 @@ from pipeline.augment import Draws, sample_draws
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import shifted_means
 from pipeline.order import list_blocks, order_blocks, order_global
-from pipeline.settings import Augmentation, DataConfig
+from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet
 
 CHUNK = 4096
@@ -23,7 +23,7 @@ class Plan(NamedTuple):
     means: np.ndarray
     """float32 (n, 3): colour to subtract."""
     stds: np.ndarray
-    """float64 (n, 3): divisors of R, G and B, equal for all samples."""
+    """float64 (3,): divisors of R, G and B."""
     draws: Draws | None = None
     """Crops, flips and colour noise; None: whole images."""
     shards: np.ndarray | None = None
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     def select(self, kept: np.ndarray) -> "Plan":
         """Return a plan of some of the samples."""
         draws = self.draws and Draws(*(each[kept] for each in self.draws))
-        return self._replace(rows=self.rows[kept], means=self.means[kept], stds=self.stds[kept], draws=draws)
+        return self._replace(rows=self.rows[kept], means=self.means[kept], draws=draws)
 
 
 class TrainSampler:
@@ -75,7 +75,7 @@ class TrainSampler:
         draws = sample_draws(firsts, size, self._seed, epoch, augmentation)
         lighting = augmentation.lighting.at_epoch(epoch)
         means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting).astype(np.float32)
-        stds = np.broadcast_to(compute_stds(augmentation, lighting.divisor), (size, 3))
+        stds = np.array(augmentation.stds) * lighting.divisor
         positions = np.add.outer(firsts, np.arange(size))
         shards: list[np.ndarray | None] = [None] * len(firsts)
         if self._shard_sizes is None:
@@ -95,23 +95,11 @@ class TrainSampler:
         return list_blocks(self._seed, epoch, len(self._shards.tars), self._config.block_shards)
 
 
-class SequenceSampler:
-    """Plans batches of the whole images `first` to `last` - 1 in stored order, again and again."""
-
-    def __init__(
-        self, first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray
-    ) -> None:
-        self._first, self._last, self._batch_size, self.steps = first, last, batch_size, steps
-        self._means = np.tile(mean.astype(np.float32), (batch_size, 1))
-        self._stds = np.tile(stds, (batch_size, 1))
-
-    def __call__(self, number: int) -> Plan:
-        """Plan a batch, which may be short or empty."""
-        start = self._first + number % self.steps * self._batch_size
-        rows = np.arange(start, min(start + self._batch_size, self._last))
-        return Plan(rows, self._means[: len(rows)], self._stds[: len(rows)])
-
-
-def compute_stds(augmentation: Augmentation, lighting_divisor: float = 1.0) -> np.ndarray:
-    """Compute the divisors of R, G and B, float64 (3,)."""
-    return np.array(augmentation.stds) * lighting_divisor
+def plan_in_order(
+    first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray, number: int
+) -> Plan:
+    """Plan a batch of the whole images `first` to `last` - 1 in stored order, again and again every `steps` batches. It
+    may be short or empty."""
+    start = first + number % steps * batch_size
+    rows = np.arange(start, min(start + batch_size, last))
+    return Plan(rows, np.tile(mean.astype(np.float32), (len(rows), 1)), stds)
