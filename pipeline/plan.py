@@ -50,7 +50,7 @@ class TrainSampler:
     ) -> None:
         self._shards, self._basis, self._config, self._seed = shards, basis, config, seed
         self._batch_size, self._rank, self._global_batch = batch_size, rank, batch_size * num_ranks
-        self._shard_sizes = shards.count_samples() if config.shuffle == "blocks" else None
+        self._shard_sizes = np.diff(shards.find_starts()) if config.shuffle == "blocks" else None
         self.steps = shards.num_samples // self._global_batch
         """Batches per epoch."""
         self._chunk_steps = max(1, CHUNK // batch_size)
