@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""Of a network file system without locks."""
 WRITE_BYTES = 4 << 20
 """Bytes per write: Linux caches a file in pieces of the size in which it was written, and reads large ones faster."""
 
@@ -49,10 +51,8 @@ def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
         finally:
             os.close(directory)
     except OSError as error:
-        if (
-            error.filename is None and error.errno is not None
-        ):  # raised by a write: a full disk, a file size limit
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        if error.filename is None and error.errno:  # raised by a write: a full disk, a file size limit
+            error.filename = str(path)
         raise
 
 
@@ -78,17 +78,12 @@ def open_locked(path: Path, wait: bool) -> BinaryIO:
                 return file
         except FileNotFoundError:  # its owner has just renamed it
             pass
-        except BlockingIOError:
-            file.close()
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing it", str(path)) from None
         except OSError as error:
-            if error.errno in (
-                errno.ENOSYS,
-                errno.ENOTSUP,
-                errno.ENOLCK,
-            ):  # a network file system without locks
+            if error.errno in NO_LOCKS:
                 return file
             file.close()
+            if error.errno == errno.EWOULDBLOCK:
+                raise BlockingIOError(error.errno, "another process is writing it", str(path)) from None
             raise
         file.close()
 

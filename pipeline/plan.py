@@ -1,5 +1,6 @@
 """Plan batches: which samples, with which crop, flip, mean and divisor, as pure functions of a batch's number."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,18 +55,13 @@ class TrainSampler:
         self.steps = shards.num_samples // self._global_batch
         """Batches per epoch."""
         self._chunk_steps = max(1, CHUNK // batch_size)
-        self._chunks: dict[tuple[int, int], list[Plan]] = {}
+        self._cached_chunk = lru_cache(4)(self._plan_chunk)
 
     def __call__(self, number: int) -> Plan:
         """Plan a batch; safe to call by several threads."""
         epoch, step = divmod(number, self.steps)
-        key = epoch, step // self._chunk_steps
-        chunk = self._chunks.get(key)
-        if chunk is None:
-            chunk = self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
-            for old in list(self._chunks)[:-4]:  # the oldest
-                self._chunks.pop(old, None)
-        return chunk[step % self._chunk_steps]
+        n = step % self._chunk_steps
+        return self._cached_chunk(epoch, step - n)[n]
 
     def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
         """Plan the batches of one epoch from step `first` on, `_chunk_steps` at most."""
@@ -81,18 +77,18 @@ class TrainSampler:
         if self._shard_sizes is None:
             rows = order_global(positions, self._seed, epoch, self._shards.num_samples)
         else:
-            blocks, following = (self._list_blocks(each) for each in (epoch, epoch + 1))
+            blocks, following = (
+                list_blocks(self._seed, each, len(self._shards.tars), self._config.block_shards)
+                for each in (epoch, epoch + 1)
+            )
             rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, blocks)
             blocks += following
-            shards = [np.concatenate(blocks[row[0] : max(row[-1], row[0] + 1) + 1]) for row in numbers]
+            shards = [np.concatenate(blocks[row[0] : max(row[-1] + 1, row[0] + 2)]) for row in numbers]
         means = means.reshape(-1, size, 3)
         return [
             Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)), shards[n])
             for n in range(len(firsts))
         ]
-
-    def _list_blocks(self, epoch: int) -> list[np.ndarray]:
-        return list_blocks(self._seed, epoch, len(self._shards.tars), self._config.block_shards)
 
 
 def plan_in_order(

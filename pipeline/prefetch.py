@@ -54,8 +54,6 @@ class Prefetcher:
         self._shards, self._graph, self._plan, self._speed = shards, graph, plan, speed
         self._batch_size, self._device_id = batch_size, device_id
         self._shuffle, self._skip_damaged = shuffle, skip_damaged
-        self._has_pixels = graph.decode == "stored" and graph.device == "cpu"
-        """True where nothing is left to DALI."""
         self.skipped: list[str] = []
         """Descriptions of the samples that were skipped."""
 
@@ -104,7 +102,8 @@ class Prefetcher:
             reader.close()
 
     def _build_pipeline(self, batch_size: int) -> Any:
-        if self._has_pixels:
+        """Build DALI's pipeline; None for pixels on a CPU, where nothing is left to it."""
+        if self._graph.decode == "stored" and self._graph.device == "cpu":
             return None
         with name_gpu_errors():
             pipe = build_pipeline(self._graph, batch_size, self._speed.num_threads, self._device_id)
@@ -113,7 +112,7 @@ class Prefetcher:
 
     def _schedule(self, pipe: Any, batch: ReadBatch) -> ReadBatch:
         """Feed a batch to DALI and start to decode it; returns it."""
-        if batch.tensors is not None and not self._has_pixels:
+        if pipe is not None and batch.tensors is not None:
             feed(pipe, self._graph, batch.tensors, batch.plan)
             pipe.schedule_run()
         return batch
@@ -121,11 +120,10 @@ class Prefetcher:
     def _take_outputs(self, pipe: Any, batch: ReadBatch) -> tuple[Plan, Any]:
         """Return the output of a batch that was scheduled, without damaged samples if these are to be skipped."""
         plan = batch.plan
-        if batch.tensors is None or self._has_pixels:
+        if pipe is None or batch.tensors is None:
             return plan, batch.tensors
         try:
-            with name_gpu_errors():
-                return plan, from_dali(pipe.outputs()[0])
+            return plan, take_output(pipe)
         except DataError:
             raise
         except RuntimeError as error:
@@ -163,8 +161,7 @@ class Prefetcher:
             return None
         pipe, images = self._build_pipeline(len(kept)), [batch.encoded.images[n] for n in kept]
         self._schedule(pipe, ReadBatch(batch.plan.select(kept), batch.encoded, wrap_encoded(images)))
-        with name_gpu_errors():
-            return from_dali(pipe.outputs()[0])
+        return take_output(pipe)
 
     def _describe(self, row: int) -> str:
         """Describe a sample by key, offset and shard."""
@@ -173,9 +170,11 @@ class Prefetcher:
         return f"{key} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
 
 
-def from_dali(output: Any) -> torch.Tensor:
-    """Return DALI's output as a tensor that shares its memory."""
-    return torch.from_dlpack(output.as_tensor())
+def take_output(pipe: Any) -> torch.Tensor:
+    """Return what DALI made of the oldest batch that was fed, in DALI's memory. Raises `RuntimeError`, for a fault of
+    the GPU `DataError`."""
+    with name_gpu_errors():
+        return torch.from_dlpack(pipe.outputs()[0].as_tensor())
 
 
 def read_pixels(reader: SampleReader, plan: Plan, crop: bool) -> ReadBatch:
