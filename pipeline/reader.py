@@ -88,17 +88,17 @@ class SampleReader:
         Raises `DataError` that names a shard which cannot be read or is too short.
         """
         samples = self._shards.samples[rows]
-        offsets = samples["offset"].astype(np.int64) + skip
         sizes = samples["size"].astype(np.int64) if size is None else np.full(len(rows), size)
-        files = self._open(samples["shard"])
-        ends = np.cumsum(sizes)
+        requests, ends = np.zeros(len(rows), IOCB), np.cumsum(sizes)
+        requests["fd"], requests["bytes"] = self._open(samples["shard"]), sizes
+        requests["offset"] = samples["offset"].astype(np.int64) + skip
         buffer, starts = self._take_buffer(int(sizes.sum())), ends - sizes
+        requests["buffer"] = buffer.ctypes.data + starts
         for first in range(0, len(rows), EVENTS):
             part = slice(first, first + EVENTS)
-            done = self._submit(files[part], offsets[part], sizes[part], buffer, starts[part])
-            for n in first + np.flatnonzero(done != sizes[part]):
+            for n in first + np.flatnonzero(self._submit(requests[part]) != sizes[part]):
                 view = memoryview(buffer[starts[n] : ends[n]].data)
-                self._read_one(int(samples["shard"][n]), int(files[n]), int(offsets[n]), view)
+                self._read_one(int(samples["shard"][n]), requests[n], view)
         return Encoded(buffer, ends)
 
     def release(self, encoded: Encoded) -> None:
@@ -173,23 +173,14 @@ class SampleReader:
             return torch.empty(size * 5 // 4, dtype=torch.uint8, pin_memory=True).numpy()
         return np.empty(size * 5 // 4, np.uint8)
 
-    def _submit(
-        self,
-        files: np.ndarray,
-        offsets: np.ndarray,
-        sizes: np.ndarray,
-        buffer: np.ndarray,
-        starts: np.ndarray,
-    ) -> np.ndarray:
-        """Read up to `EVENTS` samples by one system call; returns the number of bytes read of each, 0 if it failed."""
-        count, done = len(files), np.zeros(len(files), np.int64)
+    def _submit(self, requests: np.ndarray) -> np.ndarray:
+        """Read up to `EVENTS` samples by one system call; returns the number of bytes read of each, 0 if it failed.
+        `requests`: `IOCB` (samples,), without `data`."""
+        count, done = len(requests), np.zeros(len(requests), np.int64)
         context = self._take_context()
         if not context:
             return done
-        requests, events = np.zeros(count, IOCB), np.zeros(count, EVENT)
-        requests["data"] = np.arange(count)
-        requests["fd"], requests["bytes"], requests["offset"] = files, sizes, offsets
-        requests["buffer"] = buffer.ctypes.data + starts
+        requests["data"], events = np.arange(count), np.zeros(count, EVENT)
         pointers = requests.ctypes.data + IOCB.itemsize * np.arange(count, dtype=np.uint64)
         left = submitted = max(call(3, context, count, pointers.ctypes.data), 0)
         while left:
@@ -209,9 +200,9 @@ class SampleReader:
             context = ctypes.c_ulong(0)
             return context.value if call(0, EVENTS, ctypes.addressof(context)) == 0 else 0
 
-    def _read_one(self, shard: int, file: int, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` of an open shard. Raises `DataError`."""
-        tar, done = self._shards.tars[shard], 0
+    def _read_one(self, shard: int, request: np.void, view: memoryview) -> None:
+        """Fill `view` as an `IOCB` of an open shard asks, by preadv. Raises `DataError`."""
+        tar, file, offset, done = self._shards.tars[shard], int(request["fd"]), int(request["offset"]), 0
         try:
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)

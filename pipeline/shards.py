@@ -147,8 +147,7 @@ def open_shards(shards: Path, split: str) -> ShardSet:
         raise UserError(
             f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again"
         )
-    options = manifest.get("options")
-    store = str(options.get("store", "unknown")) if isinstance(options, dict) else "unknown"
+    store = str(manifest.get("options", {}).get("store", "unknown"))
     samples = open_samples(directory, manifest)
     return ShardSet(split, tuple(tars), samples, classes, hash_manifest(manifest), store)
 
