@@ -105,8 +105,8 @@ class Loader:
         elif decode == "gpu" and not on_gpu:
             raise UserError("data.decode gpu: expected a GPU, got none; set --data.decode cpu")
         offset = compute_mean_offset(basis, config.augmentation)
-        kind = torch.float16 if on_gpu else torch.float32
-        self.mean_offset = None if offset is None else offset.to(self.device, kind)
+        self._dtype = torch.float16 if on_gpu else torch.float32
+        self.mean_offset = None if offset is None else offset.to(self.device, self._dtype)
         """Subtracted from crops after the mean colour, (3, 224, 224); None with `mean: channel`. In training the loader
         subtracts it; in validation the evaluation does, which makes the crops."""
         self._buffers = BufferPool()
@@ -195,36 +195,32 @@ class Loader:
     @property
     def _position(self) -> tuple[int, int]:
         """Epoch and step of the next batch."""
-        return (
-            (self.at_epoch + 1, 0) if self.at_step == self.steps_per_epoch else (self.at_epoch, self.at_step)
-        )
+        return divmod(self.at_epoch * self.steps_per_epoch + self.at_step, self.steps_per_epoch)
 
     def _finish(self, plan: Plan, pixels: torch.Tensor | None) -> Batch:
         """Make a batch of what was decoded: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
         count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
         shape = (self._batch_size, side, side, 3)
         offset_HWC = None
-        if self._training and self.mean_offset is not None and count:
+        if self._training and self.mean_offset is not None:
             lighting_divisor = plan.stds[0] / self._config.augmentation.stds[0]
             offset_HWC = self.mean_offset.permute(1, 2, 0) / float(lighting_divisor)
-        if self.device.type == "cpu":
+        if pixels is None:
+            images = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        elif self.device.type == "cpu":
             images = self._buffers.acquire(shape)
             images.numpy()[count:] = 0
-            if pixels is not None:
-                windows: Sequence[torch.Tensor] | torch.Tensor = pixels
-                if plan.draws and self._graph.decode == "stored":  # cut from rows at full width
-                    lefts = plan.draws.left.tolist()
-                    windows = [each[:, x : x + side] for each, x in zip(pixels, lefts, strict=True)]
-                mirrored = plan.draws.mirrored if plan.draws else None
-                normalize(windows, mirrored, plan.means, plan.stds, offset_HWC, images[:count])
+            windows: Sequence[torch.Tensor] | torch.Tensor = pixels
+            if plan.draws and self._graph.decode == "stored":  # cut from rows at full width
+                lefts = plan.draws.left.tolist()
+                windows = [each[:, x : x + side] for each, x in zip(pixels, lefts, strict=True)]
+            mirrored = plan.draws.mirrored if plan.draws else None
+            normalize(windows, mirrored, plan.means, plan.stds, offset_HWC, images[:count])
         else:
-            if pixels is not None and offset_HWC is not None:
+            if offset_HWC is not None:
                 pixels.sub_(offset_HWC)
-            if pixels is not None and count == self._batch_size:
-                images = pixels
-            else:
-                images = torch.zeros(shape, dtype=torch.float16, device=self.device)
-                images[:count] = pixels if pixels is not None else 0
+            missing = self._batch_size - count
+            images = torch.cat([pixels, pixels.new_zeros(missing, *shape[1:])]) if missing else pixels
         labels = np.full(self._batch_size, PADDING)
         labels[:count] = self._shards.samples["label"][plan.rows]
         return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels).to(self.device, non_blocking=True))

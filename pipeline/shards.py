@@ -55,8 +55,6 @@ class ClassName:
 class ShardSet:
     """One split, checked: every shard of the manifest is there and has its size."""
 
-    split: str
-    """"train" or "val"."""
     tars: tuple[str, ...]
     """Paths of the shards, in the manifest's order."""
     samples: np.ndarray = field(compare=False)
@@ -149,7 +147,7 @@ def open_shards(shards: Path, split: str) -> ShardSet:
         )
     store = str(manifest.get("options", {}).get("store", "unknown"))
     samples = open_samples(directory, manifest)
-    return ShardSet(split, tuple(tars), samples, classes, hash_manifest(manifest), store)
+    return ShardSet(tuple(tars), samples, classes, hash_manifest(manifest), store)
 
 
 def open_samples(directory: Path, manifest: dict[str, Any]) -> np.ndarray:

@@ -232,7 +232,7 @@ def test_14_million_samples(plain_basis: Eigenbasis, tmp_path: Path) -> None:
     del table
     samples, before = np.load(tmp_path / "samples.npy", mmap_mode="r"), private_mb()
     tars = tuple(str(tmp_path / "train" / f"{n}.tar") for n in range(14_000))
-    shards = ShardSet("train", tars, samples, (), "0" * 64, "crop256")
+    shards = ShardSet(tars, samples, (), "0" * 64, "crop256")
     for shuffle in ("global", "blocks"):
         config = DataConfig(tmp_path, shuffle=shuffle)  # type: ignore[arg-type]
         started = time.perf_counter()
