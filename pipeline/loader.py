@@ -109,7 +109,9 @@ class Loader:
         self.mean_offset = None if offset is None else offset.to(self.device, self._dtype)
         """Subtracted from crops after the mean colour, (3, 224, 224); None with `mean: channel`. In training the loader
         subtracts it; in validation the evaluation does, which makes the crops."""
-        self._buffers = BufferPool()
+        side = CROP_SIDE if training else IMAGE_SIDE
+        self._shape = batch_size, side, side, 3
+        self._buffers = BufferPool(self._shape)
         total = shards.num_samples
         plan: Callable[[int], Plan]
         if training:
@@ -199,28 +201,27 @@ class Loader:
 
     def _finish(self, plan: Plan, pixels: torch.Tensor | None) -> Batch:
         """Make a batch of what was decoded: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
-        count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
-        shape = (self._batch_size, side, side, 3)
+        count = len(plan.rows)
         offset_HWC = None
         if self._training and self.mean_offset is not None:
             lighting_divisor = plan.stds[0] / self._config.augmentation.stds[0]
             offset_HWC = self.mean_offset.permute(1, 2, 0) / float(lighting_divisor)
         if pixels is None:
-            images = torch.zeros(shape, dtype=self._dtype, device=self.device)
+            images = torch.zeros(self._shape, dtype=self._dtype, device=self.device)
         elif self.device.type == "cpu":
-            images = self._buffers.acquire(shape)
+            images = self._buffers.acquire()
             images.numpy()[count:] = 0
             windows: Sequence[torch.Tensor] | torch.Tensor = pixels
             if plan.draws and self._graph.decode == "stored":  # cut from rows at full width
                 lefts = plan.draws.left.tolist()
-                windows = [each[:, x : x + side] for each, x in zip(pixels, lefts, strict=True)]
+                windows = [each[:, x : x + CROP_SIDE] for each, x in zip(pixels, lefts, strict=True)]
             mirrored = plan.draws.mirrored if plan.draws else None
             normalize(windows, mirrored, plan.means, plan.stds, offset_HWC, images[:count])
         else:
             if offset_HWC is not None:
                 pixels.sub_(offset_HWC)
             missing = self._batch_size - count
-            images = torch.cat([pixels, pixels.new_zeros(missing, *shape[1:])]) if missing else pixels
+            images = torch.cat([pixels, pixels.new_zeros(missing, *self._shape[1:])]) if missing else pixels
         labels = np.full(self._batch_size, PADDING)
         labels[:count] = self._shards.samples["label"][plan.rows]
         return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels).to(self.device, non_blocking=True))
@@ -275,7 +276,7 @@ class Loader:
         """Stop threads, close files, release memory, and go back to the start; `state_dict` saves the position
         before."""
         self._go_to(0, 0)
-        self._buffers = BufferPool()
+        self._buffers = BufferPool(self._shape)
 
     def _go_to(self, epoch: int, step: int) -> None:
         """Drop the batches ahead and continue from another position."""

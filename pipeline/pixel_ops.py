@@ -59,25 +59,22 @@ def one_thread() -> Iterator[None]:
 
 
 class BufferPool:
-    """Memory for float32 batches that is reused when nothing refers to the batch any more, as page faults of new memory
-    take longer than all operations on a crop."""
+    """Memory for float32 batches of one shape that is reused when nothing refers to the batch any more, as page faults
+    of new memory take longer than all operations on a crop."""
 
     KEPT = 3
     """Most unused buffers that are kept: one more than the batches that a trainer holds at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
         self._free: list[np.ndarray] = []
 
-    def acquire(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def acquire(self) -> torch.Tensor:
         """Return an uninitialized float32 tensor; its memory is reused once no view of it exists any more."""
-        memory = next((each for each in self._free if each.shape == shape), None)
-        if memory is None:
-            memory = np.empty(shape, np.float32)
-        else:
-            self._free = [each for each in self._free if each is not memory]
+        memory = self._free.pop() if self._free else np.empty(self._shape, np.float32)
         owner = np.frombuffer(memory.data, np.float32)  # lives as long as any view of it
         weakref.finalize(owner, self._give_back, memory).atexit = False
-        return torch.from_numpy(owner.reshape(shape))
+        return torch.from_numpy(owner.reshape(self._shape))
 
     def _give_back(self, memory: np.ndarray) -> None:
         if len(self._free) < self.KEPT:
