@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,56 +35,50 @@ class ReadBatch(NamedTuple):
     """Its images as DALI's TensorListCPU, of a pixel store uint8 (N, H, W, C); None for a batch without samples."""
 
 
+@dataclass(eq=False)
 class Prefetcher:
     """Yields decoded batches; has files, threads and DALI's memory only while an iterator of `batches` exists."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        graph: Graph,
-        plan: Callable[[int], Plan],
-        *,
-        batch_size: int,
-        speed: Speed,
-        device_id: int | None,
-        shuffle: str = "",
-        skip_damaged: bool = False,
-    ) -> None:
-        """Set up for batches `plan(0)`, `plan(1)`, ..., which threads call. `shuffle`: "global", "blocks", or "" for
-        the stored order."""
-        self._shards, self._graph, self._plan, self._speed = shards, graph, plan, speed
-        self._batch_size, self._device_id = batch_size, device_id
-        self._shuffle, self._skip_damaged = shuffle, skip_damaged
-        self.skipped: list[str] = []
-        """Descriptions of the samples that were skipped."""
+    shards: ShardSet
+    graph: Graph
+    plan: Callable[[int], Plan]
+    """Plans batch 0, 1, ...; threads call it."""
+    batch_size: int
+    speed: Speed
+    device_id: int | None
+    shuffle: str = ""
+    """"global", "blocks", or "" for the stored order."""
+    skip_damaged: bool = False
+    skipped: list[str] = field(default_factory=list)
+    """Descriptions of the samples that were skipped."""
 
     def batches(self, first: int) -> Iterator[tuple[Plan, Any]]:
         """Yield the batches from number `first` on, without an end: plan, and its images as `graph` describes them
         (None if it has no samples), of a pixel store on a CPU the rows of crops at full width, which stay as they are
         until the next batch is asked for. Raises `DataError`."""
-        in_blocks, numbers = self._shuffle == "blocks", count(first)
-        pinned = self._graph.decode == "stored" and self._graph.device == "gpu"
-        reader = SampleReader(self._shards, self._shuffle == "global", not in_blocks, pinned)
+        in_blocks, numbers = self.shuffle == "blocks", count(first)
+        pinned = self.graph.decode == "stored" and self.graph.device == "gpu"
+        reader = SampleReader(self.shards, self.shuffle == "global", not in_blocks, pinned)
         # One thread reads samples out of blocks, which are in the page cache: the reader has one for the next block.
-        pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
+        pool = ThreadPoolExecutor(1 if in_blocks else self.speed.reader_queue_depth, "reader")
         reading: deque[Future[ReadBatch]] = deque()
         decoding: deque[ReadBatch | DataError] = deque()
 
         def read(number: int) -> ReadBatch:
-            plan = self._plan(number)
+            plan = self.plan(number)
             if plan.shards is not None:
                 reader.read_ahead(plan.shards, plan.rows)
-            if self._graph.decode == "stored":
-                return read_pixels(reader, plan, self._graph.crop)
+            if self.graph.decode == "stored":
+                return read_pixels(reader, plan, self.graph.crop)
             encoded = reader.read(plan.rows)
             return ReadBatch(plan, encoded, wrap_encoded(encoded.images) if len(plan.rows) else None)
 
         pipe = None
         try:
-            pipe = self._build_pipeline(self._batch_size)
+            pipe = self._build_pipeline(self.batch_size)
             while True:
-                while len(decoding) <= self._speed.prefetch_queue_depth:
-                    while len(reading) <= self._speed.reader_queue_depth:
+                while len(decoding) <= self.speed.prefetch_queue_depth:
+                    while len(reading) <= self.speed.reader_queue_depth:
                         reading.append(pool.submit(read, next(numbers)))
                     try:
                         decoding.append(self._schedule(pipe, reading.popleft().result()))
@@ -103,17 +98,17 @@ class Prefetcher:
 
     def _build_pipeline(self, batch_size: int) -> Any:
         """Build DALI's pipeline; None for pixels on a CPU, where nothing is left to it."""
-        if self._graph.decode == "stored" and self._graph.device == "cpu":
+        if self.graph.decode == "stored" and self.graph.device == "cpu":
             return None
         with name_gpu_errors():
-            pipe = build_pipeline(self._graph, batch_size, self._speed.num_threads, self._device_id)
+            pipe = build_pipeline(self.graph, batch_size, self.speed.num_threads, self.device_id)
             pipe.build()
         return pipe
 
     def _schedule(self, pipe: Any, batch: ReadBatch) -> ReadBatch:
         """Feed a batch to DALI and start to decode it; returns it."""
         if pipe is not None and batch.tensors is not None:
-            feed(pipe, self._graph, batch.tensors, batch.plan)
+            feed(pipe, self.graph, batch.tensors, batch.plan)
             pipe.schedule_run()
         return batch
 
@@ -127,13 +122,13 @@ class Prefetcher:
         except DataError:
             raise
         except RuntimeError as error:
-            is_stored = self._graph.decode == "stored"
+            is_stored = self.graph.decode == "stored"
             damaged = [] if is_stored else self._find_damaged(batch, np.arange(len(plan.rows)))
             if not damaged:
                 raise DataError(f"DALI failed: {find_dali_reason(error)}") from None
         described = [self._describe(int(plan.rows[n])) for n in damaged]
-        if not self._skip_damaged:
-            place = Path(self._shards.tars[0]).parents[1]
+        if not self.skip_damaged:
+            place = Path(self.shards.tars[0]).parents[1]
             raise DataError(
                 f"{described[0]} cannot be decoded; tools/make_shards.py verify {place} lists all damage, copy or pack "
                 "those shards again; or train.run leaves such images out with --data.on_corrupt skip"
@@ -165,9 +160,9 @@ class Prefetcher:
 
     def _describe(self, row: int) -> str:
         """Describe a sample by key, offset and shard."""
-        sample = self._shards.samples[row]
-        key = self._shards.read_key(row) or "a sample"
-        return f"{key} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
+        sample = self.shards.samples[row]
+        key = self.shards.read_key(row) or "a sample"
+        return f"{key} at offset {sample['offset']} of {self.shards.tars[sample['shard']]}"
 
 
 def take_output(pipe: Any) -> torch.Tensor:
