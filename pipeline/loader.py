@@ -20,7 +20,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,9 +293,7 @@ def hash_basis(basis: Eigenbasis) -> str:
 
 def find_gpu(device: torch.device) -> int | None:
     """Return the number of a GPU, the current one for "cuda"; None for a CPU."""
-    if device.type == "cpu":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
+    return torch.empty(0, device=device).device.index
 
 
 def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
@@ -360,15 +358,7 @@ def decoded_batches(
     shards: ShardSet, batch_size: int, threads: int | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """Yield every image of a split once as uint8 (n, 256, 256, 3) RGB, in stored order; the last batch is shorter.
-
-    Args:
-        shards: The split to read.
-        batch_size: Images per batch.
-        threads: DALI's CPU threads; by default one more than this process's share of the cores.
-        device: Device that decodes the images, and on which they stay.
-
-    Raises `DataError`.
-    """
+    `threads` as in `Speed`; images stay on the `device` that decodes them. Raises `DataError`."""
     place = torch.device(device)
     kind = "gpu" if place.type == "cuda" else "cpu"
     decode = "stored" if shards.is_decoded else kind
@@ -379,7 +369,7 @@ def decoded_batches(
         Graph(decode, kind, shards.any_size, crop=False),
         plan,
         batch_size=batch_size,
-        speed=replace(Speed(), threads=threads),
+        speed=Speed(threads=threads),
         device_id=find_gpu(place),
     )
     batches = prefetcher.batches(0)

@@ -1,5 +1,6 @@
 """Plan batches: which samples, with which crop, flip, mean and divisor, as pure functions of a batch's number."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,25 +37,24 @@ class Plan(NamedTuple):
         return self._replace(rows=self.rows[kept], means=self.means[kept], draws=draws)
 
 
+@dataclass(eq=False)
 class TrainSampler:
     """Plans training batches of one of `num_ranks` ranks, numbered through all epochs."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        basis: Eigenbasis,
-        config: DataConfig,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        num_ranks: int,
-    ) -> None:
-        self._shards, self._basis, self._config, self._seed = shards, basis, config, seed
-        self._batch_size, self._rank, self._global_batch = batch_size, rank, batch_size * num_ranks
-        self._shard_sizes = np.diff(shards.find_starts()) if config.shuffle == "blocks" else None
-        self.steps = shards.num_samples // self._global_batch
+    shards: ShardSet
+    basis: Eigenbasis
+    config: DataConfig
+    batch_size: int
+    seed: int
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        self._global_batch = self.batch_size * self.num_ranks
+        self._shard_sizes = np.diff(self.shards.find_starts()) if self.config.shuffle == "blocks" else None
+        self.steps = self.shards.num_samples // self._global_batch
         """Batches per epoch."""
-        self._chunk_steps = max(1, CHUNK // batch_size)
+        self._chunk_steps = max(1, CHUNK // self.batch_size)
         self._cached_chunk = lru_cache(4)(self._plan_chunk)
 
     def __call__(self, number: int) -> Plan:
@@ -65,23 +65,23 @@ class TrainSampler:
 
     def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
         """Plan the batches of one epoch from step `first` on, `_chunk_steps` at most."""
-        augmentation, size = self._config.augmentation, self._batch_size
+        augmentation, size = self.config.augmentation, self.batch_size
         steps = range(first, min(first + self._chunk_steps, self.steps))
-        firsts = [step * self._global_batch + self._rank * size for step in steps]
-        draws = sample_draws(firsts, size, self._seed, epoch, augmentation)
+        firsts = [step * self._global_batch + self.rank * size for step in steps]
+        draws = sample_draws(firsts, size, self.seed, epoch, augmentation)
         lighting = augmentation.lighting.at_epoch(epoch)
-        means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting).astype(np.float32)
+        means = shifted_means(draws.noise.reshape(-1, 3), self.basis, lighting).astype(np.float32)
         stds = np.array(augmentation.stds) * lighting.divisor
         positions = np.add.outer(firsts, np.arange(size))
         shards: list[np.ndarray | None] = [None] * len(firsts)
         if self._shard_sizes is None:
-            rows = order_global(positions, self._seed, epoch, self._shards.num_samples)
+            rows = order_global(positions, self.seed, epoch, self.shards.num_samples)
         else:
             blocks, following = (
-                list_blocks(self._seed, each, len(self._shards.tars), self._config.block_shards)
+                list_blocks(self.seed, each, len(self.shards.tars), self.config.block_shards)
                 for each in (epoch, epoch + 1)
             )
-            rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, blocks)
+            rows, numbers = order_blocks(positions, self.seed, epoch, self._shard_sizes, blocks)
             blocks += following
             shards = [np.concatenate(blocks[row[0] : max(row[-1] + 1, row[0] + 2)]) for row in numbers]
         means = means.reshape(-1, size, 3)
