@@ -4,7 +4,7 @@
                    encoded, x, y, mirror, mean, std -> float16     (device gpu)
     whole images:  encoded -> uint8 256x256                        (device cpu, or without `normalize`)
                    encoded, mean, std -> float16                   (device gpu)
-    pixel stores:  pixels, x, mirror, mean, std -> float16         (device gpu; on a CPU nothing is left to do)
+    pixel stores:  pixels instead of encoded                       (device gpu; on a CPU nothing is left to do)
 
 There is no reader and no state: a batch depends only on what is fed. `decode: gpu` is DALI's `mixed` decoder on whole
 images; `decode: cpu` decodes on the host, of a crop only its window, and augments on the GPU if there is one. Images
@@ -60,7 +60,7 @@ def build_pipeline(graph: Graph, batch_size: int, threads: int, device_id: int |
 
 
 def connect(graph: Graph) -> DataNode:
-    """Connect the operations of a graph to its inputs."""
+    """Connect the operations of a graph to its inputs. Crops are at `window`, (x, y) from 0 to 1."""
 
     def source(name: str, ndim: int) -> DataNode:
         return fn.external_source(name=name, ndim=ndim, dtype=types.FLOAT)
@@ -68,9 +68,15 @@ def connect(graph: Graph) -> DataNode:
     is_stored = graph.decode == "stored"
     shape: dict[str, Any] = {"ndim": 3, "layout": "HWC"} if is_stored else {"ndim": 1}
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, no_copy=True, **shape)
-    # Of stored pixels the rows of a crop are read alone.
-    window = (source("x", 0), 0.0 if is_stored else source("y", 0)) if graph.crop else None
-    pixels = encoded if is_stored else decode(encoded, graph, window)
+    window = (source("x", 0), source("y", 0)) if graph.crop else None
+    if is_stored:
+        pixels = encoded  # of a crop only its rows, which y moves nowhere
+    elif graph.any_size:
+        pixels = decode_resize_crop(encoded, graph, window)
+    elif graph.decode == "gpu":
+        pixels = decode_on_gpu(encoded, graph)  # whole images, also for crops
+    else:
+        pixels = decode_crop(encoded, window)
     if not graph.normalize:
         return pixels
     arguments: dict[str, Any] = {"mean": source("mean", 1), "std": source("std", 1)}
@@ -86,8 +92,7 @@ def feed(pipe: Pipeline, graph: Graph, encoded: Any, plan: Plan) -> None:
     inputs: dict[str, Any] = {"encoded": encoded}
     if plan.draws and graph.crop:
         inputs["x"] = (plan.draws.left / OFFSETS).astype(np.float32)
-        if graph.decode != "stored":
-            inputs["y"] = (plan.draws.top / OFFSETS).astype(np.float32)
+        inputs["y"] = (plan.draws.top / OFFSETS).astype(np.float32)
     if graph.normalize:
         inputs |= {"mean": plan.means, "std": np.tile(plan.stds.astype(np.float32), (len(plan.rows), 1))}
         if plan.draws:
@@ -102,26 +107,15 @@ def wrap_encoded(images: Iterable[np.ndarray]) -> TensorListCPU:
     return TensorListCPU(tensors, "", contiguous=False)  # type: ignore[call-overload]  # not in DALI's stubs
 
 
-def decode(encoded: DataNode, graph: Graph, window: tuple[DataNode, DataNode] | None) -> DataNode:
-    """Decode crops at `window`, (x, y) from 0 to 1, or without it whole images, to uint8 HWC RGB.
-
-    On a GPU crops of 256x256 images are not cut yet.
-    """
-    if graph.any_size:
-        return decode_resize_crop(encoded, graph, window)
-    if graph.decode == "gpu":
-        return decode_on_gpu(encoded, graph)
-    x, y = window or (0.5, 0.5)
-    return decode_crop(encoded, x, y, CROP_SIDE if window else IMAGE_SIDE)
-
-
-def decode_crop(encoded: DataNode, x: DataNode | float, y: DataNode | float, side: int) -> DataNode:
-    """Decode on the CPU a window of side x side of 256x256 images, at (x, y) from 0 to 1; uint8 HWC RGB.
+def decode_crop(encoded: DataNode, window: tuple[DataNode, DataNode] | None) -> DataNode:
+    """Decode 256x256 images on the CPU, of crops the window alone, to uint8 HWC RGB.
 
     The position depends on `peek_image_shape`, so that it reads every header first and raises for a damaged one. DALI's
     decoder alone may crash the process then: it leaves a function whose variables its other threads still use (2.4,
     image_decoder.h, "Prepare descs").
     """
+    side = CROP_SIDE if window else IMAGE_SIDE
+    x, y = window or (0.5, 0.5)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     return fn.decoders.image_crop(
         encoded,
