@@ -34,17 +34,16 @@ def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        file = open_locked(temporary, wait)
-        try:
-            with file:
+        with open_locked(temporary, wait) as file:
+            try:
                 file.truncate()
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            except BaseException:  # the lock still keeps others from the name
+                temporary.unlink(missing_ok=True)
+                raise
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # without this the rename itself may be lost with the power

@@ -11,7 +11,6 @@ import errno
 import itertools
 import os
 import platform
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import ClassVar, NamedTuple
@@ -105,16 +104,16 @@ class SampleReader:
         """Let other samples use the memory of these."""
         self._buffers.append(encoded.buffer)
 
-    def read_through(self, shards: Iterable[int]) -> None:
-        """Read whole shards in sequence, into the kernel's page cache. Raises `DataError`."""
-        scratch = memoryview(bytearray(SEQUENTIAL_BYTES))
-        for shard in shards:
-            (file,), offset = self._open(np.array([shard])), 0
-            try:
-                while count := os.preadv(file, [scratch], offset):
-                    offset += count
-            except OSError as error:
-                raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
+    def read_through(self, shard: int) -> None:
+        """Read a whole shard in sequence, into the kernel's page cache. Raises `DataError`."""
+        (file,), offset = self._open(np.array([shard])), 0
+        buffer = self._take_buffer(SEQUENTIAL_BYTES)
+        try:
+            while count := os.preadv(file, [buffer[:SEQUENTIAL_BYTES].data], offset):
+                offset += count
+        except OSError as error:
+            raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
+        self._buffers.append(buffer)
 
     def read_ahead(self, shards: np.ndarray, rows: np.ndarray) -> None:
         """Start to read these shards in sequence, in their order, and wait for those of the samples `rows`. All others
@@ -124,7 +123,7 @@ class SampleReader:
         self._keep_open(shards)
         for shard in shards.tolist():
             if shard not in self._reading:
-                self._reading[shard] = self._ahead.submit(self.read_through, [shard])
+                self._reading[shard] = self._ahead.submit(self.read_through, shard)
         for shard in set(self._shards.samples["shard"][rows].tolist()):
             self._reading[shard].result()
 

@@ -323,10 +323,10 @@ def test_blocks_are_read_in_sequence_first(
     shards, begun, done, late = numbered_shards(160, 10), list[int](), list[int](), list[int]()
     through, read = SampleReader.read_through, SampleReader.read
 
-    def read_through(self: SampleReader, block: list[int]) -> None:
-        begun.extend(block)
-        through(self, block)
-        done.extend(block)
+    def read_through(self: SampleReader, shard: int) -> None:
+        begun.append(shard)
+        through(self, shard)
+        done.append(shard)
 
     def read_samples(self: SampleReader, rows: np.ndarray) -> Any:
         late.extend(set(shards.samples["shard"][rows].tolist()) - set(done[-8:]))
