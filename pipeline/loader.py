@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,14 +150,11 @@ class Loader:
             shuffle=config.shuffle if training else "",
             skip_damaged=config.on_corrupt == "skip",
         )
+        self.skipped = self._prefetcher.skipped
+        """Descriptions of the damaged samples that became padding (`on_corrupt: skip`)."""
         self._batches: Iterator[tuple[Plan, Any]] | None = None
         self.at_epoch, self.at_step = 0, 0
         """`at_step` batches of epoch `at_epoch` have been returned."""
-
-    @property
-    def skipped(self) -> list[str]:
-        """Descriptions of the damaged samples that became padding (`on_corrupt: skip`)."""
-        return self._prefetcher.skipped
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch from its start; of the present epoch, if it is unfinished, the rest.
@@ -372,7 +370,5 @@ def decoded_batches(
         speed=Speed(threads=threads),
         device_id=find_gpu(place),
     )
-    batches = prefetcher.batches(0)
-    for _ in range(steps):
-        _, pixels = next(batches)
+    for _, pixels in islice(prefetcher.batches(0), steps):
         yield pixels.clone() if shards.is_decoded else pixels

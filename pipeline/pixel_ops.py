@@ -5,8 +5,7 @@ ms: they work on one crop at a time, while it is in the core's cache, and on who
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,7 +32,10 @@ def normalize(
     _, height, width, colours = out_NHWC.shape
     rows = (height, width * colours)
     flags = [False] * len(windows_NHWC) if mirrored_N is None else mirrored_N.tolist()
-    with one_thread():
+    # Torch's other threads would wait by spinning after each operation, on cores that DALI's threads need.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         # As window * scale - mean * scale, which takes one pass after the conversion to float32.
         scale = torch.from_numpy((1 / stds_3).astype(np.float32))
         shifts = (torch.from_numpy(means_N3) * -scale).repeat(1, width)
@@ -44,16 +46,6 @@ def normalize(
             torch.addcmul(shift, target, scale, out=target)
             if offset is not None:
                 target.sub_(offset)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Restrict torch to the calling thread: its other threads wait by spinning after each operation, on cores that
-    DALI's threads need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
     finally:
         torch.set_num_threads(threads)
 
