@@ -148,10 +148,8 @@ def decode_on_gpu(encoded: DataNode, graph: Graph) -> DataNode:
 
 
 def decode_resize_crop(encoded: DataNode, graph: Graph, window: tuple[DataNode, DataNode] | None) -> DataNode:
-    """Decode and resample a window of the central 256x256 of an image of any size, to uint8 HWC RGB on `graph.device`.
-
-    The geometry is that of `tools/make_shards.py pack`. On a CPU only the region that the window needs is decoded.
-    """
+    """Decode and resample a window of the central 256x256 of an image of any size, to uint8 HWC RGB on `graph.device`,
+    with the geometry of `tools/make_shards.py pack`."""
     side = CROP_SIDE if window else IMAGE_SIDE
     corner = fn.stack(window[1], window[0]) * OFFSETS if window else 0.0
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels

@@ -64,11 +64,8 @@ class SampleReader:
     ) -> None:
         """Raises `UserError` if the process may not open so many files.
 
-        Args:
-            shards: The split.
-            random: Samples are read in random order, so the kernel should not read ahead.
-            keeps_all_open: False if `read_ahead` is called.
-            pinned: Buffers are page-locked, as a GPU copies from them.
+        `random`: samples are read in random order, so the kernel should not read ahead. `keeps_all_open`: False if
+        `read_ahead` is called. `pinned`: buffers are page-locked, as a GPU copies from them.
         """
         self._num_files = len(shards.tars) if keeps_all_open else 0
         raise_open_file_limit(SampleReader.open_files + self._num_files)
