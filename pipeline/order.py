@@ -50,7 +50,7 @@ def encrypt(numbers: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndar
 
 
 def order_global(positions: np.ndarray, seed: int, epoch: int, size: int, order: int = 0) -> np.ndarray:
-    """Return the samples, of `size`, at these positions of an epoch, int64; an epoch has orders 0, 1, 2, ..."""
+    """Return the samples, of `size`, at these positions of an epoch, int64. `order`: 0, of a block its number + 1."""
     keys = random_words(seed, epoch, SHUFFLE, 2 * order, 2).ravel()[:ROUNDS]
     return permute(positions.astype(np.uint64), size, keys).astype(np.int64)
 
