@@ -19,8 +19,6 @@ CROP_SIDE = 224
 OFFSETS = IMAGE_SIDE - CROP_SIDE
 """A crop starts at one of 0..32 in each direction: 33 * 33 * 2 = 2,178 views of an image (the 2012 program; the paper
 says 2,048)."""
-LOW = np.uint64(0xFFFFFFFF)
-HIGH = np.uint64(32)
 
 
 class Draws(NamedTuple):
@@ -51,17 +49,12 @@ def sample_draws(
         positions = np.arange(first, first + count)
         own.append(words[first - start :])
         view.append(words[positions // group * group - start])
-    words, view_words = np.stack(own), np.stack(view)
-    offsets = [
-        (word * np.uint64(OFFSETS + 1)) >> HIGH
-        for word in (view_words[..., 0] & LOW, view_words[..., 0] >> HIGH)
-    ]
+    words, views = np.stack(own).view("<u4"), np.stack(view).view("<u4")  # eight halves, the lower one first
+    left, top = (views[..., n].astype(np.int64) * (OFFSETS + 1) >> 32 for n in (0, 1))
     if augmentation.crop == "center":
-        offsets = [np.full_like(each, OFFSETS // 2) for each in offsets]
-    mirrored = (view_words[..., 1] >> HIGH) < augmentation.flip * 2.0**32
-    uniform = np.stack([words[..., 1] & LOW, words[..., 2] & LOW, words[..., 3] & LOW], -1)
-    noise = normal_quantile((uniform.astype(np.float64) + 0.5) / 2**32)
-    return Draws(offsets[0].astype(np.int64), offsets[1].astype(np.int64), mirrored, noise)
+        left, top = (np.full_like(each, OFFSETS // 2) for each in (left, top))
+    noise = normal_quantile((words[..., 2::2] + 0.5) / 2**32)
+    return Draws(left, top, views[..., 3] < augmentation.flip * 2.0**32, noise)
 
 
 def normal_quantile(p: np.ndarray) -> np.ndarray:

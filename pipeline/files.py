@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""Of a network file system without locks."""
 WRITE_BYTES = 4 << 20
 """Bytes per write: Linux caches a file in pieces of the size in which it was written, and reads large ones faster."""
 
@@ -32,27 +34,24 @@ def atomic_writer(path: Path, wait: bool = True) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        file = open_locked(temporary, wait)
-        try:
-            with file:
+        with open_locked(temporary, wait) as file:
+            try:
                 file.truncate()
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            except BaseException:  # the lock still keeps others from the name
+                temporary.unlink(missing_ok=True)
+                raise
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # without this the rename itself may be lost with the power
         finally:
             os.close(directory)
     except OSError as error:
-        if (
-            error.filename is None and error.errno is not None
-        ):  # raised by a write: a full disk, a file size limit
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        if error.filename is None and error.errno:  # raised by a write: a full disk, a file size limit
+            error.filename = str(path)
         raise
 
 
@@ -78,17 +77,12 @@ def open_locked(path: Path, wait: bool) -> BinaryIO:
                 return file
         except FileNotFoundError:  # its owner has just renamed it
             pass
-        except BlockingIOError:
-            file.close()
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing it", str(path)) from None
         except OSError as error:
-            if error.errno in (
-                errno.ENOSYS,
-                errno.ENOTSUP,
-                errno.ENOLCK,
-            ):  # a network file system without locks
+            if error.errno in NO_LOCKS:
                 return file
             file.close()
+            if error.errno == errno.EWOULDBLOCK:
+                raise BlockingIOError(error.errno, "another process is writing it", str(path)) from None
             raise
         file.close()
 

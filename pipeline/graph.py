@@ -4,7 +4,7 @@
                    encoded, x, y, mirror, mean, std -> float16     (device gpu)
     whole images:  encoded -> uint8 256x256                        (device cpu, or without `normalize`)
                    encoded, mean, std -> float16                   (device gpu)
-    pixel stores:  pixels, x, mirror, mean, std -> float16         (device gpu; on a CPU nothing is left to do)
+    pixel stores:  pixels instead of encoded                       (device gpu; on a CPU nothing is left to do)
 
 There is no reader and no state: a batch depends only on what is fed. `decode: gpu` is DALI's `mixed` decoder on whole
 images; `decode: cpu` decodes on the host, of a crop only its window, and augments on the GPU if there is one. Images
@@ -17,18 +17,16 @@ to a region of the stored image, and on a CPU only that region is decoded.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from pipeline.augment import CROP_SIDE, OFFSETS
 from pipeline.plan import Plan
 from pipeline.shards import IMAGE_SIDE
-
-if TYPE_CHECKING:
-    from nvidia.dali.data_node import DataNode
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,24 @@ def build_pipeline(graph: Graph, batch_size: int, threads: int, device_id: int |
     return pipe
 
 
-def connect(graph: Graph) -> "DataNode":
-    """Connect the operations of a graph to its inputs."""
+def connect(graph: Graph) -> DataNode:
+    """Connect the operations of a graph to its inputs. Crops are at `window`, (x, y) from 0 to 1."""
 
-    def source(name: str, ndim: int) -> "DataNode":
+    def source(name: str, ndim: int) -> DataNode:
         return fn.external_source(name=name, ndim=ndim, dtype=types.FLOAT)
 
     is_stored = graph.decode == "stored"
     shape: dict[str, Any] = {"ndim": 3, "layout": "HWC"} if is_stored else {"ndim": 1}
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, no_copy=True, **shape)
-    # Of stored pixels the rows of a crop are read alone.
-    window = (source("x", 0), 0.0 if is_stored else source("y", 0)) if graph.crop else None
-    pixels = encoded if is_stored else decode(encoded, graph, window)
+    window = (source("x", 0), source("y", 0)) if graph.crop else None
+    if is_stored:
+        pixels = encoded  # of a crop only its rows, which y moves nowhere
+    elif graph.any_size:
+        pixels = decode_resize_crop(encoded, graph, window)
+    elif graph.decode == "gpu":
+        pixels = decode_on_gpu(encoded, graph)  # whole images, also for crops
+    else:
+        pixels = decode_crop(encoded, window)
     if not graph.normalize:
         return pixels
     arguments: dict[str, Any] = {"mean": source("mean", 1), "std": source("std", 1)}
@@ -88,10 +92,9 @@ def feed(pipe: Pipeline, graph: Graph, encoded: Any, plan: Plan) -> None:
     inputs: dict[str, Any] = {"encoded": encoded}
     if plan.draws and graph.crop:
         inputs["x"] = (plan.draws.left / OFFSETS).astype(np.float32)
-        if graph.decode != "stored":
-            inputs["y"] = (plan.draws.top / OFFSETS).astype(np.float32)
+        inputs["y"] = (plan.draws.top / OFFSETS).astype(np.float32)
     if graph.normalize:
-        inputs |= {"mean": plan.means, "std": plan.stds.astype(np.float32)}
+        inputs |= {"mean": plan.means, "std": np.tile(plan.stds.astype(np.float32), (len(plan.rows), 1))}
         if plan.draws:
             inputs["mirror"] = plan.draws.mirrored.astype(np.int32)
     for name, values in inputs.items():
@@ -104,26 +107,15 @@ def wrap_encoded(images: Iterable[np.ndarray]) -> TensorListCPU:
     return TensorListCPU(tensors, "", contiguous=False)  # type: ignore[call-overload]  # not in DALI's stubs
 
 
-def decode(encoded: "DataNode", graph: Graph, window: "tuple[DataNode, DataNode] | None") -> "DataNode":
-    """Decode crops at `window`, (x, y) from 0 to 1, or without it whole images, to uint8 HWC RGB.
-
-    On a GPU crops of 256x256 images are not cut yet.
-    """
-    if graph.any_size:
-        return decode_resize_crop(encoded, graph, window)
-    if graph.decode == "gpu":
-        return decode_on_gpu(encoded, graph)
-    x, y = window or (0.5, 0.5)
-    return decode_crop(encoded, x, y, CROP_SIDE if window else IMAGE_SIDE)
-
-
-def decode_crop(encoded: "DataNode", x: "DataNode | float", y: "DataNode | float", side: int) -> "DataNode":
-    """Decode on the CPU a window of side x side of 256x256 images, at (x, y) from 0 to 1; uint8 HWC RGB.
+def decode_crop(encoded: DataNode, window: tuple[DataNode, DataNode] | None) -> DataNode:
+    """Decode 256x256 images on the CPU, of crops the window alone, to uint8 HWC RGB.
 
     The position depends on `peek_image_shape`, so that it reads every header first and raises for a damaged one. DALI's
     decoder alone may crash the process then: it leaves a function whose variables its other threads still use (2.4,
     image_decoder.h, "Prepare descs").
     """
+    side = CROP_SIDE if window else IMAGE_SIDE
+    x, y = window or (0.5, 0.5)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     return fn.decoders.image_crop(
         encoded,
@@ -136,7 +128,7 @@ def decode_crop(encoded: "DataNode", x: "DataNode | float", y: "DataNode | float
     )
 
 
-def decode_on_gpu(encoded: "DataNode", graph: Graph) -> "DataNode":
+def decode_on_gpu(encoded: DataNode, graph: Graph) -> DataNode:
     """Decode whole images of any size on the GPU to uint8 HWC RGB. EXIF orientation is ignored.
 
     Headers are read first here, too (see `decode_crop`): the reshaping changes nothing, but waits for them.
@@ -155,65 +147,45 @@ def decode_on_gpu(encoded: "DataNode", graph: Graph) -> "DataNode":
     )
 
 
-class Roi(NamedTuple):
-    """Region of a stored image that a window is resampled from, in one direction, in pixels of the image; float32."""
-
-    start: "DataNode"
-    end: "DataNode"
-    """Edges of the window."""
-    first: "DataNode"
-    last: "DataNode"
-    """First and last whole pixel that the filter reads for the window."""
-
-
-def decode_resize_crop(
-    encoded: "DataNode", graph: Graph, window: "tuple[DataNode, DataNode] | None"
-) -> "DataNode":
-    """Decode and resample a window of the central 256x256 of an image of any size, to uint8 HWC RGB on `graph.device`.
-
-    The geometry is that of `tools/make_shards.py pack`. On a CPU only the region that the window needs is decoded.
-    """
+def decode_resize_crop(encoded: DataNode, graph: Graph, window: tuple[DataNode, DataNode] | None) -> DataNode:
+    """Decode and resample a window of the central 256x256 of an image of any size, to uint8 HWC RGB on `graph.device`,
+    with the geometry of `tools/make_shards.py pack`."""
     side = CROP_SIDE if window else IMAGE_SIDE
-    left, top = (each * OFFSETS for each in window) if window else (0.0, 0.0)
+    corner = fn.stack(window[1], window[0]) * OFFSETS if window else 0.0
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)  # int64 height, width, channels
-    shorter = math.min(shape[0], shape[1])
-    rois = trace_side(shape[0], shorter, top, side), trace_side(shape[1], shorter, left, side)
+    size = fn.cast(shape[:2], dtype=types.FLOAT)  # exact to a thousandth of a pixel up to ten thousand pixels
+    resized = divide_rounded(shape[:2] * IMAGE_SIDE, math.min(shape[0], shape[1]))
+    # The window, row and column, traced back to pixels of the stored image.
+    scale = size / resized
+    start = ((resized - IMAGE_SIDE) // 2 + corner) * scale
+    end = start + side * scale
+    first: Any = 0.0
     if graph.decode == "cpu":
+        support = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider if an image is reduced
+        first = math.max(math.floor(start - support), 0.0)
+        last = math.min(math.ceil(end + support), size)
         images = fn.decoders.image_slice(
             encoded,
             device="cpu",
             output_type=types.RGB,
             adjust_orientation=False,
-            start=fn.cast(fn.stack(*(each.first for each in rois)), dtype=types.INT32),
-            end=fn.cast(fn.stack(*(each.last for each in rois)), dtype=types.INT32),
+            start=fn.cast(first, dtype=types.INT32),
+            end=fn.cast(last, dtype=types.INT32),
             axes=[0, 1],
         )
-        corner: list[Any] = [each.first for each in rois]
     else:
-        images, corner = decode_on_gpu(encoded, graph), [0.0, 0.0]
+        images = decode_on_gpu(encoded, graph)
     return fn.resize(
         images.gpu() if graph.device == "gpu" else images,
         size=[side, side],
-        roi_start=fn.stack(*(each.start - pixels for each, pixels in zip(rois, corner, strict=True))),
-        roi_end=fn.stack(*(each.end - pixels for each, pixels in zip(rois, corner, strict=True))),
+        roi_start=start - first,
+        roi_end=end - first,
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
 
 
-def trace_side(size: "DataNode", shorter: "DataNode", offset: "DataNode | float", side: int) -> Roi:
-    """Trace `side` pixels at `offset` of the central 256 back to an image of this size."""
-    scaled = divide_rounded(size * IMAGE_SIDE, shorter)
-    pixels = fn.cast(size, dtype=types.FLOAT)  # exact to a thousandth of a pixel up to ten thousand pixels
-    scale = pixels / scaled
-    start = ((scaled - IMAGE_SIDE) // 2 + offset) * scale
-    end = start + side * scale
-    support = 2 * math.max(scale, 1.0) + 1  # of the bicubic filter, which is wider if an image is reduced
-    first = math.max(math.floor(start - support), 0.0)
-    return Roi(start, end, first, math.min(math.ceil(end + support), pixels))
-
-
-def divide_rounded(dividend: "DataNode", divisor: "DataNode") -> "DataNode":
+def divide_rounded(dividend: DataNode, divisor: DataNode) -> DataNode:
     """Compute Python's `round(dividend / divisor)` of positive int64: halves go to the even neighbour."""
     doubled = 2 * dividend + divisor
     quotient = doubled // (2 * divisor)

@@ -10,7 +10,7 @@ and its program differ, so there are two named conventions (x on 0..255, V the a
 Both are one shift per image and one constant divisor, so they become part of the mean and the divisor of the
 normalization: lighting takes no extra pass over the pixels.
 
-Shapes: N images, H rows, W columns, C colours.
+Shapes: N images.
 """
 
 import math
@@ -58,23 +58,7 @@ class Lighting:
         return 1 + self.strength if self.convention == "stddev" else 1.0
 
 
-def apply_lighting(
-    images_NHWC: np.ndarray, noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting, std: float = 1.0
-) -> np.ndarray:
-    """Subtract the mean and shift colours, in float64.
-
-    Args:
-        images_NHWC: RGB on 0..255, shape (N, height, width, 3).
-        noise_N3: Standard normal numbers, shape (N, 3).
-        basis: Mean and axes.
-        lighting: Convention and strength.
-        std: A further divisor of pixels.
-    """
-    return (images_NHWC - shifted_means(noise_N3, basis, lighting)[:, None, None, :]) / (
-        std * lighting.divisor
-    )
-
-
 def shifted_means(noise_N3: np.ndarray, basis: Eigenbasis, lighting: Lighting) -> np.ndarray:
-    """Compute the colour to subtract from each image: the mean minus the image's shift, float64, shape (N, 3)."""
+    """Compute the colour to subtract from each image: the mean minus the image's shift, float64 (N, 3), for standard
+    normal numbers (N, 3). What is left is divided by `lighting.divisor`."""
     return basis.mean - noise_N3 @ lighting.shift_matrix(basis).T

@@ -19,8 +19,10 @@ Shapes: N images, C colours, H rows, W columns.
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.graph import Graph
 from pipeline.pixel_ops import BufferPool, normalize
-from pipeline.plan import Plan, SequenceSampler, TrainSampler, compute_stds
+from pipeline.plan import Plan, TrainSampler, plan_in_order
 from pipeline.prefetch import Prefetcher
 from pipeline.settings import Augmentation, DataConfig, Speed
 from pipeline.shards import IMAGE_SIDE, ShardSet, open_shards
@@ -105,16 +107,19 @@ class Loader:
         elif decode == "gpu" and not on_gpu:
             raise UserError("data.decode gpu: expected a GPU, got none; set --data.decode cpu")
         offset = compute_mean_offset(basis, config.augmentation)
-        kind = torch.float16 if on_gpu else torch.float32
-        self.mean_offset = None if offset is None else offset.to(self.device, kind)
+        self._dtype = torch.float16 if on_gpu else torch.float32
+        self.mean_offset = None if offset is None else offset.to(self.device, self._dtype)
         """Subtracted from crops after the mean colour, (3, 224, 224); None with `mean: channel`. In training the loader
         subtracts it; in validation the evaluation does, which makes the crops."""
-        self._buffers = BufferPool()
+        side = CROP_SIDE if training else IMAGE_SIDE
+        self._shape = batch_size, side, side, 3
+        self._buffers = BufferPool(self._shape)
         total = shards.num_samples
-        self._sampler: TrainSampler | SequenceSampler
+        plan: Callable[[int], Plan]
         if training:
-            self._sampler = TrainSampler(shards, basis, config, batch_size, seed, rank, num_ranks)
-            if not self._sampler.steps:
+            plan = TrainSampler(shards, basis, config, batch_size, seed, rank, num_ranks)
+            steps = plan.steps
+            if not steps:
                 raise UserError(
                     f"{total} images do not fill one batch of {batch_size} on each of {num_ranks} ranks; take a "
                     "smaller batch size"
@@ -122,11 +127,11 @@ class Loader:
         else:
             first, last = (number * total // num_ranks for number in (rank, rank + 1))
             steps = math.ceil(math.ceil(total / num_ranks) / batch_size)
-            stds = compute_stds(config.augmentation)
-            self._sampler = SequenceSampler(first, last, batch_size, steps, basis.mean, stds)
-        self.steps_per_epoch = self._sampler.steps
+            stds = np.array(config.augmentation.stds)
+            plan = partial(plan_in_order, first, last, batch_size, steps, basis.mean, stds)
+        self.steps_per_epoch = steps
         """Batches per epoch, equal on all ranks."""
-        self.dropped_per_epoch = total - self.steps_per_epoch * batch_size * num_ranks if training else 0
+        self.dropped_per_epoch = total - steps * batch_size * num_ranks if training else 0
         """Number of training samples, over all ranks, that an epoch leaves out; other samples every epoch."""
         self._graph = Graph(
             decode,
@@ -139,21 +144,18 @@ class Loader:
         self._prefetcher = Prefetcher(
             shards,
             self._graph,
-            self._sampler,
+            plan,
             batch_size=batch_size,
             speed=config.speed,
             device_id=find_gpu(self.device),
             shuffle=config.shuffle if training else "",
             skip_damaged=config.on_corrupt == "skip",
         )
+        self.skipped = self._prefetcher.skipped
+        """Descriptions of the damaged samples that became padding (`on_corrupt: skip`)."""
         self._batches: Iterator[tuple[Plan, Any]] | None = None
         self.at_epoch, self.at_step = 0, 0
         """`at_step` batches of epoch `at_epoch` have been returned."""
-
-    @property
-    def skipped(self) -> list[str]:
-        """Descriptions of the damaged samples that became padding (`on_corrupt: skip`)."""
-        return self._prefetcher.skipped
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch from its start; of the present epoch, if it is unfinished, the rest.
@@ -194,36 +196,31 @@ class Loader:
     @property
     def _position(self) -> tuple[int, int]:
         """Epoch and step of the next batch."""
-        return (
-            (self.at_epoch + 1, 0) if self.at_step == self.steps_per_epoch else (self.at_epoch, self.at_step)
-        )
+        return divmod(self.at_epoch * self.steps_per_epoch + self.at_step, self.steps_per_epoch)
 
     def _finish(self, plan: Plan, pixels: torch.Tensor | None) -> Batch:
         """Make a batch of what was decoded: on a CPU flip and normalize; fill it up; put it in PyTorch's order."""
-        count, side = len(plan.rows), CROP_SIDE if self._training else IMAGE_SIDE
-        shape = (self._batch_size, side, side, 3)
+        count = len(plan.rows)
         offset_HWC = None
-        if self._training and self.mean_offset is not None and count:
-            lighting_divisor = plan.stds[0, 0] / self._config.augmentation.stds[0]
+        if self._training and self.mean_offset is not None:
+            lighting_divisor = plan.stds[0] / self._config.augmentation.stds[0]
             offset_HWC = self.mean_offset.permute(1, 2, 0) / float(lighting_divisor)
-        if self.device.type == "cpu":
-            images = self._buffers.acquire(shape)
+        if pixels is None:
+            images = torch.zeros(self._shape, dtype=self._dtype, device=self.device)
+        elif self.device.type == "cpu":
+            images = self._buffers.acquire()
             images.numpy()[count:] = 0
-            if pixels is not None:
-                windows: Sequence[torch.Tensor] | torch.Tensor = pixels
-                if plan.draws and self._graph.decode == "stored":  # cut from rows at full width
-                    lefts = plan.draws.left.tolist()
-                    windows = [each[:, x : x + side] for each, x in zip(pixels, lefts, strict=True)]
-                mirrored = plan.draws.mirrored if plan.draws else None
-                normalize(windows, mirrored, plan.means, plan.stds[0], offset_HWC, images[:count])
+            windows: Sequence[torch.Tensor] | torch.Tensor = pixels
+            if plan.draws and self._graph.decode == "stored":  # cut from rows at full width
+                lefts = plan.draws.left.tolist()
+                windows = [each[:, x : x + CROP_SIDE] for each, x in zip(pixels, lefts, strict=True)]
+            mirrored = plan.draws.mirrored if plan.draws else None
+            normalize(windows, mirrored, plan.means, plan.stds, offset_HWC, images[:count])
         else:
-            if pixels is not None and offset_HWC is not None:
+            if offset_HWC is not None:
                 pixels.sub_(offset_HWC)
-            if pixels is not None and count == self._batch_size:
-                images = pixels
-            else:
-                images = torch.zeros(shape, dtype=torch.float16, device=self.device)
-                images[:count] = pixels if pixels is not None else 0
+            missing = self._batch_size - count
+            images = torch.cat([pixels, pixels.new_zeros(missing, *self._shape[1:])]) if missing else pixels
         labels = np.full(self._batch_size, PADDING)
         labels[:count] = self._shards.samples["label"][plan.rows]
         return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(labels).to(self.device, non_blocking=True))
@@ -278,7 +275,7 @@ class Loader:
         """Stop threads, close files, release memory, and go back to the start; `state_dict` saves the position
         before."""
         self._go_to(0, 0)
-        self._buffers = BufferPool()
+        self._buffers = BufferPool(self._shape)
 
     def _go_to(self, epoch: int, step: int) -> None:
         """Drop the batches ahead and continue from another position."""
@@ -295,9 +292,7 @@ def hash_basis(basis: Eigenbasis) -> str:
 
 def find_gpu(device: torch.device) -> int | None:
     """Return the number of a GPU, the current one for "cuda"; None for a CPU."""
-    if device.type == "cpu":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
+    return torch.empty(0, device=device).device.index
 
 
 def compute_mean_offset(basis: Eigenbasis, augmentation: Augmentation) -> torch.Tensor | None:
@@ -362,29 +357,19 @@ def decoded_batches(
     shards: ShardSet, batch_size: int, threads: int | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """Yield every image of a split once as uint8 (n, 256, 256, 3) RGB, in stored order; the last batch is shorter.
-
-    Args:
-        shards: The split to read.
-        batch_size: Images per batch.
-        threads: DALI's CPU threads; by default one more than this process's share of the cores.
-        device: Device that decodes the images, and on which they stay.
-
-    Raises `DataError`.
-    """
+    `threads` as in `Speed`; images stay on the `device` that decodes them. Raises `DataError`."""
     place = torch.device(device)
     kind = "gpu" if place.type == "cuda" else "cpu"
     decode = "stored" if shards.is_decoded else kind
     steps = math.ceil(shards.num_samples / batch_size)
-    sampler = SequenceSampler(0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3))
+    plan = partial(plan_in_order, 0, shards.num_samples, batch_size, steps, np.zeros(3), np.ones(3))
     prefetcher = Prefetcher(
         shards,
         Graph(decode, kind, shards.any_size, crop=False),
-        sampler,
+        plan,
         batch_size=batch_size,
-        speed=replace(Speed(), threads=threads),
+        speed=Speed(threads=threads),
         device_id=find_gpu(place),
     )
-    batches = prefetcher.batches(0)
-    for _ in range(steps):
-        _, pixels = next(batches)
+    for _, pixels in islice(prefetcher.batches(0), steps):
         yield pixels.clone() if shards.is_decoded else pixels

@@ -8,11 +8,9 @@ A Feistel network permutes the numbers below a power of 4; a result that is too 
 small enough (cycle-walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 
-from typing import Final
-
 import numpy as np
 
-ROUNDS: Final = 6
+ROUNDS = 6
 SHUFFLE, AUGMENT = 0, 1
 """Streams of random words."""
 
@@ -51,10 +49,10 @@ def encrypt(numbers: np.ndarray, half: np.uint64, mask: np.uint64, keys: np.ndar
     return (left << half) | right
 
 
-def order_global(positions: np.ndarray, seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Return the samples at these positions of an epoch, int64."""
-    keys = random_words(seed, epoch, SHUFFLE, 0, 2).ravel()[:ROUNDS]
-    return permute(positions.astype(np.uint64), num_samples, keys).astype(np.int64)
+def order_global(positions: np.ndarray, seed: int, epoch: int, size: int, order: int = 0) -> np.ndarray:
+    """Return the samples, of `size`, at these positions of an epoch, int64. `order`: 0, of a block its number + 1."""
+    keys = random_words(seed, epoch, SHUFFLE, 2 * order, 2).ravel()[:ROUNDS]
+    return permute(positions.astype(np.uint64), size, keys).astype(np.int64)
 
 
 def list_blocks(seed: int, epoch: int, num_shards: int, block_shards: int) -> list[np.ndarray]:
@@ -76,9 +74,8 @@ def order_blocks(
     for number in np.unique(numbers).tolist():
         block, members = blocks[number], numbers == number
         sizes = shard_sizes[block]
-        keys = random_words(seed, epoch, SHUFFLE, 2 + 2 * number, 2).ravel()[:ROUNDS]
-        within = positions[members] - (ends[number] - sizes.sum())
-        within = permute(within.astype(np.uint64), int(sizes.sum()), keys).astype(np.int64)
+        start, total = ends[number] - sizes.sum(), int(sizes.sum())
+        within = order_global(positions[members] - start, seed, epoch, total, order=number + 1)
         shard = np.searchsorted(np.cumsum(sizes), within, side="right")
         samples[members] = firsts[block[shard]] + within - (np.cumsum(sizes) - sizes)[shard]
     return samples, numbers

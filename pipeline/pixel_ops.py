@@ -5,8 +5,7 @@ ms: they work on one crop at a time, while it is in the core's cache, and on who
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,7 +32,10 @@ def normalize(
     _, height, width, colours = out_NHWC.shape
     rows = (height, width * colours)
     flags = [False] * len(windows_NHWC) if mirrored_N is None else mirrored_N.tolist()
-    with one_thread():
+    # Torch's other threads would wait by spinning after each operation, on cores that DALI's threads need.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         # As window * scale - mean * scale, which takes one pass after the conversion to float32.
         scale = torch.from_numpy((1 / stds_3).astype(np.float32))
         shifts = (torch.from_numpy(means_N3) * -scale).repeat(1, width)
@@ -44,40 +46,27 @@ def normalize(
             torch.addcmul(shift, target, scale, out=target)
             if offset is not None:
                 target.sub_(offset)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Restrict torch to the calling thread: its other threads wait by spinning after each operation, on cores that
-    DALI's threads need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
     finally:
         torch.set_num_threads(threads)
 
 
 class BufferPool:
-    """Memory for float32 batches that is reused when nothing refers to the batch any more, as page faults of new memory
-    take longer than all operations on a crop."""
+    """Memory for float32 batches of one shape that is reused when nothing refers to the batch any more, as page faults
+    of new memory take longer than all operations on a crop."""
 
     KEPT = 3
     """Most unused buffers that are kept: one more than the batches that a trainer holds at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
         self._free: list[np.ndarray] = []
 
-    def acquire(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def acquire(self) -> torch.Tensor:
         """Return an uninitialized float32 tensor; its memory is reused once no view of it exists any more."""
-        memory = next((each for each in self._free if each.shape == shape), None)
-        if memory is None:
-            memory = np.empty(shape, np.float32)
-        else:
-            self._free = [each for each in self._free if each is not memory]
+        memory = self._free.pop() if self._free else np.empty(self._shape, np.float32)
         owner = np.frombuffer(memory.data, np.float32)  # lives as long as any view of it
         weakref.finalize(owner, self._give_back, memory).atexit = False
-        return torch.from_numpy(owner.reshape(shape))
+        return torch.from_numpy(owner.reshape(self._shape))
 
     def _give_back(self, memory: np.ndarray) -> None:
         if len(self._free) < self.KEPT:

@@ -1,5 +1,7 @@
 """Plan batches: which samples, with which crop, flip, mean and divisor, as pure functions of a batch's number."""
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -8,13 +10,11 @@ from pipeline.augment import Draws, sample_draws
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.lighting import shifted_means
 from pipeline.order import list_blocks, order_blocks, order_global
-from pipeline.settings import Augmentation, DataConfig
+from pipeline.settings import DataConfig
 from pipeline.shards import ShardSet
 
 CHUNK = 4096
 """Samples whose order and augmentation are computed at a time, as numpy's calls take longer than a batch's numbers."""
-Block = tuple[tuple[int, int], np.ndarray]
-"""A block of shards: (epoch, number), and the shards."""
 
 
 class Plan(NamedTuple):
@@ -25,105 +25,77 @@ class Plan(NamedTuple):
     means: np.ndarray
     """float32 (n, 3): colour to subtract."""
     stds: np.ndarray
-    """float64 (n, 3): divisors of R, G and B, equal for all samples."""
+    """float64 (3,): divisors of R, G and B."""
     draws: Draws | None = None
     """Crops, flips and colour noise; None: whole images."""
-    blocks: tuple[Block, ...] = ()
-    """With `shuffle: blocks`: the blocks of these samples."""
-    next_block: Block | None = None
-    """The block after them, unless they are of two already."""
+    shards: np.ndarray | None = None
+    """With `shuffle: blocks`: the shards of these samples' blocks, and of the next one if they are of one block."""
 
     def select(self, kept: np.ndarray) -> "Plan":
         """Return a plan of some of the samples."""
         draws = self.draws and Draws(*(each[kept] for each in self.draws))
-        return self._replace(rows=self.rows[kept], means=self.means[kept], stds=self.stds[kept], draws=draws)
+        return self._replace(rows=self.rows[kept], means=self.means[kept], draws=draws)
 
 
+@dataclass(eq=False)
 class TrainSampler:
     """Plans training batches of one of `num_ranks` ranks, numbered through all epochs."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        basis: Eigenbasis,
-        config: DataConfig,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        num_ranks: int,
-    ) -> None:
-        self._shards, self._basis, self._config, self._seed = shards, basis, config, seed
-        self._batch_size, self._rank, self._global_batch = batch_size, rank, batch_size * num_ranks
-        self._shard_sizes = shards.count_samples() if config.shuffle == "blocks" else None
-        self.steps = shards.num_samples // self._global_batch
+    shards: ShardSet
+    basis: Eigenbasis
+    config: DataConfig
+    batch_size: int
+    seed: int
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        self._global_batch = self.batch_size * self.num_ranks
+        self._shard_sizes = np.diff(self.shards.find_starts()) if self.config.shuffle == "blocks" else None
+        self.steps = self.shards.num_samples // self._global_batch
         """Batches per epoch."""
-        self._chunk_steps = max(1, CHUNK // batch_size)
-        self._chunks: dict[tuple[int, int], list[Plan]] = {}
+        self._chunk_steps = max(1, CHUNK // self.batch_size)
+        self._cached_chunk = lru_cache(4)(self._plan_chunk)
 
     def __call__(self, number: int) -> Plan:
         """Plan a batch; safe to call by several threads."""
         epoch, step = divmod(number, self.steps)
-        key = epoch, step // self._chunk_steps
-        chunk = self._chunks.get(key)
-        if chunk is None:
-            chunk = self._chunks[key] = self._plan_chunk(epoch, key[1] * self._chunk_steps)
-            for old in list(self._chunks)[:-4]:  # the oldest
-                self._chunks.pop(old, None)
-        return chunk[step % self._chunk_steps]
+        n = step % self._chunk_steps
+        return self._cached_chunk(epoch, step - n)[n]
 
     def _plan_chunk(self, epoch: int, first: int) -> list[Plan]:
         """Plan the batches of one epoch from step `first` on, `_chunk_steps` at most."""
-        augmentation, size = self._config.augmentation, self._batch_size
+        augmentation, size = self.config.augmentation, self.batch_size
         steps = range(first, min(first + self._chunk_steps, self.steps))
-        firsts = [step * self._global_batch + self._rank * size for step in steps]
-        draws = sample_draws(firsts, size, self._seed, epoch, augmentation)
+        firsts = [step * self._global_batch + self.rank * size for step in steps]
+        draws = sample_draws(firsts, size, self.seed, epoch, augmentation)
         lighting = augmentation.lighting.at_epoch(epoch)
-        means = shifted_means(draws.noise.reshape(-1, 3), self._basis, lighting).astype(np.float32)
-        stds = np.broadcast_to(compute_stds(augmentation, lighting.divisor), (size, 3))
+        means = shifted_means(draws.noise.reshape(-1, 3), self.basis, lighting).astype(np.float32)
+        stds = np.array(augmentation.stds) * lighting.divisor
         positions = np.add.outer(firsts, np.arange(size))
-        blocks: list[tuple[Block, ...]] = [()] * len(firsts)
-        following: list[Block | None] = [None] * len(firsts)
+        shards: list[np.ndarray | None] = [None] * len(firsts)
         if self._shard_sizes is None:
-            rows = order_global(positions, self._seed, epoch, self._shards.num_samples)
+            rows = order_global(positions, self.seed, epoch, self.shards.num_samples)
         else:
-            both = [
-                ((each, number), shards)
+            blocks, following = (
+                list_blocks(self.seed, each, len(self.shards.tars), self.config.block_shards)
                 for each in (epoch, epoch + 1)
-                for number, shards in enumerate(self._list_blocks(each))
-            ]
-            in_epoch = [shards for (each, _), shards in both if each == epoch]
-            rows, numbers = order_blocks(positions, self._seed, epoch, self._shard_sizes, in_epoch)
-            blocks = [tuple(both[row.min() : row.max() + 1]) for row in numbers]
-            following = [
-                None if len(each) > 1 else both[row[0] + 1] for row, each in zip(numbers, blocks, strict=True)
-            ]
+            )
+            rows, numbers = order_blocks(positions, self.seed, epoch, self._shard_sizes, blocks)
+            blocks += following
+            shards = [np.concatenate(blocks[row[0] : max(row[-1] + 1, row[0] + 2)]) for row in numbers]
         means = means.reshape(-1, size, 3)
         return [
-            Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)), blocks[n], following[n])
+            Plan(rows[n], means[n], stds, Draws(*(each[n] for each in draws)), shards[n])
             for n in range(len(firsts))
         ]
 
-    def _list_blocks(self, epoch: int) -> list[np.ndarray]:
-        return list_blocks(self._seed, epoch, len(self._shards.tars), self._config.block_shards)
 
-
-class SequenceSampler:
-    """Plans batches of the whole images `first` to `last` - 1 in stored order, again and again."""
-
-    def __init__(
-        self, first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray
-    ) -> None:
-        self._first, self._last, self._batch_size, self.steps = first, last, batch_size, steps
-        self._means = np.tile(mean.astype(np.float32), (batch_size, 1))
-        self._stds = np.tile(stds, (batch_size, 1))
-
-    def __call__(self, number: int) -> Plan:
-        """Plan a batch, which may be short or empty."""
-        start = self._first + number % self.steps * self._batch_size
-        rows = np.arange(start, min(start + self._batch_size, self._last))
-        return Plan(rows, self._means[: len(rows)], self._stds[: len(rows)])
-
-
-def compute_stds(augmentation: Augmentation, lighting_divisor: float = 1.0) -> np.ndarray:
-    """Compute the divisors of R, G and B, float64 (3,)."""
-    return np.array(augmentation.stds) * lighting_divisor
+def plan_in_order(
+    first: int, last: int, batch_size: int, steps: int, mean: np.ndarray, stds: np.ndarray, number: int
+) -> Plan:
+    """Plan a batch of the whole images `first` to `last` - 1 in stored order, again and again every `steps` batches. It
+    may be short or empty."""
+    start = first + number % steps * batch_size
+    rows = np.arange(start, min(start + batch_size, last))
+    return Plan(rows, np.tile(mean.astype(np.float32), (len(rows), 1)), stds)

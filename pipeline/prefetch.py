@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,60 +35,50 @@ class ReadBatch(NamedTuple):
     """Its images as DALI's TensorListCPU, of a pixel store uint8 (N, H, W, C); None for a batch without samples."""
 
 
+@dataclass(eq=False)
 class Prefetcher:
     """Yields decoded batches; has files, threads and DALI's memory only while an iterator of `batches` exists."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        graph: Graph,
-        plan: Callable[[int], Plan],
-        *,
-        batch_size: int,
-        speed: Speed,
-        device_id: int | None,
-        shuffle: str = "",
-        skip_damaged: bool = False,
-    ) -> None:
-        """Set up for batches `plan(0)`, `plan(1)`, ..., which threads call. `shuffle`: "global", "blocks", or "" for
-        the stored order."""
-        self._shards, self._graph, self._plan, self._speed = shards, graph, plan, speed
-        self._batch_size, self._device_id = batch_size, device_id
-        self._shuffle, self._skip_damaged = shuffle, skip_damaged
-        self._has_pixels = graph.decode == "stored" and graph.device == "cpu"
-        """True where nothing is left to DALI."""
-        self.skipped: list[str] = []
-        """Descriptions of the samples that were skipped."""
+    shards: ShardSet
+    graph: Graph
+    plan: Callable[[int], Plan]
+    """Plans batch 0, 1, ...; threads call it."""
+    batch_size: int
+    speed: Speed
+    device_id: int | None
+    shuffle: str = ""
+    """"global", "blocks", or "" for the stored order."""
+    skip_damaged: bool = False
+    skipped: list[str] = field(default_factory=list)
+    """Descriptions of the samples that were skipped."""
 
     def batches(self, first: int) -> Iterator[tuple[Plan, Any]]:
         """Yield the batches from number `first` on, without an end: plan, and its images as `graph` describes them
         (None if it has no samples), of a pixel store on a CPU the rows of crops at full width, which stay as they are
         until the next batch is asked for. Raises `DataError`."""
-        in_blocks, numbers = self._shuffle == "blocks", count(first)
-        pinned = self._graph.decode == "stored" and self._graph.device == "gpu"
-        reader = SampleReader(self._shards, self._shuffle == "global", not in_blocks, pinned)
-        # One thread reads samples out of blocks, which are in the page cache, and one reads the next block.
-        pool = ThreadPoolExecutor(1 if in_blocks else self._speed.reader_queue_depth, "reader")
-        block_pool = ThreadPoolExecutor(1, "block reader")
-        blocks: dict[tuple[int, int], Future[None]] = {}
+        in_blocks, numbers = self.shuffle == "blocks", count(first)
+        pinned = self.graph.decode == "stored" and self.graph.device == "gpu"
+        reader = SampleReader(self.shards, self.shuffle == "global", not in_blocks, pinned)
+        # One thread reads samples out of blocks, which are in the page cache: the reader has one for the next block.
+        pool = ThreadPoolExecutor(1 if in_blocks else self.speed.reader_queue_depth, "reader")
         reading: deque[Future[ReadBatch]] = deque()
         decoding: deque[ReadBatch | DataError] = deque()
 
         def read(number: int) -> ReadBatch:
-            plan = self._plan(number)
-            if in_blocks:
-                read_blocks(reader, block_pool, blocks, plan)
-            if self._graph.decode == "stored":
-                return read_pixels(reader, plan, self._graph.crop)
+            plan = self.plan(number)
+            if plan.shards is not None:
+                reader.read_ahead(plan.shards, plan.rows)
+            if self.graph.decode == "stored":
+                return read_pixels(reader, plan, self.graph.crop)
             encoded = reader.read(plan.rows)
             return ReadBatch(plan, encoded, wrap_encoded(encoded.images) if len(plan.rows) else None)
 
         pipe = None
         try:
-            pipe = self._build_pipeline(self._batch_size)
+            pipe = self._build_pipeline(self.batch_size)
             while True:
-                while len(decoding) <= self._speed.prefetch_queue_depth:
-                    while len(reading) <= self._speed.reader_queue_depth:
+                while len(decoding) <= self.speed.prefetch_queue_depth:
+                    while len(reading) <= self.speed.reader_queue_depth:
                         reading.append(pool.submit(read, next(numbers)))
                     try:
                         decoding.append(self._schedule(pipe, reading.popleft().result()))
@@ -101,44 +92,43 @@ class Prefetcher:
                 reader.release(due.encoded)
         finally:
             pool.shutdown(cancel_futures=True)
-            block_pool.shutdown(cancel_futures=True)
             if pipe is not None:  # a traceback may hold it; and it reads from the reader's buffers
                 pipe._shutdown()
             reader.close()
 
     def _build_pipeline(self, batch_size: int) -> Any:
-        if self._has_pixels:
+        """Build DALI's pipeline; None for pixels on a CPU, where nothing is left to it."""
+        if self.graph.decode == "stored" and self.graph.device == "cpu":
             return None
         with name_gpu_errors():
-            pipe = build_pipeline(self._graph, batch_size, self._speed.num_threads, self._device_id)
+            pipe = build_pipeline(self.graph, batch_size, self.speed.num_threads, self.device_id)
             pipe.build()
         return pipe
 
     def _schedule(self, pipe: Any, batch: ReadBatch) -> ReadBatch:
         """Feed a batch to DALI and start to decode it; returns it."""
-        if batch.tensors is not None and not self._has_pixels:
-            feed(pipe, self._graph, batch.tensors, batch.plan)
+        if pipe is not None and batch.tensors is not None:
+            feed(pipe, self.graph, batch.tensors, batch.plan)
             pipe.schedule_run()
         return batch
 
     def _take_outputs(self, pipe: Any, batch: ReadBatch) -> tuple[Plan, Any]:
         """Return the output of a batch that was scheduled, without damaged samples if these are to be skipped."""
         plan = batch.plan
-        if batch.tensors is None or self._has_pixels:
+        if pipe is None or batch.tensors is None:
             return plan, batch.tensors
         try:
-            with name_gpu_errors():
-                return plan, from_dali(pipe.outputs()[0])
+            return plan, take_output(pipe)
         except DataError:
             raise
         except RuntimeError as error:
-            is_stored = self._graph.decode == "stored"
+            is_stored = self.graph.decode == "stored"
             damaged = [] if is_stored else self._find_damaged(batch, np.arange(len(plan.rows)))
             if not damaged:
                 raise DataError(f"DALI failed: {find_dali_reason(error)}") from None
         described = [self._describe(int(plan.rows[n])) for n in damaged]
-        if not self._skip_damaged:
-            place = Path(self._shards.tars[0]).parents[1]
+        if not self.skip_damaged:
+            place = Path(self.shards.tars[0]).parents[1]
             raise DataError(
                 f"{described[0]} cannot be decoded; tools/make_shards.py verify {place} lists all damage, copy or pack "
                 "those shards again; or train.run leaves such images out with --data.on_corrupt skip"
@@ -166,19 +156,20 @@ class Prefetcher:
             return None
         pipe, images = self._build_pipeline(len(kept)), [batch.encoded.images[n] for n in kept]
         self._schedule(pipe, ReadBatch(batch.plan.select(kept), batch.encoded, wrap_encoded(images)))
-        with name_gpu_errors():
-            return from_dali(pipe.outputs()[0])
+        return take_output(pipe)
 
     def _describe(self, row: int) -> str:
         """Describe a sample by key, offset and shard."""
-        sample = self._shards.samples[row]
-        key = self._shards.read_key(row) or "a sample"
-        return f"{key} at offset {sample['offset']} of {self._shards.tars[sample['shard']]}"
+        sample = self.shards.samples[row]
+        key = self.shards.read_key(row) or "a sample"
+        return f"{key} at offset {sample['offset']} of {self.shards.tars[sample['shard']]}"
 
 
-def from_dali(output: Any) -> torch.Tensor:
-    """Return DALI's output as a tensor that shares its memory."""
-    return torch.from_dlpack(output.as_tensor())
+def take_output(pipe: Any) -> torch.Tensor:
+    """Return what DALI made of the oldest batch that was fed, in DALI's memory. Raises `RuntimeError`, for a fault of
+    the GPU `DataError`."""
+    with name_gpu_errors():
+        return torch.from_dlpack(pipe.outputs()[0].as_tensor())
 
 
 def read_pixels(reader: SampleReader, plan: Plan, crop: bool) -> ReadBatch:
@@ -188,22 +179,6 @@ def read_pixels(reader: SampleReader, plan: Plan, crop: bool) -> ReadBatch:
     encoded, count = reader.read(plan.rows, skip, height * row), len(plan.rows)
     pixels = torch.from_numpy(encoded.buffer[: count * height * row]).view(count, height, IMAGE_SIDE, 3)
     return ReadBatch(plan, encoded, pixels if count else None)
-
-
-def read_blocks(
-    reader: SampleReader, pool: ThreadPoolExecutor, blocks: dict[tuple[int, int], "Future[None]"], plan: Plan
-) -> None:
-    """Close the blocks before those of a batch, start to read those and the next one, each in sequence, and wait for
-    all but the next."""
-    wanted = dict([*plan.blocks, *([plan.next_block] if plan.next_block else [])])
-    for key in blocks.keys() - wanted.keys():
-        blocks.pop(key).result()
-    reader.keep_open(np.concatenate([*wanted.values()]))
-    for key, shards in wanted.items():
-        if key not in blocks:
-            blocks[key] = pool.submit(reader.read_through, shards)
-    for key, _ in plan.blocks:
-        blocks[key].result()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import platform
-from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import ClassVar, NamedTuple
 
@@ -64,11 +64,8 @@ class SampleReader:
     ) -> None:
         """Raises `UserError` if the process may not open so many files.
 
-        Args:
-            shards: The split.
-            random: Samples are read in random order, so the kernel should not read ahead.
-            keeps_all_open: False if `keep_open` is called.
-            pinned: Buffers are page-locked, as a GPU copies from them.
+        `random`: samples are read in random order, so the kernel should not read ahead. `keeps_all_open`: False if
+        `read_ahead` is called. `pinned`: buffers are page-locked, as a GPU copies from them.
         """
         self._num_files = len(shards.tars) if keeps_all_open else 0
         raise_open_file_limit(SampleReader.open_files + self._num_files)
@@ -77,6 +74,8 @@ class SampleReader:
         self._files = np.full(len(shards.tars), -1, np.int64)
         self._buffers: list[np.ndarray] = []
         self._contexts: list[int] = []
+        self._ahead = ThreadPoolExecutor(1, "shard reader")
+        self._reading: dict[int, Future[None]] = {}
 
     def read(self, rows: np.ndarray, skip: np.ndarray | int = 0, size: int | None = None) -> Encoded:
         """Read the samples of these rows, or of each `size` bytes after the first `skip`; `release` what is returned
@@ -85,35 +84,47 @@ class SampleReader:
         Raises `DataError` that names a shard which cannot be read or is too short.
         """
         samples = self._shards.samples[rows]
-        offsets = samples["offset"].astype(np.int64) + skip
         sizes = samples["size"].astype(np.int64) if size is None else np.full(len(rows), size)
-        files = self._open(samples["shard"])
-        ends = np.cumsum(sizes)
+        requests, ends = np.zeros(len(rows), IOCB), np.cumsum(sizes)
+        requests["fd"], requests["bytes"] = self._open(samples["shard"]), sizes
+        requests["offset"] = samples["offset"].astype(np.int64) + skip
         buffer, starts = self._take_buffer(int(sizes.sum())), ends - sizes
+        requests["buffer"] = buffer.ctypes.data + starts
         for first in range(0, len(rows), EVENTS):
             part = slice(first, first + EVENTS)
-            done = self._submit(files[part], offsets[part], sizes[part], buffer, starts[part])
-            for n in first + np.flatnonzero(done != sizes[part]):
+            for n in first + np.flatnonzero(self._submit(requests[part]) != sizes[part]):
                 view = memoryview(buffer[starts[n] : ends[n]].data)
-                self._read_one(int(samples["shard"][n]), int(files[n]), int(offsets[n]), view)
+                self._read_one(int(samples["shard"][n]), requests[n], view)
         return Encoded(buffer, ends)
 
     def release(self, encoded: Encoded) -> None:
         """Let other samples use the memory of these."""
         self._buffers.append(encoded.buffer)
 
-    def read_through(self, shards: Iterable[int]) -> None:
-        """Read whole shards in sequence, into the kernel's page cache. Raises `DataError`."""
-        scratch = memoryview(bytearray(SEQUENTIAL_BYTES))
-        for shard in shards:
-            (file,), offset = self._open(np.array([shard])), 0
-            try:
-                while count := os.preadv(file, [scratch], offset):
-                    offset += count
-            except OSError as error:
-                raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
+    def read_through(self, shard: int) -> None:
+        """Read a whole shard in sequence, into the kernel's page cache. Raises `DataError`."""
+        (file,), offset = self._open(np.array([shard])), 0
+        buffer = self._take_buffer(SEQUENTIAL_BYTES)
+        try:
+            while count := os.preadv(file, [buffer[:SEQUENTIAL_BYTES].data], offset):
+                offset += count
+        except OSError as error:
+            raise DataError(f"{self._shards.tars[shard]}: {error.strerror}; copy it again") from None
+        self._buffers.append(buffer)
 
-    def keep_open(self, shards: np.ndarray) -> None:
+    def read_ahead(self, shards: np.ndarray, rows: np.ndarray) -> None:
+        """Start to read these shards in sequence, in their order, and wait for those of the samples `rows`. All others
+        are closed: no read of their samples may be running. Raises `DataError`."""
+        for shard in self._reading.keys() - set(shards.tolist()):
+            self._reading.pop(shard).result()
+        self._keep_open(shards)
+        for shard in shards.tolist():
+            if shard not in self._reading:
+                self._reading[shard] = self._ahead.submit(self.read_through, shard)
+        for shard in set(self._shards.samples["shard"][rows].tolist()):
+            self._reading[shard].result()
+
+    def _keep_open(self, shards: np.ndarray) -> None:
         """Close all other shards. No read of those may be running."""
         for shard in np.setdiff1d(np.flatnonzero(self._files >= 0), shards):
             os.close(int(self._files[shard]))
@@ -121,9 +132,10 @@ class SampleReader:
 
     def close(self) -> None:
         """Close files and contexts. No read may be running."""
+        self._ahead.shutdown(cancel_futures=True)
         SampleReader.open_files -= self._num_files
         self._num_files = 0
-        self.keep_open(np.empty(0))
+        self._keep_open(np.empty(0))
         while self._contexts:
             call(1, self._contexts.pop())
 
@@ -157,23 +169,14 @@ class SampleReader:
             return torch.empty(size * 5 // 4, dtype=torch.uint8, pin_memory=True).numpy()
         return np.empty(size * 5 // 4, np.uint8)
 
-    def _submit(
-        self,
-        files: np.ndarray,
-        offsets: np.ndarray,
-        sizes: np.ndarray,
-        buffer: np.ndarray,
-        starts: np.ndarray,
-    ) -> np.ndarray:
-        """Read up to `EVENTS` samples by one system call; returns the number of bytes read of each, 0 if it failed."""
-        count, done = len(files), np.zeros(len(files), np.int64)
+    def _submit(self, requests: np.ndarray) -> np.ndarray:
+        """Read up to `EVENTS` samples by one system call; returns the number of bytes read of each, 0 if it failed.
+        `requests`: `IOCB` (samples,), without `data`."""
+        count, done = len(requests), np.zeros(len(requests), np.int64)
         context = self._take_context()
         if not context:
             return done
-        requests, events = np.zeros(count, IOCB), np.zeros(count, EVENT)
-        requests["data"] = np.arange(count)
-        requests["fd"], requests["bytes"], requests["offset"] = files, sizes, offsets
-        requests["buffer"] = buffer.ctypes.data + starts
+        requests["data"], events = np.arange(count), np.zeros(count, EVENT)
         pointers = requests.ctypes.data + IOCB.itemsize * np.arange(count, dtype=np.uint64)
         left = submitted = max(call(3, context, count, pointers.ctypes.data), 0)
         while left:
@@ -193,9 +196,9 @@ class SampleReader:
             context = ctypes.c_ulong(0)
             return context.value if call(0, EVENTS, ctypes.addressof(context)) == 0 else 0
 
-    def _read_one(self, shard: int, file: int, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` of an open shard. Raises `DataError`."""
-        tar, done = self._shards.tars[shard], 0
+    def _read_one(self, shard: int, request: np.void, view: memoryview) -> None:
+        """Fill `view` as an `IOCB` of an open shard asks, by preadv. Raises `DataError`."""
+        tar, file, offset, done = self._shards.tars[shard], int(request["fd"]), int(request["offset"]), 0
         try:
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)

@@ -15,6 +15,7 @@ some of the data.
 import os
 import re
 import tarfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,8 +55,6 @@ class ClassName:
 class ShardSet:
     """One split, checked: every shard of the manifest is there and has its size."""
 
-    split: str
-    """"train" or "val"."""
     tars: tuple[str, ...]
     """Paths of the shards, in the manifest's order."""
     samples: np.ndarray = field(compare=False)
@@ -73,21 +72,18 @@ class ShardSet:
         """Number of samples in all shards."""
         return len(self.samples)
 
-    def count_samples(self) -> np.ndarray:
-        """Count the samples of each shard, int64; a part of the table at a time, as it may be large."""
-        parts = range(0, len(self.samples), 1 << 20)
-        counts = (
-            np.bincount(self.samples["shard"][k : k + (1 << 20)], minlength=len(self.tars)) for k in parts
-        )
-        return np.sum([*counts], axis=0)
+    def find_starts(self) -> np.ndarray:
+        """Find the first sample of each shard, and the end, int64 (shards + 1,); by bisection, as the table may be
+        large."""
+        shards = self.samples["shard"]
+        return np.array([bisect_left(shards, number) for number in range(len(self.tars) + 1)])
 
     def only(self, numbers: Sequence[int]) -> "ShardSet":
         """Return a split of only the shards with these numbers, in this order."""
-        shards, wanted = self.samples["shard"], np.array(numbers, "<u4")
-        starts, ends = np.searchsorted(shards, wanted), np.searchsorted(shards, wanted, side="right")
-        parts = [self.samples[start:end] for start, end in zip(starts, ends, strict=True)]
-        samples = np.concatenate([self.samples[:0], *parts])
-        samples["shard"] = np.repeat(np.arange(len(parts)), ends - starts)
+        starts = self.find_starts()
+        parts = [self.samples[starts[number] : starts[number + 1]] for number in numbers]
+        samples = np.concatenate(parts)
+        samples["shard"] = np.repeat(np.arange(len(parts)), list(map(len, parts)))
         samples.flags.writeable = False
         return replace(self, tars=tuple(self.tars[k] for k in numbers), samples=samples)
 
@@ -151,10 +147,9 @@ def open_shards(shards: Path, split: str) -> ShardSet:
         raise UserError(
             f"{shards}/classes.json lists {len(classes)} classes, {path} {manifest['num_classes']}; pack again"
         )
-    options = manifest.get("options")
-    store = str(options.get("store", "unknown")) if isinstance(options, dict) else "unknown"
+    store = str(manifest.get("options", {}).get("store", "unknown"))
     samples = open_samples(directory, manifest)
-    return ShardSet(split, tuple(tars), samples, classes, hash_manifest(manifest), store)
+    return ShardSet(tuple(tars), samples, classes, hash_manifest(manifest), store)
 
 
 def open_samples(directory: Path, manifest: dict[str, Any]) -> np.ndarray:

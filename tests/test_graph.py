@@ -19,7 +19,7 @@ def run(graph: Graph, encoded: list[bytes], draws: Draws | None = None) -> np.nd
     """The output for one batch."""
     pipe = build_pipeline(graph, len(encoded), 2, None)
     images, ones = [np.frombuffer(data, np.uint8) for data in encoded], np.ones((len(encoded), 3), np.float32)
-    feed(pipe, graph, wrap_encoded(images), Plan(np.arange(len(encoded)), ones, ones, draws))
+    feed(pipe, graph, wrap_encoded(images), Plan(np.arange(len(encoded)), ones, ones[0], draws))
     pipe.schedule_run()
     return np.array(pipe.outputs()[0].as_array())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, apply_lighting
+from pipeline.lighting import Lighting, shifted_means
 from pipeline.loader import decoded_batches
 from pipeline.settings import Augmentation
 from tests.helpers import Make, collect, jpeg, loaders
@@ -20,7 +20,8 @@ DRAWS = np.random.default_rng(1).standard_normal((5, 3))
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.7])
 def test_formula(plain_basis: Eigenbasis, convention: str, strength: float) -> None:
     """The formulas of the module's docstring, image by image; strength 0 only subtracts the mean."""
-    got = apply_lighting(IMAGES, DRAWS, plain_basis, Lighting(convention, strength))  # type: ignore[arg-type]
+    lighting = Lighting(convention, strength)  # type: ignore[arg-type]
+    got = (IMAGES - shifted_means(DRAWS, plain_basis, lighting)[:, None, None]) / lighting.divisor
     vectors, values = plain_basis.eigenvectors, plain_basis.eigenvalues
     for image, draw, result in zip(IMAGES, DRAWS, got, strict=True):
         if convention == "stddev":

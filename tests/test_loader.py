@@ -16,7 +16,7 @@ import torch
 
 from pipeline.augment import sample_draws
 from pipeline.eigenbasis import Eigenbasis
-from pipeline.lighting import Lighting, apply_lighting
+from pipeline.lighting import Lighting, shifted_means
 from pipeline.loader import Loader, decoded_batches, train_loader
 from pipeline.plan import TrainSampler
 from pipeline.reader import SampleReader
@@ -84,8 +84,8 @@ def test_batches_are_the_formula(
                 left, top = draws.left[0, n], draws.top[0, n]
                 crop = stored[label, top : top + 224, left : left + 224]
                 crop = crop[:, ::-1] if draws.mirrored[0, n] else crop
-                noise = draws.noise[0, n : n + 1]
-                (expected,) = apply_lighting(crop[None], noise, plain_basis, lighting) / (1, 2, 50)
+                mean = shifted_means(draws.noise[0, n], plain_basis, lighting)
+                expected = (crop - mean) / lighting.divisor / (1, 2, 50)
                 np.testing.assert_allclose(images[n].permute(1, 2, 0), expected, atol=1e-3)
     assert loader.steps_per_epoch == 7 and set(labels.tolist()) <= set(range(60))
 
@@ -235,7 +235,7 @@ def test_14_million_samples(plain_basis: Eigenbasis, tmp_path: Path) -> None:
     del table
     samples, before = np.load(tmp_path / "samples.npy", mmap_mode="r"), private_mb()
     tars = tuple(str(tmp_path / "train" / f"{n}.tar") for n in range(14_000))
-    shards = ShardSet("train", tars, samples, (), "0" * 64, "crop256")
+    shards = ShardSet(tars, samples, (), "0" * 64, "crop256")
     for shuffle in ("global", "blocks"):
         config = DataConfig(tmp_path, shuffle=shuffle)  # type: ignore[arg-type]
         started = time.perf_counter()
@@ -320,15 +320,16 @@ def test_any_epoch_at_any_time(numbered_shards: Make, plain_basis: Eigenbasis) -
 def test_blocks_are_read_in_sequence_first(
     numbered_shards: Make, plain_basis: Eigenbasis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over two epochs: when samples are read, all shards of their blocks have been read through, each once an epoch;
-    and the next block is begun before the present one is done."""
+    """Over two epochs: when samples are read, their shards have been read through, each once an epoch (of the last
+    block of one and the first of the next once for both); and the next block is begun before the present one is done.
+    """
     shards, begun, done, late = numbered_shards(160, 10), list[int](), list[int](), list[int]()
     through, read = SampleReader.read_through, SampleReader.read
 
-    def read_through(self: SampleReader, block: np.ndarray) -> None:
-        begun.extend(block.tolist())
-        through(self, block)
-        done.extend(block.tolist())
+    def read_through(self: SampleReader, shard: int) -> None:
+        begun.append(shard)
+        through(self, shard)
+        done.append(shard)
 
     def read_samples(self: SampleReader, rows: np.ndarray) -> Any:
         late.extend(set(shards.samples["shard"][rows].tolist()) - set(done[-8:]))

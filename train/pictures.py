@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.augment import CROP_SIDE
 from pipeline.eigenbasis import Eigenbasis
 from pipeline.files import atomic_writer
-from pipeline.lighting import apply_lighting
+from pipeline.lighting import shifted_means
 from pipeline.loader import decoded_batches, train_loader
 from pipeline.settings import DataConfig
 from pipeline.shards import ClassName, ShardSet
@@ -140,7 +140,7 @@ def draw_augmentation(
     crops_NHWC = images_NHWC[:, MIDDLE : MIDDLE + CROP_SIDE, MIDDLE : MIDDLE + CROP_SIDE]
     most_colourful = np.ptp(crops_NHWC.mean((1, 2)), axis=1).argmax()
     draws_N3 = np.kron(np.eye(3), np.arange(-3, 4)[:, None])
-    shifted_NHWC = apply_lighting(crops_NHWC[[most_colourful]], draws_N3, basis, lighting) * lighting.divisor
+    shifted_NHWC = crops_NHWC[[most_colourful]] - shifted_means(draws_N3, basis, lighting)[:, None, None]
     count = min(14, shards.num_samples)
     options: dict[str, Any] = {
         "rank": 0,

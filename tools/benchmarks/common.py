@@ -192,7 +192,7 @@ def read_samples(shards: ShardSet) -> Iterator[tuple[str, bytes, int]]:
 
 def select_first_shards(shards: ShardSet, images: int) -> ShardSet:
     """Select the first shards that together hold at least `images`, or all."""
-    starts = np.searchsorted(shards.samples["shard"], np.arange(len(shards.tars), dtype="<u4"))
+    starts = shards.find_starts()
     return shards.only([k for k in range(len(shards.tars)) if starts[k] < images])
 
 

@@ -40,7 +40,8 @@ def bench_reader(
 ) -> None:
     """Measure reading from the page cache, without decoding; rows get `context`."""
     with closing(SampleReader(shards, random=False)) as reader:
-        reader.read_through(range(len(shards.tars)))
+        for shard in range(len(shards.tars)):
+            reader.read_through(shard)
     steps = {OURS: read_samples(shards, batch_size), DALI: read_with_dali(shards, batch_size)}
     turns = {
         name: partial(common.measure, partial(next, step), batch_size, seconds)

@@ -63,7 +63,7 @@ def decode(shards: Path, out: Path, workers: int | None = None) -> None:
         if (out / split / "manifest.json").exists():
             print(f"{out / split} is decoded already; nothing to do")
             continue
-        counts = source.count_samples().tolist()
+        counts = np.diff(source.find_starts()).tolist()
         todo = [
             n for n in range(len(counts)) if read_row(out / split, Path(source.tars[n]), counts[n]) is None
         ]
