@@ -376,3 +376,22 @@ def test_files_of_systems_are_passed_over(tmp_path: Path) -> None:
     adopt(tmp_path / "src", tmp_path / "shards", split="train", pattern="a.tar", workers=1)
     assert open_shards(tmp_path / "shards", "train").num_samples == 2
     verify(tmp_path / "shards", workers=1)
+
+
+def test_numbers_in_cls_are_indexes(tmp_path: Path) -> None:
+    """Also where the classes are called by other numbers; in json text that may be either is refused."""
+    (tmp_path / "list").write_text("0\n1\n10\n2\n")
+    for extension, label, good in (
+        ("cls", b"2", True),
+        ("json", b'{"label": 2}', True),
+        ("json", b'{"label": "2"}', False),
+    ):
+        write(tmp_path / "src" / "a.tar", tar_of({"0.png": IMAGE, f"0.{extension}": label}))
+        convert = partial(adopt, tmp_path / "src", pattern="a.tar", split="train", convert=True, workers=1)
+        shards = tmp_path / f"{extension}{good}"
+        if good:
+            convert(shards, classes=tmp_path / "list")
+            assert open_shards(shards, "train").samples["label"].tolist() == [2]
+        else:
+            with pytest.raises(ValueError, match="which may be both"):
+                convert(shards, classes=tmp_path / "list")

@@ -27,6 +27,8 @@ from tests.layouts import (
     split_tars,
 )
 from tools.make_shards import pack
+from tools.packing.layouts import open_raw
+from tools.packing.listing import save_listing
 
 PACK = "tools/make_shards.py", "pack"
 IMAGE = jpeg(photo(np.random.default_rng(0), 60, 70))
@@ -88,7 +90,7 @@ def test_trees_of_people(tmp_path: Path, layout: Callable[[Path, Images], None])
 
 
 @pytest.mark.parametrize(
-    "form", ["{}.jpg,{}", "{}\t{}", "./images/{}.jpg {}", '"/a/path, images/{}.jpg",{},x']
+    "form", ["{}.jpg,{}", "{}\t{}", "./images/{}.jpg {}", '"/a/path, images/{}.jpg",1, {}']
 )
 @pytest.mark.parametrize("in_tar", [False, True])
 def test_a_list_of_labels(
@@ -101,7 +103,7 @@ def test_a_list_of_labels(
     raw = tmp_path / "a" / "path, images" if form[0] == '"' else tmp_path / "raw"
     for name, data in {"all.tar": tar_of(files)}.items() if in_tar else files.items():
         write(raw / name, data)
-    header = "filename,class\n" if "," in form and form[0] != '"' else ""
+    header = {"{": "filename,class\n" if "," in form else "", '"': "path,width,Label\n"}.get(form[0], "")
     lines = [form.format(stem, wnid) for stem, (_, wnid, _) in images.items()]
     if form[0] == '"':
         lines = [
@@ -127,19 +129,22 @@ def test_a_list_of_both_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1.jpg a\n1.png b\n", "got 1 2 times"),
-        ("1.jpg a\n3.jpg b\n", "got 1, not 3"),
+        ("1.jpg a\n1.png b\n", "got 1 twice"),
+        ("1.jpg a\n5.jpg b\n", "got 1, not 5"),
         ("1.jpg\n", "an image and its class"),
         ("1.jpg,\n", "with a class"),
         ("", "an image and its class"),
         (b"\xff\xfe1", "an image and its class"),
         ("4.jpg a\n", "got 0, not 4"),
+        ("1.jpg,640,a\n2.jpg,500,b\n", "expected two columns"),
+        ("image,label\n", "a line without one"),
+        ("1.jpg a\nVal/3.jpg b\n", "Val/3.jpg: expected folders train and val"),
     ],
 )
 def test_lists_that_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     """Each in a sentence, before anything is written."""
-    for k in (1, 2):
-        write(tmp_path / "raw" / f"{k}.jpg", IMAGE)
+    for name in ("1.jpg", "2.jpg", "Val/3.jpg"):
+        write(tmp_path / "raw" / name, IMAGE)
     write(tmp_path / "list", text if isinstance(text, bytes) else text.encode())
     error = refuses(*PACK, tmp_path / "raw", tmp_path / "shards", "--labels", tmp_path / "list")
     assert message in error and not (tmp_path / "shards").exists()
@@ -256,7 +261,7 @@ def test_compressed_tars(tmp_path: Path, suffix: str, mode: str) -> None:
             tar.add(path, name)
     error = refuses(*PACK, tmp_path / "r aw", tmp_path / "shards")
     assert not (tmp_path / "shards").exists()
-    subprocess.run(error.partition("; run ")[2].strip(), shell=True, check=True)
+    subprocess.run(error.rpartition(" run ")[2].strip(), shell=True, check=True)
     pack(tmp_path / "r aw", tmp_path / "shards", workers=1, quality=97, val_fraction=0)
     check_shards(tmp_path / "shards", images)
 
@@ -283,3 +288,46 @@ def test_numbers_as_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "10",
         "2",
     ]
+
+
+def test_a_corrected_table_is_read_again(tmp_path: Path) -> None:
+    """The cached listing of archives belongs to one table of labels."""
+    images = image_set()
+    files = {
+        split: {f"{stem}.JPEG": data for stem, (of, _, data) in images.items() if of == split}
+        for split in ("train", "val")
+    }
+    folders_of = {f"{images[name[:-5]][1]}/{name}": data for name, data in files["train"].items()}
+    write(tmp_path / "raw" / "train.tar", tar_of(folders_of))
+    write(tmp_path / "raw" / "val.tar", tar_of(files["val"]))
+    for number in (0, 1):
+        rows = {
+            stem: WNIDS[(WNIDS.index(wnid) + number) % 3]
+            for stem, (split, wnid, _) in images.items()
+            if split == "val"
+        }
+        lines = [f"{stem},{wnid} 1 2 3 4\n" for stem, wnid in rows.items()]
+        (tmp_path / "raw" / SOLUTION).write_text("".join(["ImageId,PredictionString\n", *lines]))
+        data, validity = open_raw(tmp_path / "raw", tmp_path / "cache")
+        assert validity is not None
+        save_listing(tmp_path / "cache", data, validity)
+        labels = {Path(image.name).stem: data.classes[image.label].wnid for image in data.splits["val"]}
+        assert labels == rows
+
+
+def test_classes_with_spaces_and_numbers_twice(tmp_path: Path) -> None:
+    """A line of --classes may be a name with spaces, and words follow a tab; 0 and 00 are no numbers of
+    classes, as both would be one."""
+    for name in ("hot dog", "cat"):
+        write(tmp_path / "raw" / "train" / name / f"{name[:3]}.jpg", IMAGE)
+    (tmp_path / "list").write_text("hot dog\tsausage\ncat\n")
+    pack(tmp_path / "raw", tmp_path / "shards", workers=1, classes=tmp_path / "list")
+    check_shards(
+        tmp_path / "shards",
+        {"hot": ("train", "hot dog", IMAGE), "cat": ("train", "cat", IMAGE)},
+        ["cat", "hot dog"],
+    )
+    write(tmp_path / "numbers" / "train" / "0" / "1.jpg", IMAGE)
+    write(tmp_path / "numbers" / "train" / "00" / "1.jpg", IMAGE)
+    error = refuses(*PACK, tmp_path / "numbers", tmp_path / "none", "--classes", tmp_path / "list")
+    assert "list: expected classes of the train images" in error

@@ -189,23 +189,22 @@ def test_a_tar_for_each_class(tmp_path: Path, wrapper: str) -> None:
 
 
 def test_what_is_ignored(tmp_path: Path) -> None:
-    """Test archives, folders without images and stray images next to class tars; hidden and other files, stray images
-    among class folders in a tar; a tar next to the folder that was extracted from it."""
+    """Test archives and folders without images next to class tars; hidden and other files among class folders in a tar;
+    a tar next to the folder that was extracted from it."""
     class_tars(tmp_path / "classes", image_set())
     write(tmp_path / "classes" / "ILSVRC2012_img_test_v10102019.tar", tar_of({"test/1.JPEG": IMAGE}))
     write(tmp_path / "classes" / "docs" / "readme.txt", b"x")
-    write(tmp_path / "classes" / "sample.jpg", IMAGE)
     system = {".DS_Store": b"x", f"{WNIDS[0]}/._a.JPEG": b"x", "__MACOSX/a.JPEG": b"x"}
-    others = {f"{WNIDS[0]}/a.xml": b"<a/>", "stray.jpg": IMAGE}
+    others = {f"{WNIDS[0]}/a.xml": b"<a/>", "stray.txt": b"x"}
     write(tmp_path / "tars" / "train.tar", tar_of(tree("", "train") | system | others))
     write(tmp_path / "tars" / "test.tar", tar_of({"1.JPEG": IMAGE}))
     for name, data in tree("", "train").items():
         write(tmp_path / "both" / "train" / name, data)
     write(tmp_path / "both" / "train" / f"{WNIDS[0]}.tar", tar_of({"n1.JPEG": IMAGE}))
     assert sum(map(len, listed(tmp_path / "classes").values())) == len(image_set())
-    assert ignored(tmp_path / "classes") == ["ILSVRC2012_img_test_v10102019.tar", "docs", "sample.jpg"]
+    assert ignored(tmp_path / "classes") == ["ILSVRC2012_img_test_v10102019.tar", "docs"]
     assert listed(tmp_path / "tars") == listed(tmp_path / "both") == expected("train")
-    assert sorted(ignored(tmp_path / "tars")) == ["a.xml", "stray.jpg", "test.tar"]
+    assert sorted(ignored(tmp_path / "tars")) == ["a.xml", "stray.txt", "test.tar"]
     assert ignored(tmp_path / "both") == [f"{WNIDS[0]}.tar"]
 
 

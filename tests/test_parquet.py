@@ -127,7 +127,7 @@ def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], label
         ({"train/0001": [0]}, "part 0 of train"),
         ({"train/0000": [0], "data/train-00000-of-00001": [0]}, "expected one push, got also .*/train/0000"),
         ({"default/partial-train/0000": [0]}, "rename this one train"),
-        ({"train": ["a", "b"], "val": ["b", "c"]}, "class c: expected training images, got none"),
+        ({"train": ["a", "b"], "val": ["b", "c"]}, "expected training images of c, got none"),
         ({"train": ["a", None]}, "row 1 of .*train.*: expected a class name, got None"),
         ({"train": [0, 1], "val": ["a"]}, "row 0 of .*train.*: expected a class name, got 0"),
         ({"train": [0, None]}, "row 1 of .*train.*: expected a class index, got None"),

@@ -166,8 +166,7 @@ def print_layout(raw: Path, shards: Path, data: RawImageNet, num_listed: int) ->
     if left_out := num_listed - sum(map(len, data.splits.values())):
         print(f"left out {left_out} images of classes that --classes does not list")
     if others := data.ignored:
-        reason = "without an image extension, outside of class folders, or of classes without training images"
-        print(sanitize_message(f"ignored {len(others)} files {reason}, such as {others[0]}"))
+        print(sanitize_message(f"ignored {len(others)} files or folders, such as {others[0]}"))
     names = [name.wnid for name in data.classes]
     if all(map(str.isdecimal, names)) and names != sorted(names, key=int):
         print(f"note: class names are sorted as text: {', '.join(names[:3])}, ...")

@@ -105,6 +105,7 @@ def adopt(
         raise UserError(f"{shards}: expected a folder outside of {src}, which is only read; give another")
     if is_adopted(directory, tars, source, convert):
         remove_sidecars(directory)
+        load_class_names(shards, classes, max_label=0, num_samples=1)  # raises for other --classes
         print(f"{directory} is adopted already; nothing to do")
         return
     present = shards / "classes.json"
@@ -238,7 +239,7 @@ def load_class_names(
 def read_class_list(path: Path) -> tuple[ClassName, ...]:
     """Read the classes in the order of the labels. Raises `UserError` unless it is the sorted one."""
     names = read_class_file(path)
-    if [name.wnid for name in names] != sorted(name.wnid for name in names):
+    if names != sorted(names, key=lambda name: name.wnid):
         raise UserError(f"{path}: expected classes in sorted order, the order of the labels; sort it")
     return tuple(names)
 

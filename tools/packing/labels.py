@@ -18,19 +18,8 @@ from tools.packing.listing import RawImageNet
 from tools.packing.plan import hash_key, stem
 
 IMAGE_NAME = re.compile(r".+\.(jpe?g?|jfif|png|bmp|gif|webp|tiff?|p[gp]m|avif)", re.IGNORECASE | re.DOTALL)
-HEADERS = (
-    "image",
-    "imageid",
-    "image_id",
-    "image_path",
-    "path",
-    "file",
-    "filename",
-    "file_name",
-    "name",
-    "id",
-)
-"""Names of the first column of a table, in lower case."""
+HEADERS = ("label", "labels", "class", "class_id", "wnid", "synset", "category", "target", "predictionstring")
+"""Names of a table's column of classes, in lower case."""
 
 
 class Labels(NamedTuple):
@@ -45,26 +34,40 @@ class Labels(NamedTuple):
 
 
 def read_labels(path: Path, of_all: bool = False) -> Labels:
-    """Read a table of image and class: columns with commas or tabs between them, or the class after white space.
+    """Read a table of image and class: columns with commas or tabs between them, or the class after white space; a line
+    with the names of the columns may come first.
 
     Of Kaggle's column PredictionString the first word is the class. Raises `UserError`.
     """
     try:
         lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         comma = next((mark for mark in "\t," if mark in lines[0]), None)
-        rows = list(csv.reader(lines, delimiter=comma)) if comma else [line.rsplit(None, 1) for line in lines]
-        if rows[0][0].strip().lower() in HEADERS and rows.pop(0)[1] == "PredictionString":
-            rows = [[row[0], row[1].split()[0]] for row in rows]
-        pairs = [(strip_extension(os.path.normpath(row[0].strip())), row[1].strip()) for row in rows]
+        if comma:
+            rows = list(csv.reader(lines, delimiter=comma, skipinitialspace=True))
+        else:
+            rows = [line.rsplit(None, 1) for line in lines]
+        header = [name.strip().lower() for name in rows[0]]
+        columns = [n for n, name in enumerate(header) if n and name in HEADERS]
+        if columns:
+            rows = [[row[0], row[columns[0]]] for row in rows[1:]]
+        elif of_all and max(map(len, rows)) > 2:
+            raise UserError(f"{path}: expected two columns, or the name label over one of more; correct it")
+        if header[-1] == "predictionstring":
+            rows = [[image, wnid.split()[0]] for image, wnid in rows]
+        pairs = [(os.path.normpath(row[0].strip()), row[1].strip()) for row in rows]
     except (UnicodeDecodeError, csv.Error, IndexError):
-        raise UserError(f"{path}: expected an image and its class in each line; correct it") from None
-    wnid_of = {name: unicodedata.normalize("NFC", wnid) for name, wnid in pairs}
-    [(name, count)] = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
-    if count != 1 or not all(wnid_of.values()):
-        raise UserError(
-            f"{path}: expected each image once, with a class, got {name} {count} times; correct it"
-        )
-    return Labels(path, wnid_of, of_all)
+        raise UserError(f"{path}: expected an image and its class in each line, UTF-8; correct it") from None
+    pairs = [(compose(strip_extension(image)), compose(wnid)) for image, wnid in pairs]
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice or not pairs or not all(wnid for _, wnid in pairs):
+        got = f"{twice[0]} twice" if twice else "a line without one"
+        raise UserError(f"{path}: expected each image once, with a class, got {got}; correct it")
+    return Labels(path, dict(pairs), of_all)
+
+
+def compose(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), as disks of Apple decompose accents."""
+    return unicodedata.normalize("NFC", name)
 
 
 def strip_extension(path: str) -> str:
@@ -73,17 +76,21 @@ def strip_extension(path: str) -> str:
 
 
 def read_class_file(path: Path) -> list[ClassName]:
-    """Read a classes.json, or lines of class and words. Raises `UserError`."""
+    """Read a classes.json, or lines of a class and, after a tab, its words; after a WordNet id a space is enough.
+    Raises `UserError`."""
     if path.name == "classes.json":
         return list(read_classes(path.parent))
     try:
-        lines = [line.split(maxsplit=1) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         lines = []
-    wnids = [unicodedata.normalize("NFC", line[0]) for line in lines]
-    if not wnids or len(wnids) != len(set(wnids)):
+    pairs = [
+        re.split(r"\t|(?<=\d)\s" if re.match(r"n\d", line) else r"\t", line, maxsplit=1) for line in lines
+    ]
+    names = [ClassName(compose(pair[0].strip()), pair[-1].strip()) for pair in pairs]
+    if not names or len(names) != len({name.wnid for name in names}):
         raise UserError(f"{path}: expected lines of a class, each once, and words; correct it")
-    return [ClassName(wnid, line[-1].strip()) for wnid, line in zip(wnids, lines, strict=True)]
+    return names
 
 
 def choose_classes(data: RawImageNet, file: Path | None) -> RawImageNet:
@@ -94,8 +101,11 @@ def choose_classes(data: RawImageNet, file: Path | None) -> RawImageNet:
     found = [name.wnid for name in data.classes]
     names = sorted(read_class_file(file), key=lambda name: name.wnid) if file else list(data.classes)
     place = {name.wnid: label for label, name in enumerate(names)}
-    if not place.keys() & set(found) and all(each.isdecimal() and int(each) < len(names) for each in found):
-        place = {each: int(each) for each in found}  # numbers of the classes, as ImageNet-V2 has them
+    numbers = {int(each) for each in found if each.isdecimal()}
+    layout = data.layout
+    if not place.keys() & set(found) and len(numbers) == len(found) and max(numbers) < len(names):
+        place = {each: int(each) for each in found}  # as ImageNet-V2 has them
+        layout += f" that are numbers of classes in {file}"
     labels, splits = np.array([place.get(each, -1) for each in found], np.int32), dict(data.splits)
     for split, listing in data.splits.items() if file else ():
         kept = labels[np.frombuffer(listing.label, np.int32)]
@@ -106,13 +116,16 @@ def choose_classes(data: RawImageNet, file: Path | None) -> RawImageNet:
     if "train" in splits:
         counts = np.bincount(splits["train"].label, minlength=len(names))
         if not counts.all():
-            raise UserError(
-                f"class {names[int(np.argmin(counts))].wnid}: expected training images, got none; add some, remove its "
-                "validation images, or give a file of the other classes by --classes"
+            remedy = (
+                "correct it"
+                if file
+                else "add some, move its folder away, or list the other classes for --classes"
             )
+            missing = names[int(np.argmin(counts))].wnid
+            raise UserError(f"{file or 'classes'}: expected training images of {missing}, got none; {remedy}")
     words = {name.wnid: name.words for name in data.classes}
     classes = [n if n.words != n.wnid else replace(n, words=words.get(n.wnid, n.wnid)) for n in names]
-    return replace(data, classes=tuple(classes), splits=splits)
+    return replace(data, layout=layout, classes=tuple(classes), splits=splits)
 
 
 def split_off_validation(data: RawImageNet, fraction: float, seed: int) -> RawImageNet:

@@ -22,7 +22,6 @@ import shlex
 import subprocess
 import sys
 import tarfile
-import unicodedata
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.shards import ClassName
-from tools.packing.labels import IMAGE_NAME, Labels, read_class_file, read_labels, strip_extension
+from tools.packing.labels import IMAGE_NAME, Labels, compose, read_class_file, read_labels, strip_extension
 from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_archives
 from tools.packing.parquet import find_parquet, read_parquet
 from tools.packing.tars import Member, is_system_file, list_members
@@ -54,7 +53,8 @@ ARCHIVES = {  # and their published MD5 sums
 VAL_NAMES = ("val", "validation", "valid")
 """Names of a folder or a tar of validation images."""
 SPLIT_NAME = re.compile(
-    r"(ilsvrc2012_img_)?(train|training|val|valid|validation|test|testing)([-_]?(set|sets|data|images?|split|v?\d+))*",
+    r"(ilsvrc2012_img_)?(train|training|val|valid|validation|dev|test|testing)"
+    r"([-_]?(set|sets|data|images?|split|blurred|v?\d+))*",
     re.IGNORECASE,
 )
 """Names that mean a split, so that a class cannot have one."""
@@ -63,13 +63,15 @@ TABLES = ("LOC_val_solution.csv", "val_annotations.txt")
 WORDS = ("LOC_synset_mapping.txt", "words.txt")
 """Lines of wnid and words in the same."""
 UNPACK = {
-    ".gz": "gunzip {}",
-    ".tgz": "gunzip {}",
-    ".bz2": "bunzip2 {}",
-    ".xz": "unxz {}",
-    ".zip": "unzip {} -d {}",
+    "gz": "gunzip",
+    "bz": "bunzip2",
+    "xz": "unxz",
+    "zst": "unzstd",
+    "zip": "unzip",
+    "7z": "7z x",
+    "rar": "unrar x",
 }
-"""How to unpack archives, by extension; a tar is then read as it is."""
+"""Programs by a part of the extension of archives; a tar is then read as it is."""
 
 
 def open_raw(
@@ -101,38 +103,31 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
     """
     if (raw / TRAIN_ARCHIVE).exists() or (raw / VAL_ARCHIVE).exists():
         return [raw / name for name in ARCHIVES if (raw / name).is_file()], lambda: read_archives(raw)
-    if tree := find_kaggle_tree(raw):
-        return [], lambda: read_tree(raw, read_folder(tree))
     if any((files := find_parquet(raw)).values()):
         return [*files["train"], *files["val"]], lambda: read_parquet(raw, files)
-    folder = read_folder(raw)
-    tars = {name: read for name, read in folder.folders.items() if name in folder.tars}
-    others = sorted(folder.folders.keys() - tars)
-    if tars and "train" not in others and not any(holds_images(folder.folders[name]()) for name in others):
-        ignored = [*folder.others, *(raw / name for name in others)]
-        of_tars = replace(folder, folders=tars, others=ignored)
-        return [raw / f"{name}.tar" for name in tars], lambda: read_tree(
-            raw, unwrap(of_tars, keep_splits=True)
-        )
-    if "train" not in others:
-        if not holds_images(folder):
-            refuse_compressed(folder)
-            raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
-        if (inner := unwrap(folder, keep_splits=True)) is not folder:
-            return find_layout(inner.path)
-        if tars:
+    tree = unwrap(read_folder(find_kaggle_tree(raw) or raw), keep_splits=True, keep_tars=True)
+    in_folders = any(
+        holds_images(read(), or_tars=True) for name, read in tree.folders.items() if name not in tree.tars
+    )
+    if not (in_folders or tree.tars or tree.images):
+        refuse_compressed(tree.others)
+        raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
+    tables = [path for path in tree.others if path.name in (*TABLES, *WORDS)]
+    tars = [tree.locate(name) for name in tree.folders if name in tree.tars]
+    return [] if in_folders else tars + tables * bool(tars), lambda: read_tree(raw, tree)
+
+
+def refuse_compressed(files: list[Path]) -> None:
+    """Raise `UserError` if there is a compressed archive among files."""
+    for path in files:
+        program = next((name for part, name in UNPACK.items() if part in path.suffix.lower()), None)
+        if program and path.is_file():
+            command = f"cd {shlex.quote(str(path.parent))} && {program} {shlex.quote(path.name)}"
             raise UserError(
-                f"{raw}: expected tars or folders, got both, such as {min(tars)}.tar; move one kind away"
+                f"{path}: expected a tar or a folder, got a compressed file; move it away, or run {command}"
             )
-    return [], lambda: read_tree(raw, folder)
-
-
-def refuse_compressed(folder: "Folder") -> None:
-    """Raise `UserError` if there is a compressed archive in a folder."""
-    for path in folder.others:
-        if command := UNPACK.get(path.suffix.lower()):
-            command = command.format(*map(shlex.quote, (str(path), str(path.parent))))
-            raise UserError(f"{path}: expected a tar or folders, got a compressed file; run {command}")
+        if program or path.suffix.lower() == ".tar" != path.suffix:  # in a tar, or .TAR
+            raise UserError(f"{path}: expected NAME.tar or a folder; unpack it, rename it, or move it away")
 
 
 # ---- ILSVRC-2012's archives
@@ -279,47 +274,42 @@ def read_folder(path: Path, parents: tuple[tuple[int, int], ...] = ()) -> Folder
                     f"{entry.path}: expected an image, got a broken link or not a regular file; remove it"
                 )
             images.append(Member(entry.path, 0, entry.stat().st_size))
-        elif name != entry.name and name not in readers:  # a tar that was extracted next to it is not read
-            tars[name] = partial(read_tar, Path(entry.path))
+        elif name != entry.name and not (name in readers and holds_images(readers[name]())):
+            tars[name] = partial(read_tar, Path(entry.path))  # unless it was extracted next to it
         else:
             others.append(Path(entry.path))
     return Folder(path, dict(sorted((readers | tars).items())), images, others, frozenset(tars))
+
+
+Placed = tuple[tuple[str, ...], Member]
+"""A file of a tar and the folders that it is in."""
 
 
 @functools.lru_cache(maxsize=2)
 def read_tar(tar: Path, inside: str = "", start: int = 0, length: int | None = None) -> Folder:
     """Read the headers of a tar, or of the tar called `inside` at an offset of it. Raises `UserError`, also for a
     WebDataset shard."""
-    images, tars, others = (list[tuple[tuple[str, ...], Member]]() for _ in range(3))
+    path, files, others = tar / inside, list[Placed](), list[Placed]()
     for member in list_members(tar, start, length):
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")] or [member.name]
         if not is_system_file(member.name):
-            is_image = IMAGE_NAME.fullmatch(parts[-1])
-            kind = images if is_image else tars if parts[-1].endswith(".tar") else others
-            kind.append((tuple(parts[:-1]), member))
-    path = tar / inside
-    if images or not tars:
-        others += tars
-        tars = []
-    if not images and not tars:  # as ImageNet-21k has them
-        images = [file for file in others if "." not in Path(file[1].name).name]
+            is_read = IMAGE_NAME.fullmatch(parts[-1]) or parts[-1].endswith(".tar")
+            (files if is_read else others).append((tuple(parts[:-1]), member))
+    if not files:  # as ImageNet-21k has them
+        files = [file for file in others if "." not in Path(file[1].name).name]
         others = [file for file in others if "." in Path(file[1].name).name]
-    if any(len(files) != len({member.name for _, member in files}) for files in (images, tars)):
+    if len(files) != len({member.name for _, member in files}):
         raise UserError(
             f"{path}: holds a file twice; extract it, which keeps the last one, and pack the folders"
         )
-    if len({folders for folders, _ in images}) == 1:  # class folders may hold other files, too
-        keys = {split_key(member)[0] for _, member in images}
+    if len({folders for folders, _ in files}) == 1:  # class folders may hold other files, too
+        keys = {split_key(member)[0] for _, member in files}
         if extensions := [split_key(member)[1] for _, member in others if split_key(member)[0] in keys]:
             raise UserError(
                 f"{path}: expected raw images, got a WebDataset shard (.{min(extensions)} with each image); use "
                 "make_shards.py adopt if it has labels (.cls, .json), else put each class into its own folder"
             )
-    rest = sorted(path / member.name for _, member in others)
-    if tars:
-        readers = {Path(each.name).stem: partial(read_tar, tar, *each) for _, each in tars}
-        return Folder(path, dict(sorted(readers.items())), others=rest, tars=frozenset(readers), tar=tar)
-    return nest_images(tar, path, images, rest)
+    return nest_files(tar, path, files, sorted(path / member.name for _, member in others))
 
 
 def split_key(member: Member) -> tuple[str, str]:
@@ -329,22 +319,28 @@ def split_key(member: Member) -> tuple[str, str]:
     return f"{folder}/{name}", extension
 
 
-def nest_images(
-    tar: Path, path: Path, images: list[tuple[tuple[str, ...], Member]], others: list[Path]
-) -> Folder:
-    """Make the folder at `path` in a tar of its images (folders below it, file) and other files."""
-    groups: dict[str, list[tuple[tuple[str, ...], Member]]] = {}
-    for folders, member in images:
+def nest_files(tar: Path, path: Path, files: list[Placed], others: list[Path]) -> Folder:
+    """Make the folder at `path` in a tar of its images and tars, and of other files."""
+    groups, readers, images = dict[str, list[Placed]](), dict[str, Callable[[], Folder]](), list[Member]()
+    for folders, member in files:
         if folders:
             groups.setdefault(folders[0], []).append((folders[1:], member))
-    inside = {name: partial(nest_images, tar, path / name, groups[name], []) for name in sorted(groups)}
-    return Folder(path, dict(inside), [member for folders, member in images if not folders], others, tar=tar)
+        elif member.name.endswith(".tar"):
+            readers[Path(member.name).stem] = partial(read_tar, tar, *member)
+        else:
+            images.append(member)
+    if both := sorted(groups.keys() & readers.keys()):
+        raise UserError(f"{path / both[0]}: expected a folder or a tar of this name, got both; extract {tar}")
+    inside = {name: partial(nest_files, tar, path / name, groups[name], []) for name in groups}
+    return Folder(path, dict(sorted((inside | readers).items())), images, others, frozenset(readers), tar)
 
 
-def holds_images(folder: Folder) -> bool:
-    """Return True if there are images in a folder or those below it; tars are not opened."""
+def holds_images(folder: Folder, or_tars: bool = False) -> bool:
+    """Return True if there are images, or perhaps tars, in a folder or those below it; tars are not opened."""
     below = (read() for name, read in folder.folders.items() if name not in folder.tars)
-    return bool(folder.images) or any(map(holds_images, below))
+    return bool(folder.images or (or_tars and folder.tars)) or any(
+        holds_images(each, or_tars) for each in below
+    )
 
 
 def collect_images(folder: Folder) -> tuple[list[Member], list[Path]]:
@@ -369,12 +365,15 @@ def append_images(listing: Listing, images: Iterable[Member], tar: Path | None, 
         listing.append(archive, name if tar else os.path.relpath(name, listing.root), offset, size, label)
 
 
-def unwrap(tree: Folder, keep_splits: bool = False) -> Folder:
+def unwrap(tree: Folder, keep_splits: bool = False, keep_tars: bool = False) -> Folder:
     """Descend through wrappers, folders that hold one folder of folders and nothing else.
 
-    `keep_splits`: do not descend into folders named like splits."""
-    while len(tree.folders) == 1 and not (keep_splits and SPLIT_NAME.fullmatch(min(tree.folders))):
-        if tree.images or (inner := tree.folders[min(tree.folders)]()).images or not inner.folders:
+    `keep_splits`, `keep_tars`: do not descend into folders named like splits, or into tars."""
+    while len(tree.folders) == 1 and not tree.images:
+        name = min(tree.folders)
+        if (keep_splits and SPLIT_NAME.fullmatch(name)) or (keep_tars and name in tree.tars):
+            break
+        if (inner := tree.folders[name]()).images or not inner.folders:
             break
         tree = inner
     return tree
@@ -382,32 +381,44 @@ def unwrap(tree: Folder, keep_splits: bool = False) -> Folder:
 
 def read_tree(raw: Path, tree: Folder) -> RawImageNet:
     """List a folder of class folders or of splits. Raises `UserError` where that is ambiguous."""
-    names = list(tree.folders)
-    splits = [name for name in names if SPLIT_NAME.fullmatch(name)]
-    val = next((name for name in VAL_NAMES if name in names), None)
+    tree = unwrap(tree, keep_splits=True)
+    splits = [name for name in tree.folders if SPLIT_NAME.fullmatch(name)]
+    tests = [name for name in splits if "test" in name.lower()]
+    others = [name for name in tree.folders if name not in splits]
+    vals = [name for name in VAL_NAMES if name in splits]
     # A tar called train may be a split or a class.
-    has_train = "train" in names and (
-        splits == names or "train" not in tree.tars or len(unwrap(tree.folders["train"]()).folders) > 1
+    has_train = "train" in splits and (
+        not others or "train" not in tree.tars or len(unwrap(tree.folders["train"]()).folders) > 1
     )
-    if has_train or (val and splits == names):
-        if not has_train:
-            refuse_compressed(tree)
+    if has_train or (vals and not others):
         chosen = {"train": "train"} if has_train else {}
-        chosen |= {"val": val} if val else {}
+        chosen |= {"val": vals[0]} if vals else {}
+        for name in [name for name in splits if name not in tests] + others:
+            is_split = name in splits or (name not in tree.tars and holds_images(tree.folders[name]()))
+            if is_split and name not in chosen.values():
+                raise UserError(
+                    f"{tree.locate(name)}: expected only train and val next to each other, got another folder; rename "
+                    "it, or move it away"
+                )
+        for path in tree.others:  # val.tar.gz where there is no val
+            stem = path.name.partition(".")[0].lower()
+            if SPLIT_NAME.fullmatch(stem) and not (
+                "test" in stem or (has_train if "train" in stem else vals)
+            ):
+                refuse_compressed([path])
         trees = {split: unwrap(tree.folders[name]()) for split, name in chosen.items()}
-        ignored = [tree.locate(name) for name in names if name not in chosen.values()] + tree.loose_files()
+        ignored = [tree.locate(name) for name in tests + others] + tree.loose_files()
         return read_splits(raw, trees, ignored, *find_labels(tree.path, trees))
     # ILSVRC-2012's test archive is often stored with the class tars.
-    tests = [name for name in splits if "test" in name.lower() and name in tree.tars]
+    tests = [name for name in tests if name in tree.tars]
     classes = {name: read for name, read in tree.folders.items() if name not in tests}
-    if not classes:
+    if tests and not classes:
         raise UserError(f"{tree.locate(tests[0])}: expected training images, got test images; add train.tar")
-    wrappers = [read() for name, read in classes.items() if name not in tree.tars]
-    inner = [(each, name) for each in wrappers if not each.images for name in each.folders]
-    for parent, name in [*((tree, name) for name in classes if name != "train"), *inner]:
-        if SPLIT_NAME.fullmatch(name):
+    for name in splits:
+        if name not in tests and name != "train":
             raise UserError(
-                f"{parent.locate(name)}: expected a class, got the name of a split; name the splits train and val"
+                f"{tree.locate(name)}: expected a class, got the name of a split; name the splits train and val, or "
+                "put all classes into train"
             )
     return read_splits(raw, {"train": replace(tree, folders=classes)}, [tree.locate(name) for name in tests])
 
@@ -424,8 +435,8 @@ def read_splits(
 
     Images of a table are left out if there are class folders, but not of their class. Raises `UserError`.
     """
-    groups = {split: group_folders(tree) for split, tree in trees.items()}
     of_all, wnids = (labels.of_all, set(labels.wnid_of.values())) if labels else (False, set[str]())
+    groups = {split: {} if of_all else group_folders(tree) for split, tree in trees.items()}
     known = set(groups["train"]) if "train" in trees and not of_all else wnids
     flat = [
         split for split in trees if of_all or (labels and split == "val" and not known & groups[split].keys())
@@ -436,6 +447,11 @@ def read_splits(
     for split, tree in trees.items():
         if labels and split in flat:
             ignored = ignored + append_labelled(splits[split], tree, labels, index, found)
+        elif labels and split == "val" and (tree.images or groups["val"].keys() - known):
+            raise UserError(
+                f"{tree.path}: expected all images in class folders, or all as {labels.path.name} has them, got both; "
+                "sort the others, too"
+            )
         else:
             ignored = ignored + append_folders(splits[split], split, tree, groups[split], index)
     if not layout:
@@ -461,10 +477,19 @@ def read_splits(
 
 
 def group_folders(tree: Folder) -> dict[str, list[str]]:
-    """Group folders by class: by their names in Unicode's composed form (NFC), as disks of Apple decompose them."""
+    """Group class folders, or class tars, by class: by their composed names. Raises `UserError` for both kinds, and for
+    compressed ones."""
     groups: dict[str, list[str]] = {}
-    for name in tree.folders:
-        groups.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    for name, read in tree.folders.items():
+        if not tree.tars or name in tree.tars:
+            groups.setdefault(compose(name), []).append(name)
+        elif holds_images(read()):
+            raise UserError(
+                f"{tree.path}: expected class folders or tars, got both, such as {name} and {min(tree.tars)}.tar; move "
+                "one kind away"
+            )
+    if groups:
+        refuse_compressed(tree.others)
     return dict(sorted(groups.items()))
 
 
@@ -473,7 +498,14 @@ def append_folders(
 ) -> list[Path]:
     """Add the images of class folders; returns the other files. Raises `UserError` for a class without training images
     and for a tar of several folders."""
-    ignored = tree.loose_files()
+    if groups and tree.images:
+        raise UserError(
+            f"{tree.loose_files()[0]}: expected no images next to class folders, got {len(tree.images)}; move them "
+            "into a class folder, or away"
+        )
+    ignored = [
+        tree.locate(name) for name in tree.folders if tree.tars and name not in tree.tars
+    ] + tree.others
     for wnid, names in tqdm(groups.items(), f"listing {split}", unit="class", disable=None):
         before, others = len(listing), list[Path]()
         for name in names:
@@ -484,6 +516,12 @@ def append_folders(
                 raise UserError(
                     f"{tree.locate(name)}: expected one class, got several folders, such as {max(leaf.folders)!r}; "
                     "extract it into train/, a folder for each class"
+                )
+            of_class = folder.images or name in tree.tars
+            if split_name := not of_class and next(filter(SPLIT_NAME.fullmatch, folder.folders), None):
+                raise UserError(
+                    f"{folder.locate(split_name)}: expected a class, got the name of a split; name the splits "
+                    "train and val, and give the folder that holds them"
                 )
             images, more = collect_images(folder)
             append_images(listing, images, folder.tar, index[wnid])
@@ -508,15 +546,20 @@ def append_labelled(
     for image in images:
         path = Path(tree.tar or "", image.name)
         _, *parts = path.absolute().parts
-        keys = (
-            strip_extension("/".join(each))
-            for each in (["", *parts], *(parts[k:] for k in range(len(parts))))
-        )
+        suffixes = (["", *parts], *(parts[k:] for k in range(len(parts))))
+        keys = (compose(strip_extension("/".join(each))) for each in suffixes)
         key = next((each for each in keys if each in labels.wnid_of), None)
         if key is None and not labels.of_all:
             raise UserError(f"{path}: expected a class in {labels.path}, got none; download both again")
         if key is None or labels.wnid_of[key] not in index:
             ignored.append(path)
+        elif labels.of_all and any(
+            map(SPLIT_NAME.fullmatch, os.path.relpath(path.parent, tree.path).split("/"))
+        ):
+            raise UserError(
+                f"{path}: expected folders train and val as splits, got another; rename it, or give --labels a list "
+                "without it"
+            )
         elif key in found:
             raise UserError(
                 f"{path}: expected one image {key}, as in {labels.path.name}, got another; remove one"

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -99,7 +100,9 @@ def is_system_file(path: str) -> bool:
     """Return True for files of an operating system, and what is in its folders: .DS_Store, ._photo.jpg, __MACOSX,
     Thumbs.db."""
     parts = (part for part in path.split("/") if part not in ("", ".", ".."))
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in parts)
+    return any(
+        part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir") for part in parts
+    )
 
 
 def read_samples(file: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
@@ -199,7 +202,13 @@ def read_class(file: BinaryIO, label: Member, classes: Mapping[str, int]) -> byt
             expected = f"{' or '.join(LABEL_FIELDS)} in {place}, got {', '.join(fields)[:200] or 'no field'}"
             raise UserError(f"WebDataset shards without labels: expected {expected}")
         value = found[0]
-    number = str(classes.get(value, value) if isinstance(value, str) else value)
+    is_digits = isinstance(value, str) and value.isdecimal()  # an index; in a .json perhaps a name
+    named = (
+        str(classes.get(unicodedata.normalize("NFC", value), value)) if isinstance(value, str) else str(value)
+    )
+    if is_digits and get_extension(label) == "json" and named != str(int(value)):
+        raise UserError(f"expected a number or a name in {place}, got {value!r}, which may be both")
+    number = value if is_digits else named
     if not re.fullmatch(rf"[0-9]{{1,{MAX_LABEL_DIGITS}}}", number):
         expected = "a class index, or with --convert a name that --classes FILE lists,"
         raise UserError(f"expected {expected} in {place}, got {str(value)[:40]!r}")
