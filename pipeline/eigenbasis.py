@@ -88,10 +88,9 @@ def read_eigenbasis(path: Path, manifest_sha256: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path}: expected a file, found {'a folder' if path.is_dir() else 'none'}; {advice}"
         )
-    content, advice = (
-        read_json(path),
-        "give another file, or remove it and " * os.access(path.parent, os.W_OK) + advice,
-    )
+    content = read_json(path)
+    if os.access(path.parent, os.W_OK):
+        advice = f"give another file, or remove it and {advice}"
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} is damaged or has another format version; {advice}")
     if content.get("manifest_sha256") != manifest_sha256:

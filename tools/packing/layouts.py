@@ -1,16 +1,7 @@
 """Recognize the layout of a raw data set and list its images in place; nothing is extracted.
 
-| layout | classes |
-|---|---|
-| train/<class> and val/<class>, or <class> alone, in folders, in one tar or in a tar for each split | folders |
-| the same with a flat val/, as Kaggle and tiny-imagenet have it | folders of train/; a table labels val/ |
-| one <class>.tar for each class, as ImageNet-21k comes, also in one tar | tars |
-| ILSVRC-2012's archives: a tar of class tars, a flat tar, a devkit | tars; the devkit labels the flat one |
-| images in any folders with a list (`--labels`) | the list |
-| Hugging Face's parquet files (parquet.py) | labels |
-
-So a split is a folder of class folders, or a flat folder with a table of labels, and tars are folders, too. A class
-is a folder that holds images. An ambiguous tree is refused.
+docs/data.md lists the layouts. A split is a folder of class folders, or a flat folder with a table of labels; tars are
+folders, too. A class is a folder that holds images. What is ambiguous is refused.
 """
 
 import functools
@@ -38,10 +29,7 @@ from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_arch
 from tools.packing.parquet import find_parquet, read_parquet
 from tools.packing.tars import Member, is_system_file, list_members
 
-LAYOUTS = (
-    "the archives of ILSVRC-2012, Kaggle's ILSVRC/Data/CLS-LOC, class folders train/<class> or <class>, one "
-    "<class>.tar per class, tars of class folders, parquet files called train*, or images with --labels FILE"
-)
+LAYOUTS = "archives of ILSVRC-2012, class folders or tars, or another layout that docs/data.md lists"
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
