@@ -23,6 +23,7 @@ print(int(full - private_mb()))
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_stays_with_the_process() -> None:
     """Of 200 MB in deleted tensors nearly all stay in the process; without `tune_malloc` glibc returns all."""
     given_back = [int(run_ok("-c", KEPT.format(keep=keep), run=run_python)) for keep in (False, True)]

@@ -99,6 +99,7 @@ def test_failed_settings_are_listed_and_not_chosen() -> None:
             search(default_settings(4), [], Mock(side_effect=error))
 
 
+@pytest.mark.slow
 def test_written_settings_are_taken_by_a_run(few: Path, tmp_path: Path) -> None:
     """A real run writes settings that a run takes after its own configuration, whose other values stay, and where they
     come from; it writes over its own file, and no other."""
