@@ -182,6 +182,23 @@ def test_kaggles_tree_of_some_classes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "ignored 3 files" in capsys.readouterr().out
 
 
+def test_sorted_kaggle_of_some_classes(tmp_path: Path) -> None:
+    """Class folders of validation images whose class was removed from train/ are refused, until --classes lists the
+    others; the csv, which is still there, changes nothing."""
+    images = image_set()
+    sorted_kaggle(tmp_path / "raw", images)
+    lines = [f"{stem},{wnid} 1 2 3 4\n" for stem, (split, wnid, _) in images.items() if split == "val"]
+    (tmp_path / "raw" / SOLUTION).write_text("".join(["ImageId,PredictionString\n", *lines]))
+    shutil.rmtree(tmp_path / "raw" / TREE / "train" / WNIDS[1])
+    assert "--classes" in refuses(*PACK, tmp_path / "raw", tmp_path / "shards")
+    wnids = [WNIDS[0], WNIDS[2]]
+    (tmp_path / "list").write_text("\n".join(wnids))
+    pack(tmp_path / "raw", tmp_path / "shards", workers=1, quality=97, classes=tmp_path / "list")
+    check_shards(
+        tmp_path / "shards", {key: image for key, image in images.items() if image[1] in wnids}, wnids
+    )
+
+
 def test_archives_of_some_classes(raw: Path, tmp_path: Path) -> None:
     """ILSVRC-2012's train archive with three of its tars; without it, the validation images have all classes."""
     shutil.copytree(raw, tmp_path / "raw")

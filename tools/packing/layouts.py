@@ -435,7 +435,7 @@ def read_splits(
     for split, tree in trees.items():
         if labels and split in flat:
             ignored = ignored + append_labelled(splits[split], tree, labels, index, found)
-        elif labels and split == "val" and (tree.images or groups["val"].keys() - known):
+        elif labels and split == "val" and (tree.images or groups["val"].keys() - known - wnids):
             raise UserError(
                 f"{tree.path}: expected all images in class folders, or all as {labels.path.name} has them, got both; "
                 "sort the others, too"
