@@ -34,6 +34,7 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_loader_has_a_row_for_each_contender(few: Path, tmp_path: Path) -> None:
     """A row for each contender, with ratios to libjpeg-turbo alone; the loader's rows with and without lighting. Loops
     are timed while samples are read, no faster than they should be. A wrong option is named before anything is

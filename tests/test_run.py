@@ -159,6 +159,7 @@ def test_validation_images_alone(few: Path, undisturbed: Path, tmp_path: Path) -
     assert f"class 3 is {wnid}, got {wnid}0;" in refuses("-m", "train.evaluate", undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_eigenbasis_elsewhere(
     few: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_eigenbasis_elsewhere(
     assert {path.name for path in shards.iterdir()} == {"train", "val", "classes.json"}
 
 
+@pytest.mark.slow
 def test_resumed_by_its_folder_alone(few: Path, tmp_path: Path) -> None:
     """`--run.dir DIR`, from any folder, goes on with the configuration that was saved, the number of classes included;
     options come on top. What a schedule says of epochs to come may change, of those that have begun it may not."""
@@ -357,6 +359,7 @@ def test_skipped_data_resumes(few: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_damaged_validation_data(few: Path, tmp_path: Path) -> None:
     """A damaged validation image costs nothing of the epoch before: it is saved, and resuming begins with the
     evaluation; with `on_corrupt: skip` that leaves the image out, names it and counts it."""

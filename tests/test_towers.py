@@ -164,7 +164,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, bound: float) -> Non
     assert (got - expected).abs().max() <= bound * expected.abs().max()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_towers_are_the_network_on_one_device(tmp_path: Path, world: int) -> None:
     """Loss, logits and every gradient within 1e-11 of the largest in float64; weights after 50 steps within 1e-9; the
     same initial weights to the bit; half of the parameters; as many bytes as the formula says; bfloat16 within 1 %."""
