@@ -178,7 +178,7 @@ def find_tars(src: Path, pattern: str) -> list[Path]:
             for path in matches:
                 if not re.fullmatch(r"[\w.-]+\.tar", path.name):
                     raise UserError(
-                        f"{path}: expected NAME.tar (letters, digits, _ . -); extract or rename it"
+                        f"{path}: expected NAME.tar (letters, digits, _ . -); unpack or rename it"
                     )
                 if tars.setdefault(path.name, path) != path:
                     raise UserError(f"{path}: the same name as {tars[path.name]}; adopt one, or rename it")
