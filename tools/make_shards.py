@@ -134,9 +134,7 @@ def pack(
 
     started, results = time.perf_counter(), []
     if task.world > 1:
-        print(
-            f"part {task.rank + 1} of {task.world}: one shard in {task.world}; run the other parts as well"
-        )
+        print(f"part {task.rank + 1} of {task.world}: one shard in {task.world}; run the other parts as well")
     unfinished = [(plan, number) for plan in plans for number in find_unfinished(plan)]
     assigned = [(plan, number) for plan, number in unfinished if number % task.world == task.rank]
     if data.sequential:
