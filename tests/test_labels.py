@@ -179,7 +179,8 @@ def test_kaggles_tree_of_some_classes(tmp_path: Path, capsys: pytest.CaptureFixt
     check_shards(
         tmp_path / "shards", {key: image for key, image in images.items() if image[1] in wnids}, wnids
     )
-    assert "ignored 3 files" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "ignored 3 files" in output and "2 labels of classes that train lacks" in output
 
 
 def test_sorted_kaggle_of_some_classes(tmp_path: Path) -> None:
@@ -292,6 +293,10 @@ def test_files_that_are_no_images_by_name(tmp_path: Path, name: str, message: st
     write(tmp_path / "raw" / "train" / "dog" / "1.jpg", IMAGE)
     error = refuses(*PACK, tmp_path / "raw", tmp_path / "shards")
     assert message in error and "train/cat" in error
+    shutil.rmtree(tmp_path / "raw" / "train" / "dog")
+    assert f"1 other files, such as {tmp_path}/raw/train/cat/{name}" in refuses(
+        *PACK, tmp_path / "raw", tmp_path / "shards"
+    )
 
 
 def test_numbers_as_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_arch
 from tools.packing.parquet import find_parquet, read_parquet
 from tools.packing.tars import Member, is_system_file, list_members
 
-LAYOUTS = "archives of ILSVRC-2012, class folders or tars, or another layout that docs/data.md lists"
+LAYOUTS = "images (.jpg, .png and the like) in class folders, tars or another layout of docs/data.md"
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
@@ -98,8 +98,10 @@ def find_layout(raw: Path) -> tuple[list[Path], Callable[[], RawImageNet]]:
         holds_images(read(), or_tars=True) for name, read in tree.folders.items() if name not in tree.tars
     )
     if not (in_folders or tree.tars or tree.images):
-        refuse_compressed(tree.others)
-        raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}")
+        others = collect_images(tree)[1]
+        refuse_compressed(others)
+        got = f"{len(others)} other files, such as {others[0]}" if others else "none"
+        raise FileNotFoundError(f"{raw}: no images found; expected {LAYOUTS}, got {got}")
     tables = [path for path in tree.others if path.name in (*TABLES, *WORDS)]
     tars = [tree.locate(name) for name in tree.folders if name in tree.tars]
     return [] if in_folders else tars + tables * bool(tars), lambda: read_tree(raw, tree)
@@ -447,6 +449,8 @@ def read_splits(
         layout = "per-class tars" if tree.tars else "class folders in tars" if tree.tar else "class folders"
         layout += f", val labelled by {labels.path.name}" if labels and flat else ""
     if labels and flat:
+        lacking = sum(wnid not in index for wnid in labels.wnid_of.values())
+        layout += f", {lacking} labels of classes that train lacks" * bool(lacking)
         lost = [key for key, wnid in labels.wnid_of.items() if wnid in index and key not in found]
         if lost:
             places = " and ".join(str(trees[split].path) for split in flat)
