@@ -98,9 +98,11 @@ def write_rows(path: Path, labels: list[Any], images: list[Any] | None = None, *
         (["train_224"], ["val_224"], ["zebra", "caf\u00e9", "cat"]),
     ],
 )
-def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], labels: list[Any]) -> None:
+def test_where_files_are(
+    tmp_path: Path, train: list[str], val: list[str], labels: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Shards of the files of a split hold what pyarrow reads from them: every image to the byte, under its class, of
-    which names are sorted, however their accents are written. Test images and other tables are passed over."""
+    which names are sorted, however their accents are written. Test images and other tables are ignored and counted."""
     raw, classes = tmp_path / "raw", sorted(set(labels))
     (raw / ".cache").mkdir(parents=True)
     first = (train or val)[0]
@@ -109,6 +111,7 @@ def test_where_files_are(tmp_path: Path, train: list[str], val: list[str], label
         spelled = {"caf\u00e9": "cafe\u0301"} if name in val else {}
         write_rows(raw / f"{name}.parquet", [spelled.get(label, label) for label in labels], row_group_size=2)
     pack(raw, tmp_path / "s", store="original", workers=1)
+    assert "ignored 2 files" in capsys.readouterr().out
     names = [row["wnid"] for row in read_json(tmp_path / "s" / "classes.json")["classes"]]
     assert names == (classes if isinstance(labels[0], str) else ["000000", "000001"])
     for split, parts in (("train", train), ("val", val)):

@@ -136,7 +136,8 @@ def read_parquet(raw: Path, files: dict[str, list[Path]]) -> RawImageNet:
     if empty := [split for split, listing in splits.items() if not listing]:
         raise UserError(f"{raw}: no images in parquet files called {empty[0]}*; download them again")
     classes = tuple(ClassName(text, text) for text in indexes) or infer_class_names(wnids, words)
-    return RawImageNet("Hugging Face parquet files", classes, splits, sequential=True)
+    others = sorted({*raw.rglob("*.parquet")} - {path for paths in files.values() for path in paths})
+    return RawImageNet("Hugging Face parquet files", classes, splits, others, sequential=True)
 
 
 def read_columns(path: Path) -> tuple[list[Any], Any]:
