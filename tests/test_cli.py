@@ -179,7 +179,7 @@ def test_good_files_pass(tmp_path: Path) -> None:
 
 def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`~` at the beginning of any path is the home folder: in a word, after `=`, in YAML, in the place of a YAML file;
-    `./~` is a name. Without a home folder it is refused. No folder is ever called `~`."""
+    `./~` is a name. Without a home folder it is refused, and no folder called `~` is made."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("data: {shards: ~/s}\nrun:\n  dir: ~/runs/b\noptimizer: ~/o.yaml\n")
     (tmp_path / "o.yaml").write_text("lr: 0.25\n")

@@ -16,8 +16,8 @@ from pipeline.errors import UserError
 from pipeline.shards import ClassName, read_classes
 from tools.packing.listing import RawImageNet
 from tools.packing.plan import hash_key, stem
+from tools.packing.tars import IMAGE_NAME
 
-IMAGE_NAME = re.compile(r".+\.(jpe?g?|jfif|png|bmp|gif|webp|tiff?|p[gp]m|avif)", re.IGNORECASE | re.DOTALL)
 HEADERS = ("label", "labels", "class", "class_id", "wnid", "synset", "category", "target", "predictionstring")
 """Names of a table's column of classes, in lower case."""
 
@@ -105,7 +105,7 @@ def choose_classes(data: RawImageNet, file: Path | None) -> RawImageNet:
     layout = data.layout
     if not place.keys() & set(found) and len(numbers) == len(found) and max(numbers) < len(names):
         place = {each: int(each) for each in found}  # as ImageNet-V2 has them
-        layout += f" that are numbers of classes in {file}"
+        layout += f" that are numbers of classes in {file and file.name}"
     labels, splits = np.array([place.get(each, -1) for each in found], np.int32), dict(data.splits)
     for split, listing in data.splits.items() if file else ():
         kept = labels[np.frombuffer(listing.label, np.int32)]

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.shards import ClassName
-from tools.packing.labels import IMAGE_NAME, Labels, compose, read_class_file, read_labels, strip_extension
+from tools.packing.labels import Labels, compose, read_class_file, read_labels, strip_extension
 from tools.packing.listing import Listing, RawImageNet, load_listing, stamp_archives
 from tools.packing.parquet import find_parquet, read_parquet
-from tools.packing.tars import Member, is_system_file, list_members
+from tools.packing.tars import IMAGE_NAME, Member, is_system_file, list_members
 
 LAYOUTS = "images (.jpg, .png and the like) in class folders, tars or another layout of docs/data.md"
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"

@@ -18,8 +18,10 @@ from pipeline.errors import UserError
 from pipeline.shards import MAX_LABEL_DIGITS
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg")
-RAW_EXTENSIONS = (*IMAGE_EXTENSIONS, "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
-"""Of images that `adopt --convert` takes."""
+OTHER_EXTENSIONS = ("jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
+RAW_EXTENSIONS = (*IMAGE_EXTENSIONS, *OTHER_EXTENSIONS)
+"""Of images that `pack` and `adopt --convert` take."""
+IMAGE_NAME = re.compile(rf".+\.({'|'.join(RAW_EXTENSIONS)})", re.IGNORECASE | re.DOTALL)
 LABEL_FIELDS = ("label", "cls")
 """Of a `.json`, the first that is there."""
 MAX_LABEL_BYTES = 64
