@@ -62,7 +62,8 @@ def bench_peers(
         shards: Folder written by make_shards, with 256x256 images, and compute_pca.
         pixels: Its pixel store, by make_shards decode, for those that read decoded pixels (default: JPEGs alone).
         batch_size: Images per batch.
-        workers: Processes or threads of each (default: one per core); ours has one thread more, as by default.
+        workers: Processes or threads of each (default: one per core); ours reads with so many and decodes
+            with one more.
         seconds: Length of one measurement.
         repeats: Measurements of each contender, taken in turns.
         peers: Some of pillow, torchvision, webdataset, spdl, ffcv, slipstream, dali, numpy and ours (default: all).
